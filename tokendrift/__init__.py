@@ -1,0 +1,29 @@
+"""TokenDrift: an anti-symmetric drifting loss for discrete diffusion language models (arXiv 2605.19470).
+
+The core is here: the lift, feature maps, drift fields, queues and losses. It needs torch and einops only.
+`tokendrift.diffusion`, `models`, `sampling`, `evaluation`, `training` and `demo` are imported by name.
+"""
+
+from tokendrift.errors import TokenDriftError
+from tokendrift.features import FeatureMap, PooledFeatures
+from tokendrift.field import DriftField, Field, FieldDiagnostics
+from tokendrift.lift import soft_token_lift
+from tokendrift.loss import Diagnostics, LossOutput, MirrorTeacherLoss, TokenDriftLoss
+from tokendrift.references import FeatureQueue
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Diagnostics",
+    "DriftField",
+    "FeatureMap",
+    "FeatureQueue",
+    "Field",
+    "FieldDiagnostics",
+    "LossOutput",
+    "MirrorTeacherLoss",
+    "PooledFeatures",
+    "TokenDriftError",
+    "TokenDriftLoss",
+    "soft_token_lift",
+]

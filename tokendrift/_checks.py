@@ -1,0 +1,124 @@
+"""Input rules: one function a rule, every message with argument, expectation, what came, remedy."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from tokendrift.errors import TokenDriftError
+
+INTEGER_DTYPES = (torch.int64, torch.int32, torch.int16, torch.uint8)
+
+
+def describe(value: object) -> str:
+    """Return shape, dtype and device of a tensor, or the type of anything else."""
+    if isinstance(value, Tensor):
+        dtype = str(value.dtype).removeprefix("torch.")
+        return f"{tuple(value.shape)} {dtype} {value.device.type}"
+    return f"{type(value).__name__} {value!r}"[:120]
+
+
+def fail(message: str, remedy: str = "", **got: object) -> TokenDriftError:
+    """Build an error whose second line shows what came and whose third says what to do."""
+    lines = [message]
+    if got:
+        lines.append("  got " + ", ".join(f"{name} {describe(value)}" for name, value in got.items()))
+    if remedy:
+        lines.append("  " + remedy)
+    return TokenDriftError("\n".join(lines))
+
+
+def check_tensor(name: str, value: object, symbols: Sequence[str]) -> Tensor:
+    """Require a tensor with one axis for each symbol, none of them empty."""
+    shape = f"({', '.join(symbols)}{',' if len(symbols) == 1 else ''})"
+    if not isinstance(value, Tensor):
+        raise fail(f"{name} must be a tensor of shape {shape}.", f"Pass {name} as torch.Tensor.", **{name: value})
+    if value.ndim != len(symbols):
+        raise fail(
+            f"{name} must have shape {shape}, but it has {value.ndim} axes.",
+            f"Reshape {name}; a single sequence still needs its batch axis.",
+            **{name: value},
+        )
+    for axis, symbol in enumerate(symbols):
+        if value.shape[axis] == 0:
+            raise fail(f"{name} is empty: {symbol} is 0.", f"Skip empty batches before the call.", **{name: value})
+    return value
+
+
+def check_floating(name: str, value: Tensor) -> None:
+    """Require a floating-point dtype."""
+    if not value.is_floating_point():
+        raise fail(f"{name} must be floating point.", f"Convert it with {name}.float().", **{name: value})
+
+
+def check_ids(name: str, value: object, vocab_size: int, like: Tensor | None = None) -> Tensor:
+    """Require token ids (B, L) of an integer dtype, within the vocabulary, of the shape of ``like``.
+
+    The range is read on the CPU only: on an accelerator the look-up itself reports it without a sync.
+    """
+    ids = check_tensor(name, value, ("B", "L"))
+    if ids.dtype not in INTEGER_DTYPES:
+        raise fail(f"{name} must hold integer token ids.", f"Convert it with {name}.long().", **{name: value})
+    if like is not None and ids.shape != like.shape[:2]:
+        raise fail(
+            f"{name} must have shape (B, L) = {tuple(like.shape[:2])}, that of the logits.",
+            "Cut both to the same positions.",
+            **{name: ids, "logits": like},
+        )
+    if ids.device.type == "cpu" and not torch.compiler.is_compiling():
+        low, high = int(ids.min()), int(ids.max())
+        if low < 0 or high >= vocab_size:
+            raise fail(
+                f"{name} has ids from {low} to {high}, but the vocabulary V has {vocab_size} entries (0 to "
+                f"{vocab_size - 1}).",
+                "Check that tokenizer, embedding and logits belong to the same vocabulary; labels of -100 are not "
+                "ids: pass them as attention_mask == 0.",
+                **{name: ids},
+            )
+    return ids
+
+
+def check_mask(name: str, value: object, shape: torch.Size) -> Tensor:
+    """Require a boolean (or 0/1 integer) mask (B, L)."""
+    mask = check_tensor(name, value, ("B", "L"))
+    if mask.shape != shape:
+        raise fail(
+            f"{name} must have shape (B, L) = {tuple(shape)}.", f"Build {name} from the same batch.", **{name: mask}
+        )
+    if mask.is_floating_point():
+        raise fail(f"{name} must be boolean.", f"Convert it with {name}.bool().", **{name: mask})
+    return mask.bool()
+
+
+def check_same_device(reference_name: str, reference: Tensor, **others: Tensor | None) -> None:
+    """Require all tensors on one device."""
+    for name, value in others.items():
+        if value is not None and value.device != reference.device:
+            raise fail(
+                f"{name} is on {value.device} but {reference_name} is on {reference.device}.",
+                f"Move it with {name}.to({reference_name}.device), or move the loss with loss.to(device).",
+                **{name: value, reference_name: reference},
+            )
+
+
+def check_positive(name: str, value: float, *, symbol: str = "") -> float:
+    """Require a finite number above zero."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or value <= 0:
+        raise fail(f"{name}{f' ({symbol})' if symbol else ''} must be a finite number above 0.", **{name: value})
+    return float(value)
+
+
+def check_count(name: str, value: int, *, least: int = 0) -> int:
+    """Require an integer that is at least ``least``."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise fail(f"{name} must be an integer of at least {least}.", **{name: value})
+    return value
+
+
+def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
+    """Require one of the named choices."""
+    if value not in choices:
+        raise fail(f"{name} must be one of {', '.join(map(repr, choices))}.", **{name: value})

@@ -1,0 +1,22 @@
+"""Corruption processes: masked (MDLM) and uniform-state (DUO), behind one protocol."""
+
+from tokendrift.diffusion.masked import MaskedDiffusion
+from tokendrift.diffusion.process import Corruption, Denoiser, Mixture, Process
+from tokendrift.diffusion.schedules import Cosine, DuoCosine, Geometric, Linear, LogLinear, Schedule, sample_times
+from tokendrift.diffusion.uniform import UniformDiffusion
+
+__all__ = [
+    "Corruption",
+    "Cosine",
+    "Denoiser",
+    "DuoCosine",
+    "Geometric",
+    "Linear",
+    "LogLinear",
+    "MaskedDiffusion",
+    "Mixture",
+    "Process",
+    "Schedule",
+    "UniformDiffusion",
+    "sample_times",
+]

@@ -1,0 +1,98 @@
+"""Masked (absorbing-state) diffusion: the process of MDLM (arXiv 2406.07524)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from tokendrift._checks import fail
+from tokendrift.diffusion.process import Mixture, Process, check_objective, wide
+from tokendrift.diffusion.schedules import Schedule
+
+EXCLUDED = -1e6  # upstream's finite stand-in for log 0; finite so that 0 * log p stays 0
+
+
+class MaskedDiffusion(Process):
+    """Tokens turn into the mask token one by one; the model fills masks in.
+
+    Args:
+        vocab_size: V, the mask entry included.
+        mask_id: Id of the mask token; the last entry by default.
+        schedule: Signal level over time; log-linear by default.
+
+    Raises:
+        TokenDriftError: If mask_id is not an entry of the vocabulary.
+    """
+
+    mask_id: int
+
+    def __init__(self, vocab_size: int, mask_id: int | None = None, schedule: Schedule | None = None) -> None:
+        super().__init__(vocab_size, schedule)
+        self.mask_id = vocab_size - 1 if mask_id is None else mask_id
+        if not 0 <= self.mask_id < vocab_size:
+            raise fail(f"mask_id must lie in [0, V) with V = {vocab_size}.", mask_id=mask_id)
+
+    def prior(
+        self,
+        shape: torch.Size | tuple[int, int],
+        *,
+        generator: torch.Generator | None = None,
+        device: torch.device | str | None = None,
+    ) -> Tensor:
+        return torch.full(shape, self.mask_id, dtype=torch.int64, device=device)
+
+    def predicted(self, x_t: Tensor) -> Tensor:
+        return x_t == self.mask_id
+
+    def log_probs(self, logits: Tensor, x_t: Tensor) -> Tensor:
+        """Return SUBS log-probabilities: no mass on the mask, observed positions copied.
+
+        Source: MDLM, section 3.2.3 (diffusion.py ``_subs_parameterization``), without its in-place edit.
+        """
+        column = torch.arange(self.vocab_size, device=logits.device)
+        open_logits = torch.where(column == self.mask_id, -torch.inf, wide(logits))
+        log_p = torch.log_softmax(open_logits, dim=-1).clamp_min(EXCLUDED)
+        copied = torch.where(column == x_t[..., None], 0.0, EXCLUDED).to(log_p.dtype)
+        return torch.where(self.predicted(x_t)[..., None], log_p, copied)
+
+    def nelbo(self, logits: Tensor, x0: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
+        r"""Return the continuous-time NELBO per token, nats, (B, L).
+
+        .. math:: \ell_{bl} = \frac{-\alpha'_t}{1-\alpha_t}\,(-\log p(x_0))
+
+        on masked positions and exactly 0 elsewhere. For the log-linear schedule the weight is 1/t. The mean
+        over all positions bounds the negative log-likelihood per token. Source: MDLM, equation 10.
+
+        Args:
+            logits: Raw denoiser output (B, L, V).
+            x0: Clean ids (B, L).
+            x_t: Noisy ids (B, L).
+            t: Times (B,) in (0, 1].
+        """
+        check_objective(self.vocab_size, logits, x0, x_t, t)
+        open_logits = wide(logits)
+        # log p(x0) needs one gather and one logsumexp; the mask entry is subtracted from the latter by masking it.
+        masked_out = open_logits.index_fill(-1, torch.tensor(self.mask_id, device=logits.device), -torch.inf)
+        chosen = open_logits.gather(-1, x0.long()[..., None])[..., 0]
+        nll = torch.logsumexp(masked_out, dim=-1) - chosen
+        t = t.to(nll.dtype)
+        weight = -self.schedule.dalpha(t) / (1 - self.schedule.alpha(t))
+        return torch.where(self.predicted(x_t), weight[:, None] * nll, 0.0)
+
+    def posterior(self, logits: Tensor, x_t: Tensor, t: Tensor, s: Tensor) -> Tensor:
+        r"""Return q(x_s | x_t): a mask stays with (1-alpha_s)/(1-alpha_t), else draws from p.
+
+        ``t`` and ``s`` have shape (B,); ``s = 0`` means alpha_s = 1. Source: MDLM, equation 7.
+        """
+        p = self.log_probs(logits, x_t).exp()
+        alpha_t = self.schedule.alpha(t)[:, None, None]
+        alpha_s = torch.where(s == 0, 1.0, self.schedule.alpha(s))[:, None, None]
+        stay = torch.nn.functional.one_hot(x_t.long(), self.vocab_size).to(p.dtype)
+        moved = (stay * (1 - alpha_s) + p * (alpha_s - alpha_t)) / (1 - alpha_t)
+        return torch.where(self.predicted(x_t)[..., None], moved, stay)
+
+    def mixture(self, log_p: Tensor | None, x_t: Tensor, t: float, s: float) -> Mixture:
+        """Return the reverse step as chances: masks stay or draw from p, the rest stays."""
+        alpha_t, alpha_s = self.levels(t, s)
+        leave = torch.where(self.predicted(x_t), (alpha_s - alpha_t) / (1 - alpha_t), 0.0).double()
+        return Mixture(1 - leave, leave)

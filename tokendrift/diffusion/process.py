@@ -1,0 +1,164 @@
+"""What masked and uniform-state diffusion have in common: one protocol for losses, training and samplers."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from tokendrift._checks import check_count, check_ids, check_tensor, fail
+from tokendrift.diffusion.schedules import LogLinear, Schedule, sample_times, sigma
+
+
+class Denoiser(Protocol):
+    """A network that returns raw logits: neither SUBS nor log-softmax applied."""
+
+    def __call__(self, x_t: Tensor, sigma: Tensor | None) -> Tensor:
+        """Map noisy ids (B, L) int64 and sigma (B,) to logits (B, L, V)."""
+        ...
+
+
+class Corruption(NamedTuple):
+    """One corrupted batch and everything a denoiser or a loss asks of it.
+
+    Attributes:
+        x_t: Noisy ids, int64 (B, L).
+        predicted: Positions the model has to predict (the paper's M), bool (B, L).
+        t: Diffusion times, float (B,), in (0, 1].
+        sigma: ``-log alpha_t``, float (B,): what denoisers take as their second argument.
+    """
+
+    x_t: Tensor
+    predicted: Tensor
+    t: Tensor
+    sigma: Tensor
+
+
+class Mixture(NamedTuple):
+    """A reverse step in the form that samplers need: who stays, and where the others draw from.
+
+    Attributes:
+        stay: Probability that a position keeps its token, float64 (B, L).
+        denoise: Probability that it draws from the denoiser's p, float64 (B, L); what is left of
+            ``1 - stay`` draws uniformly over the vocabulary.
+    """
+
+    stay: Tensor
+    denoise: Tensor
+
+
+class Process(ABC):
+    """A corruption process with its objective and its exact reverse step.
+
+    Args:
+        vocab_size: V, the mask entry included where there is one.
+        schedule: Signal level over time; log-linear by default.
+    """
+
+    mask_id: int | None = None
+
+    def __init__(self, vocab_size: int, schedule: Schedule | None = None) -> None:
+        self.vocab_size = check_count("vocab_size", vocab_size, least=2)
+        self.schedule: Schedule = LogLinear() if schedule is None else schedule
+
+    def __repr__(self) -> str:
+        mask = "" if self.mask_id is None else f", mask_id={self.mask_id}"
+        return f"{type(self).__name__}({self.vocab_size}{mask}, schedule={self.schedule})"
+
+    def sigma(self, t: Tensor) -> Tensor:
+        """Return ``-log alpha_t`` for times of any shape."""
+        return sigma(self.schedule, t)
+
+    def corrupt(
+        self,
+        x0: Tensor,
+        t: Tensor | None = None,
+        *,
+        antithetic: bool = True,
+        generator: torch.Generator | None = None,
+    ) -> Corruption:
+        """Draw noisy ids from the forward process.
+
+        Args:
+            x0: Clean ids (B, L), an integer dtype, in [0, V).
+            t: Times (B,) in (0, 1]; drawn by `sample_times` when omitted.
+            antithetic: Stratify the drawn times over the batch.
+            generator: Source of randomness for times and tokens, on the device of x0.
+
+        Returns:
+            The noisy ids with their predicted positions, times and sigma.
+
+        Raises:
+            TokenDriftError: If ids are out of range or t is not (B,).
+        """
+        x0 = check_ids("x0", x0, self.vocab_size).long()
+        if t is None:
+            t = sample_times(len(x0), antithetic=antithetic, generator=generator, device=x0.device)
+        t = check_tensor("t", t, ("B",))
+        if len(t) != len(x0):
+            raise fail("t must have shape (B,): one time a row of x0.", t=t, x0=x0)
+        chance = torch.rand(x0.shape, generator=generator, device=x0.device)
+        moved = chance < (1 - self.schedule.alpha(t))[:, None]
+        x_t = torch.where(moved, self.prior(x0.shape, generator=generator, device=x0.device), x0)
+        return Corruption(x_t, self.predicted(x_t), t, self.sigma(t))
+
+    @abstractmethod
+    def prior(
+        self,
+        shape: torch.Size | tuple[int, int],
+        *,
+        generator: torch.Generator | None = None,
+        device: torch.device | str | None = None,
+    ) -> Tensor:
+        """Draw ids (B, L) at t = 1."""
+
+    @abstractmethod
+    def predicted(self, x_t: Tensor) -> Tensor:
+        """Return the positions that the model predicts, bool (B, L)."""
+
+    @abstractmethod
+    def log_probs(self, logits: Tensor, x_t: Tensor) -> Tensor:
+        """Return the model's log p(x0 | x_t) in nats, (B, L, V), in float32 or wider."""
+
+    @abstractmethod
+    def nelbo(self, logits: Tensor, x0: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
+        """Return the negative evidence lower bound per token in nats, (B, L), in float32 or wider."""
+
+    @abstractmethod
+    def posterior(self, logits: Tensor, x_t: Tensor, t: Tensor, s: Tensor) -> Tensor:
+        """Return q(x_s | x_t, x0 ~ p) as a dense (B, L, V): for tests and small vocabularies."""
+
+    @abstractmethod
+    def mixture(self, log_p: Tensor | None, x_t: Tensor, t: float, s: float) -> Mixture:
+        """Return the same law as stay / denoise / uniform chances.
+
+        Args:
+            log_p: The denoiser's log p of the present token x_t, (B, L); unused by masked diffusion.
+            x_t: Noisy ids (B, L).
+            t: Present time.
+            s: Next time, below t. ``s = 0`` means alpha_s = 1: the last step.
+        """
+
+    def levels(self, t: float, s: float) -> tuple[float, float]:
+        """Return (alpha_t, alpha_s) in double precision, with alpha = 1 at time 0."""
+        times = torch.tensor([t, s], dtype=torch.float64)
+        alpha_t, alpha_s = self.schedule.alpha(times).tolist()
+        return alpha_t, 1.0 if s == 0 else alpha_s
+
+
+def wide(logits: Tensor) -> Tensor:
+    """Return logits in at least float32."""
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+
+def check_objective(vocab_size: int, logits: Tensor, x0: Tensor, x_t: Tensor, t: Tensor) -> None:
+    """Apply the input rules that the objectives of all processes share."""
+    check_tensor("logits", logits, ("B", "L", "V"))
+    if logits.shape[-1] != vocab_size:
+        raise fail(f"logits must have V = {vocab_size} columns, that of the process.", logits=logits)
+    check_ids("x0", x0, vocab_size, like=logits)
+    check_ids("x_t", x_t, vocab_size, like=logits)
+    if t.shape != logits.shape[:1]:
+        raise fail("t must have shape (B,): one time a row.", t=t, logits=logits)

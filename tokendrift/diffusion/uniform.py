@@ -1,0 +1,104 @@
+"""Uniform-state diffusion: the process of UDLM and DUO (arXiv 2506.10892)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from tokendrift.diffusion.process import Mixture, Process, check_objective, wide
+
+
+class UniformDiffusion(Process):
+    """Tokens turn into uniformly random ones; the model may change every position at every step.
+
+    Args:
+        vocab_size: V. No mask token; an entry kept for one is an ordinary state.
+        schedule: Signal level over time; log-linear by default.
+    """
+
+    def prior(
+        self,
+        shape: torch.Size | tuple[int, int],
+        *,
+        generator: torch.Generator | None = None,
+        device: torch.device | str | None = None,
+    ) -> Tensor:
+        return torch.randint(0, self.vocab_size, tuple(shape), generator=generator, device=device)
+
+    def predicted(self, x_t: Tensor) -> Tensor:
+        return torch.ones_like(x_t, dtype=torch.bool)
+
+    def log_probs(self, logits: Tensor, x_t: Tensor) -> Tensor:
+        """Return ``log_softmax`` of the logits; x_t does not matter."""
+        return torch.log_softmax(wide(logits), dim=-1)
+
+    def nelbo(self, logits: Tensor, x0: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
+        r"""Return DUO's NELBO per token, nats, (B, L).
+
+        With :math:`\kappa = V\alpha/(1-\alpha)`, :math:`i = x_t`,
+        :math:`r_j = (1+\kappa[j=x_0])/(1+\kappa[i=x_0])` and
+        :math:`\hat r_j = (1+\kappa p_j)/(1+\kappa p_i)`:
+
+        .. math:: \ell = \frac{-\alpha'}{V\alpha}\sum_j\Big(r_j\log\frac{r_j}{\hat r_j} - r_j + \hat r_j\Big)
+
+        Evaluated with :math:`L_j = \mathrm{softplus}(\log\kappa + \log p_j)` instead of logarithms of sums,
+        so that float32 holds at both ends of time: one pass over V and three gathers.
+
+        Args:
+            logits: Raw denoiser output (B, L, V).
+            x0: Clean ids (B, L).
+            x_t: Noisy ids (B, L).
+            t: Times (B,) in (0, 1].
+
+        Source: DUO, equation 5 (algo.py ``DUO_BASE.nll_per_token``).
+        """
+        check_objective(self.vocab_size, logits, x0, x_t, t)
+        size = self.vocab_size
+        log_p = self.log_probs(logits, x_t)
+        t = t.to(log_p.dtype)
+        alpha, dalpha = self.schedule.alpha(t)[:, None], self.schedule.dalpha(t)[:, None]
+        kappa = size * alpha / (1 - alpha)
+        level = torch.nn.functional.softplus(kappa.log()[..., None] + log_p, threshold=40)  # L_j = log(1 + kappa p_j)
+        at_noisy = level.gather(-1, x_t.long()[..., None])[..., 0]
+        at_clean = level.gather(-1, x0.long()[..., None])[..., 0]
+        same = (x_t == x0).to(log_p.dtype)
+        log_ratio = torch.log1p(kappa)  # log r_{x0} where x_t differs from x0
+        # sum_j r_j log(r_j / rhat_j), split by whether the noisy token is the clean one. With R = 1/(1+kappa):
+        #   same: r_j = R off x0 and 1 at x0;  different: r_j = 1 off x0 and 1 + kappa at x0.
+        spread = level.sum(dim=-1) - size * at_noisy  # sum_j (L_j - L_i)
+        r_off = torch.where(same.bool(), 1 / (1 + kappa), torch.ones_like(kappa))
+        kept = -r_off * (spread + (size - 1) * log_ratio * same)
+        moved = -(1 - same) * (kappa * (at_clean - at_noisy) - (1 + kappa) * log_ratio)
+        sum_r = torch.where(same.bool(), (size + kappa) / (1 + kappa), size + kappa)
+        sum_rhat = (size + kappa) * torch.exp(-at_noisy)  # uses sum_j p_j = 1
+        return -dalpha / (size * alpha) * (kept + moved - sum_r + sum_rhat)
+
+    def posterior(self, logits: Tensor, x_t: Tensor, t: Tensor, s: Tensor) -> Tensor:
+        r"""Return q(x_s | x_t) (B, L, V) for times (B,); ``s = 0`` means alpha_s = 1.
+
+        Source: DUO, equation 4 (algo.py ``DUO_BASE._posterior_from_x0``).
+        """
+        size = self.vocab_size
+        p = self.log_probs(logits, x_t).exp()
+        alpha_t = self.schedule.alpha(t)[:, None, None]
+        alpha_s = torch.where(s == 0, 1.0, self.schedule.alpha(s))[:, None, None]
+        ratio = alpha_t / alpha_s
+        here = torch.nn.functional.one_hot(x_t.long(), size).to(p.dtype)
+        p_here = p.gather(-1, x_t.long()[..., None])
+        top = (alpha_t * size * p + ratio - alpha_t) * here
+        top = top + (alpha_s - alpha_t) * p + (1 - ratio) * (1 - alpha_s) / size
+        return top / (alpha_t * size * p_here + 1 - alpha_t)
+
+    def mixture(self, log_p: Tensor | None, x_t: Tensor, t: float, s: float) -> Mixture:
+        r"""Return the exact three-way form of the posterior, which needs only p at the present token.
+
+        With :math:`D = \alpha_t V p_i + 1 - \alpha_t` and :math:`a = \alpha_t/\alpha_s`: stay with
+        :math:`(\alpha_t V p_i + a - \alpha_t)/D`, draw from p with :math:`(\alpha_s-\alpha_t)/D`, draw
+        uniformly with :math:`(1-a)(1-\alpha_s)/D`.
+        """
+        if log_p is None:
+            raise TypeError("uniform diffusion needs log_p of the present tokens")
+        alpha_t, alpha_s = self.levels(t, s)
+        evidence = alpha_t * self.vocab_size * log_p.double().exp()
+        total = evidence + 1 - alpha_t
+        return Mixture((evidence + alpha_t / alpha_s - alpha_t) / total, (alpha_s - alpha_t) / total)

@@ -1,0 +1,104 @@
+"""Frozen feature maps: soft embeddings (B, L, D) to one feature vector a sequence, (B, M)."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Protocol, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+
+from tokendrift._checks import check_tensor, fail
+
+
+class FeatureMap(Protocol):
+    """Any frozen, differentiable callable from embeddings (B, L, D) to features (B, M).
+
+    It may take ``attention_mask``; the loss passes one only if it was given one.
+    """
+
+    def __call__(self, embeds: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """Map embeddings (B, L, D) to features (B, M)."""
+        ...
+
+
+@runtime_checkable
+class HiddenStates(Protocol):
+    """An encoder that shows the output of every layer, as `tokendrift.models.DiT` does."""
+
+    def hidden_states(self, embeds: Tensor, *, attention_mask: Tensor | None = None) -> list[Tensor]:
+        """Map embeddings (B, L, D) to a list of (B, L, D), input first."""
+        ...
+
+
+class PooledFeatures(nn.Module):
+    r"""Pool hidden layers of a frozen encoder into one unit vector a sequence.
+
+    .. math:: h = \frac{z}{\lVert z\rVert},\qquad
+        z = \big[\tfrac1L\textstyle\sum_l H^{(a)}_l,\; \tfrac1L\sum_l H^{(b)}_l\big]
+
+    over the chosen layers; the last two by default. Hidden states are cast to float32 before pooling.
+    Time-conditioned encoders run at clean time (sigma = 0).
+
+    The encoder is deep-copied, put into evaluation mode and frozen, so that further training of the
+    original does not move the features.
+
+    Args:
+        encoder: A module with ``hidden_states(embeds, attention_mask=...)``, such as `DiT`.
+        layers: Indices into the list of hidden states; M = len(layers) * D.
+        normalize: Divide by the Euclidean norm.
+
+    Raises:
+        TokenDriftError: If the encoder shows no hidden states or has fewer than the layers ask for.
+
+    Source: TokenDrift (arXiv 2605.19470), appendix F.
+    """
+
+    def __init__(self, encoder: nn.Module, *, layers: Sequence[int] = (-2, -1), normalize: bool = True) -> None:
+        super().__init__()
+        if not isinstance(encoder, HiddenStates):
+            raise fail(
+                "encoder must have a method hidden_states(embeds, attention_mask=...) -> list of (B, L, D).",
+                "Wrap your encoder in a module with that method, or pass any frozen callable (B, L, D) -> (B, M) "
+                "as feature_map.",
+                encoder=type(encoder).__name__,
+            )
+        if not layers:
+            raise fail("layers must name at least one hidden layer.", layers=layers)
+        self.encoder = copy.deepcopy(encoder).eval().requires_grad_(False)
+        self.layers, self.normalize = tuple(layers), normalize
+        super().train(False)
+
+    def train(self, mode: bool = True) -> PooledFeatures:
+        """Stay in evaluation mode, whatever the mode of the owner."""
+        return self
+
+    def forward(self, embeds: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """Return features (B, M) in float32 or wider, from embeddings (B, L, D).
+
+        Args:
+            embeds: Hard or soft token embeddings, cast to the encoder's dtype.
+            attention_mask: Positions that count, bool (B, L); padding neither attends nor is pooled.
+        """
+        check_tensor("embeds", embeds, ("B", "L", "D"))
+        hidden = self.encoder.hidden_states(embeds.to(_dtype(self.encoder)), attention_mask=attention_mask)
+        if max(max(self.layers), -min(self.layers) - 1) >= len(hidden):
+            raise fail(f"layers {self.layers} do not exist: the encoder shows {len(hidden)} hidden states.")
+        with torch.autocast(embeds.device.type, enabled=False):
+            pooled = [masked_mean(hidden[layer], attention_mask) for layer in self.layers]
+            features = torch.cat(pooled, dim=-1)
+            return nn.functional.normalize(features, dim=-1) if self.normalize else features
+
+
+def masked_mean(hidden: Tensor, attention_mask: Tensor | None) -> Tensor:
+    """Return the mean over the positions that count, (B, L, D) to (B, D), in float32 or wider."""
+    hidden = hidden.to(torch.promote_types(hidden.dtype, torch.float32))
+    if attention_mask is None:
+        return hidden.mean(dim=1)
+    weight = attention_mask.to(hidden.dtype)[..., None]
+    return (hidden * weight).sum(dim=1) / weight.sum(dim=1).clamp_min(1)
+
+
+def _dtype(module: nn.Module) -> torch.dtype:
+    return next((p.dtype for p in module.parameters()), torch.float32)

@@ -1,0 +1,273 @@
+"""The MDLM / DUO backbone: a bidirectional transformer with rotary positions and adaptive layer norm.
+
+Plain PyTorch attention, no compiled extension. Parameter names are those of the released checkpoints
+(`kuleshov-group/mdlm`, `s-sahoo/duo`, models/dit.py), so that their tensors load by name.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from tokendrift._checks import check_count, fail
+
+FREQUENCIES = 256  # width of the sinusoidal embedding of sigma, fixed upstream
+
+
+@dataclass(frozen=True)
+class DiTConfig:
+    """Sizes of a `DiT`, with the names of the released ``config.json`` files.
+
+    Attributes:
+        vocab_size: V, the mask entry included where there is one.
+        model_length: L, the longest sequence it was trained on.
+        hidden_dim: D, the width.
+        cond_dim: Width of the conditioning vector.
+        n_blocks: Number of transformer blocks.
+        n_heads: Number of attention heads; divides hidden_dim.
+        dropout: Dropout probability on the two residual branches.
+        time_conditioning: Whether the network reads sigma (DUO) or zeros in its place (MDLM).
+    """
+
+    vocab_size: int
+    model_length: int = 1024
+    hidden_dim: int = 768
+    cond_dim: int = 128
+    n_blocks: int = 12
+    n_heads: int = 12
+    dropout: float = 0.1
+    time_conditioning: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("vocab_size", "model_length", "hidden_dim", "cond_dim", "n_blocks", "n_heads"):
+            check_count(name, getattr(self, name), least=1)
+        if self.hidden_dim % (2 * self.n_heads):
+            raise fail(
+                f"hidden_dim must be a multiple of 2 * n_heads = {2 * self.n_heads} (rotary positions pair channels).",
+                hidden_dim=self.hidden_dim,
+                n_heads=self.n_heads,
+            )
+
+
+class LayerNorm(nn.Module):
+    """Layer norm in float32 (or float64) with a weight and no bias."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast(x.device.type, enabled=False):
+            wide = x if x.dtype == torch.float64 else x.float()
+            return F.layer_norm(wide, wide.shape[-1:], self.weight.to(wide.dtype))
+
+
+class Embedding(nn.Module):
+    """Token embedding that also takes distributions, as upstream's does.
+
+    Integer ids (B, L) are looked up. Floats (B, L, V) are read as logits: softmax, then ``p @ E``.
+    """
+
+    def __init__(self, vocab_size: int, width: int) -> None:
+        super().__init__()
+        self.embedding = nn.Parameter(torch.empty(vocab_size, width))
+        nn.init.kaiming_uniform_(self.embedding, a=math.sqrt(5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.is_floating_point():
+            wide = torch.promote_types(x.dtype, torch.float32)
+            return torch.softmax(x, dim=-1, dtype=wide).to(self.embedding.dtype) @ self.embedding
+        return F.embedding(x, self.embedding)
+
+
+class Rotary(nn.Module):
+    """Rotary positions in the half-split form, base 10000."""
+
+    inv_freq: Tensor
+
+    def __init__(self, head_dim: int, base: float = 10_000.0) -> None:
+        super().__init__()
+        exponent = torch.arange(0, head_dim, 2).float() / head_dim
+        self.register_buffer("inv_freq", base**-exponent)
+
+    def forward(self, length: int) -> tuple[Tensor, Tensor]:
+        angle = torch.outer(torch.arange(length, device=self.inv_freq.device, dtype=self.inv_freq.dtype), self.inv_freq)
+        angle = torch.cat([angle, angle], dim=-1)
+        return angle.cos(), angle.sin()
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn each pair of channels (c, c + half) of (B, H, L, C) by the angle of its position."""
+    first, second = x.chunk(2, dim=-1)
+    return x * cos.to(x.dtype) + torch.cat([-second, first], dim=-1) * sin.to(x.dtype)
+
+
+class SigmaMap(nn.Module):
+    """Conditioning vector (B, C) from sigma (B,): sinusoids, then a two-layer network."""
+
+    def __init__(self, cond_dim: int) -> None:
+        super().__init__()
+        self.mlp = nn.Sequential(nn.Linear(FREQUENCIES, cond_dim), nn.SiLU(), nn.Linear(cond_dim, cond_dim))
+
+    def forward(self, sigma: Tensor) -> Tensor:
+        half = FREQUENCIES // 2
+        steps = torch.arange(half, device=sigma.device, dtype=torch.float32) / half
+        angle = sigma[:, None] * torch.exp(-math.log(10_000.0) * steps).to(sigma.dtype)
+        waves = torch.cat([angle.cos(), angle.sin()], dim=-1)
+        return F.silu(self.mlp(waves.to(self.mlp[0].weight.dtype)))
+
+
+def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """Apply adaptive shift and scale (B, 1, D) to (B, L, D)."""
+    return torch.addcmul(shift, x, 1 + scale)
+
+
+class Block(nn.Module):
+    """One transformer block: attention and a two-layer network, both modulated and gated by sigma."""
+
+    def __init__(self, config: DiTConfig) -> None:
+        super().__init__()
+        width = config.hidden_dim
+        self.n_heads, self.dropout = config.n_heads, config.dropout
+        self.norm1 = LayerNorm(width)
+        self.attn_qkv = nn.Linear(width, 3 * width, bias=False)
+        self.attn_out = nn.Linear(width, width, bias=False)
+        self.norm2 = LayerNorm(width)
+        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(approximate="tanh"), nn.Linear(4 * width, width))
+        self.adaLN_modulation = nn.Linear(config.cond_dim, 6 * width)
+        nn.init.zeros_(self.adaLN_modulation.weight)
+        nn.init.zeros_(self.adaLN_modulation.bias)
+
+    def forward(
+        self, x: Tensor, condition: Tensor, cos: Tensor, sin: Tensor, attention_mask: Tensor | None = None
+    ) -> Tensor:
+        parts = self.adaLN_modulation(condition)[:, None].chunk(6, dim=-1)
+        shift1, scale1, gate1, shift2, scale2, gate2 = parts
+        mixed = self.attention(modulate(self.norm1(x), shift1, scale1), cos, sin, attention_mask)
+        x = torch.addcmul(x, gate1, F.dropout(mixed, self.dropout, self.training))
+        mixed = self.mlp(modulate(self.norm2(x), shift2, scale2).to(self.mlp[0].weight.dtype))
+        return torch.addcmul(x, gate2, F.dropout(mixed, self.dropout, self.training))
+
+    def attention(self, x: Tensor, cos: Tensor, sin: Tensor, attention_mask: Tensor | None) -> Tensor:
+        qkv = self.attn_qkv(x.to(self.attn_qkv.weight.dtype))
+        q, k, v = rearrange(qkv, "b l (three h c) -> three b h l c", three=3, h=self.n_heads)
+        seen = None if attention_mask is None else attention_mask.bool()[:, None, None, :]
+        mixed = F.scaled_dot_product_attention(rotate(q, cos, sin), rotate(k, cos, sin), v, attn_mask=seen)
+        return self.attn_out(rearrange(mixed, "b h l c -> b l (h c)"))
+
+
+class OutputLayer(nn.Module):
+    """Final norm, modulation and the untied vocabulary head."""
+
+    def __init__(self, config: DiTConfig) -> None:
+        super().__init__()
+        self.norm_final = LayerNorm(config.hidden_dim)
+        self.linear = nn.Linear(config.hidden_dim, config.vocab_size)
+        self.adaLN_modulation = nn.Linear(config.cond_dim, 2 * config.hidden_dim)
+        for layer in (self.linear, self.adaLN_modulation):
+            nn.init.zeros_(layer.weight)
+            nn.init.zeros_(layer.bias)
+
+    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
+        shift, scale = self.adaLN_modulation(condition)[:, None].chunk(2, dim=-1)
+        return self.linear(modulate(self.norm_final(x), shift, scale).to(self.linear.weight.dtype))
+
+
+class DiT(nn.Module):
+    """Denoiser of MDLM and DUO: noisy ids and sigma in, raw logits out.
+
+    SUBS and log-softmax belong to the process, not to the network. Follows the denoiser protocol
+    ``(x_t (B, L) int64, sigma (B,) or None) -> logits (B, L, V)``.
+
+    Args:
+        config: The sizes.
+
+    >>> model = DiT(DiTConfig(vocab_size=11, model_length=8, hidden_dim=16, cond_dim=4, n_blocks=1, n_heads=2))
+    >>> model(torch.zeros(2, 8, dtype=torch.int64), torch.zeros(2)).shape
+    torch.Size([2, 8, 11])
+    """
+
+    def __init__(self, config: DiTConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.vocab_embed = Embedding(config.vocab_size, config.hidden_dim)
+        self.sigma_map = SigmaMap(config.cond_dim)
+        self.rotary_emb = Rotary(config.hidden_dim // config.n_heads)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_blocks))
+        self.output_layer = OutputLayer(config)
+
+    @property
+    def vocab_size(self) -> int:
+        """V."""
+        return self.config.vocab_size
+
+    @property
+    def time_conditioned(self) -> bool:
+        """Whether sigma matters."""
+        return self.config.time_conditioning
+
+    def forward(self, x_t: Tensor, sigma: Tensor | None = None) -> Tensor:
+        """Return raw logits.
+
+        Args:
+            x_t: Noisy ids (B, L) of an integer dtype, or input logits (B, L, V) of a float dtype
+                (their softmax is embedded, as DUO's curriculum needs).
+            sigma: ``-log alpha_t``, shape (B,). Needed with time conditioning, unused without.
+
+        Returns:
+            Shape (B, L, V), in the parameters' dtype (that of autocast inside it).
+
+        Raises:
+            TokenDriftError: If sigma is missing or misshapen, or x_t has the wrong number of axes.
+        """
+        condition = self.condition(len(x_t), sigma)
+        hidden = self.hidden_states(self.vocab_embed(self._checked(x_t)), sigma)
+        return self.output_layer(hidden[-1], condition)
+
+    def hidden_states(
+        self, embeds: Tensor, sigma: Tensor | None = None, *, attention_mask: Tensor | None = None
+    ) -> list[Tensor]:
+        """Return the token embeddings and the output of every block, before the final norm.
+
+        Args:
+            embeds: Hard or soft token embeddings (B, L, D).
+            sigma: As in `forward`; None means clean time (sigma = 0).
+            attention_mask: Positions that may be attended to, bool (B, L); all by default.
+
+        Returns:
+            ``n_blocks + 1`` tensors (B, L, D).
+        """
+        condition = self.condition(len(embeds), torch.zeros(len(embeds)) if sigma is None else sigma)
+        cos, sin = self.rotary_emb(embeds.shape[1])
+        hidden = [embeds]
+        for block in self.blocks:
+            hidden.append(block(hidden[-1], condition, cos, sin, attention_mask))
+        return hidden
+
+    def condition(self, rows: int, sigma: Tensor | None) -> Tensor:
+        """Return the conditioning vector (B, C); sigma is replaced by zeros without time conditioning."""
+        weight = self.sigma_map.mlp[0].weight
+        dtype = torch.promote_types(weight.dtype, torch.float32)
+        if not self.config.time_conditioning:
+            sigma = torch.zeros(rows, device=weight.device, dtype=dtype)
+        if sigma is None or sigma.shape != (rows,):
+            raise fail(
+                f"sigma must have shape (B,) = ({rows},): one noise level -log(alpha_t) a row.",
+                "Pass process.sigma(t), not the time t itself and not one value a position.",
+                sigma=sigma,
+            )
+        return self.sigma_map(sigma.to(weight.device, dtype))
+
+    def _checked(self, x_t: Tensor) -> Tensor:
+        axes = 3 if x_t.is_floating_point() else 2
+        if x_t.ndim != axes or (axes == 3 and x_t.shape[-1] != self.vocab_size):
+            raise fail(
+                f"x_t must be integer ids (B, L) or float logits (B, L, V) with V = {self.vocab_size}.",
+                x_t=x_t,
+            )
+        return x_t
