@@ -1,0 +1,79 @@
+# tokendrift: everything from a fresh machine that has python3 and make.
+#
+#   make demo        set up, then train, sample, measure and write report.html
+#   make test        set up, then ruff, mypy and the test-suite
+#   make test-slow   the slow and statistical tests, which `make test` leaves out
+#   make lint        ruff and mypy only
+#   make docs        build the documentation into site/
+#   make examples    run the three examples
+#   make clean       remove .venv and everything that was built
+#
+# Variables, each set on the command line as in `make demo PYTHON=python3.12`:
+#   PYTHON       interpreter that makes the environment, 3.10 or newer
+#   VENV         where the environment goes
+#   TORCH        the torch requirement. It is installed first, on its own, so that nothing else chooses the build;
+#                TORCH= (empty) takes what the index gives for the package's own requirement
+#   TORCH_FLAGS  pip options for that step alone. Where your index serves torch with CUDA and you want the smaller
+#                CPU build, put here the --index-url that the install page of PyTorch names for CPU
+#   PIP_FLAGS    pip options for every other step
+#   ARGS         arguments of `tokendrift demo`, such as ARGS=--quick
+#   PYTEST_ARGS  arguments of pytest
+
+PYTHON ?= python3
+VENV ?= .venv
+TORCH ?= torch==2.13.0
+TORCH_FLAGS ?=
+PIP_FLAGS ?=
+ARGS ?=
+PYTEST_ARGS ?=
+
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
+EXAMPLES := $(wildcard examples/*.py)
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test test-slow lint docs examples clean
+
+help:
+	@sed -n '3,9s/^# \{0,1\}//p' Makefile
+
+# One stamp a stage: a second call installs nothing, a changed pyproject.toml only what follows from it.
+setup: $(VENV)/.installed
+
+$(VENV)/.torch:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+	    { echo "Python 3.10 or newer is needed: make PYTHON=python3.12 ..."; exit 1; }
+	@echo "making $(VENV) and installing $(or $(TORCH),torch) (a minute or more)"
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) $(PIP_FLAGS) --upgrade 'pip>=25.1'
+	$(if $(TORCH),$(PIP) $(TORCH_FLAGS) '$(TORCH)')
+	@touch $@
+
+$(VENV)/.installed: $(VENV)/.torch pyproject.toml
+	@echo "installing tokendrift with its extras, test and documentation tools"
+	$(PIP) $(PIP_FLAGS) --editable '.[all]' --group test --group lint --group docs $(if $(TORCH),'$(TORCH)')
+	@touch $@
+
+demo: setup
+	$(BIN)/tokendrift demo $(ARGS)
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+test: lint
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+test-slow: setup
+	$(BIN)/python -m pytest -m 'slow or statistical' $(PYTEST_ARGS)
+
+docs: setup
+	$(BIN)/mkdocs build --strict
+
+examples: setup
+	@set -e; for script in $(EXAMPLES); do echo "== $$script"; $(BIN)/python $$script; done
+
+clean:
+	rm -rf $(VENV) build dist site demo-output report.html .pytest_cache .hypothesis .mypy_cache .ruff_cache
+	find . -name __pycache__ -type d -not -path './.git/*' -prune -exec rm -rf {} +
