@@ -1,0 +1,73 @@
+"""What the tests share: golden fixtures, small backbones, and the hypothesis profiles."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import settings
+from safetensors.torch import load_file
+from torch import Tensor
+
+from tokendrift.models import DiT, DiTConfig
+
+FIXTURES = Path(__file__).parent / "fixtures"
+
+# "fixed" draws the same examples in every run; --hypothesis-profile=explore looks further.
+settings.register_profile("fixed", derandomize=True, deadline=None, max_examples=30, database=None)
+settings.register_profile("explore", deadline=None, max_examples=500)
+settings.load_profile("fixed")
+
+
+class Golden:
+    """One fixture file: numbers of the official code, and the tolerance that index.json grants."""
+
+    def __init__(self, name: str) -> None:
+        index = json.loads((FIXTURES / "index.json").read_text())
+        self.entry = next(entry for entry in index["fixtures"] if entry["name"] == name)
+        self.params, self.tolerance = self.entry["params"], self.entry["tolerance"]
+        self.data = load_file(FIXTURES / self.entry["file"])
+
+    def __getitem__(self, key: str) -> Tensor:
+        return self.data[key]
+
+    def assert_matches(self, actual: Tensor, key: str, *, tolerance: dict[str, float] | None = None) -> None:
+        """Assert |actual - golden| <= atol + rtol * |golden| for every element."""
+        expected, granted = self.data[key], tolerance or self.tolerance
+        actual = actual.detach().reshape(expected.shape) if actual.numel() == expected.numel() == 1 else actual.detach()
+        torch.testing.assert_close(
+            actual, expected, rtol=granted["rtol"], atol=granted["atol"], check_dtype=True, msg=lambda m: f"{key}: {m}"
+        )
+
+
+@pytest.fixture
+def golden():
+    """Load a fixture by name."""
+    return Golden
+
+
+def make_dit(*, vocab_size: int = 13, length: int = 8, time_conditioning: bool = False, seed: int = 0) -> DiT:
+    """Build a small backbone with random values also where it is initialised to zero."""
+    config = DiTConfig(
+        vocab_size, length, hidden_dim=16, cond_dim=8, n_blocks=2, n_heads=2, time_conditioning=time_conditioning
+    )
+    model = DiT(config)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
+    return model.eval()
+
+
+@pytest.fixture
+def backbone():
+    """Build small backbones: ``backbone(vocab_size=..., time_conditioning=...)``."""
+    return make_dit
+
+
+@pytest.fixture
+def generator():
+    """Return a seeded generator."""
+    return torch.Generator().manual_seed(20_260_519)
