@@ -1,0 +1,133 @@
+"""What pip gets, and what an import costs."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import sysconfig
+import venv
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+OPTIONAL = {
+    "accelerate",
+    "datasets",
+    "hypothesis",
+    "jinja2",
+    "matplotlib",
+    "rich",
+    "safetensors",
+    "tokenizers",
+    "transformers",
+    "typer",
+}
+
+
+def run(*command: object, cwd: Path | None = None) -> str:
+    """Run a command outside the checkout's import path and return what it printed."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
+    done = subprocess.run(
+        [str(part) for part in command], cwd=cwd, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="session")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The wheel, built from the files of the checkout without reaching for an index."""
+    folder = tmp_path_factory.mktemp("dist")
+    run(sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", folder, ROOT, cwd=folder)
+    (built,) = folder.glob("*.whl")
+    return built
+
+
+@pytest.fixture(scope="session")
+def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The interpreter of an environment that holds the wheel and nothing else of its own.
+
+    torch and the optional packages come from the environment of the tests, read after the new one's packages,
+    so that nothing is downloaded. Its own `.pth` files are not followed: an editable tokendrift stays out.
+    """
+    folder = tmp_path_factory.mktemp("empty")
+    venv.create(folder, with_pip=False, symlinks=os.name != "nt")
+    python = folder / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
+    site = Path(run(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))").strip())
+    run(sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--target", site, wheel)
+    outer = dict.fromkeys(sysconfig.get_path(kind) for kind in ("purelib", "platlib"))
+    (site / "packages-of-the-tests.pth").write_text("\n".join(outer) + "\n")
+    return python
+
+
+def test_wheel_holds_the_package_and_only_it(wheel: Path) -> None:
+    names = set(zipfile.ZipFile(wheel).namelist())
+    sources = (path for path in (ROOT / "tokendrift").rglob("*") if path.is_file())
+    wanted = {path.relative_to(ROOT).as_posix() for path in sources if "__pycache__" not in path.parts}
+    assert wanted <= names
+    assert {name.split("/")[0] for name in names - wanted} == {f"tokendrift-{version()}.dist-info"}
+    assert "tokendrift/py.typed" in names
+
+
+def test_wheel_declares_what_it_needs(wheel: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        metadata = archive.read(f"tokendrift-{version()}.dist-info/METADATA").decode()
+        licence = archive.read(f"tokendrift-{version()}.dist-info/licenses/LICENSE").decode()
+    needed = [line.split(": ")[1] for line in metadata.splitlines() if line.startswith("Requires-Dist")]
+    assert sorted(line for line in needed if "extra" not in line) == ["einops>=0.8", "torch>=2.6"]
+    extras = {line.split(": ")[1] for line in metadata.splitlines() if line.startswith("Provides-Extra")}
+    assert {"hf", "train", "eval", "plot", "cli", "all"} <= extras
+    assert "Apache License" in licence
+
+
+def test_every_module_of_the_wheel_imports(installed: Path, tmp_path: Path) -> None:
+    script = """
+import importlib, json, pkgutil, tokendrift
+names = [module.name for module in pkgutil.walk_packages(tokendrift.__path__, "tokendrift.")
+         if not module.name.endswith("__main__")]
+for name in names:
+    importlib.import_module(name)
+print(json.dumps([tokendrift.__file__, names]))
+"""
+    file, names = json.loads(run(installed, "-c", script, cwd=tmp_path).splitlines()[-1])
+    assert Path(file).is_relative_to(installed.parents[1]), "the checkout was imported, not the wheel"
+    sources = (ROOT / "tokendrift").rglob("*.py")
+    paths = (path.relative_to(ROOT).with_suffix("") for path in sources if path.stem not in ("__init__", "__main__"))
+    assert {".".join(path.parts) for path in paths} <= set(names)
+
+
+def test_import_loads_nothing_optional(tmp_path: Path) -> None:
+    script = """
+import json, sys
+import torch, einops
+before = {name.split(".")[0] for name in sys.modules}
+import tokendrift
+print(json.dumps(sorted({name.split(".")[0] for name in sys.modules} - before)))
+"""
+    loaded = set(json.loads(run(sys.executable, "-c", script, cwd=tmp_path)))
+    assert not loaded & OPTIONAL
+    assert not {name for name in loaded - {"tokendrift"} if name not in sys.stdlib_module_names and name[0] != "_"}
+
+
+def test_import_is_quick(tmp_path: Path) -> None:
+    script = """
+import torch
+from time import perf_counter
+start = perf_counter()
+import tokendrift
+print(perf_counter() - start)
+"""
+    # The best of a few: a busy machine may slow one import, it cannot make one fast.
+    best = min(float(run(sys.executable, "-c", script, cwd=tmp_path)) for _ in range(3))
+    assert best <= 0.3
+
+
+def version() -> str:
+    """The version as the package states it."""
+    from tokendrift import __version__
+
+    return __version__
