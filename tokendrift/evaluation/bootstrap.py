@@ -1,0 +1,197 @@
+"""Percentile bootstrap over samples: how far a figure would move with another draw of as many samples."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from tokendrift._checks import check_count, fail
+from tokendrift.evaluation.protocols import log_perplexity
+
+BLOCK = 1 << 22  # resampled values held at a time
+
+
+class Interval(NamedTuple):
+    """A figure and its confidence interval.
+
+    Attributes:
+        estimate: The figure on all samples.
+        low: Lower end.
+        high: Upper end.
+    """
+
+    estimate: float
+    low: float
+    high: float
+
+
+class Scored(Protocol):
+    """What a Gen.-PPL interval needs; `PerplexityResult` has it."""
+
+    @property
+    def sample_nll(self) -> Tensor:
+        """Summed NLL of each sample, (n,)."""
+        ...
+
+    @property
+    def sample_tokens(self) -> Tensor:
+        """Counted tokens of each sample, (n,)."""
+        ...
+
+    @property
+    def protocol(self) -> str:
+        """Convention, one of `PROTOCOLS`."""
+        ...
+
+
+def bootstrap_interval(
+    statistic: Callable[..., Tensor],
+    *per_sample: Tensor,
+    resamples: int = 1000,
+    level: float = 0.95,
+    seed: int = 0,
+) -> Interval:
+    """Return a statistic with its percentile bootstrap interval.
+
+    Samples are redrawn with replacement, all arrays alike, so what belongs to one sample stays together.
+
+    Args:
+        statistic: Maps arrays (R, n) to values (R,): reduces the last axis and nothing else.
+        *per_sample: One value a sample each, (n,), n at least 2.
+        resamples: R in all.
+        level: Share of the resampled values inside the interval.
+        seed: Same seed, same interval; the global random state is left alone.
+
+    Raises:
+        TokenDriftError: If the arrays do not agree or are too short, or an option is out of range.
+
+    Source: Efron, Better Bootstrap Confidence Intervals (1987), the percentile method.
+
+    >>> bootstrap_interval(lambda x: x.mean(dim=-1), torch.full((5,), 2.0))
+    Interval(estimate=2.0, low=2.0, high=2.0)
+    """
+    _check(level, resamples)
+    arrays = _check_arrays(per_sample)
+    generator = torch.Generator().manual_seed(seed)
+    return _interval(_estimate(statistic, arrays), _replicates(statistic, arrays, resamples, generator), level)
+
+
+def perplexity_interval(scored: Scored, *, resamples: int = 1000, level: float = 0.95, seed: int = 0) -> Interval:
+    """Return Gen.-PPL with its interval, averaged as its protocol does.
+
+    Args:
+        scored: A `PerplexityResult`.
+        resamples: As for `bootstrap_interval`.
+        level: As for `bootstrap_interval`.
+        seed: As for `bootstrap_interval`.
+    """
+    log = bootstrap_interval(
+        _log_perplexity_of(scored.protocol),
+        scored.sample_nll,
+        scored.sample_tokens,
+        resamples=resamples,
+        level=level,
+        seed=seed,
+    )
+    return _exponentiated(log)
+
+
+def perplexity_ratio_interval(
+    a: Scored, b: Scored, *, paired: bool = False, resamples: int = 1000, level: float = 0.95, seed: int = 0
+) -> Interval:
+    """Return the ratio of Gen.-PPL of a to that of b with its interval; below 1, a is likelier to the judge.
+
+    Their difference lies beyond chance where the interval leaves out 1.
+
+    Args:
+        a: A `PerplexityResult`.
+        b: Another, of the same protocol.
+        paired: Sample i of a and of b belong together (same prompt or same noise) and are redrawn together.
+        resamples: As for `bootstrap_interval`.
+        level: As for `bootstrap_interval`.
+        seed: As for `bootstrap_interval`.
+
+    Raises:
+        TokenDriftError: If the protocols differ, or, when paired, the numbers of samples.
+    """
+    _check(level, resamples)
+    if a.protocol != b.protocol:
+        raise fail(
+            f"a was scored under protocol {a.protocol!r} and b under {b.protocol!r}; they do not compare.",
+            "Score both under one protocol.",
+        )
+    log = _log_perplexity_of(a.protocol)
+    first = _check_arrays((a.sample_nll, a.sample_tokens))
+    second = _check_arrays((b.sample_nll, b.sample_tokens))
+    generator = torch.Generator().manual_seed(seed)
+    if paired:
+        if first[0].shape != second[0].shape:
+            raise fail(
+                f"paired=True needs as many samples of a as of b, but there are {len(first[0])} and {len(second[0])}.",
+                "Leave paired out for samples that do not belong together.",
+            )
+        replicates = _replicates(lambda s, c, t, d: log(s, c) - log(t, d), first + second, resamples, generator)
+    else:
+        replicates = _replicates(log, first, resamples, generator) - _replicates(log, second, resamples, generator)
+    return _exponentiated(_interval(_estimate(log, first) - _estimate(log, second), replicates, level))
+
+
+def _replicates(
+    statistic: Callable[..., Tensor], arrays: tuple[Tensor, ...], resamples: int, generator: torch.Generator
+) -> Tensor:
+    """Return the statistic on ``resamples`` redrawn corpora, (R,)."""
+    n, parts = len(arrays[0]), []
+    block = max(1, BLOCK // n)
+    for start in range(0, resamples, block):
+        index = torch.randint(n, (min(block, resamples - start), n), generator=generator)
+        parts.append(_checked(statistic(*(array[index] for array in arrays)), len(index)))
+    return torch.cat(parts)
+
+
+def _estimate(statistic: Callable[..., Tensor], arrays: tuple[Tensor, ...]) -> float:
+    return float(_checked(statistic(*(array[None] for array in arrays)), 1))
+
+
+def _checked(values: Tensor, resamples: int) -> Tensor:
+    if not isinstance(values, Tensor) or values.shape != (resamples,):
+        raise fail(
+            f"statistic must map arrays (R, n) to values (R,) = ({resamples},).",
+            "Reduce the last axis: lambda x: x.mean(dim=-1).",
+            values=values,
+        )
+    return values.double()
+
+
+def _interval(estimate: float, replicates: Tensor, level: float) -> Interval:
+    tails = torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.float64)
+    low, high = torch.quantile(replicates, tails).tolist()
+    return Interval(estimate, low, high)
+
+
+def _log_perplexity_of(protocol: str) -> Callable[[Tensor, Tensor], Tensor]:
+    return lambda nll, tokens: log_perplexity(nll, tokens, protocol)
+
+
+def _exponentiated(log: Interval) -> Interval:
+    return Interval(*torch.tensor(log, dtype=torch.float64).exp().tolist())
+
+
+def _check(level: float, resamples: int) -> None:
+    check_count("resamples", resamples, least=1)
+    if not 0 < level < 1:
+        raise fail("level must lie between 0 and 1, both excluded.", level=level)
+
+
+def _check_arrays(arrays: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    if not arrays:
+        raise fail("bootstrap_interval needs at least one array of per-sample values.")
+    arrays = tuple(torch.as_tensor(array, device="cpu").double() for array in arrays)
+    for array in arrays:
+        if array.ndim != 1 or array.shape != arrays[0].shape:
+            raise fail("per-sample arrays must all have the same shape (n,).", first=arrays[0], other=array)
+        if len(array) < 2:
+            raise fail("an interval over samples needs at least 2 of them.", "Score more samples.", array=array)
+    return arrays

@@ -1,0 +1,290 @@
+"""Gen.-PPL: how likely a causal language model, the judge, finds generated samples."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from tokendrift._checks import check_choice, check_count, fail
+from tokendrift.evaluation.judge import Judge, check_range, scoring, token_nll
+from tokendrift.evaluation.protocols import (
+    NEED_EOS,
+    PROTOCOLS,
+    SLIDING,
+    WHOLE,
+    Window,
+    log_perplexity,
+    plan_windows,
+    scored_targets,
+)
+from tokendrift.evaluation.samples import Samples, id_sequences
+
+
+class PerplexityResult(NamedTuple):
+    """Gen.-PPL with everything needed to quote, pool or bootstrap it.
+
+    Attributes:
+        perplexity: Gen.-PPL.
+        nll: Summed negative log-likelihood of the counted tokens, nats.
+        tokens: Counted tokens.
+        samples: n.
+        protocol: Convention, one of `PROTOCOLS`.
+        precision: Dtype in which the judge ran.
+        sample_nll: What each sample adds to ``nll``, float64 (n,), in the order given.
+        sample_tokens: What each sample adds to ``tokens``, int64 (n,).
+    """
+
+    perplexity: float
+    nll: float
+    tokens: int
+    samples: int
+    protocol: str
+    precision: str
+    sample_nll: Tensor
+    sample_tokens: Tensor
+
+
+class GenerativePerplexity:
+    """Score samples under a judge: `update` with each lot, `compute` over all of them.
+
+    Every sample is scored whatever the batch size, and nothing depends on batch size, order or padding beyond
+    the rounding of the judge. Log-probabilities are float32 or wider, sums float64.
+
+    Args:
+        judge: A transformers causal LM; any callable (ids (B, L) int64, attention_mask (B, L) int64) -> logits
+            (B, L, V); or the name or folder of a transformers model, loaded in float32.
+        tokenizer: The judge's, for texts: of transformers, or a ``tokenizers.Tokenizer``. Texts are encoded
+            without added special tokens.
+        protocol: ``"mdlm"`` (also DUO's and ReMDM's), ``"sedd"``, ``"sdtt"``, ``"bd3"``, or ``"all"``: every token
+            but the first, with context across windows. See `tokendrift.evaluation.protocols`.
+        max_length: Tokens the judge reads at once; by default its own window, else 1024. Longer samples are
+            split, never cut; ``"sedd"`` and ``"sdtt"`` refuse them.
+        batch_size: Windows a forward call.
+        stride: Step of the sliding windows of ``"bd3"`` and ``"all"``; by default half of ``max_length``.
+        device: Where ids are sent; by default where the judge's parameters are.
+        eos_id: End of text, for ``"mdlm"`` and ``"bd3"``; by default the tokenizer's or the judge's.
+        truncate: Keep only the first so many tokens of a sample, as MDLM's evaluation does at the model length.
+        pad_eos: For parity with MDLM and DUO, which pad a call to its longest sample with EOS and count the first
+            pad as an EOS that the sample should have ended with: so the length of one sample changes the NLL of
+            the others.
+        drop_remainder: For parity with upstream, which drops the last n mod ``batch_size`` samples of each call.
+
+    Raises:
+        TokenDriftError: If an option is out of range, or the protocol needs an EOS and none is known.
+
+    Source: MDLM ``compute_generative_perplexity``; DUO, SEDD, SDTT and BD3-LM as in `protocols`.
+
+    >>> uniform = lambda ids, attention_mask: torch.zeros(*ids.shape, 10)
+    >>> metric = GenerativePerplexity(uniform, protocol="all")
+    >>> metric.update([[1, 2, 3], [4, 5]])
+    >>> result = metric.compute()
+    >>> round(result.perplexity, 4), result.tokens, result.samples
+    (10.0, 3, 2)
+    """
+
+    def __init__(
+        self,
+        judge: object,
+        tokenizer: Any = None,
+        *,
+        protocol: str = "mdlm",
+        max_length: int | None = None,
+        batch_size: int = 8,
+        stride: int | None = None,
+        device: torch.device | str | None = None,
+        eos_id: int | None = None,
+        truncate: int | None = None,
+        pad_eos: bool = False,
+        drop_remainder: bool = False,
+    ) -> None:
+        check_choice("protocol", protocol, PROTOCOLS)
+        self.batch_size = check_count("batch_size", batch_size, least=1)
+        self.truncate = truncate if truncate is None else check_count("truncate", truncate, least=2)
+        self.judge = judge if isinstance(judge, Judge) else Judge(judge, tokenizer, device=device)
+        self.protocol, self.pad_eos, self.drop_remainder = protocol, pad_eos, drop_remainder
+        self.max_length = _window(max_length, self.judge.window)
+        if stride is not None and protocol not in SLIDING:
+            raise fail(f"stride is for the protocols {', '.join(SLIDING)}, not for {protocol!r}.", stride=stride)
+        self.stride = stride if protocol not in SLIDING or stride is not None else max(1, self.max_length // 2)
+        plan_windows(self.max_length, self.max_length, self.stride)  # refuses a bad stride now, not after sampling
+        self.eos_id = self._end_of_text(eos_id)
+        self.reset()
+
+    def update(
+        self,
+        samples: Samples,
+        *,
+        attention_mask: Tensor | None = None,
+        progress: Callable[[int], object] | None = None,
+    ) -> None:
+        """Score samples and keep what each of them adds.
+
+        Args:
+            samples: Texts; or ids of the judge's vocabulary, int64 (n, L) or a list of sequences, then nothing
+                is tokenised.
+            attention_mask: With ids (n, L): 0 on padding, on whichever side. Padding is never scored.
+            progress: Called after each forward call with the number of windows it scored; a sample is one
+                window unless it is longer than ``max_length``.
+
+        Raises:
+            TokenDriftError: For no samples, a sample without a target, ids outside the judge's vocabulary.
+        """
+        scored = self.score(samples, attention_mask=attention_mask, progress=progress)
+        self._nll.append(scored.sample_nll)
+        self._tokens.append(scored.sample_tokens)
+        self._precision = scored.precision
+
+    def compute(self) -> PerplexityResult:
+        """Return Gen.-PPL over everything given since the start or the last `reset`.
+
+        Raises:
+            TokenDriftError: If nothing was scored, or the protocol counts no token of it.
+        """
+        if not self._nll:
+            raise fail("compute has nothing to work on.", "Call update(samples) first.")
+        return _result(torch.cat(self._nll), torch.cat(self._tokens), self.protocol, self._precision)
+
+    def reset(self) -> None:
+        """Forget all samples."""
+        self._nll: list[Tensor] = []
+        self._tokens: list[Tensor] = []
+        self._precision = ""
+
+    def score(
+        self,
+        samples: Samples,
+        *,
+        attention_mask: Tensor | None = None,
+        progress: Callable[[int], object] | None = None,
+    ) -> PerplexityResult:
+        """Return Gen.-PPL of these samples alone; arguments as for `update`, whose state it leaves as it is."""
+        sequences = self._prepare(samples, attention_mask)
+        pieces = [
+            (owner, window)
+            for owner, ids in enumerate(sequences)
+            for window in plan_windows(len(ids), self.max_length, self.stride)
+        ]
+        # Equal lengths together: hardly any padding, and no dependence on the order given.
+        pieces.sort(key=lambda piece: piece[1].end - piece[1].start)
+        nll = torch.zeros(len(sequences), dtype=torch.float64)
+        tokens = torch.zeros(len(sequences), dtype=torch.int64)
+        precision = ""
+        with scoring(self.judge.model):
+            for i in range(0, len(pieces), self.batch_size):
+                batch = pieces[i : i + self.batch_size]
+                owners = torch.tensor([owner for owner, _ in batch])
+                ids, mask, counted = self._collate(sequences, batch)
+                logits = self.judge.logits(ids, mask)
+                precision = self.judge.precision(logits)
+                nll.index_add_(0, owners, torch.where(counted, token_nll(logits, ids), 0).sum(dim=1))
+                tokens.index_add_(0, owners, counted.sum(dim=1))
+                if progress is not None:
+                    progress(len(batch))
+        return _result(nll, tokens, self.protocol, precision)
+
+    def _prepare(self, samples: Samples, attention_mask: Tensor | None) -> list[Tensor]:
+        """Return one tensor of ids a sample: cut, dropped or closed as the options ask, and checked."""
+        sequences, width = id_sequences(samples, attention_mask, self.judge.tokenizer)
+        if self.truncate is not None:
+            sequences, width = [ids[: self.truncate] for ids in sequences], min(width, self.truncate)
+        if self.drop_remainder:
+            sequences = sequences[: len(sequences) - len(sequences) % min(self.batch_size, len(sequences))]
+        for i, ids in enumerate(sequences):
+            if len(ids) < 2:
+                raise fail(
+                    f"sample {i} has {len(ids)} token{'' if len(ids) else 's'}; the judge predicts each token from "
+                    "those before it, so a sample needs at least 2.",
+                    "Leave such samples out and report how many there were.",
+                )
+            if self.protocol in WHOLE and len(ids) > self.max_length:
+                raise fail(
+                    f"sample {i} has {len(ids)} tokens, but protocol {self.protocol!r} scores a sample whole and the "
+                    f"judge reads max_length = {self.max_length}.",
+                    "Take protocol='all', which slides over long samples, or truncate=max_length.",
+                )
+        if self.judge.vocab_size is not None:
+            check_range(torch.cat(sequences), self.judge.vocab_size)
+        if self.pad_eos and self.protocol == "mdlm":
+            closing = torch.tensor([self.eos_id])
+            sequences = [torch.cat([ids, closing]) if len(ids) < width else ids for ids in sequences]
+        return sequences
+
+    def _collate(self, sequences: list[Tensor], batch: Sequence[tuple[int, Window]]) -> tuple[Tensor, Tensor, Tensor]:
+        """Return ids, attention mask and counted targets (B, L) of windows, padded on the right."""
+        parts = [sequences[owner][window.start : window.end] for owner, window in batch]
+        ids = torch.nn.utils.rnn.pad_sequence(parts, batch_first=True)
+        position = torch.arange(ids.shape[1])
+        real = position < torch.tensor([len(part) for part in parts])[:, None]
+        fresh = position >= torch.tensor([window.first - window.start for _, window in batch])[:, None]
+        return ids, real.long(), scored_targets(ids, self.protocol, self.eos_id) & real & fresh
+
+    def _end_of_text(self, eos_id: int | None) -> int | None:
+        """Return the EOS that the protocol needs, None if it needs none."""
+        if self.protocol not in NEED_EOS:
+            return None
+        found = eos_id if eos_id is not None else self.judge.eos_id
+        if found is None:
+            raise fail(
+                f"protocol {self.protocol!r} treats the end of text apart, and neither tokenizer nor judge names it.",
+                "Pass eos_id, or take protocol='all', which counts every token.",
+            )
+        size = self.judge.vocab_size
+        if found < 0 or (size is not None and found >= size):
+            raise fail(
+                f"eos_id is {found}, which is not in the judge's vocabulary of V = {size}.",
+                "Pass the id that the judge's tokenizer gives to the end of text.",
+            )
+        return found
+
+
+def generative_perplexity(
+    samples: Samples,
+    judge: object,
+    tokenizer: Any = None,
+    *,
+    attention_mask: Tensor | None = None,
+    progress: Callable[[int], object] | None = None,
+    **options: Any,
+) -> PerplexityResult:
+    """Return Gen.-PPL of samples in one call.
+
+    Args:
+        samples: Texts, or ids of the judge's vocabulary.
+        judge: As for `GenerativePerplexity`.
+        tokenizer: As for `GenerativePerplexity`.
+        attention_mask: With ids (n, L): 0 on padding.
+        progress: Called with the number of windows after each forward call.
+        **options: The other options of `GenerativePerplexity`.
+
+    >>> uniform = lambda ids, attention_mask: torch.zeros(*ids.shape, 10)
+    >>> round(generative_perplexity(torch.tensor([[1, 2, 3]]), uniform, protocol="sdtt").perplexity, 4)
+    10.0
+    """
+    metric = GenerativePerplexity(judge, tokenizer, **options)
+    return metric.score(samples, attention_mask=attention_mask, progress=progress)
+
+
+def _result(nll: Tensor, tokens: Tensor, protocol: str, precision: str) -> PerplexityResult:
+    total, count = float(nll.sum()), int(tokens.sum())
+    if count == 0:
+        raise fail(
+            f"protocol {protocol!r} counts no token of these {len(nll)} samples: they hold nothing but end of text.",
+            "Look at the samples.",
+        )
+    log = float(log_perplexity(nll, tokens, protocol))
+    perplexity = math.exp(log) if log < 709 else math.inf
+    return PerplexityResult(perplexity, total, count, len(nll), protocol, precision, nll, tokens)
+
+
+def _window(max_length: int | None, window: int | None) -> int:
+    """Return the tokens read at once: as asked, within what the judge knows."""
+    if max_length is None:
+        return window if window is not None else 1024
+    check_count("max_length", max_length, least=2)
+    if window is not None and max_length > window:
+        raise fail(f"max_length is {max_length}, but the judge knows {window} positions.", "Longer samples are split.")
+    return max_length
