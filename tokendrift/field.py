@@ -10,7 +10,7 @@ references in blocks: memory does not grow with their number beyond the referenc
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, Protocol
@@ -18,7 +18,15 @@ from typing import Literal, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from tokendrift._checks import check_choice, check_count, check_floating, check_same_device, check_tensor, fail
+from tokendrift._checks import (
+    check_choice,
+    check_count,
+    check_floating,
+    check_positive,
+    check_same_device,
+    check_tensor,
+    fail,
+)
 
 Kernel = Callable[[Tensor, float], Tensor]
 """Squared distances and temperature to log-weights, elementwise."""
@@ -125,13 +133,16 @@ class DriftField:
     block_size: int = 8192
 
     def __post_init__(self) -> None:
-        if not self.temperatures or not all(isinstance(t, (int, float)) and t > 0 for t in self.temperatures):
+        if not isinstance(self.temperatures, Sequence) or not self.temperatures:
             raise fail("temperatures must be a tuple of numbers above 0.", temperatures=self.temperatures)
+        for temperature in self.temperatures:
+            check_positive("temperatures", temperature, symbol="each tau")
         object.__setattr__(self, "temperatures", tuple(map(float, self.temperatures)))
         if not callable(self.kernel):
             check_choice("kernel", self.kernel, tuple(KERNELS))
         check_choice("normalization", self.normalization, NORMALIZATIONS)
         check_choice("aggregate", self.aggregate, ("mean", "sum"))
+        check_positive("eps", self.eps)
         check_count("block_size", self.block_size, least=1)
 
     def __call__(
@@ -324,6 +335,7 @@ def _check_clouds(
     check_floating("positives", check_tensor("positives", positives, ("P", "M")))
     if not isinstance(negatives, Tensor) or negatives.ndim != 2:
         raise fail("negatives must be a tensor of shape (Q, M).", negatives=negatives)
+    check_floating("negatives", negatives)
     for name, cloud in (("positives", positives), ("negatives", negatives)):
         if cloud.shape[1] != anchors.shape[1]:
             raise fail(
@@ -333,7 +345,8 @@ def _check_clouds(
                 **{name: cloud},
             )
     for name, index in (("exclude_positive", exclude_positive), ("exclude_negative", exclude_negative)):
-        if index is not None and (index.shape != anchors.shape[:1] or index.dtype != torch.int64):
+        wrong = not isinstance(index, Tensor) or index.shape != anchors.shape[:1] or index.dtype != torch.int64
+        if index is not None and wrong:
             raise fail(
                 f"{name} must be int64 of shape (N,): for each anchor the index of one reference, -1 for none.",
                 anchors=anchors,

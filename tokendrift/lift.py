@@ -14,7 +14,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tokendrift._checks import check_floating, check_ids, check_mask, check_positive, check_tensor, fail
+from tokendrift._checks import (
+    check_floating,
+    check_ids,
+    check_mask,
+    check_positive,
+    check_same_device,
+    check_tensor,
+    fail,
+)
 
 LEAST_ROWS = 64  # below this the matrix products of a chunk are too thin to be efficient
 
@@ -71,6 +79,7 @@ def soft_token_lift(
             "Pass noisy_ids=x_t, or leave predicted out to lift every position.",
         )
     noisy_ids = check_ids("noisy_ids", noisy_ids, embedding.shape[0], like=logits)
+    check_same_device("logits", logits, predicted=predicted, noisy_ids=noisy_ids)
     index = predicted.reshape(-1).nonzero()[:, 0]
     lifted = _lift(rows, table, index, mask_column, chunk)
     observed = torch.nn.functional.embedding(noisy_ids.long(), table)

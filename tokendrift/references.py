@@ -74,6 +74,6 @@ class FeatureQueue(nn.Module):
                     f"Build the loss with queue_size={len(stored)}.",
                 )
             if stored.shape[1] != self.buffer.shape[1]:
-                self.buffer = self.buffer.new_zeros(stored.shape)
+                self.buffer = self.buffer.new_zeros(stored.shape, dtype=stored.dtype)
         super()._load_from_state_dict(state_dict, prefix, *args)
         self._pushed = int(self.pushed)

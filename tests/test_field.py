@@ -1,0 +1,463 @@
+"""Laws of the drift field (spec: drifting.md, sections 9 and 12)."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tokendrift import DriftField, TokenDriftError
+from tokendrift.field import squared_distances
+from tokendrift.testing import (
+    assert_antisymmetric,
+    assert_rotation_equivariant,
+    assert_translation_invariant,
+    assert_zero_on_coinciding_sets,
+    check_field,
+    clouds,
+)
+
+KERNELS = ("gaussian", "laplace")
+NORMALIZATIONS = ("joint", "separate", "two_sided")
+FORMS = list(itertools.product(KERNELS, NORMALIZATIONS))
+EVERY_FORM = pytest.mark.parametrize(("kernel", "normalization"), FORMS)
+
+
+def points(*shape, seed=0, scale=1.0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(*shape, generator=generator, dtype=torch.float64) * scale
+
+
+def raw_field(kernel="gaussian", normalization="joint", tau=1.0, **options):
+    return DriftField((tau,), kernel=kernel, normalization=normalization, rms_normalize=False, **options)
+
+
+def log_kernel(kernel, x, y, tau):
+    squared = (x[:, None] - y).square().sum(-1)
+    return -(squared if kernel == "gaussian" else squared.sqrt()) / tau
+
+
+# ------------------------------------------------------------------------------------------------ parity
+
+
+@pytest.mark.parametrize("block_size", [3, 8192])
+@pytest.mark.parametrize("case", ["unit", "generic"])
+@pytest.mark.parametrize("exclusion", ["self_excluded", "self_and_pair_excluded", "no_mask"])
+@pytest.mark.parametrize(
+    ("normalization", "form"), [("joint", "joint_row"), ("separate", "separate"), ("two_sided", "joint_row_col")]
+)
+def test_the_field_has_the_golden_values(golden, case, normalization, form, exclusion, block_size):
+    numbers = golden("drift_field")
+    key = f"tokendrift.{case}."
+    anchors, positives, negatives = (numbers[key + name] for name in ("h", "positives", "negatives"))
+    own = torch.arange(len(anchors))
+    options = {
+        "exclude_positive": own if exclusion == "self_and_pair_excluded" else None,
+        "exclude_negative": None if exclusion == "no_mask" else own,
+    }
+    field = DriftField(tuple(numbers[key + "tau"].tolist()), normalization=normalization, block_size=block_size)
+    raw, _ = field.raw(anchors, positives, negatives, **options)
+    for i in range(3):
+        numbers.assert_matches(raw[i], f"{key}{form}.{exclusion}.V_tau.{i}")
+    drift, diagnostics = field.diagnose(anchors, positives, negatives, **options)
+    numbers.assert_matches(drift, f"{key}{form}.{exclusion}.V")
+    numbers.assert_matches((diagnostics.rms.square() + field.eps).sqrt(), f"{key}{form}.{exclusion}.s")
+    torch.testing.assert_close(field(anchors, positives, negatives, **options), drift, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("case", ["unit", "generic"])
+@pytest.mark.parametrize("level", [0, 1, 2])
+def test_algorithm_2_of_generative_modeling_via_drifting_is_a_special_case(golden, case, level):
+    numbers = golden("drift_field")
+    key = f"alg2.{case}."
+    x, positives = numbers[key + "x"], numbers[key + "y_pos"]
+    field = raw_field("laplace", "two_sided", numbers[key + "tau"][level].item())
+    own = torch.arange(len(x))
+    numbers.assert_matches(field(x, positives, numbers[key + "y_neg"]), f"{key}V.{level}")
+    numbers.assert_matches(field(x, positives, numbers[key + "y_neg_self"]), f"{key}V_selfunmasked.{level}")
+    numbers.assert_matches(
+        field(x, positives, numbers[key + "y_neg_self"], exclude_negative=own), f"{key}V_selfmask.{level}"
+    )
+
+
+# ------------------------------------------------------------------------------------------------ laws
+
+
+@EVERY_FORM
+@pytest.mark.parametrize("rms_normalize", [True, False])
+def test_every_form_keeps_every_law(kernel, normalization, rms_normalize):
+    check_field(DriftField(kernel=kernel, normalization=normalization, rms_normalize=rms_normalize), max_examples=30)
+
+
+@EVERY_FORM
+@given(cloud=clouds(offset=0.0))
+def test_swapped_sets_give_the_opposite_drift_to_the_last_digits(kernel, normalization, cloud):
+    field = raw_field(kernel, normalization, 0.2)
+    # Around the origin nothing cancels, so 1e-12 is asked for here; check_field allows for far clouds.
+    assert_antisymmetric(
+        field,
+        cloud.anchors,
+        cloud.positives,
+        cloud.negatives,
+        exclude_positive=cloud.exclude_positive,
+        exclude_negative=cloud.exclude_negative,
+        tolerance=1e-12,
+    )
+
+
+@EVERY_FORM
+def test_a_mask_left_in_the_negative_slot_breaks_the_swap(kernel, normalization):
+    field, anchors, positives = raw_field(kernel, normalization), points(4, 3), points(5, 3, seed=1)
+    negatives, own = torch.cat([anchors, points(2, 3, seed=2)]), torch.arange(4)
+    forth = field(anchors, positives, negatives, exclude_negative=own)
+    travelled = field(anchors, negatives, positives, exclude_positive=own)
+    left = field(anchors, negatives, positives, exclude_negative=own)
+    torch.testing.assert_close(forth, -travelled, rtol=0, atol=1e-14)
+    assert (forth + left).norm() > 0.05 * forth.norm()
+
+
+@EVERY_FORM
+def test_coinciding_sets_give_zero_unless_only_one_side_is_masked(kernel, normalization):
+    field, anchors, own = raw_field(kernel, normalization), points(6, 3), torch.arange(6)
+    assert_zero_on_coinciding_sets(field, anchors, anchors, tolerance=1e-14)
+    assert_zero_on_coinciding_sets(field, anchors, anchors, exclude=own, tolerance=1e-14)
+    twice = torch.cat([anchors, anchors])  # as a multiset of weights the same: Q = 2P
+    torch.testing.assert_close(field(anchors, anchors, twice), torch.zeros_like(anchors), rtol=0, atol=1e-14)
+    one_sided = field(anchors, anchors, anchors, exclude_negative=own)
+    assert one_sided.norm(dim=-1).min() > 1e-3
+
+
+@given(cloud=clouds(offset=0.0), shift=st.floats(-100, 100))
+def test_the_joint_field_does_not_know_the_origin(cloud, shift):
+    assert_translation_invariant(
+        raw_field(tau=0.2), *cloud[:3], shift=shift, exclude_negative=cloud.exclude_negative, tolerance=1e-10
+    )
+
+
+@given(cloud=clouds(offset=0.0), seed=st.integers(0, 2**31 - 1))
+def test_the_drift_turns_with_its_points(cloud, seed):
+    width = cloud.anchors.shape[1]
+    rotation = torch.linalg.qr(points(width, width, seed=seed)).Q
+    assert_rotation_equivariant(raw_field(tau=0.2), *cloud[:3], rotation=rotation, tolerance=1e-11)
+
+
+@EVERY_FORM
+@given(cloud=clouds(offset=0.0, masked=False))
+def test_the_cross_weighted_field_is_the_masses_times_the_gap_of_barycentres(kernel, normalization, cloud):
+    """V = s+ s- (b+ - b-), built here from the full matrix of log-weights (T2b)."""
+    anchors, positives, negatives = cloud[:3]
+    tau, count = 0.7, len(positives)
+    logits = log_kernel(kernel, anchors, torch.cat([positives, negatives]), tau)
+    if normalization == "separate":
+        expected = logits[:, :count].softmax(1) @ positives - logits[:, count:].softmax(1) @ negatives
+    else:
+        weights = logits.softmax(1)
+        if normalization == "two_sided":
+            weights = (weights * logits.softmax(0)).sqrt()
+        plus, minus = weights[:, :count], weights[:, count:]
+        mass_plus, mass_minus = plus.sum(1, keepdim=True), minus.sum(1, keepdim=True)
+        gap = plus @ positives / mass_plus - minus @ negatives / mass_minus
+        expected = mass_plus * mass_minus * gap
+    actual = raw_field(kernel, normalization, tau)(anchors, positives, negatives)
+    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-11)
+
+
+def finite_difference(function, x, step=1e-5):
+    """Gradient (N, M) of a function (N, M) -> (N,) by central differences."""
+    columns = []
+    for axis in range(x.shape[1]):
+        offset = torch.zeros(x.shape[1], dtype=x.dtype)
+        offset[axis] = step
+        columns.append((function(x + offset) - function(x - offset)) / (2 * step))
+    return torch.stack(columns, dim=1)
+
+
+def test_the_separate_gaussian_field_is_a_difference_of_scores():
+    """V = (tau/2) grad log(p/q) of the two kernel density estimates (T12)."""
+    x, positives, negatives, tau = points(4, 3), points(7, 3, seed=1), points(5, 3, seed=2), 0.8
+
+    def log_ratio(x):
+        def log_density(y):
+            return log_kernel("gaussian", x, y, tau).logsumexp(1)
+
+        return log_density(positives) - log_density(negatives)
+
+    drift = raw_field("gaussian", "separate", tau)(x, positives, negatives)
+    torch.testing.assert_close(drift, tau / 2 * finite_difference(log_ratio, x), rtol=0, atol=1e-8)
+
+
+def test_the_joint_gaussian_field_climbs_the_discriminator():
+    """V = (tau/2) grad a+, a+ the kernel weight on positives (T14)."""
+    x, positives, negatives, tau = points(4, 3), points(7, 3, seed=1), points(5, 3, seed=2), 0.8
+
+    def positive_mass(x):
+        logits = log_kernel("gaussian", x, torch.cat([positives, negatives]), tau)
+        return logits.softmax(1)[:, : len(positives)].sum(1)
+
+    drift, diagnostics = raw_field("gaussian", "joint", tau).diagnose(x, positives, negatives)
+    torch.testing.assert_close(drift, tau / 2 * finite_difference(positive_mass, x), rtol=0, atol=1e-8)
+    torch.testing.assert_close(diagnostics.positive_mass[0], positive_mass(x).mean(), rtol=1e-12, atol=0)
+
+
+def test_the_joint_field_saturates_where_only_positives_are():
+    anchors, positives, negatives = torch.zeros(1, 1), torch.full((1, 1), 0.1), torch.full((1, 1), 3.0)
+    separate = raw_field(normalization="separate")(anchors, positives, negatives)
+    joint = raw_field(normalization="joint")(anchors, positives, negatives)
+    assert separate.abs() > 1
+    assert joint.abs() < 1e-3
+
+
+@EVERY_FORM
+@pytest.mark.parametrize("tau", [1e-4, 1e-2, 1.0])
+def test_weights_far_below_underflow_still_give_finite_drifts(kernel, normalization, tau):
+    # Distances of 1 at tau = 1e-4: exp(-1e4) is zero in every dtype.
+    anchors, positives, negatives = torch.zeros(2, 2), torch.eye(2), -torch.eye(2)
+    assert raw_field(kernel, normalization, tau)(anchors, positives, negatives).isfinite().all()
+    drift = raw_field(kernel, normalization, tau)(anchors.double(), positives.double(), negatives.double())
+    # By symmetry half of the weight lies on either side: gap (1/2, 1/2) - (-1/2, -1/2). Every anchor is the same,
+    # so two_sided has all weights 1/sqrt(4 * 2), masses 2/sqrt(8).
+    factor = {"joint": 0.25, "separate": 1.0, "two_sided": 0.5}[normalization]
+    torch.testing.assert_close(drift, torch.full((2, 2), factor).double(), rtol=1e-9, atol=0)
+
+
+def test_far_and_near_references_keep_their_ratio_at_d_over_tau_of_ten_thousand():
+    tau = 1e-4
+    anchors = torch.zeros(1, 1, dtype=torch.float64)
+    positives = torch.tensor([[1.0]], dtype=torch.float64)
+    negatives = torch.tensor([[-((1.0 + 2e-4) ** 0.5)]], dtype=torch.float64)  # exponents differ by exactly 2
+    _, diagnostics = raw_field(tau=tau).diagnose(anchors, positives, negatives)
+    torch.testing.assert_close(diagnostics.positive_mass[0], torch.tensor(2.0).double().sigmoid(), rtol=1e-9, atol=0)
+
+
+@given(
+    block_size=st.integers(1, 11), form=st.sampled_from(FORMS), cloud=clouds(max_references=10), seed=st.integers(0, 99)
+)
+def test_the_block_size_changes_nothing(block_size, form, cloud, seed):
+    options = {"exclude_positive": cloud.exclude_positive, "exclude_negative": cloud.exclude_negative}
+    whole, blocks = (
+        DriftField((0.05, 0.5), kernel=form[0], normalization=form[1], block_size=size) for size in (8192, block_size)
+    )
+    expected, diagnostics = whole.diagnose(*cloud[:3], **options)
+    actual, streamed = blocks.diagnose(*cloud[:3], **options)
+    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-10)
+    for one, other in zip(streamed[:3], diagnostics[:3], strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-10)
+
+
+def test_one_anchor_doubles_the_temperature_of_the_two_sided_form():
+    """With a single anchor the column softmax is one, so A is the root of the row softmax (T9)."""
+    anchors, positives, negatives = points(1, 3), points(4, 3, seed=1), points(5, 3, seed=2)
+    two_sided = raw_field(normalization="two_sided", tau=0.5)(anchors, positives, negatives)
+    joint = raw_field(normalization="joint", tau=1.0)(anchors, positives, negatives)
+    cosine = torch.nn.functional.cosine_similarity(two_sided, joint)
+    torch.testing.assert_close(cosine, torch.ones_like(cosine), rtol=0, atol=1e-14)
+
+
+# ---------------------------------------------------------------------------------- temperatures and size
+
+
+def test_each_temperature_is_divided_by_its_batch_rms_and_then_averaged():
+    clouds = points(4, 3), points(6, 3, seed=1), points(5, 3, seed=2)
+    temperatures = (0.3, 1.0, 4.0)
+    raw = torch.stack([raw_field(tau=tau)(*clouds) for tau in temperatures])
+    unit = raw / raw.square().sum(-1).mean(-1).sqrt()[:, None, None]
+    torch.testing.assert_close(DriftField(temperatures)(*clouds), unit.mean(0), rtol=1e-9, atol=0)
+    torch.testing.assert_close(DriftField(temperatures, aggregate="sum")(*clouds), unit.sum(0), rtol=1e-9, atol=0)
+    torch.testing.assert_close(
+        DriftField(temperatures, rms_normalize=False)(*clouds), raw.mean(0), rtol=1e-12, atol=1e-15
+    )
+
+
+def test_a_temperature_that_is_all_rounding_contributes_zero():
+    anchors = points(3, 2)
+    noise = torch.cat([anchors, anchors + 1e-9 * points(3, 2, seed=1)])
+    drift = DriftField((1.0,))(anchors, noise, anchors)
+    assert torch.equal(drift, torch.zeros_like(drift))
+    assert DriftField((1.0,), eps=1e-30)(anchors, noise, anchors).norm(dim=-1).max() > 0.1
+
+
+def test_a_kernel_of_the_users_own_takes_the_place_of_a_named_one():
+    clouds = points(3, 2), points(4, 2, seed=1), points(5, 2, seed=2)
+    mine = DriftField(kernel=lambda squared, tau: -squared / tau)
+    torch.testing.assert_close(mine(*clouds), DriftField()(*clouds), rtol=1e-9, atol=1e-12)
+
+
+def test_diagnostics_of_uniform_weights_are_counts():
+    """At a very high temperature every reference weighs the same."""
+    anchors, positives, negatives = points(3, 2), points(4, 2, seed=1), points(6, 2, seed=2)
+    _, found = DriftField((1e9,)).diagnose(anchors, positives, negatives, pairs=torch.arange(3))
+    assert found.positive_mass.item() == pytest.approx(4 / 10)
+    assert found.effective_references.item() == pytest.approx(10)
+    assert found.pair_weight.item() == pytest.approx(1 / 4)
+
+
+def test_the_pair_weight_is_the_share_of_the_own_positive():
+    anchors, positives, negatives = points(3, 2), points(4, 2, seed=1), points(6, 2, seed=2)
+    _, found = DriftField((0.5,)).diagnose(anchors, positives, negatives, pairs=torch.arange(3))
+    weights = log_kernel("gaussian", anchors, positives, 0.5).softmax(1)
+    torch.testing.assert_close(found.pair_weight[0], weights.diagonal().mean(), rtol=1e-9, atol=0)
+
+
+def test_the_field_computes_in_float32_at_least_even_under_autocast():
+    anchors, positives, negatives = (x.float() for x in (points(3, 64), points(4, 64, seed=1), points(5, 64, seed=2)))
+    anchors, positives, negatives = (torch.nn.functional.normalize(x) for x in (anchors, positives, negatives))
+    expected = DriftField()(anchors, positives, negatives)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        inside = DriftField()(anchors, positives, negatives)
+    assert torch.equal(inside, expected)
+    rounded = [x.bfloat16() for x in (anchors, positives, negatives)]
+    assert DriftField()(*rounded).dtype == torch.float32
+    torch.testing.assert_close(DriftField()(*rounded), DriftField()(*(x.float() for x in rounded)), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_float32_is_close_to_float64_far_from_the_origin(kernel):
+    clouds64 = [x + 50 for x in (points(4, 8), points(9, 8, seed=1), points(7, 8, seed=2))]
+    field = raw_field(kernel, tau=4.0)
+    # Coordinates near 50 are themselves rounded by 2e-6; the field adds little to that.
+    torch.testing.assert_close(field(*(x.float() for x in clouds64)).double(), field(*clouds64), rtol=0, atol=3e-5)
+
+
+@given(cloud=clouds(masked=False), refine=st.booleans())
+def test_squared_distances_are_those_of_the_differences(cloud, refine):
+    x, y = cloud.anchors - cloud.anchors.mean(0), cloud.negatives - cloud.anchors.mean(0)
+    expected = (x[:, None] - y).square().sum(-1)
+    actual = squared_distances(x, y, refine=refine)
+    assert (actual >= 0).all()
+    size = x.square().sum(-1, keepdim=True) + y.square().sum(-1)
+    assert ((actual - expected).abs() <= 1e-14 * size).all()
+    if refine:  # a root is taken of these: coinciding points must be exactly zero apart
+        assert torch.equal(actual[expected == 0], expected[expected == 0])
+
+
+# ------------------------------------------------------------------------------------------ expectation
+
+
+@pytest.mark.statistical
+def test_the_joint_drift_is_zero_in_expectation_at_equilibrium():
+    """Real and generated points of one law, P = 9 against Q = 4, the anchors among the negatives and masked."""
+    generator = torch.Generator().manual_seed(1)
+    repeats, field = 6000, raw_field(tau=1.0)
+    total = {"masked": [], "unmasked": []}
+    for _ in range(repeats):
+        cloud = torch.randn(13, 2, generator=generator, dtype=torch.float64)
+        anchors, positives, own = cloud[:4], cloud[4:], torch.arange(4)
+        # The drift has no preferred direction; its projection on the anchor has, if anchors repel themselves.
+        for name, exclude in (("masked", own), ("unmasked", None)):
+            drift = field(anchors, positives, anchors, exclude_negative=exclude)
+            total[name].append(torch.stack([drift.mean(), (drift * anchors).sum(-1).mean()]))
+    z = {}
+    for name, values in total.items():
+        stacked = torch.stack(values)
+        z[name] = stacked.mean(0) / stacked.std(0) * repeats**0.5
+    assert z["masked"][0].abs() < 4
+    assert z["unmasked"][1].abs() > 10  # the experiment is able to see a bias
+
+
+@pytest.mark.statistical
+def test_the_expected_drift_at_a_fixed_point_is_zero_for_unequal_counts():
+    """Joint: unbiased for any P and Q. Separate: biased if they differ (T5)."""
+    generator = torch.Generator().manual_seed(2)
+    anchor = torch.tensor([[1.5, 0.0]], dtype=torch.float64)
+    found = {}
+    for normalization in ("joint", "separate"):
+        field = raw_field(normalization=normalization, tau=1.0)
+        values = []
+        for _ in range(8000):
+            cloud = torch.randn(24, 2, generator=generator, dtype=torch.float64)
+            values.append(field(anchor, cloud[:21], cloud[21:])[0, 0])
+        values = torch.stack(values)
+        found[normalization] = (values.mean() / values.std() * len(values) ** 0.5).item()
+    assert abs(found["joint"]) < 4
+    assert abs(found["separate"]) > 10
+
+
+@pytest.mark.statistical
+def test_the_raw_rms_falls_like_the_root_of_the_number_of_references():
+    generator = torch.Generator().manual_seed(3)
+    anchors = torch.randn(16, 2, generator=generator, dtype=torch.float64)
+    sizes = torch.tensor([64, 256, 1024, 4096])
+    field, means = DriftField((1.0,)), []
+    for size in sizes.tolist():
+        values = []
+        for _ in range(40):
+            cloud = torch.randn(2 * size, 2, generator=generator, dtype=torch.float64)
+            drift, found = field.diagnose(anchors, cloud[:size], cloud[size:])
+            values.append(found.rms.square())
+            assert drift.square().sum(-1).mean().item() == pytest.approx(1)  # normalised, it hides equilibrium
+        means.append(torch.cat(values).mean().sqrt())
+    log_size, log_rms = sizes.double().log(), torch.stack(means).log()
+    slope = torch.linalg.lstsq(torch.stack([log_size, torch.ones(4).double()], 1), log_rms[:, None]).solution[0].item()
+    assert slope == pytest.approx(-0.5, abs=0.05)
+
+
+# ------------------------------------------------------------------------------------------ edges and errors
+
+
+@EVERY_FORM
+def test_an_empty_side_gives_zero_drift(kernel, normalization):
+    field = DriftField(kernel=kernel, normalization=normalization)
+    anchors, positives = points(2, 3), points(4, 3, seed=1)
+    nothing = torch.zeros(0, 3, dtype=torch.float64)
+    assert torch.equal(field(anchors, positives, nothing), torch.zeros_like(anchors))
+    alone = field(anchors[:1], positives, anchors[:1], exclude_negative=torch.tensor([0]))
+    assert torch.equal(alone, torch.zeros_like(alone))
+    only = torch.tensor([0, -1])
+    drift = raw_field(kernel, normalization)(anchors, positives[:1], anchors, exclude_positive=only)
+    assert torch.equal(drift[0], torch.zeros(3).double())
+    assert drift[1].norm() > 0
+    _, diagnostics = field.diagnose(anchors[:1], positives, nothing)
+    assert all(part.isfinite().all() for part in diagnostics[:3])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"temperatures": ()}, r"temperatures must be a tuple of numbers above 0\.\n  got temperatures tuple \(\)"),
+        ({"temperatures": (0.1, -1.0)}, r"temperatures \(each tau\) must be a finite number above 0"),
+        ({"temperatures": (0.1, 0)}, r"temperatures \(each tau\) must be a finite number above 0"),
+        ({"temperatures": ("0.1",)}, r"temperatures \(each tau\) must be a finite number above 0"),
+        ({"temperatures": (float("nan"),)}, r"temperatures \(each tau\) must be a finite number above 0"),
+        ({"temperatures": (float("inf"),)}, r"temperatures \(each tau\) must be a finite number above 0"),
+        ({"temperatures": 0.1}, "temperatures must be a tuple of numbers above 0"),
+        ({"kernel": "rbf"}, "kernel must be one of 'gaussian', 'laplace'.\n  got kernel str 'rbf'"),
+        ({"normalization": "row"}, "normalization must be one of 'joint', 'separate', 'two_sided'"),
+        ({"aggregate": "max"}, "aggregate must be one of 'mean', 'sum'"),
+        ({"block_size": 0}, "block_size must be an integer of at least 1"),
+        ({"eps": -1.0}, "eps must be a finite number above 0"),
+    ],
+)
+def test_bad_options_are_refused_at_construction(options, message):
+    with pytest.raises(TokenDriftError, match=message):
+        DriftField(**options)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"anchors": torch.zeros(3)}, r"anchors must have shape \(N, M\), but it has 1 axes"),
+        ({"anchors": torch.zeros(0, 3)}, "anchors is empty: N is 0"),
+        ({"anchors": [[0.0]]}, r"anchors must be a tensor of shape \(N, M\)"),
+        ({"anchors": torch.zeros(2, 3, dtype=torch.int64)}, "anchors must be floating point"),
+        ({"positives": torch.zeros(0, 3)}, "positives is empty: P is 0"),
+        ({"positives": torch.zeros(2, 4)}, "positives has width M = 4 but anchors have M = 3"),
+        ({"negatives": torch.zeros(2, 4)}, "negatives has width M = 4 but anchors have M = 3"),
+        ({"negatives": torch.zeros(3)}, r"negatives must be a tensor of shape \(Q, M\)"),
+        ({"negatives": None}, r"negatives must be a tensor of shape \(Q, M\)"),
+        ({"negatives": torch.zeros(2, 3, dtype=torch.int64)}, "negatives must be floating point"),
+        ({"positives": torch.zeros(2, 3, device="meta")}, "positives is on meta but anchors is on cpu"),
+        ({"negatives": torch.zeros(2, 3, device="meta")}, "negatives is on meta but anchors is on cpu"),
+        ({"exclude_negative": torch.zeros(2, dtype=torch.int32)}, r"exclude_negative must be int64 of shape \(N,\)"),
+        ({"exclude_negative": torch.zeros(3, dtype=torch.int64)}, r"exclude_negative must be int64 of shape \(N,\)"),
+        ({"exclude_positive": torch.zeros(2)}, r"exclude_positive must be int64 of shape \(N,\)"),
+        ({"exclude_positive": [0, 1]}, r"exclude_positive must be int64 of shape \(N,\)"),
+    ],
+)
+def test_bad_clouds_are_refused_with_what_came(arguments, message):
+    good = {"anchors": torch.zeros(2, 3), "positives": torch.zeros(4, 3), "negatives": torch.zeros(5, 3)}
+    with pytest.raises(TokenDriftError, match=message) as caught:
+        DriftField()(**(good | arguments))
+    assert "got " in str(caught.value)

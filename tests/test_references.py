@@ -1,0 +1,128 @@
+"""Laws of the feature queues: first in, first out, part of state_dict."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tokendrift import FeatureQueue, TokenDriftError
+
+
+def numbered(start, count, width=2):
+    """Features that carry their serial number."""
+    return torch.arange(start, start + count, dtype=torch.float32)[:, None].expand(-1, width)
+
+
+@given(capacity=st.integers(0, 7), pushes=st.lists(st.integers(1, 12), max_size=8))
+def test_a_queue_holds_the_newest_features_oldest_first(capacity, pushes):
+    queue, total = FeatureQueue(capacity), 0
+    for count in pushes:
+        queue.push(numbered(total, count))
+        total += count
+        kept = min(total, capacity)
+        assert len(queue) == kept
+        if capacity:
+            assert torch.equal(queue.features(), numbered(total - kept, kept))
+        else:
+            assert len(queue.features()) == 0
+
+
+def test_pushed_features_are_copies_without_graph():
+    queue, features = FeatureQueue(4), torch.ones(2, 3, requires_grad=True)
+    queue.push(features * 2)
+    assert not queue.features().requires_grad
+    with torch.no_grad():
+        features.zero_()
+    assert torch.equal(queue.features(), torch.full((2, 3), 2.0))
+
+
+def test_half_precision_features_are_kept_in_float32_and_float64_in_float64():
+    for dtype, kept in ((torch.bfloat16, torch.float32), (torch.float64, torch.float64)):
+        queue = FeatureQueue(4)
+        queue.push(torch.ones(2, 3, dtype=dtype))
+        assert queue.features().dtype == kept
+
+
+@pytest.mark.parametrize("pushes", [0, 1, 3, 4, 7])
+@pytest.mark.parametrize("width", [None, 2])
+@pytest.mark.parametrize("way", ["state_dict", "deepcopy", "pickle"])
+def test_a_copied_queue_goes_on_where_the_original_stood(way, width, pushes):
+    queue = FeatureQueue(4, width)
+    if pushes:
+        queue.push(numbered(0, pushes))
+    if way == "state_dict":
+        other = FeatureQueue(4)
+        other.load_state_dict(queue.state_dict())
+    else:
+        other = copy.deepcopy(queue) if way == "deepcopy" else pickle.loads(pickle.dumps(queue))
+    assert torch.equal(other.features(), queue.features())
+    for each in (queue, other):
+        each.push(numbered(pushes, 3))
+    assert torch.equal(other.features(), queue.features())
+    assert len(other) == min(pushes + 3, 4)
+
+
+def test_an_empty_state_empties_a_queue_that_was_filled():
+    queue = FeatureQueue(4)
+    empty = copy.deepcopy(queue.state_dict())
+    queue.push(numbered(0, 3))
+    queue.load_state_dict(empty)
+    assert len(queue) == 0
+    queue.push(numbered(5, 1, width=3))  # and takes features of another width
+    assert torch.equal(queue.features(), numbered(5, 1, width=3))
+
+
+def test_the_dtype_of_the_features_survives_a_state_dict():
+    queue, other = FeatureQueue(4), FeatureQueue(4)
+    queue.push(torch.full((2, 3), 1 / 3, dtype=torch.float64))
+    other.load_state_dict(queue.state_dict())
+    assert torch.equal(other.features(), queue.features())
+
+
+def test_a_queue_moves_with_to():
+    queue = FeatureQueue(4)
+    queue.push(numbered(0, 3))
+    queue.to(torch.float64)
+    assert queue.features().dtype == torch.float64
+    assert queue.pushed.dtype == torch.int64
+    queue.push(numbered(3, 3))
+    assert torch.equal(queue.features(), numbered(2, 4).double())
+
+
+def test_pushing_features_of_another_width_is_refused_and_changes_nothing():
+    queue = FeatureQueue(4)
+    queue.push(numbered(0, 2))
+    with pytest.raises(TokenDriftError, match="features has width M = 3 but the queue holds M = 2") as caught:
+        queue.push(numbered(2, 1, width=3))
+    assert "build a new loss for a new one" in str(caught.value)
+    assert torch.equal(queue.features(), numbered(0, 2))
+
+
+def test_a_state_of_another_capacity_is_refused_with_the_way_out():
+    with pytest.raises(TokenDriftError, match="room for 3 features but this one for 4") as caught:
+        FeatureQueue(4).load_state_dict(FeatureQueue(3).state_dict())
+    assert "queue_size=3" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("features", "message"),
+    [
+        (torch.zeros(3), r"features must have shape \(K, M\)"),
+        (torch.zeros(0, 3), "features is empty: K is 0"),
+        ([1.0], r"features must be a tensor of shape \(K, M\)"),
+    ],
+)
+def test_bad_features_are_refused(features, message):
+    with pytest.raises(TokenDriftError, match=message):
+        FeatureQueue(4).push(features)
+
+
+@pytest.mark.parametrize("capacity", [-1, 2.5, True, "8"])
+def test_a_capacity_that_is_no_count_is_refused(capacity):
+    with pytest.raises(TokenDriftError, match="capacity must be an integer of at least 0"):
+        FeatureQueue(capacity)
