@@ -21,7 +21,7 @@ def describe(value: object) -> str:
     return f"{type(value).__name__} {value!r}"[:120]
 
 
-def fail(message: str, remedy: str = "", **got: object) -> TokenDriftError:
+def fail(message: str, remedy: str = "", /, **got: object) -> TokenDriftError:
     """Build an error whose second line shows what came and whose third says what to do."""
     lines = [message]
     if got:
@@ -44,7 +44,7 @@ def check_tensor(name: str, value: object, symbols: Sequence[str]) -> Tensor:
         )
     for axis, symbol in enumerate(symbols):
         if value.shape[axis] == 0:
-            raise fail(f"{name} is empty: {symbol} is 0.", f"Skip empty batches before the call.", **{name: value})
+            raise fail(f"{name} is empty: {symbol} is 0.", "Skip empty batches before the call.", **{name: value})
     return value
 
 

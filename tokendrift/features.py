@@ -83,7 +83,7 @@ class PooledFeatures(nn.Module):
         """
         check_tensor("embeds", embeds, ("B", "L", "D"))
         hidden = self.encoder.hidden_states(embeds.to(_dtype(self.encoder)), attention_mask=attention_mask)
-        if max(max(self.layers), -min(self.layers) - 1) >= len(hidden):
+        if any(not -len(hidden) <= layer < len(hidden) for layer in self.layers):
             raise fail(f"layers {self.layers} do not exist: the encoder shows {len(hidden)} hidden states.")
         with torch.autocast(embeds.device.type, enabled=False):
             pooled = [masked_mean(hidden[layer], attention_mask) for layer in self.layers]

@@ -38,7 +38,8 @@ def soft_token_lift(
 ) -> Tensor:
     r"""Lift logits to soft-token embeddings.
 
-    .. math:: e_{bl} = \mathrm{softmax}(\ell_{bl})\,E \quad (l \in M_b),\qquad e_{bl} = E[x_{t,bl}] \quad\text{otherwise}
+    .. math::
+        e_{bl} = \mathrm{softmax}(\ell_{bl})\,E \quad (l \in M_b),\qquad e_{bl} = E[x_{t,bl}] \quad\text{otherwise}
 
     Args:
         logits: Raw denoiser output (B, L, V); float64, float32, bfloat16 or float16.

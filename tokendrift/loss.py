@@ -106,7 +106,7 @@ class _DriftObjective(nn.Module):
         return self._feature_map.value  # type: ignore[no-any-return]
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> _DriftObjective:
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         if isinstance(self.feature_map, nn.Module):
             self.feature_map._apply(fn)
         return self
@@ -164,7 +164,9 @@ class _DriftObjective(nn.Module):
         check_tensor("feature_map(embeds)", features, ("B", "M"))
         return features.to(torch.promote_types(features.dtype, torch.float32))
 
-    def _generated(self, logits: Tensor, noisy_ids: Tensor | None, predicted: Tensor | None, mask: Tensor | None) -> Tensor:
+    def _generated(
+        self, logits: Tensor, noisy_ids: Tensor | None, predicted: Tensor | None, mask: Tensor | None
+    ) -> Tensor:
         """Return features of the lifted logits, (B, M), with gradient."""
         with torch.autocast(logits.device.type, enabled=False):
             lifted = soft_token_lift(
@@ -280,16 +282,12 @@ class TokenDriftLoss(_DriftObjective):
     torch.Size([2, 3, 4])
     """
 
-    def __init__(
-        self, embedding: Tensor, feature_map: FeatureMap, *, drift_scale: float = 1.0, **options: Any
-    ) -> None:
+    def __init__(self, embedding: Tensor, feature_map: FeatureMap, *, drift_scale: float = 1.0, **options: Any) -> None:
         super().__init__(embedding, feature_map, **options)
         self.drift_scale = check_positive("drift_scale", drift_scale, symbol="alpha")
 
     @classmethod
-    def from_encoder(
-        cls, encoder: nn.Module, *, layers: Sequence[int] = (-2, -1), **options: Any
-    ) -> TokenDriftLoss:
+    def from_encoder(cls, encoder: nn.Module, *, layers: Sequence[int] = (-2, -1), **options: Any) -> TokenDriftLoss:
         """Build the loss from a backbone: a frozen copy of it gives the embedding and the pooled features.
 
         Args:
@@ -299,7 +297,8 @@ class TokenDriftLoss(_DriftObjective):
             options: Those of `TokenDriftLoss`.
         """
         features = PooledFeatures(encoder, layers=layers)
-        frozen = features.encoder
+        frozen: Any = features.encoder
+        embedding: Tensor
         if hasattr(frozen, "vocab_embed"):
             embedding = frozen.vocab_embed.embedding
         elif hasattr(frozen, "get_input_embeddings"):

@@ -1,0 +1,1 @@
+"""The main job: refine a small real model on real text and show what it does."""

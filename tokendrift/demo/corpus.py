@@ -1,8 +1,8 @@
 """Real English without a download: what every CPython carries, or the user's own text files.
 
 The language reference (``pydoc_data.topics``) and the docstrings of the standard library, read with
-``ast`` and never imported, are cut into paragraphs of prose. Documents are assigned to splits by a hash of their text, so that
-a document stays in its split across Python versions.
+``ast`` and never imported, are cut into paragraphs of prose. A hash of its text assigns each document to a
+split, so that it stays there across Python versions.
 """
 
 from __future__ import annotations

@@ -119,7 +119,7 @@ class SigmaMap(nn.Module):
         steps = torch.arange(half, device=sigma.device, dtype=torch.float32) / half
         angle = sigma[:, None] * torch.exp(-math.log(10_000.0) * steps).to(sigma.dtype)
         waves = torch.cat([angle.cos(), angle.sin()], dim=-1)
-        return F.silu(self.mlp(waves.to(self.mlp[0].weight.dtype)))
+        return F.silu(self.mlp(waves.to(next(self.parameters()).dtype)))
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
@@ -150,7 +150,7 @@ class Block(nn.Module):
         shift1, scale1, gate1, shift2, scale2, gate2 = parts
         mixed = self.attention(modulate(self.norm1(x), shift1, scale1), cos, sin, attention_mask)
         x = torch.addcmul(x, gate1, F.dropout(mixed, self.dropout, self.training))
-        mixed = self.mlp(modulate(self.norm2(x), shift2, scale2).to(self.mlp[0].weight.dtype))
+        mixed = self.mlp(modulate(self.norm2(x), shift2, scale2).to(self.attn_qkv.weight.dtype))
         return torch.addcmul(x, gate2, F.dropout(mixed, self.dropout, self.training))
 
     def attention(self, x: Tensor, cos: Tensor, sin: Tensor, attention_mask: Tensor | None) -> Tensor:
@@ -251,7 +251,7 @@ class DiT(nn.Module):
 
     def condition(self, rows: int, sigma: Tensor | None) -> Tensor:
         """Return the conditioning vector (B, C); sigma is replaced by zeros without time conditioning."""
-        weight = self.sigma_map.mlp[0].weight
+        weight = self.output_layer.linear.weight
         dtype = torch.promote_types(weight.dtype, torch.float32)
         if not self.config.time_conditioning:
             sigma = torch.zeros(rows, device=weight.device, dtype=dtype)

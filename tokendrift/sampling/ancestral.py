@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -99,7 +100,7 @@ def sample(
     times = torch.linspace(1, LAST_TIME, steps + 1, dtype=torch.float64).tolist()
     if noise_removal == "ancestral":
         times[-1] = 0.0
-    for t, s in zip(times, times[1:], strict=False):
+    for t, s in pairwise(times):
         x = step(process, logits_at(t), x, t, s, generator=generator)
     if noise_removal == "greedy":
         x = torch.where(process.predicted(x), logits_at(LAST_TIME).argmax(dim=-1), x)

@@ -1,0 +1,16 @@
+"""Training: the backbone's own objective, drift, and one loop for both."""
+
+from tokendrift.training.loop import LoopConfig, train, windows
+from tokendrift.training.objectives import Continuation, Denoising, Drift, Objective, StepLoss, validation_nelbo
+
+__all__ = [
+    "Continuation",
+    "Denoising",
+    "Drift",
+    "LoopConfig",
+    "Objective",
+    "StepLoss",
+    "train",
+    "validation_nelbo",
+    "windows",
+]

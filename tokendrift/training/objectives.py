@@ -1,0 +1,121 @@
+"""Training objectives: what one batch of clean ids costs a denoiser."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from tokendrift.diffusion import Process
+from tokendrift.loss import TokenDriftLoss
+
+
+class StepLoss(NamedTuple):
+    """The loss of one batch, and detached scalars worth a curve."""
+
+    loss: Tensor
+    logs: dict[str, Tensor]
+
+
+class Objective(Protocol):
+    """Maps a model and clean ids (B, L) to a loss; ``log`` asks for diagnostics."""
+
+    def __call__(self, model: nn.Module, x0: Tensor, /, *, log: bool = False) -> StepLoss:
+        """Return the loss of one batch."""
+        ...
+
+
+@dataclass
+class Continuation:
+    """The backbone's own objective: the mean NELBO per token, nats.
+
+    Attributes:
+        process: Corruption and NELBO.
+        generator: Source of times and noise.
+    """
+
+    process: Process
+    generator: torch.Generator | None = None
+
+    def __call__(self, model: nn.Module, x0: Tensor, *, log: bool = False) -> StepLoss:
+        corrupted = self.process.corrupt(x0, generator=self.generator)
+        logits = model(corrupted.x_t, corrupted.sigma)
+        loss = self.process.nelbo(logits, x0, corrupted.x_t, corrupted.t).mean()
+        return StepLoss(loss, {"nelbo": loss.detach()})
+
+
+@dataclass
+class Denoising:
+    """Cross-entropy of x0 at the predicted positions, nats, without the weight of the bound.
+
+    With masks this is the NELBO reweighted by t: it leaves the plateau on which a small model predicts
+    unigrams far sooner than the bound itself.
+
+    Attributes:
+        process: Corruption.
+        generator: Source of times and noise.
+    """
+
+    process: Process
+    generator: torch.Generator | None = None
+
+    def __call__(self, model: nn.Module, x0: Tensor, *, log: bool = False) -> StepLoss:
+        corrupted = self.process.corrupt(x0, generator=self.generator)
+        logits = model(corrupted.x_t, corrupted.sigma)
+        log_p = self.process.log_probs(logits, corrupted.x_t)
+        nll = -log_p.gather(-1, x0[..., None])[..., 0]
+        weight = corrupted.predicted.to(nll.dtype)
+        loss = (nll * weight).sum() / weight.sum().clamp_min(1)
+        return StepLoss(loss, {"cross_entropy": loss.detach()})
+
+
+@dataclass
+class Drift:
+    """TokenDrift alone, or with a share of the backbone's own objective.
+
+    Attributes:
+        process: Corruption and NELBO.
+        drift: The drifting loss.
+        base_weight: Weight of the NELBO beside it; 0 as in the paper.
+        generator: Source of times and noise.
+    """
+
+    process: Process
+    drift: TokenDriftLoss
+    base_weight: float = 0.0
+    generator: torch.Generator | None = field(default=None)
+
+    def __call__(self, model: nn.Module, x0: Tensor, *, log: bool = False) -> StepLoss:
+        corrupted = self.process.corrupt(x0, generator=self.generator)
+        logits = model(corrupted.x_t, corrupted.sigma)
+        where = {"noisy_ids": corrupted.x_t, "predicted": corrupted.predicted}
+        logs: dict[str, Tensor] = {}
+        if log:
+            loss, diagnostics = self.drift(logits, x0, **where, return_diagnostics=True)
+            logs["token_entropy"] = diagnostics.token_entropy
+            if diagnostics.field is not None:
+                logs["raw_drift_rms"] = diagnostics.field.rms.mean()
+        else:
+            loss = self.drift(logits, x0, **where)
+        logs["drift"] = loss.detach()
+        if self.base_weight:
+            nelbo = self.process.nelbo(logits, x0, corrupted.x_t, corrupted.t).mean()
+            logs["nelbo"] = nelbo.detach()
+            loss = loss + self.base_weight * nelbo
+        return StepLoss(loss, logs)
+
+
+@torch.no_grad()
+def validation_nelbo(model: nn.Module, process: Process, ids: Tensor, *, batch_size: int = 256, seed: int = 0) -> float:
+    """Return the mean NELBO per token of ids (n, L) in nats, with times and noise fixed by the seed."""
+    was_training = model.training
+    model.eval()
+    generator = torch.Generator(ids.device).manual_seed(seed)
+    total = 0.0
+    for batch in ids.split(batch_size):
+        x_t, _, t, sigma = process.corrupt(batch, generator=generator)
+        total += process.nelbo(model(x_t, sigma), batch, x_t, t).double().sum().item()
+    model.train(was_training)
+    return total / ids.numel()
