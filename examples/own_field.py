@@ -48,7 +48,7 @@ class DiscrepancyField:
         return (weight[..., None] * gap).sum(dim=1) / count.clamp_min(1), count > 0
 
 
-# One law, on clouds that hypothesis draws: duplicates, far from the origin, P unlike Q, anchors that exclude themselves.
+# One law, on clouds that hypothesis draws: duplicates, far from the origin, P unlike Q, anchors among the negatives.
 @settings(max_examples=50, deadline=None, derandomize=True, database=None)
 @given(cloud=clouds())
 def test_swapping_the_sets_flips_the_drift(cloud: Cloud) -> None:
