@@ -100,9 +100,12 @@ def sample_repetition(ids: Ids, n: int = 4) -> Tensor:
     tensor([0.5000, 0.0000], dtype=torch.float64)
     """
     grams = _ngrams(_rows(ids)[0], n)
-    total = (grams != NONE).sum(dim=1).double()
+    total = (grams != NONE).sum(dim=1)
+    if grams.shape[1] == 0:
+        return total.double()
     owners, _ = _runs(grams)
-    return 1 - owners.bincount(minlength=len(grams)).double() / total.clamp_min(1) if grams.shape[1] else total
+    distinct = owners.bincount(minlength=len(grams))
+    return (total - distinct).double() / total.clamp_min(1)
 
 
 def repetition(ids: Ids, n: int = 4) -> float:

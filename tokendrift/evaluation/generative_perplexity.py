@@ -206,8 +206,7 @@ class GenerativePerplexity:
                     f"judge reads max_length = {self.max_length}.",
                     "Take protocol='all', which slides over long samples, or truncate=max_length.",
                 )
-        if self.judge.vocab_size is not None:
-            check_range(torch.cat(sequences), self.judge.vocab_size)
+        check_range(torch.cat(sequences), self.judge.vocab_size)
         if self.pad_eos and self.protocol == "mdlm":
             closing = torch.tensor([self.eos_id])
             sequences = [torch.cat([ids, closing]) if len(ids) < width else ids for ids in sequences]

@@ -108,10 +108,15 @@ def token_nll(logits: Tensor, ids: Tensor) -> Tensor:
     return nll
 
 
-def check_range(ids: Tensor, vocab_size: int) -> None:
-    """Require ids of the judge's vocabulary."""
+def check_range(ids: Tensor, vocab_size: int | None) -> None:
+    """Require ids of the judge's vocabulary, as far as its size is known."""
     low, high = int(ids.min()), int(ids.max())
-    if low < 0 or high >= vocab_size:
+    if low < 0:
+        raise fail(
+            f"samples hold ids from {low} to {high}, but ids are not negative.",
+            "Labels of -100 mark padding: pass the samples without it, or an attention_mask.",
+        )
+    if vocab_size is not None and high >= vocab_size:
         raise fail(
             f"samples hold ids from {low} to {high}, but the judge's vocabulary V has {vocab_size} entries (0 to "
             f"{vocab_size - 1}).",
