@@ -51,6 +51,8 @@ def demo(
     from tokendrift.demo.stages import DemoConfig
 
     console = Console()
+    if not console.is_terminal:
+        console = Console(width=110)  # the table is wider than the 80 columns that rich assumes for a pipe
     options: dict[str, Any] = {"process": process, "seeds": seeds}
     if quick:
         options |= {"steps": QUICK_STEPS, "samples": 256}

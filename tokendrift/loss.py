@@ -103,7 +103,7 @@ class _DriftObjective(nn.Module):
     @property
     def feature_map(self) -> FeatureMap:
         """The frozen feature map."""
-        return self._feature_map.value  # type: ignore[no-any-return]
+        return self._feature_map.value
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> _DriftObjective:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]

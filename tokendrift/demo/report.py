@@ -21,9 +21,7 @@ if TYPE_CHECKING:
 COLOURS = {"base": "#8a8f98", "continuation": "#3b7dd8", "TokenDrift": "#d9652b", "real text": "#2f9e62"}
 INK = "#010203"  # stands for the page's text colour and becomes currentColor, so that plots follow light and dark
 INKED = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color")
-HEADINGS = (
-    "model", "NFE", "T", "Gen.-PPL", "95 %", "sample entropy", "unigram entropy", "distinct-3", "rep-4", "samples"
-)  # fmt: skip
+HEADINGS = ("model", "NFE", "T", "Gen.-PPL", "95 %", "H sample", "H unigram", "distinct-3", "rep-4")
 
 
 def cells(row: Row) -> tuple[str, ...]:
@@ -39,7 +37,6 @@ def cells(row: Row) -> tuple[str, ...]:
         f"{m.unigram_entropy:.3f}",
         f"{m.distinct_3:.3f}",
         f"{m.repetition_4.estimate:.3f}",
-        str(m.samples),
     )
 
 
@@ -65,7 +62,9 @@ def caption(config: DemoConfig, outcome: Outcome) -> str:
     return (
         f"{config.process} process; {config.steps} steps of each continuation; {config.samples} samples a row, of 32 "
         f"tokens each; ancestral sampler; judge: a causal model trained on its own split, {judged.precision}, protocol "
-        f"{judged.protocol}; intervals and ratios by bootstrap over sequences; entropies in nats."
+        f"{judged.protocol}; intervals and ratios by bootstrap over sequences. T: sampling temperature. H: entropy in "
+        "nats, of the tokens of a sample and of all tokens together. Rows '= H ...': the continuation sampled at the "
+        "temperature that gives TokenDrift's entropy."
     )
 
 

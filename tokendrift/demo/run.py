@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 ROWS_A_BATCH = 128
+MATCHED = {"sample": "  = H sample", "unigram": "  = H unigram"}  # the temperature-matched rows of the continuation
 TEMPERATURES = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1)
 FRONTIER_SAMPLES = 256
 
@@ -52,8 +53,7 @@ class Row(NamedTuple):
     """One line of the table.
 
     Attributes:
-        model: What was sampled: ``base``, ``continuation``, ``TokenDrift``, ``real text``, or
-            ``continuation, T by ...`` for the temperature-matched rows.
+        model: What was sampled: ``base``, ``continuation``, ``TokenDrift``, ``real text``, or one of `MATCHED`.
         nfe: Function evaluations; None for real text.
         temperature: Sampling temperature; None for real text.
         measures: The figures.
@@ -239,7 +239,7 @@ class Demo:
                 for kind in ("sample", "unigram"):
                     target = entropy(found["TokenDrift"].measures, kind)
                     at = temperature_at([(r.temperature, entropy(r.measures, kind)) for r in curve], target)
-                    rows.append(scorer.row(f"continuation, T by {kind} entropy", continued.model, nfe, at, count))
+                    rows.append(scorer.row(MATCHED[kind], continued.model, nfe, at, count))
         nelbo = {name: validation_nelbo(model, self.process, corpus.held_out) for name, model in models.items()}
         curves = {"continuation": continued.records, "drift": drifted.records}
         return Outcome(rows, frontier, curves, nelbo, headline(rows, nfes[0]))
@@ -333,7 +333,7 @@ def headline(rows: Sequence[Row], nfe: int) -> dict[str, float]:
         "entropy_below_real": entropy(real, "sample") - entropy(drift, "sample"),
     }
     for kind in ("sample", "unigram"):
-        matched = found[f"continuation, T by {kind} entropy"]
+        matched = found[MATCHED[kind]]
         ratio: Interval = perplexity_ratio_interval(drift.perplexity, matched.perplexity)
         out |= {f"over_matched_{kind}": ratio.estimate}
         out |= {f"over_matched_{kind}_low": ratio.low, f"over_matched_{kind}_high": ratio.high}

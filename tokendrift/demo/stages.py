@@ -199,7 +199,9 @@ def train_judge(corpus: Corpus, steps: int, folder: Path, on_step: OnStep | None
 def load_judge(folder: Path) -> GPT2LMHeadModel:
     """Return the judge in float32 and evaluation mode."""
     from transformers import GPT2LMHeadModel
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     judge = GPT2LMHeadModel.from_pretrained(folder, dtype=torch.float32)
     judge.eval()  # type: ignore[no-untyped-call]
     return judge
