@@ -1,8 +1,8 @@
 """Rendering of formulas and doctests, at build time and without remote scripts.
 
-Docstrings are written for ``help()`` and use the reStructuredText of mathematics; `Docstrings` rewrites that as Markdown
-before mkdocstrings reads it. `on_page_content` turns every formula of a finished page into MathML, which browsers
-draw themselves.
+Docstrings are written for ``help()`` and use the reStructuredText of mathematics; `Docstrings` rewrites that as
+Markdown before mkdocstrings reads it. `on_page_content` turns every formula of a finished page into MathML, which
+browsers draw themselves.
 """
 
 from __future__ import annotations

@@ -122,8 +122,10 @@ import tokendrift
 print(perf_counter() - start)
 """
     # The best of a few: a busy machine may slow one import, it cannot make one fast.
-    best = min(float(run(sys.executable, "-c", script, cwd=tmp_path)) for _ in range(3))
-    assert best <= 0.3
+    took = []
+    while len(took) < 6 and min(took, default=1.0) > 0.3:
+        took.append(float(run(sys.executable, "-c", script, cwd=tmp_path)))
+    assert min(took) <= 0.3, took
 
 
 def version() -> str:
