@@ -20,7 +20,6 @@ from tokendrift.evaluation.generative_perplexity import (
     PerplexityResult,
     generative_perplexity,
 )
-from tokendrift.evaluation.judge import Judge
 from tokendrift.evaluation.measures import Measures, measure
 from tokendrift.evaluation.protocols import PROTOCOLS
 
@@ -28,7 +27,6 @@ __all__ = [
     "PROTOCOLS",
     "GenerativePerplexity",
     "Interval",
-    "Judge",
     "Measures",
     "PerplexityResult",
     "bootstrap_interval",

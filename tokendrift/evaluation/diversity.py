@@ -170,12 +170,20 @@ def _ngrams(rows: Tensor, n: int) -> Tensor:
     width = rows.shape[1] - n + 1
     if width < 1:
         return rows[:, :0]
-    size = int(rows.max()) + 1
-    codes, span = rows, size
+    if int(rows.max()) >= 1 << 31:
+        rows, _ = _renumbered(rows)
+    codes, size = rows, int(rows.max()) + 1
+    span = size
     for k in range(1, n):
-        if span > (1 << 63) // size:  # the next digit would overflow: number the codes afresh
-            fresh, ranks = codes.unique(return_inverse=True)
-            codes, span = torch.where(codes == NONE, NONE, ranks), len(fresh)
+        if span > (1 << 63) // size:  # the next digit would overflow
+            codes, span = _renumbered(codes)
         tails = rows[:, k : k + codes.shape[1] - 1]
         codes = torch.where(tails == NONE, NONE, codes[:, :-1] * size + tails)
+        span *= size
     return codes
+
+
+def _renumbered(codes: Tensor) -> tuple[Tensor, int]:
+    """Return codes numbered afresh from 0, equal ones alike and `NONE` kept, and a bound above them."""
+    fresh, ranks = codes.unique(return_inverse=True)
+    return torch.where(codes == NONE, NONE, ranks), len(fresh)

@@ -104,7 +104,7 @@ class GenerativePerplexity:
         check_choice("protocol", protocol, PROTOCOLS)
         self.batch_size = check_count("batch_size", batch_size, least=1)
         self.truncate = truncate if truncate is None else check_count("truncate", truncate, least=2)
-        self.judge = judge if isinstance(judge, Judge) else Judge(judge, tokenizer, device=device)
+        self.judge = Judge(judge, tokenizer, device=device)
         self.protocol, self.pad_eos, self.drop_remainder = protocol, pad_eos, drop_remainder
         self.max_length = _window(max_length, self.judge.window)
         if stride is not None and protocol not in SLIDING:

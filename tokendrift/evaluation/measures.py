@@ -88,8 +88,8 @@ def measure(
     Args:
         ids: Generated ids (n, L), or a list of sequences; n at least 2.
         judge: A configured evaluator; what it has accumulated is left alone, so one serves many sets.
-        decode: Maps n lists of ids to n texts (``tokenizer.decode_batch``). None if judge and denoiser share
-            their vocabulary.
+        decode: Maps n lists of ids to n texts (``tokenizer.decode_batch`` with special tokens kept). None if judge
+            and denoiser share their vocabulary.
         nfe: Forward calls a sample cost, kept beside the figures.
         resamples: Bootstrap resamples.
         level: Confidence of the intervals.
