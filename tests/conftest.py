@@ -42,7 +42,7 @@ class Golden:
         )
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def golden():
     """Load a fixture by name."""
     return Golden
@@ -61,7 +61,7 @@ def make_dit(*, vocab_size: int = 13, length: int = 8, time_conditioning: bool =
     return model.eval()
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def backbone():
     """Build small backbones: ``backbone(vocab_size=..., time_conditioning=...)``."""
     return make_dit

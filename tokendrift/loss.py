@@ -416,6 +416,8 @@ class MirrorTeacherLoss(_DriftObjective):
         """Return the loss; arguments and result as in `TokenDriftLoss.forward`."""
         clean_ids, noisy_ids, predicted = self._checked(logits, clean_ids, noisy_ids, predicted, attention_mask)
         wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        if predicted is not None:  # not only their loss: 0 * NaN would reach the gradient
+            wide = torch.where(predicted[..., None], wide, 0.0)
         with torch.enable_grad():
             leaf = wide.detach().requires_grad_()
             generated = self._generated(leaf, noisy_ids, predicted, attention_mask)
@@ -426,11 +428,9 @@ class MirrorTeacherLoss(_DriftObjective):
             # The teacher differs from the logits by eta * g, a constant: this form keeps the value and the gradient.
             per_token = (wide - (wide.detach() + self.step_size * direction)).square().sum(dim=-1)
         else:
-            teacher = self._closed(leaf.detach() + self.step_size * direction).log_softmax(dim=-1)
-            student = self._closed(wide).log_softmax(dim=-1)
-            if self.mask_id is not None:  # 0 * (-inf - -inf) at the closed entry
-                column = torch.tensor(self.mask_id, device=wide.device)
-                teacher, student = (x.index_fill(-1, column, -1e6) for x in (teacher, student))
+            # Finite at closed entries, where 0 * (-inf - -inf) would be NaN.
+            teacher = self._closed(leaf.detach() + self.step_size * direction).log_softmax(dim=-1).clamp_min(-1e6)
+            student = self._closed(wide).log_softmax(dim=-1).clamp_min(-1e6)
             per_token = (teacher.exp() * (teacher - student)).sum(dim=-1)
         if predicted is not None:
             per_token = torch.where(predicted, per_token, 0.0)

@@ -1,0 +1,176 @@
+"""Laws of frozen feature maps."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from tokendrift import PooledFeatures, TokenDriftError, soft_token_lift
+from tokendrift.features import masked_mean
+from tokendrift.models import DiT, DiTConfig
+
+
+class Identity(nn.Module):
+    """An encoder whose every layer adds one."""
+
+    def __init__(self, layers=3):
+        super().__init__()
+        self.layers, self.scale = layers, nn.Parameter(torch.ones(()))
+
+    def hidden_states(self, embeds, *, attention_mask=None):
+        return [embeds * self.scale + depth for depth in range(self.layers)]
+
+
+def golden_dit(numbers, **config):
+    model = DiT(DiTConfig(23, 12, 32, 8, 2, 4, **config))
+    prefix = "state_dict."
+    model.load_state_dict({k.removeprefix(prefix): v for k, v in numbers.data.items() if k.startswith(prefix)})
+    return model
+
+
+@pytest.mark.parametrize(("fixture", "case"), [("dit_mdlm", "no_time"), ("dit_duo", "ids_no_time")])
+def test_pooled_features_have_the_golden_values(golden, fixture, case):
+    numbers = golden(fixture)
+    model = golden_dit(numbers, time_conditioning=False)
+    features = PooledFeatures(model)
+    embeds = nn.functional.embedding(numbers["input_ids"], features.encoder.vocab_embed.embedding)
+    numbers.assert_matches(features(embeds), f"{case}.features")
+
+
+@pytest.mark.parametrize(
+    ("fixture", "case"), [("dit_mdlm", "time"), ("dit_mdlm", "short_time"), ("dit_duo", "ids"), ("dit_duo", "soft")]
+)
+def test_features_with_a_noise_level_pool_the_golden_hidden_states(golden, fixture, case):
+    """Features of the loss run at clean time; the golden ones have a sigma, given here by the encoder."""
+    numbers = golden(fixture)
+
+    class AtSigma(nn.Module):
+        def __init__(self, model):
+            super().__init__()
+            self.model = model
+
+        def hidden_states(self, embeds, *, attention_mask=None):
+            return self.model.hidden_states(embeds, numbers["sigma"], attention_mask=attention_mask)
+
+    model = golden_dit(numbers, time_conditioning=True)
+    if case == "soft":
+        embeds = soft_token_lift(numbers["soft_input"], model.vocab_embed.embedding.detach())
+    else:
+        length = numbers[f"{case}.hidden.0"].shape[1]
+        embeds = model.vocab_embed.embedding.detach()[numbers["input_ids"][:, :length]]
+    numbers.assert_matches(PooledFeatures(AtSigma(model))(embeds), f"{case}.features")
+
+
+def test_the_gradient_of_features_to_soft_input_has_the_golden_values(golden):
+    numbers = golden("dit_duo")
+    model = golden_dit(numbers, time_conditioning=True).double().eval()
+    logits = numbers["soft_input"].double().requires_grad_()
+    embeds = soft_token_lift(logits, model.vocab_embed.embedding.detach())
+    hidden = model.hidden_states(embeds, numbers["sigma"].double())
+    features = nn.functional.normalize(torch.cat([hidden[-2].mean(1), hidden[-1].mean(1)], -1), dim=-1)
+    (features * numbers["soft.features_upstream_grad"]).sum().backward()
+    numbers.assert_matches(logits.grad, "soft.grad_soft_input_float64", tolerance=numbers.tolerance["float64"])
+
+
+def test_features_are_the_unit_length_means_of_the_chosen_layers(backbone):
+    model = backbone(time_conditioning=True)
+    embeds = torch.randn(3, 8, 16)
+    hidden = model.hidden_states(embeds)
+    features = PooledFeatures(model, layers=(0, -1))(embeds)
+    expected = torch.cat([hidden[0].mean(1), hidden[2].mean(1)], dim=-1)
+    torch.testing.assert_close(features, expected / expected.norm(dim=-1, keepdim=True))
+    torch.testing.assert_close(features.norm(dim=-1), torch.ones(3))
+    plain = PooledFeatures(model, layers=(0, -1), normalize=False)(embeds)
+    torch.testing.assert_close(plain, expected)
+
+
+@given(lengths=st.lists(st.integers(1, 8), min_size=1, max_size=4), seed=st.integers(0, 2**31 - 1))
+def test_padding_does_not_touch_the_features(backbone, lengths, seed):
+    """A padded row has the features of the same row alone, cut to its length."""
+    generator = torch.Generator().manual_seed(seed)
+    features = PooledFeatures(backbone())
+    embeds = torch.randn(len(lengths), 8, 16, generator=generator)
+    mask = torch.arange(8) < torch.tensor(lengths)[:, None]
+    padded = features(embeds, attention_mask=mask)
+    alone = torch.cat([features(embeds[i : i + 1, :length]) for i, length in enumerate(lengths)])
+    torch.testing.assert_close(padded, alone, rtol=1e-4, atol=1e-5)
+
+
+def test_the_masked_mean_is_wide_and_never_divides_by_zero():
+    hidden = torch.full((2, 1000, 1), 1.01, dtype=torch.bfloat16)
+    mean = masked_mean(hidden, torch.tensor([[True] * 1000, [False] * 1000]))
+    assert mean.dtype == torch.float32
+    assert mean[0].item() == pytest.approx(hidden[0, 0].item(), rel=1e-6)
+    assert mean[1].item() == 0
+
+
+def test_the_frozen_copy_is_not_moved_by_training_the_original(backbone):
+    model = backbone().train()
+    features, embeds = PooledFeatures(model), torch.randn(2, 8, 16)
+    before = features(embeds)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    model(torch.zeros(2, 8, dtype=torch.int64)).square().mean().backward()
+    optimizer.step()
+    assert torch.equal(features(embeds), before)
+    assert not torch.equal(PooledFeatures(model)(embeds), before)
+    assert model.training  # and copying did not change the original
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_the_encoder_stays_frozen_and_in_evaluation_mode(backbone):
+    features = PooledFeatures(backbone().train())
+    for module in (features, nn.Sequential(features)):
+        module.train()
+        assert not any(part.training for part in features.modules())
+    assert not any(parameter.requires_grad for parameter in features.parameters())
+    assert features.train() is features
+    embeds = torch.randn(2, 8, 16)
+    assert torch.equal(features(embeds), features(embeds))  # dropout would differ
+
+
+def test_features_are_differentiable_in_their_embeddings(backbone):
+    embeds = torch.randn(2, 8, 16, requires_grad=True)
+    PooledFeatures(backbone())(embeds)[:, 0].sum().backward()
+    assert (embeds.grad.abs().sum(-1) > 0).all()
+
+
+def test_half_precision_encoders_give_float32_features(backbone):
+    features = PooledFeatures(backbone().bfloat16())
+    out = features(torch.randn(2, 8, 16))
+    assert out.dtype == torch.float32
+    torch.testing.assert_close(out.norm(dim=-1), torch.ones(2))  # normalised after the cast
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert PooledFeatures(backbone())(torch.randn(2, 8, 16)).dtype == torch.float32
+
+
+def test_pooled_features_can_be_copied():
+    features, embeds = PooledFeatures(Identity()), torch.randn(2, 4, 3)
+    assert torch.equal(copy.deepcopy(features)(embeds), features(embeds))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"encoder": nn.Linear(2, 2)}, "encoder must have a method hidden_states"),
+        ({"encoder": Identity(), "layers": ()}, "layers must name at least one hidden layer"),
+    ],
+)
+def test_bad_encoders_are_refused(arguments, message):
+    with pytest.raises(TokenDriftError, match=message):
+        PooledFeatures(**arguments)
+
+
+@pytest.mark.parametrize("layers", [(-4,), (3,), (0, 3)])
+def test_layers_that_do_not_exist_are_refused(layers):
+    with pytest.raises(TokenDriftError, match="do not exist: the encoder shows 3 hidden states"):
+        PooledFeatures(Identity(3), layers=layers)(torch.zeros(1, 2, 3))
+
+
+def test_embeddings_without_a_batch_axis_are_refused():
+    with pytest.raises(TokenDriftError, match=r"embeds must have shape \(B, L, D\), but it has 2 axes"):
+        PooledFeatures(Identity())(torch.zeros(2, 3))

@@ -1,0 +1,736 @@
+"""Laws of the drifting losses (spec: drifting.md, sections 3, 4 and 12)."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from tokendrift import DriftField, MirrorTeacherLoss, TokenDriftError, TokenDriftLoss
+from tokendrift.loss import token_entropy
+
+B, L, V, D = 3, 5, 7, 4
+CASES = ["absorbing", "absorbing_plain_softmax", "uniform", "uniform_separate", "uniform_nopair"]
+
+
+def feature_map(embeds, attention_mask=None):
+    """Unit vectors from two pooled layers without parameters; a module-level function, so that it pickles."""
+    weight = torch.ones_like(embeds[..., :1]) if attention_mask is None else attention_mask[..., None].to(embeds)
+    first = torch.tanh(embeds * torch.arange(1, embeds.shape[-1] + 1).to(embeds))
+    second = torch.tanh(first.cumsum(-1))
+    pooled = torch.cat([(x * weight).sum(1) / weight.sum(1) for x in (first, second)], dim=-1)
+    return nn.functional.normalize(pooled, dim=-1)
+
+
+def batch(seed=0, *, dtype=torch.float64, rows=B):
+    generator = torch.Generator().manual_seed(seed)
+    logits = torch.randn(rows, L, V, generator=generator, dtype=torch.float64)
+    clean = torch.randint(V - 1, (rows, L), generator=generator)
+    predicted = torch.rand(rows, L, generator=generator) < 0.6
+    predicted[:, 0], predicted[:, 1] = True, False  # at least one of either kind in every row
+    noisy = torch.where(predicted, V - 1, clean)
+    return logits.to(dtype), clean, noisy, predicted
+
+
+def table(dtype=torch.float64):
+    return torch.randn(V, D, generator=torch.Generator().manual_seed(99), dtype=torch.float64).to(dtype)
+
+
+def build(cls=TokenDriftLoss, *, dtype=torch.float64, filled=True, **options):
+    loss = cls(table(dtype), feature_map, **({"queue_size": 5} | options))
+    if filled and loss.queue_real.capacity:
+        generator = torch.Generator().manual_seed(7)
+        for queue in (loss.queue_real, loss.queue_generated):
+            queue.push(nn.functional.normalize(torch.randn(4, 2 * D, generator=generator, dtype=dtype), dim=-1))
+    return loss
+
+
+def gradient(loss, logits, *arguments, **options):
+    leaf = logits.detach().clone().requires_grad_()
+    value = loss(leaf, *arguments, **options)
+    value.sum().backward()
+    return value.detach(), leaf.grad
+
+
+# ------------------------------------------------------------------------------------------------ parity
+
+
+class Golden:
+    """The fixture's step, built through the public interface."""
+
+    def __init__(self, numbers, case):
+        self.numbers, self.case = numbers, case
+        self.arguments = {"noisy_ids": numbers[f"{case}.x_t"], "predicted": numbers[f"{case}.predicted"]}
+
+    def features(self, embeds):
+        first = torch.tanh(embeds @ self.numbers["W1"])
+        second = torch.tanh(first @ self.numbers["W2"])
+        return nn.functional.normalize(torch.cat([first.mean(1), second.mean(1)], dim=-1), dim=-1)
+
+    def loss(self, cls, *, field=None, **options):
+        normalization = "separate" if self.case == "uniform_separate" else "joint"
+        loss = cls(
+            self.numbers["E"],
+            self.features,
+            field=field or DriftField(normalization=normalization),
+            mask_id=self.numbers.params["mask_id"] if self.case == "absorbing" else None,
+            exclude_paired_positive=self.case == "uniform_nopair",
+            **({"queue_size": 9} | options),
+        )
+        loss.queue_real.push(self.numbers["queue_real"])
+        loss.queue_generated.push(self.numbers["queue_gen"])
+        return loss
+
+
+class Recorder:
+    """A field that keeps what it was asked and what it answered."""
+
+    def __init__(self, field):
+        self.field = field
+
+    def __call__(self, anchors, positives, negatives, **options):
+        self.anchors, self.positives, self.negatives, self.options = anchors, positives, negatives, options
+        self.raw, _ = self.field.raw(anchors, positives, negatives, *options.values())
+        self.drift = self.field(anchors, positives, negatives, **options)
+        return self.drift
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_one_training_step_has_the_golden_values(golden, case):
+    step = Golden(golden("tokendrift_step"), case)
+    numbers, loss = step.numbers, step.loss(TokenDriftLoss)
+    logits = numbers["logits"].clone().requires_grad_()
+    out = loss(logits, numbers["x0"], return_diagnostics=True, **step.arguments)
+    out.loss.backward()
+    numbers.assert_matches(out.loss, f"{case}.loss")
+    numbers.assert_matches(logits.grad, f"{case}.grad_logits")
+    rms = (out.diagnostics.field.rms.square() + numbers.params["eps"]).sqrt()
+    numbers.assert_matches(rms, f"{case}.s")
+    observed = ~step.arguments["predicted"].bool()
+    assert torch.equal(logits.grad[observed], torch.zeros_like(logits.grad[observed]))
+    if case == "absorbing":
+        assert torch.equal(logits.grad[..., 16], torch.zeros_like(logits.grad[..., 16]))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_features_drift_and_target_have_the_golden_values(golden, case):
+    step = Golden(golden("tokendrift_step"), case)
+    numbers, loss = step.numbers, step.loss(TokenDriftLoss)
+    loss.field = recorder = Recorder(loss.field)
+    value = loss(numbers["logits"], numbers["x0"], **step.arguments)
+    numbers.assert_matches(value, f"{case}.loss")
+    numbers.assert_matches(recorder.anchors, f"{case}.h")
+    numbers.assert_matches(recorder.positives[:4], f"{case}.u")
+    numbers.assert_matches(recorder.raw, f"{case}.V_tau")
+    numbers.assert_matches(recorder.drift, f"{case}.V")
+    numbers.assert_matches(recorder.anchors + recorder.drift, f"{case}.target")
+    numbers.assert_matches(-recorder.drift / 4, f"{case}.grad_h")
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_queues_after_the_push_have_the_golden_values(golden, case):
+    step = Golden(golden("tokendrift_step"), case)
+    numbers, loss = step.numbers, step.loss(TokenDriftLoss)
+    loss(numbers["logits"], numbers["x0"], **step.arguments)
+    numbers.assert_matches(loss.queue_real.features(), f"{case}.queue_real_after")
+    kept = numbers.params["n_queue_gen"]  # the fixture's queues differ in size: 9 real, 7 generated
+    numbers.assert_matches(loss.queue_generated.features()[-kept:], f"{case}.queue_gen_after")
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("distance", ["kl", "mse"])
+def test_the_mirror_teacher_has_the_golden_values(golden, case, distance):
+    step = Golden(golden("tokendrift_step"), case)
+    numbers = step.numbers
+    loss = step.loss(MirrorTeacherLoss, distance=distance, step_size=numbers.params["eta"])
+    value, grad = gradient(loss, numbers["logits"], numbers["x0"], **step.arguments)
+    numbers.assert_matches(value, f"{case}.mirror_{distance}")
+    numbers.assert_matches(grad, f"{case}.mirror_{distance}_grad_logits")
+
+
+# ------------------------------------------------------------------------------------------------ gradients
+
+
+@pytest.mark.parametrize("cls", [TokenDriftLoss, MirrorTeacherLoss])
+@given(seed=st.integers(0, 2**31 - 1), masked=st.booleans(), some=st.booleans())
+def test_the_gradient_is_zero_exactly_on_observed_positions(cls, seed, masked, some):
+    logits, clean, noisy, predicted = batch(seed)
+    loss = build(cls, mask_id=V - 1 if masked else None)
+    arguments = {"noisy_ids": noisy, "predicted": predicted} if some else {}
+    _, grad = gradient(loss, logits, clean, **arguments)
+    moved = (grad != 0).any(dim=-1)
+    assert torch.equal(moved, predicted if some else torch.ones_like(predicted))
+    if masked:
+        assert torch.equal(grad[..., V - 1], torch.zeros(B, L).double())
+    torch.testing.assert_close(grad.sum(-1), torch.zeros(B, L).double(), rtol=0, atol=1e-13)  # softmax: no mean part
+
+
+@given(seed=st.integers(0, 2**31 - 1), alpha=st.sampled_from([0.25, 1.0, 3.0]))
+def test_the_gradient_is_minus_alpha_over_b_times_the_pulled_back_drift(seed, alpha):
+    """dL/dlogits = -alpha/B J^T V, with J from autograd on the plain form of the lift."""
+    logits, clean, *_ = batch(seed)
+    loss = build(drift_scale=alpha)
+    loss.field = recorder = Recorder(DriftField((0.2, 1.0)))
+    value, grad = gradient(loss, logits, clean)
+    leaf = logits.clone().requires_grad_()
+    features = feature_map(leaf.softmax(-1) @ loss.embedding)
+    (pulled,) = torch.autograd.grad(features, leaf, recorder.drift)
+    torch.testing.assert_close(grad, -alpha / B * pulled, rtol=1e-9, atol=1e-13)
+    expected = 0.5 * alpha**2 * recorder.drift.square().sum(-1).mean()
+    torch.testing.assert_close(value, expected, rtol=1e-9, atol=0)
+
+
+def test_one_small_step_moves_the_features_along_the_drift():
+    """<h(l+) - h(l), V> = gamma alpha ||J^T V||^2 + O(gamma^2) (appendix C.2)."""
+    logits, clean, *_ = batch()
+    loss = build(reduction="sum")
+    loss.field = recorder = Recorder(DriftField((0.2, 1.0)))
+    _, grad = gradient(loss, logits, clean)
+    size = 1e-6
+    before, after = (feature_map(x.softmax(-1) @ loss.embedding) for x in (logits, logits - size * grad))
+    gain = ((after - before) * recorder.drift).sum()
+    torch.testing.assert_close(gain, size * grad.square().sum(), rtol=1e-4, atol=0)
+
+
+def test_no_gradient_reaches_embedding_or_references():
+    logits, clean, *_ = batch()
+    loss = build()
+    loss(logits.requires_grad_(), clean).backward()
+    assert loss.embedding.grad is None
+    assert not loss.queue_real.features().requires_grad
+    assert not loss.queue_generated.features().requires_grad
+    assert list(loss.parameters()) == []
+
+
+def test_the_mirror_teacher_solves_its_problem():
+    """p* = softmax(l + eta g) maximises <g, q> - KL(q || p)/eta over the simplex (D.1)."""
+    logits, clean, *_ = batch()
+    eta = 2.0
+    loss = build(MirrorTeacherLoss, step_size=eta, distance="kl")
+    loss.field = recorder = Recorder(DriftField((0.2, 1.0)))
+    _, grad = gradient(loss, logits, clean)
+    p = logits.softmax(-1)
+    teacher = p - B * grad  # the gradient of KL(p* || p) to the logits is p - p*
+    leaf = logits.clone().requires_grad_()
+    (g,) = torch.autograd.grad(feature_map(leaf.softmax(-1) @ loss.embedding), leaf, recorder.drift)
+    torch.testing.assert_close(teacher, (logits + eta * g).softmax(-1), rtol=1e-9, atol=1e-12)
+
+    def objective(q):
+        return ((g * q) - q * (q / p).log() / eta).sum(-1)
+
+    best = objective(teacher)
+    for seed in range(20):
+        other = torch.randn(B, L, V, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+        mixed = 0.99 * teacher + 0.01 * other.softmax(-1)
+        assert (objective(mixed) < best).all()
+
+
+@pytest.mark.parametrize("distance", ["kl", "mse"])
+@pytest.mark.parametrize("mask_id", [None, V - 1])
+def test_without_drift_the_mirror_teacher_teaches_nothing(distance, mask_id):
+    logits, clean, noisy, predicted = batch()
+    loss = build(MirrorTeacherLoss, distance=distance, mask_id=mask_id, field=lambda h, *_, **__: torch.zeros_like(h))
+    value, grad = gradient(loss, logits, clean, noisy_ids=noisy, predicted=predicted)
+    assert value.item() == pytest.approx(0, abs=1e-15)
+    torch.testing.assert_close(grad, torch.zeros_like(grad), rtol=0, atol=1e-15)
+
+
+# ------------------------------------------------------------------------------------------------ references
+
+
+def test_the_batch_stands_first_the_queue_behind_and_the_anchor_is_hidden_from_itself():
+    logits, clean, *_ = batch()
+    for paired in (False, True):
+        loss = build(exclude_paired_positive=paired)
+        real, generated = loss.queue_real.features().clone(), loss.queue_generated.features().clone()
+        loss.field = recorder = Recorder(DriftField())
+        loss(logits, clean)
+        h, u = feature_map(logits.softmax(-1) @ loss.embedding), feature_map(loss.embedding[clean])
+        torch.testing.assert_close(recorder.anchors, h)
+        torch.testing.assert_close(recorder.negatives, torch.cat([h, generated]))
+        torch.testing.assert_close(recorder.positives, torch.cat([u, real]))
+        assert recorder.options["exclude_negative"].tolist() == [0, 1, 2]
+        pair = recorder.options["exclude_positive"]
+        assert pair.tolist() == [0, 1, 2] if paired else pair is None
+
+
+def test_queues_are_pushed_after_the_loss_and_in_training_mode_only():
+    logits, clean, *_ = batch()
+    loss = build(filled=False).eval()
+    loss(logits, clean)
+    assert len(loss.queue_real) == len(loss.queue_generated) == 0
+    loss.train()
+    first = loss(logits, clean, return_diagnostics=True)
+    assert (first.diagnostics.queue_real, first.diagnostics.queue_generated) == (0, 0)
+    second = loss(logits, clean, return_diagnostics=True)
+    assert (second.diagnostics.queue_real, second.diagnostics.queue_generated) == (3, 3)
+    assert len(loss.queue_real) == len(loss.queue_generated) == 5
+    torch.testing.assert_close(loss.queue_real.features()[-3:], feature_map(loss.embedding[clean]))
+    torch.testing.assert_close(loss.queue_generated.features()[-3:], feature_map(logits.softmax(-1) @ loss.embedding))
+
+
+def test_one_sequence_without_queues_has_no_negative_and_no_drift():
+    logits, clean, *_ = batch(rows=1)
+    value, grad = gradient(build(queue_size=0), logits, clean)
+    assert value == 0
+    assert torch.equal(grad, torch.zeros_like(grad))
+
+
+@pytest.mark.parametrize("way", ["state_dict", "deepcopy", "pickle"])
+@pytest.mark.parametrize("steps", [0, 1, 3])
+def test_a_run_goes_on_exactly_from_a_copy(way, steps):
+    loss = build(filled=False)
+    for seed in range(steps):
+        logits, clean, *_ = batch(seed)
+        loss(logits, clean)
+    if way == "state_dict":
+        other = build(filled=False)
+        result = other.load_state_dict(loss.state_dict())
+        assert not result.missing_keys
+        assert not result.unexpected_keys
+    else:
+        other = copy.deepcopy(loss) if way == "deepcopy" else pickle.loads(pickle.dumps(loss))
+    for seed in range(10, 13):
+        logits, clean, *_ = batch(seed)
+        one, another = (gradient(each, logits, clean) for each in (loss, other))
+        assert torch.equal(one[0], another[0])
+        assert torch.equal(one[1], another[1])
+
+
+def test_only_the_queues_are_in_the_state_dict(backbone):
+    loss = TokenDriftLoss.from_encoder(backbone(), queue_size=4)
+    assert {name.split(".")[0] for name in loss.state_dict()} == {"queue_real", "queue_generated"}
+    assert list(loss.parameters()) == []
+    assert list(loss.named_modules())  # and its modules can still be listed
+
+
+# ------------------------------------------------------------------------------------------------ reductions
+
+
+def test_reductions_agree():
+    logits, clean, *_ = batch()
+    none, total, mean = (build(reduction=name)(logits, clean) for name in ("none", "sum", "mean"))
+    assert none.shape == (B,)
+    torch.testing.assert_close(none.sum(), total)
+    torch.testing.assert_close(none.mean(), mean)
+
+
+NOTHING_PREDICTED = [
+    (TokenDriftLoss, {}),
+    (MirrorTeacherLoss, {"distance": "kl"}),
+    (MirrorTeacherLoss, {"distance": "mse"}),
+]
+
+
+@pytest.mark.parametrize(("cls", "options"), NOTHING_PREDICTED)
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_nothing_predicted_is_zero_loss_attached_to_the_graph(cls, options, reduction):
+    logits, clean, noisy, _ = batch()
+    logits.requires_grad_()
+    nothing = torch.zeros(B, L, dtype=torch.bool)
+    loss = build(cls, reduction=reduction, **options)
+    out = loss(logits, clean, noisy_ids=noisy, predicted=nothing, return_diagnostics=True)
+    assert out.loss.requires_grad
+    assert torch.equal(out.loss, torch.zeros_like(out.loss))
+    out.loss.sum().backward()
+    assert torch.equal(logits.grad, torch.zeros_like(logits))
+    assert out.diagnostics.token_entropy.item() == 0
+
+
+def test_a_batch_of_padding_alone_is_zero_loss(backbone):
+    logits, clean, *_ = batch(dtype=torch.float32)
+    logits.requires_grad_()
+    mask = torch.ones(B, L, dtype=torch.bool)
+    for padded_rows in (slice(1, 2), slice(None)):
+        mask[padded_rows] = False
+        value = TokenDriftLoss.from_encoder(backbone(vocab_size=V), reduction="none")(
+            logits, clean, attention_mask=mask
+        )
+        assert torch.equal(value == 0, ~mask[:, 0])
+        (grad,) = torch.autograd.grad(value.sum(), logits)
+        assert grad.isfinite().all()
+        assert torch.equal(grad[padded_rows], torch.zeros_like(grad[padded_rows]))
+
+
+def test_a_row_without_predicted_position_counts_as_zero():
+    logits, clean, noisy, predicted = batch()
+    predicted[1] = False
+    value, grad = gradient(build(reduction="none"), logits, clean, noisy_ids=noisy, predicted=predicted)
+    assert value[1] == 0
+    assert value[0] > 0
+    assert torch.equal(grad[1], torch.zeros_like(grad[1]))
+
+
+def test_predicted_defaults_to_the_masks_in_the_noisy_ids():
+    logits, clean, noisy, predicted = batch()
+    implied = build(mask_id=V - 1)(logits, clean, noisy_ids=noisy)
+    named = build(mask_id=V - 1)(logits, clean, noisy_ids=noisy, predicted=predicted)
+    assert torch.equal(implied, named)
+    every = build()(logits, clean, noisy_ids=noisy)
+    assert torch.equal(every, build()(logits, clean))
+
+
+def test_padding_changes_nothing():
+    logits, clean, noisy, predicted = batch()
+    loss, padded_loss = build(), build()
+    mask = torch.ones(B, L + 2, dtype=torch.int64)
+    mask[:, L:] = 0
+
+    def padded(x, value):
+        return torch.cat([x, torch.full((B, 2, *x.shape[2:]), value, dtype=x.dtype)], dim=1)
+
+    expected, grad = gradient(loss, logits, clean, noisy_ids=noisy, predicted=predicted)
+    actual, padded_grad = gradient(
+        padded_loss,
+        padded(logits, 3.0),
+        padded(clean, 0),
+        noisy_ids=padded(noisy, 1),
+        predicted=padded(predicted, True),
+        attention_mask=mask,
+    )
+    torch.testing.assert_close(actual, expected, rtol=1e-12, atol=0)
+    torch.testing.assert_close(padded_grad[:, :L], grad, rtol=1e-10, atol=1e-15)
+    assert torch.equal(padded_grad[:, L:], torch.zeros_like(padded_grad[:, L:]))
+    torch.testing.assert_close(padded_loss.queue_real.features(), loss.queue_real.features())
+
+
+# ---------------------------------------------------------------------------------------- precision and layout
+
+
+@pytest.mark.parametrize("cls", [TokenDriftLoss, MirrorTeacherLoss])
+def test_the_loss_is_float32_for_half_precision_logits(cls):
+    logits, clean, *_ = batch(dtype=torch.bfloat16)
+    value, grad = gradient(build(cls, dtype=torch.float32), logits, clean)
+    assert value.dtype == torch.float32
+    assert grad.dtype == torch.bfloat16
+    expected, exact = gradient(build(cls, dtype=torch.float32), logits.float(), clean)
+    torch.testing.assert_close(value, expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(grad.float(), exact, rtol=2e-2, atol=1e-4)
+
+
+def test_under_autocast_the_loss_stays_close_to_float32(backbone):
+    model = backbone(vocab_size=V)
+    logits, clean, *_ = batch(dtype=torch.float32)
+    expected = TokenDriftLoss.from_encoder(model)(logits, clean)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        actual = TokenDriftLoss.from_encoder(model)(logits, clean)
+        free = build(dtype=torch.float32)(logits, clean)
+    assert actual.dtype == free.dtype == torch.float32
+    torch.testing.assert_close(actual, expected, rtol=0.05, atol=0)  # the encoder itself runs in bfloat16
+    # Without a network only the float32 island is left, where autocast must not reach.
+    torch.testing.assert_close(free, build(dtype=torch.float32)(logits, clean), rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("cls", [TokenDriftLoss, MirrorTeacherLoss])
+def test_the_memory_layout_of_the_logits_does_not_matter(cls):
+    logits, clean, noisy, predicted = batch()
+    expected = gradient(build(cls), logits, clean, noisy_ids=noisy, predicted=predicted)
+    strided = logits.transpose(1, 2).contiguous().transpose(1, 2)
+    assert not strided.is_contiguous()
+    leaf = strided.detach().requires_grad_()
+    value = build(cls)(leaf, clean, noisy_ids=noisy, predicted=predicted)
+    value.backward()
+    torch.testing.assert_close(value, expected[0], rtol=1e-12, atol=0)
+    torch.testing.assert_close(leaf.grad, expected[1], rtol=1e-10, atol=1e-15)
+    row = logits[:1].clone().requires_grad_()
+    expanded = build(cls)(row.expand(B, -1, -1), clean)
+    dense = build(cls)(row.expand(B, -1, -1).contiguous(), clean)
+    torch.testing.assert_close(expanded, dense, rtol=1e-12, atol=0)
+    expanded.backward()
+    assert row.grad.isfinite().all()
+
+
+def test_moving_the_loss_to_another_dtype_moves_everything(backbone):
+    loss = TokenDriftLoss.from_encoder(backbone(vocab_size=V), queue_size=4)
+    logits, clean, *_ = batch(dtype=torch.float32)
+    loss(logits, clean)
+    loss.to(torch.float64)
+    assert loss.embedding.dtype == torch.float64
+    assert {parameter.dtype for parameter in loss.feature_map.parameters()} == {torch.float64}
+    assert loss.queue_real.features().dtype == torch.float64
+    assert loss(logits.double(), clean).dtype == torch.float64
+
+
+def test_integer_dtypes_of_ids_mean_the_same():
+    logits, clean, noisy, predicted = batch()
+    expected = build()(logits, clean, noisy_ids=noisy, predicted=predicted)
+    actual = build()(logits, clean.int(), noisy_ids=noisy.to(torch.uint8), predicted=predicted.int())
+    assert torch.equal(actual, expected)
+
+
+# ---------------------------------------------------------------------------------------- frozen encoder
+
+
+def test_from_encoder_freezes_a_copy(backbone):
+    model = backbone(vocab_size=V).train()
+    loss = TokenDriftLoss.from_encoder(model, queue_size=0)
+    logits, clean, *_ = batch(dtype=torch.float32)
+    before = loss(logits, clean)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    model(clean).square().mean().backward()
+    optimizer.step()
+    assert torch.equal(loss(logits, clean), before)
+    assert not torch.equal(TokenDriftLoss.from_encoder(model, queue_size=0)(logits, clean), before)
+
+
+def test_train_leaves_the_encoder_in_evaluation_mode(backbone):
+    loss = TokenDriftLoss.from_encoder(backbone(vocab_size=V))
+    nn.ModuleList([loss]).train()
+    assert loss.training
+    assert not any(part.training for part in loss.feature_map.modules())
+
+
+def test_from_encoder_equals_the_parts_given_by_hand(backbone):
+    from tokendrift import PooledFeatures
+
+    model = backbone(vocab_size=V)
+    logits, clean, *_ = batch(dtype=torch.float32)
+    whole = TokenDriftLoss.from_encoder(model, layers=(1, 2))(logits, clean)
+    parts = TokenDriftLoss(model.vocab_embed.embedding.detach(), PooledFeatures(model, layers=(1, 2)))(logits, clean)
+    assert torch.equal(whole, parts)
+
+
+def test_from_encoder_reads_input_embeddings_of_other_libraries():
+    class Other(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.words = nn.Embedding(V, D)
+
+        def get_input_embeddings(self):
+            return self.words
+
+        def hidden_states(self, embeds, *, attention_mask=None):
+            return [embeds, embeds.tanh()]
+
+    logits, clean, *_ = batch(dtype=torch.float32)
+    assert TokenDriftLoss.from_encoder(Other())(logits, clean).isfinite()
+
+
+def test_from_encoder_without_an_embedding_is_refused():
+    class Bare(nn.Module):
+        def hidden_states(self, embeds, *, attention_mask=None):
+            return [embeds, embeds]
+
+    with pytest.raises(TokenDriftError, match="encoder shows no input embedding"):
+        TokenDriftLoss.from_encoder(Bare())
+
+
+# ------------------------------------------------------------------------------------------------ diagnostics
+
+
+def test_diagnostics_are_detached_and_do_not_change_the_loss():
+    logits, clean, noisy, predicted = batch()
+    plain = build()(logits, clean, noisy_ids=noisy, predicted=predicted)
+    out = build()(logits.requires_grad_(), clean, noisy_ids=noisy, predicted=predicted, return_diagnostics=True)
+    assert torch.equal(out.loss, plain)
+    assert not any(part.requires_grad for part in out.diagnostics.field)
+    assert not out.diagnostics.token_entropy.requires_grad
+    p = logits.detach().softmax(-1)[predicted]
+    torch.testing.assert_close(out.diagnostics.token_entropy, -(p * p.log()).sum(-1).mean())
+    h, u = feature_map_of(logits, noisy, predicted), feature_map(table()[clean])
+    assert out.diagnostics.field.pair_weight.shape == (3,)
+    squared = (h[:, None] - torch.cat([u, build().queue_real.features()])).square().sum(-1)
+    expected = (-squared / 0.2).softmax(-1)[:, :B].diagonal().mean()
+    torch.testing.assert_close(out.diagnostics.field.pair_weight[2], expected)
+
+
+def feature_map_of(logits, noisy, predicted):
+    return feature_map(torch.where(predicted[..., None], logits.detach().softmax(-1) @ table(), table()[noisy]))
+
+
+def test_a_field_of_the_users_own_is_asked_and_has_no_diagnostics():
+    logits, clean, *_ = batch()
+    mine = lambda h, positives, negatives, **_: positives.mean(0) - negatives.mean(0) + 0 * h  # noqa: E731
+    out = build(field=mine)(logits, clean, return_diagnostics=True)
+    assert out.diagnostics.field is None
+    assert out.loss > 0
+
+
+@given(seed=st.integers(0, 2**31 - 1), masked=st.booleans())
+def test_the_entropy_of_tokens_lies_between_zero_and_log_v(seed, masked):
+    logits, _, _, predicted = batch(seed)
+    mask_id = V - 1 if masked else None
+    open_entries = V - 1 if masked else V
+    assert 0 < token_entropy(logits, predicted, mask_id) <= torch.tensor(open_entries).double().log() + 1e-12
+    flat = token_entropy(torch.zeros_like(logits), predicted, mask_id)
+    torch.testing.assert_close(flat, torch.tensor(open_entries).double().log())
+
+
+# ------------------------------------------------------------------------------------------------ compilation
+
+
+@pytest.mark.parametrize(("cls", "partly"), [(TokenDriftLoss, True), (MirrorTeacherLoss, False)])
+def test_the_compiled_loss_equals_eager_over_steps_with_queues(cls, partly):
+    compare_with_compiled(cls, partly, backend="aot_eager")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("cls", [TokenDriftLoss, MirrorTeacherLoss])
+@pytest.mark.parametrize("partly", [False, True])
+def test_the_loss_compiled_by_inductor_equals_eager(cls, partly):
+    compare_with_compiled(cls, partly, backend="inductor")
+
+
+def compare_with_compiled(cls, partly, backend):
+    torch.compiler.reset()
+    eager, inner = build(cls, filled=False), build(cls, filled=False)
+    compiled = torch.compile(inner, backend=backend)
+    for seed in range(3):  # the queues fill (3, then 5 of 5), so the number of references changes
+        logits, clean, noisy, predicted = batch(seed)
+        arguments = {"noisy_ids": noisy, "predicted": predicted} if partly else {}
+        expected, actual = (gradient(each, logits, clean, **arguments) for each in (eager, compiled))
+        torch.testing.assert_close(actual[0], expected[0], rtol=1e-9, atol=1e-12)
+        torch.testing.assert_close(actual[1], expected[1], rtol=1e-9, atol=1e-12)
+        assert len(inner.queue_real) == len(eager.queue_real) == min(3 * (seed + 1), 5)
+        torch.testing.assert_close(inner.queue_generated.features(), eager.queue_generated.features())
+
+
+# ------------------------------------------------------------------------------------------------ errors
+
+
+def trainable():
+    return nn.Sequential(nn.Linear(D, D), nn.Flatten())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            {"embedding": torch.zeros(V, D, requires_grad=True)},
+            r"embedding requires grad[\s\S]*soft_token_lift yourself",
+        ),
+        ({"embedding": torch.zeros(V)}, r"embedding must have shape \(V, D\)"),
+        ({"embedding": torch.zeros(V, D, dtype=torch.int64)}, "embedding must be floating point"),
+        ({"feature_map": None}, r"feature_map must be a callable \(B, L, D\) -> \(B, M\)"),
+        ({"feature_map": trainable()}, r"feature_map must be frozen, but it has 2 parameters that require grad"),
+        ({"feature_map": trainable().requires_grad_(False)}, "feature_map must be frozen, but it has training mode"),
+        ({"reduction": "batchmean"}, "reduction must be one of 'mean', 'sum', 'none'"),
+        ({"mask_id": V}, r"mask_id must lie in \[0, V\) with V = 7"),
+        ({"mask_id": -1}, r"mask_id must lie in \[0, V\) with V = 7"),
+        ({"queue_size": -1}, "queue_size must be an integer of at least 0"),
+        ({"queue_size": 2.0}, "queue_size must be an integer of at least 0"),
+        ({"drift_scale": 0.0}, r"drift_scale \(alpha\) must be a finite number above 0"),
+        ({"drift_scale": float("nan")}, r"drift_scale \(alpha\) must be a finite number above 0"),
+        ({"workspace_mib": -1.0}, "workspace_mib must be a finite number above 0"),
+    ],
+)
+def test_bad_parts_are_refused_at_construction(arguments, message):
+    good = {"embedding": torch.zeros(V, D), "feature_map": feature_map}
+    with pytest.raises(TokenDriftError, match=message):
+        TokenDriftLoss(**(good | arguments))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"distance": "l1"}, "distance must be one of 'kl', 'mse'"),
+        ({"step_size": 0.0}, r"step_size \(eta\) must be a finite number above 0"),
+    ],
+)
+def test_bad_mirror_options_are_refused_at_construction(arguments, message):
+    with pytest.raises(TokenDriftError, match=message):
+        MirrorTeacherLoss(torch.zeros(V, D), feature_map, **arguments)
+
+
+META = torch.device("meta")
+
+
+@pytest.mark.parametrize("cls", [TokenDriftLoss, MirrorTeacherLoss])
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"logits": torch.zeros(L, V)}, r"logits must have shape \(B, L, V\), but it has 2 axes[\s\S]*batch axis"),
+        ({"logits": torch.zeros(0, L, V)}, "logits is empty: B is 0[\\s\\S]*Skip empty batches"),
+        (
+            {"logits": torch.zeros(B, L, V + 1)},
+            r"logits has 8 columns \(V\) but embedding has 7 rows[\s\S]*drop that column",
+        ),
+        ({"logits": torch.zeros(B, L, V, dtype=torch.int64)}, "logits must be floating point"),
+        ({"logits": torch.zeros(B, L, V, device=META)}, "embedding is on cpu but logits is on meta"),
+        ({"clean_ids": torch.zeros(B, L + 1, dtype=torch.int64)}, r"clean_ids must have shape \(B, L\) = \(3, 5\)"),
+        ({"clean_ids": torch.zeros(B, L)}, r"clean_ids must hold integer token ids[\s\S]*clean_ids.long\(\)"),
+        ({"clean_ids": torch.full((B, L), V)}, "clean_ids has ids from 7 to 7, but the vocabulary V has 7 entries"),
+        ({"clean_ids": torch.full((B, L), -100)}, "labels of -100 are not ids"),
+        ({"clean_ids": torch.zeros(B, L, dtype=torch.int64, device=META)}, "clean_ids is on meta but logits is on cpu"),
+        ({"noisy_ids": torch.full((B, L), V)}, "noisy_ids has ids from 7 to 7, but the vocabulary V has 7 entries"),
+        ({"noisy_ids": torch.full((B, L), -1)}, "noisy_ids has ids from -1 to -1"),
+        ({"noisy_ids": torch.zeros(B, dtype=torch.int64)}, r"noisy_ids must have shape \(B, L\)"),
+        ({"noisy_ids": torch.zeros(B, L, dtype=torch.int64, device=META)}, "noisy_ids is on meta but logits is on cpu"),
+        ({"noisy_ids": None}, "predicted was given without noisy_ids[\\s\\S]*Pass noisy_ids=x_t"),
+        ({"predicted": torch.ones(B, L)}, "predicted must be boolean"),
+        ({"predicted": torch.ones(B, 1, dtype=torch.bool)}, r"predicted must have shape \(B, L\) = \(3, 5\)"),
+        ({"predicted": torch.ones(B, L, dtype=torch.bool, device=META)}, "predicted is on meta but logits is on cpu"),
+        ({"attention_mask": torch.ones(B, L + 1)}, r"attention_mask must have shape \(B, L\) = \(3, 5\)"),
+        ({"attention_mask": torch.ones(B, L)}, "attention_mask must be boolean"),
+        ({"attention_mask": torch.ones(B, L, dtype=torch.bool, device=META)}, "attention_mask is on meta"),
+    ],
+)
+def test_bad_input_is_refused_before_anything_is_pushed(cls, arguments, message):
+    logits, clean, noisy, predicted = batch(dtype=torch.float32)
+    good = {"logits": logits, "clean_ids": clean, "noisy_ids": noisy, "predicted": predicted}
+    loss = build(cls, dtype=torch.float32)
+    before = copy.deepcopy(loss.state_dict())
+    with pytest.raises(TokenDriftError, match=message):
+        loss(**(good | arguments))
+    assert_same_state(loss, before)
+
+
+@pytest.mark.parametrize("cls", [TokenDriftLoss, MirrorTeacherLoss])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_logits_that_are_not_numbers_are_refused_and_not_pushed(cls, value):
+    logits, clean, *_ = batch()
+    logits[1, 2, 3] = value
+    loss = build(cls)
+    before = copy.deepcopy(loss.state_dict())
+    message = "logits contain NaN" if value != value else "the features of the logits are not finite"  # noqa: PLR0124
+    with pytest.raises(TokenDriftError, match=message) as caught:
+        loss(logits, clean)
+    assert "nothing was pushed" in str(caught.value)
+    assert_same_state(loss, before)
+
+
+@pytest.mark.parametrize("cls", [TokenDriftLoss, MirrorTeacherLoss])
+def test_nan_logits_at_observed_positions_do_not_matter(cls):
+    logits, clean, noisy, predicted = batch()
+    expected, grad = gradient(build(cls), logits, clean, noisy_ids=noisy, predicted=predicted)
+    logits[~predicted] = float("nan")
+    actual, wild = gradient(build(cls), logits, clean, noisy_ids=noisy, predicted=predicted)
+    assert torch.equal(actual, expected)
+    assert torch.equal(wild, grad)
+
+
+@pytest.mark.parametrize("mask_id", [None, V - 1])
+def test_entries_of_minus_infinity_are_closed_entries(mask_id):
+    """Whoever applies SUBS before the loss hands over -inf at the mask."""
+    logits, clean, noisy, predicted = batch()
+    arguments = {"noisy_ids": noisy, "predicted": predicted}
+    for cls in (TokenDriftLoss, MirrorTeacherLoss):
+        expected, grad = gradient(build(cls, mask_id=V - 1), logits, clean, **arguments)
+        closed = logits.index_fill(-1, torch.tensor(V - 1), -torch.inf)
+        actual, other = gradient(build(cls, mask_id=mask_id), closed, clean, **arguments)
+        torch.testing.assert_close(actual, expected, rtol=1e-10, atol=0)
+        torch.testing.assert_close(other, grad, rtol=1e-10, atol=1e-15)
+
+
+def test_a_feature_map_of_the_wrong_shape_is_named():
+    loss = TokenDriftLoss(table(), lambda embeds: embeds)
+    logits, clean, *_ = batch()
+    with pytest.raises(TokenDriftError, match=r"feature_map\(embeds\) must have shape \(B, M\), but it has 3 axes"):
+        loss(logits, clean)
+
+
+def test_loading_queues_of_another_size_is_refused_with_the_way_out():
+    with pytest.raises(TokenDriftError, match="room for 5 features but this one for 6") as caught:
+        build(queue_size=6).load_state_dict(build().state_dict())
+    assert "queue_size=5" in str(caught.value)
+
+
+def assert_same_state(loss, before):
+    after = loss.state_dict()
+    assert after.keys() == before.keys()
+    assert all(torch.equal(after[name], before[name]) for name in before)
