@@ -67,6 +67,7 @@ def test_all_laws() -> None:
 
 
 if __name__ == "__main__":
+    torch.set_num_threads(1)  # at this size, threads would only wait for one another
     test_swapping_the_sets_flips_the_drift()
     print("anti-symmetry holds on 50 drawn clouds")
     test_all_laws()

@@ -16,6 +16,7 @@ from tokendrift.models import DiT, DiTConfig
 
 LENGTH, BATCH, BASE_STEPS, DRIFT_STEPS = 32, 32, 150, 30
 
+torch.set_num_threads(1)  # at this size, threads would only wait for one another
 torch.manual_seed(0)
 
 # Data: windows of printable characters as ids.
