@@ -75,8 +75,8 @@ class MaskedDiffusion(Process):
         masked_out = open_logits.index_fill(-1, torch.tensor(self.mask_id, device=logits.device), -torch.inf)
         chosen = open_logits.gather(-1, x0.long()[..., None])[..., 0]
         nll = torch.logsumexp(masked_out, dim=-1) - chosen
-        t = t.to(nll.dtype)
-        weight = -self.schedule.dalpha(t) / (1 - self.schedule.alpha(t))
+        t = t.double()  # 1 - alpha loses four of float32's seven digits at t = 1e-3
+        weight = (-self.schedule.dalpha(t) / (1 - self.schedule.alpha(t))).to(nll.dtype)
         return torch.where(self.predicted(x_t), weight[:, None] * nll, 0.0)
 
     def posterior(self, logits: Tensor, x_t: Tensor, t: Tensor, s: Tensor) -> Tensor:
@@ -94,5 +94,5 @@ class MaskedDiffusion(Process):
     def mixture(self, log_p: Tensor | None, x_t: Tensor, t: float, s: float) -> Mixture:
         """Return the reverse step as chances: masks stay or draw from p, the rest stays."""
         alpha_t, alpha_s = self.levels(t, s)
-        leave = torch.where(self.predicted(x_t), (alpha_s - alpha_t) / (1 - alpha_t), 0.0).double()
+        leave = self.predicted(x_t).double() * ((alpha_s - alpha_t) / (1 - alpha_t))
         return Mixture(1 - leave, leave)

@@ -55,9 +55,10 @@ class UniformDiffusion(Process):
         check_objective(self.vocab_size, logits, x0, x_t, t)
         size = self.vocab_size
         log_p = self.log_probs(logits, x_t)
-        t = t.to(log_p.dtype)
-        alpha, dalpha = self.schedule.alpha(t)[:, None], self.schedule.dalpha(t)[:, None]
-        kappa = size * alpha / (1 - alpha)
+        t = t.double()[:, None]  # 1 - alpha loses four of float32's seven digits at t = 1e-3
+        alpha, dalpha = self.schedule.alpha(t), self.schedule.dalpha(t)
+        kappa = (size * alpha / (1 - alpha)).to(log_p.dtype)
+        weight = (-dalpha / (size * alpha)).to(log_p.dtype)
         level = torch.nn.functional.softplus(kappa.log()[..., None] + log_p, threshold=40)  # L_j = log(1 + kappa p_j)
         at_noisy = level.gather(-1, x_t.long()[..., None])[..., 0]
         at_clean = level.gather(-1, x0.long()[..., None])[..., 0]
@@ -71,7 +72,7 @@ class UniformDiffusion(Process):
         moved = -(1 - same) * (kappa * (at_clean - at_noisy) - (1 + kappa) * log_ratio)
         sum_r = torch.where(same.bool(), (size + kappa) / (1 + kappa), size + kappa)
         sum_rhat = (size + kappa) * torch.exp(-at_noisy)  # uses sum_j p_j = 1
-        return -dalpha / (size * alpha) * (kept + moved - sum_r + sum_rhat)
+        return weight * (kept + moved - sum_r + sum_rhat)
 
     def posterior(self, logits: Tensor, x_t: Tensor, t: Tensor, s: Tensor) -> Tensor:
         r"""Return q(x_s | x_t) (B, L, V) for times (B,); ``s = 0`` means alpha_s = 1.

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from tokendrift._checks import check_count, fail
+from tokendrift._checks import check_count, check_ids, fail
 
 FREQUENCIES = 256  # width of the sinusoidal embedding of sigma, fixed upstream
 
@@ -270,4 +270,4 @@ class DiT(nn.Module):
                 f"x_t must be integer ids (B, L) or float logits (B, L, V) with V = {self.vocab_size}.",
                 x_t=x_t,
             )
-        return x_t
+        return x_t if x_t.is_floating_point() else check_ids("x_t", x_t, self.vocab_size)

@@ -123,6 +123,13 @@ def step(
     ``logits`` are final: temperature applied, mask entry closed.
     """
     log_norm = torch.logsumexp(logits, dim=-1)
+    if log_norm.device.type == "cpu" and not log_norm.isfinite().all():
+        # Every comparison with NaN is false, so the step would keep its noise without a word.
+        raise fail(
+            "the logits of the denoiser are not finite.",
+            "Look for an overflow in the denoiser, or a checkpoint that was loaded in part.",
+            logits=logits,
+        )
     log_p = logits.gather(-1, x[..., None])[..., 0] - log_norm
     stay, denoise = process.mixture(log_p, x, t, s)
     chance = torch.rand(x.shape, generator=generator, device=x.device, dtype=torch.float64)

@@ -1,0 +1,198 @@
+"""Laws of the MDLM / DUO backbone."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tokendrift import TokenDriftError
+from tokendrift.models import DiT, DiTConfig
+from tokendrift.models.dit import LayerNorm
+
+CASES = [
+    ("dit_mdlm", "no_time", False),
+    ("dit_mdlm", "time", True),
+    ("dit_mdlm", "short_time", True),
+    ("dit_duo", "ids", True),
+    ("dit_duo", "ids_no_time", False),
+    ("dit_duo", "soft", True),
+]
+
+
+def golden_dit(numbers, time_conditioning):
+    model = DiT(DiTConfig(23, 12, 32, 8, 2, 4, time_conditioning=time_conditioning))
+    prefix = "state_dict."
+    # strict: the names are upstream's, none missing and none added
+    model.load_state_dict({k.removeprefix(prefix): v for k, v in numbers.data.items() if k.startswith(prefix)})
+    return model.eval()
+
+
+def golden_input(numbers, case):
+    x = numbers["soft_input"] if case == "soft" else numbers["input_ids"]
+    return x[:, : numbers[f"{case}.logits"].shape[1]]
+
+
+@pytest.mark.parametrize(("fixture", "case", "time_conditioning"), CASES)
+def test_logits_and_hidden_states_have_the_golden_values(golden, fixture, case, time_conditioning):
+    numbers = golden(fixture)
+    model, x = golden_dit(numbers, time_conditioning), golden_input(numbers, case)
+    numbers.assert_matches(model(x, numbers["sigma"]), f"{case}.logits")
+    hidden = model.hidden_states(model.vocab_embed(x), numbers["sigma"])
+    assert len(hidden) == 3
+    for layer, states in enumerate(hidden):
+        numbers.assert_matches(states, f"{case}.hidden.{layer}")
+
+
+@pytest.mark.parametrize(("fixture", "case", "time_conditioning"), CASES)
+def test_float64_logits_have_the_golden_values(golden, fixture, case, time_conditioning):
+    numbers = golden(fixture)
+    model, x = golden_dit(numbers, time_conditioning).double(), golden_input(numbers, case)
+    x = x.double() if x.is_floating_point() else x
+    logits = model(x, numbers["sigma"].double())
+    numbers.assert_matches(logits, f"{case}.logits_float64", tolerance=numbers.tolerance["float64"])
+
+
+# ------------------------------------------------------------------------------------------------ laws
+
+
+def test_certain_input_logits_equal_their_ids(backbone):
+    model, ids = backbone(), torch.randint(13, (2, 8))
+    soft = torch.nn.functional.one_hot(ids, 13).float() * 1e4
+    torch.testing.assert_close(model(soft), model(ids), rtol=1e-5, atol=1e-5)
+
+
+def test_time_matters_only_with_time_conditioning(backbone):
+    ids = torch.randint(13, (2, 8))
+    early, late = torch.full((2,), 0.01), torch.full((2,), 5.0)
+    blind, seeing = backbone(), backbone(time_conditioning=True)
+    assert torch.equal(blind(ids, early), blind(ids, late))
+    assert torch.equal(blind(ids, early), blind(ids))
+    assert not torch.allclose(seeing(ids, early), seeing(ids, late), atol=1e-3)
+    assert (blind.time_conditioned, seeing.time_conditioned) == (False, True)
+    assert blind.vocab_size == 13
+
+
+def test_hidden_states_without_sigma_are_those_of_clean_time(backbone):
+    model, embeds = backbone(time_conditioning=True), torch.randn(2, 8, 16)
+    clean = model.hidden_states(embeds, torch.zeros(2))
+    for one, other in zip(model.hidden_states(embeds), clean, strict=True):
+        assert torch.equal(one, other)
+
+
+@given(length=st.integers(1, 8), offset=st.integers(0, 5), seed=st.integers(0, 2**31 - 1))
+def test_only_distances_between_positions_matter(backbone, length, offset, seed):
+    """Rotary attention: hidden padding before and behind moves a text, and its states do not notice."""
+    model = backbone()
+    embeds = torch.randn(1, length, 16, generator=torch.Generator().manual_seed(seed))
+    padded = torch.full((1, offset + length + 2, 16), 7.0)
+    padded[:, offset : offset + length] = embeds
+    mask = torch.zeros(padded.shape[:2], dtype=torch.bool)
+    mask[:, offset : offset + length] = True
+    alone = model.hidden_states(embeds)[-1]
+    moved = model.hidden_states(padded, attention_mask=mask)[-1][:, offset : offset + length]
+    torch.testing.assert_close(moved, alone, rtol=1e-4, atol=1e-4)
+
+
+def test_rows_do_not_see_each_other(backbone):
+    model, ids = backbone(), torch.randint(13, (3, 8))
+    torch.testing.assert_close(model(ids)[1:2], model(ids[1:2]), rtol=1e-5, atol=1e-5)
+
+
+def test_every_position_sees_every_other(backbone):
+    model = backbone()
+    embeds = torch.randn(1, 8, 16, requires_grad=True)
+    for position in (0, 7):
+        (grad,) = torch.autograd.grad(model.hidden_states(embeds)[-1][0, position].sum(), embeds)
+        assert (grad.abs().sum(-1) > 0).all()
+
+
+def test_a_fresh_network_predicts_nothing_yet():
+    model = DiT(DiTConfig(11, 8, 16, 4, 1, 2))
+    assert torch.equal(model(torch.zeros(2, 8, dtype=torch.int64)), torch.zeros(2, 8, 11))
+
+
+def test_dropout_is_active_in_training_only(backbone):
+    model, ids = backbone(), torch.randint(13, (2, 8))
+    assert torch.equal(model(ids), model(ids))
+    model.train()
+    assert not torch.equal(model(ids), model(ids))
+
+
+def test_autocast_and_half_precision_stay_close_to_float32(backbone):
+    model, ids, sigma = backbone(time_conditioning=True), torch.randint(13, (2, 8)), torch.rand(2)
+    expected = model(ids, sigma)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        cast = model(ids, sigma)
+    half = model.bfloat16()(ids, sigma)
+    assert cast.dtype == half.dtype == torch.bfloat16
+    for actual in (cast, half):
+        assert (actual - expected).norm() < 0.05 * expected.norm()
+
+
+def test_layer_norm_works_in_float32_at_least():
+    x = 1000 + torch.randn(4, 16)
+    norm = LayerNorm(16)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert norm(x).dtype == torch.float32
+        torch.testing.assert_close(norm(x), norm(x.double()).float(), rtol=1e-2, atol=1e-2)
+    assert norm(x.double()).dtype == torch.float64
+
+
+def test_all_parameters_are_trained_once_the_network_is_awake(backbone):
+    model = backbone(time_conditioning=True).train()
+    model(torch.randint(13, (4, 8)), torch.rand(4)).logsumexp(-1).sum().backward()
+    assert [name for name, parameter in model.named_parameters() if not parameter.grad.abs().sum() > 0] == []
+
+
+# ------------------------------------------------------------------------------------------------ errors
+
+
+@pytest.mark.parametrize(
+    ("x_t", "sigma", "message"),
+    [
+        ((2, 8), None, r"sigma must have shape \(B,\) = \(2,\)[\s\S]*got sigma NoneType None"),
+        ((2, 8), (3,), r"sigma must have shape \(B,\) = \(2,\)[\s\S]*Pass process.sigma\(t\)"),
+        ((2, 8), (2, 1), r"sigma must have shape \(B,\)"),
+        ((2, 8), (), r"sigma must have shape \(B,\)"),
+        ((2, 8), (2, 8), r"not one value a position"),
+        ((8,), (8,), r"x_t must be integer ids \(B, L\) or float logits \(B, L, V\) with V = 13"),
+        ((2, 8, 13), (2,), r"x_t must be integer ids \(B, L\)"),
+    ],
+)
+def test_bad_calls_are_refused(backbone, x_t, sigma, message):
+    model = backbone(time_conditioning=True)
+    with pytest.raises(TokenDriftError, match=message):
+        model(torch.zeros(x_t, dtype=torch.int64), None if sigma is None else torch.zeros(sigma))
+
+
+@pytest.mark.parametrize("shape", [(2, 8, 12), (2, 13), (13,)])
+def test_soft_input_of_the_wrong_shape_is_refused(backbone, shape):
+    with pytest.raises(TokenDriftError, match=r"or float logits \(B, L, V\) with V = 13"):
+        backbone()(torch.zeros(shape))
+
+
+@pytest.mark.parametrize("ids", [[[0, 13]], [[-1, 0]]])
+def test_ids_outside_the_vocabulary_are_refused(backbone, ids):
+    with pytest.raises(TokenDriftError, match="x_t has ids from"):
+        backbone()(torch.tensor(ids))
+
+
+def test_hidden_states_refuse_a_misshapen_sigma(backbone):
+    with pytest.raises(TokenDriftError, match=r"sigma must have shape \(B,\)"):
+        backbone(time_conditioning=True).hidden_states(torch.zeros(2, 8, 16), torch.zeros(3))
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"vocab_size": 0}, "vocab_size must be an integer of at least 1"),
+        ({"n_blocks": 0}, "n_blocks must be an integer of at least 1"),
+        ({"hidden_dim": 18, "n_heads": 2}, r"hidden_dim must be a multiple of 2 \* n_heads = 4"),
+        ({"n_heads": 1.5}, "n_heads must be an integer of at least 1"),
+    ],
+)
+def test_bad_sizes_are_refused(config, message):
+    with pytest.raises(TokenDriftError, match=message):
+        DiTConfig(**({"vocab_size": 11} | config))

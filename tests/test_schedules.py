@@ -1,0 +1,116 @@
+"""Laws of noise schedules and of the times that are drawn for training."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tokendrift.diffusion import Cosine, DuoCosine, Geometric, Linear, LogLinear, Schedule, sample_times
+from tokendrift.diffusion.schedules import sigma, stratify
+
+SCHEDULES = {
+    "loglinear": LogLinear(),
+    "mdlm_cosine": Cosine(),
+    "mdlm_cosinesqr": Cosine(power=2),
+    "mdlm_linear": Linear(),
+    "mdlm_geometric": Geometric(),
+    "duo_cosine": DuoCosine(),
+}
+EVERY_SCHEDULE = pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=SCHEDULES)
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_signal_slope_and_sigma_have_the_golden_values(golden, name):
+    numbers, schedule = golden("schedules"), SCHEDULES[name]
+    t = numbers["t"]
+    numbers.assert_matches(schedule.alpha(t), f"{name}.alpha")
+    numbers.assert_matches(sigma(schedule, t), f"{name}.sigma")
+    if name == "duo_cosine":
+        numbers.assert_matches(schedule.dalpha(t), f"{name}.dalpha_exact")
+        schedule = DuoCosine(strict_upstream=True)
+    numbers.assert_matches(schedule.dalpha(t), f"{name}.dalpha")
+    numbers.assert_matches(-schedule.dalpha(t) / schedule.alpha(t), f"{name}.dsigma")
+
+
+def test_duo_and_mdlm_share_the_log_linear_schedule(golden):
+    numbers, schedule = golden("schedules"), LogLinear()
+    numbers.assert_matches(schedule.alpha(numbers["t"]), "duo_loglinear.alpha")
+    numbers.assert_matches(schedule.dalpha(numbers["t"]), "duo_loglinear.dalpha")
+    numbers.assert_matches(sigma(schedule, numbers["t"]), "duo_loglinear.sigma")
+
+
+@EVERY_SCHEDULE
+@given(t=st.floats(0.01, 0.99))
+def test_the_slope_is_the_derivative_of_the_signal(schedule, t):
+    t = torch.tensor(t, dtype=torch.float64)
+    slope = (schedule.alpha(t + 1e-6) - schedule.alpha(t - 1e-6)) / 2e-6
+    torch.testing.assert_close(schedule.dalpha(t), slope, rtol=1e-6, atol=1e-8)
+
+
+@EVERY_SCHEDULE
+def test_the_signal_falls_from_clean_to_noise(schedule):
+    t = torch.linspace(0, 1, 101, dtype=torch.float64)
+    alpha = schedule.alpha(t)
+    assert (alpha.diff() < 0).all()
+    assert 0.998 <= alpha[0] <= 1
+    assert 0 <= alpha[-1] < 0.4  # the geometric schedule ends at exp(-1)
+    torch.testing.assert_close(sigma(schedule, t), -alpha.log(), rtol=1e-12, atol=1e-15)
+
+
+@EVERY_SCHEDULE
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_schedules_keep_shape_and_dtype(schedule, dtype):
+    t = torch.rand(3, 1, dtype=dtype)
+    for value in (schedule.alpha(t), schedule.dalpha(t), sigma(schedule, t)):
+        assert value.shape == t.shape
+        assert value.dtype == dtype
+    assert isinstance(schedule, Schedule)
+
+
+def test_sigma_near_zero_keeps_its_digits_in_float32():
+    t = torch.tensor([1e-5])
+    assert sigma(LogLinear(), t).item() == pytest.approx(0.999e-5, rel=1e-5)
+
+
+# ------------------------------------------------------------------------------------------------ times
+
+
+def test_stratified_and_plain_times_have_the_golden_values(golden):
+    numbers = golden("schedules")
+    uniform = numbers["sample_t.uniform"]
+    numbers.assert_matches(stratify(uniform), "sample_t.stratified")
+    numbers.assert_matches((1 - 1e-3) * uniform + 1e-3, "sample_t.plain")
+
+
+@given(count=st.integers(1, 100), seed=st.integers(0, 2**31 - 1))
+def test_antithetic_times_put_one_time_into_each_stratum(count, seed):
+    generator = torch.Generator().manual_seed(seed)
+    times = sample_times(count, generator=generator, dtype=torch.float64)
+    uniform = (times - 1e-3) / (1 - 1e-3)
+    assert torch.equal((uniform * count).floor().long(), torch.arange(count))  # row i owns stratum i
+
+
+@given(count=st.integers(1, 50), antithetic=st.booleans(), smallest=st.sampled_from([1e-3, 0.2]))
+def test_times_lie_between_the_smallest_and_one(count, antithetic, smallest):
+    times = sample_times(count, antithetic=antithetic, smallest=smallest)
+    assert times.shape == (count,)
+    assert times.dtype == torch.float32
+    assert (times >= smallest - 1e-7).all()
+    assert (times <= 1).all()
+
+
+@pytest.mark.parametrize("antithetic", [True, False])
+def test_the_same_seed_gives_the_same_times(antithetic):
+    one, same, other = (
+        sample_times(9, antithetic=antithetic, generator=torch.Generator().manual_seed(seed)) for seed in (1, 1, 2)
+    )
+    assert torch.equal(one, same)
+    assert not torch.equal(one, other)
+
+
+def test_plain_times_are_the_uniforms_of_the_generator():
+    draw = torch.rand(9, generator=torch.Generator().manual_seed(4))
+    times = sample_times(9, antithetic=False, generator=torch.Generator().manual_seed(4))
+    torch.testing.assert_close(times, 0.999 * draw + 1e-3)
