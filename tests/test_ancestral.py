@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 
@@ -76,7 +78,7 @@ def test_uniform_chains_follow_the_product_of_their_posteriors(steps, noise_remo
     if noise_removal == "ancestral":
         times[-1] = 0
     law = torch.full((V,), 1 / V, dtype=torch.float64)
-    for t, s in zip(times[:-1], times[1:], strict=True):
+    for t, s in itertools.pairwise(times):
         kernel = process.posterior(LOGITS.expand(V, 1, V), torch.arange(V)[:, None], t.expand(V), s.expand(V))
         law = law @ kernel[:, 0]
     found = sample(constant, process, (1000, 200), steps=steps, noise_removal=noise_removal, generator=seeded(steps))
@@ -118,7 +120,7 @@ def test_observed_tokens_never_change(noise_removal):
     states = [x for x, _ in denoiser.asked] + [found.ids]
     assert (states[0] == MASK).all()
     revealed = 0
-    for before, after in zip(states, states[1:], strict=False):
+    for before, after in itertools.pairwise(states):
         observed = before != MASK
         assert torch.equal(before[observed], after[observed])
         revealed += (observed != (after != MASK)).sum().item()
