@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,6 +14,8 @@ try:
     from rich.console import Console
 except ImportError as error:
     raise SystemExit(f"tokendrift: {error}; the command needs the extra 'all': pip install 'tokendrift[all]'") from None
+
+QUICK_STEPS = 300
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help="Drifting refinement of discrete diffusion LMs.")
 
@@ -46,49 +49,51 @@ def demo(
     Continues one base twice, by its own objective and by TokenDrift, samples both at 4 to 32 function
     evaluations and prints one table. Finished stages are kept below the output folder and reused.
     """
-    from tokendrift.demo.report import caption, sentences, table, write
-    from tokendrift.demo.run import Demo
-    from tokendrift.demo.stages import DemoConfig
+    with plain_errors():
+        from tokendrift.demo.report import caption, sentences, table, write
+        from tokendrift.demo.run import Demo
+        from tokendrift.demo.stages import DemoConfig
 
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=110)  # the table is wider than the 80 columns that rich assumes for a pipe
-    options: dict[str, Any] = {"process": process, "seeds": seeds}
-    if quick:
-        options |= {"steps": QUICK_STEPS, "samples": 256}
-    if steps is not None:
-        options["steps"] = steps
-    config = DemoConfig(**options)
-    run = Demo(config, text or [], output, from_scratch=from_scratch, console=console)
-    corpus, judge, base = run.prepare()
-    outcomes = []
-    for seed in range(config.seeds):
-        outcomes.append(run.run_seed(corpus, judge, base, seed))
-        console.print(
-            table(outcomes[-1], f"seed {seed}" if seeds > 1 else "What TokenDrift does to few-step generation")
-        )
-        console.print(caption(config, outcomes[-1]), style="dim", highlight=False)
-        for sentence in sentences(outcomes[-1]):
-            console.print(sentence, highlight=False)
-        report = write(output, config, outcomes)
-    console.print(f"report: {report}", highlight=False, soft_wrap=True)
+        console = Console()
+        if not console.is_terminal:
+            console = Console(width=110)  # the table is wider than the 80 columns that rich assumes for a pipe
+        options: dict[str, Any] = {"process": process, "seeds": seeds}
+        if quick:
+            options |= {"steps": QUICK_STEPS, "samples": 256}
+        if steps is not None:
+            options["steps"] = steps
+        config = DemoConfig(**options)
+        run = Demo(config, text or [], output, from_scratch=from_scratch, console=console)
+        corpus, judge, base = run.prepare()
+        outcomes = []
+        for seed in range(config.seeds):
+            outcomes.append(run.run_seed(corpus, judge, base, seed))
+            console.print(
+                table(outcomes[-1], f"seed {seed}" if seeds > 1 else "What TokenDrift does to few-step generation")
+            )
+            console.print(caption(config, outcomes[-1]), style="dim", highlight=False)
+            for sentence in sentences(outcomes[-1]):
+                console.print(sentence, highlight=False)
+            report = write(output, config, outcomes)
+        console.print(f"report: {report}", highlight=False, soft_wrap=True)
 
 
-QUICK_STEPS = 300
+@contextmanager
+def plain_errors() -> Iterator[None]:
+    """Turn bad input into one message without a traceback, and Ctrl-C into a hint."""
+    try:
+        yield
+    except TokenDriftError as error:
+        typer.echo(f"tokendrift: {error}", err=True)
+        raise typer.Exit(2) from None
+    except KeyboardInterrupt:
+        typer.echo("\ninterrupted; finished stages are kept: run the same command again to go on", err=True)
+        raise typer.Exit(130) from None
 
 
 def main() -> None:
-    """Run the command; bad input ends in one message instead of a traceback, Ctrl-C in a hint."""
-    try:
-        app(standalone_mode=False)
-    except TokenDriftError as error:
-        raise SystemExit(f"tokendrift: {error}") from None
-    except typer.Exit as done:
-        sys.exit(done.exit_code)
-    except (typer.Abort, KeyboardInterrupt):
-        raise SystemExit("\ninterrupted; finished stages are kept: run the same command again to go on") from None
-    except typer.BadParameter as error:
-        raise SystemExit(f"tokendrift: {error.format_message()}") from None
+    """Run the command."""
+    app()
 
 
 if __name__ == "__main__":

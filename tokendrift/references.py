@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ class FeatureQueue(nn.Module):
 
     def __init__(self, capacity: int, width: int | None = None) -> None:
         super().__init__()
+        _keep_eager()
         self.capacity = check_count("capacity", capacity)
         self.register_buffer("buffer", torch.zeros(capacity, width or 0))
         self.register_buffer("pushed", torch.zeros((), dtype=torch.int64))
@@ -31,14 +33,12 @@ class FeatureQueue(nn.Module):
     def __len__(self) -> int:
         return min(self._pushed, self.capacity)
 
-    @torch.compiler.disable
     def features(self) -> Tensor:
         """Return the features, oldest first, (len(self), M)."""
         if self._pushed <= self.capacity:
             return self.buffer[: self._pushed]
         return self.buffer.roll(-(self._pushed % self.capacity), dims=0)
 
-    @torch.compiler.disable
     @torch.no_grad()
     def push(self, features: Tensor) -> None:
         """Append detached features (K, M); the oldest make room.
@@ -77,3 +77,13 @@ class FeatureQueue(nn.Module):
                 self.buffer = self.buffer.new_zeros(stored.shape, dtype=stored.dtype)
         super()._load_from_state_dict(state_dict, prefix, *args)
         self._pushed = int(self.pushed)
+
+
+@functools.cache
+def _keep_eager() -> None:
+    """Keep the methods that count on the host out of compiled graphs, which would be rebuilt at every push.
+
+    Done at the first construction: as decorators they would import the compiler with the package.
+    """
+    for name in ("features", "push"):
+        setattr(FeatureQueue, name, torch.compiler.disable(getattr(FeatureQueue, name)))

@@ -8,6 +8,7 @@ split, so that it stays there across Python versions.
 from __future__ import annotations
 
 import ast
+import functools
 import hashlib
 import re
 import sysconfig
@@ -36,15 +37,14 @@ class Splits(NamedTuple):
     held_out: list[str]
 
 
-def python_documents() -> Iterator[str]:
-    """Yield the language reference's topics, then every distinct docstring of the standard library."""
+@functools.cache
+def python_documents() -> tuple[str, ...]:
+    """Return the language reference's topics, then the docstrings of the standard library."""
     from pydoc_data import topics
 
-    yield from topics.topics.values()
     root = Path(sysconfig.get_paths()["stdlib"])
-    for path in sorted(root.rglob("*.py")):
-        if SKIPPED_FOLDERS.isdisjoint(path.relative_to(root).parts):
-            yield from docstrings(path)
+    paths = (path for path in sorted(root.rglob("*.py")) if SKIPPED_FOLDERS.isdisjoint(path.relative_to(root).parts))
+    return (*topics.topics.values(), *(text for path in paths for text in docstrings(path)))
 
 
 def docstrings(path: Path) -> Iterator[str]:

@@ -1,0 +1,138 @@
+"""Training: fixed order, matched arms, averaged weights, honest failure."""
+
+import itertools
+
+import pytest
+import torch
+
+from tokendrift import TokenDriftError, TokenDriftLoss
+from tokendrift.diffusion import MaskedDiffusion, UniformDiffusion
+from tokendrift.models import DiT, DiTConfig
+from tokendrift.training import Continuation, Denoising, Drift, LoopConfig, StepLoss, train, validation_nelbo, windows
+
+VOCAB = 12
+
+
+def tiny(seed: int = 0) -> DiT:
+    torch.manual_seed(seed)
+    return DiT(
+        DiTConfig(VOCAB, 8, hidden_dim=16, cond_dim=4, n_blocks=1, n_heads=2, dropout=0.0, time_conditioning=True)
+    )
+
+
+def stream() -> torch.Tensor:
+    return torch.arange(200) % (VOCAB - 2)  # a language with one successor each: learnable in a few steps
+
+
+def test_windows_come_from_the_stream_in_an_order_fixed_by_the_seed():
+    first, again, other = (next(windows(stream(), 8, 5, seed=seed)) for seed in (1, 1, 2))
+    assert torch.equal(first, again) and not torch.equal(first, other)
+    assert torch.equal((first[:, 1:] - first[:, :-1]) % (VOCAB - 2), torch.ones(5, 7, dtype=torch.int64))
+
+
+def test_windows_refuse_a_stream_shorter_than_one_window():
+    with pytest.raises(TokenDriftError, match="8 tokens, too few for windows of 8"):
+        next(windows(torch.arange(8), 8, 2, seed=0))
+
+
+@pytest.mark.parametrize(
+    ("process", "objective"),
+    [
+        (MaskedDiffusion(VOCAB), Continuation),
+        (MaskedDiffusion(VOCAB), Denoising),
+        (UniformDiffusion(VOCAB), Continuation),
+    ],
+    ids=["masked NELBO", "masked cross-entropy", "uniform NELBO"],
+)
+def test_training_lowers_the_validation_nelbo_below_unigrams(process, objective):
+    model, held_out = tiny(), next(windows(stream(), 8, 64, seed=9))
+    before = validation_nelbo(model, process, held_out)
+    config = LoopConfig(120, batch_size=32, learning_rate=1e-2, warmup=5, log_every=10)
+    records = train(
+        model, objective(process, torch.Generator().manual_seed(0)), windows(stream(), 8, 32, seed=1), config
+    )
+    after = validation_nelbo(model, process, held_out)
+    assert after < before and after < 0.8 * torch.tensor(VOCAB - 2.0).log()
+    assert [int(record["step"]) for record in records] == [*range(0, 120, 10), 119]
+    assert not model.training
+
+
+def test_the_same_seeds_give_the_same_weights():
+    def run() -> DiT:
+        model = tiny()
+        drift = TokenDriftLoss.from_encoder(model, queue_size=16)
+        objective = Drift(UniformDiffusion(VOCAB), drift, 0.1, torch.Generator().manual_seed(3))
+        train(model, objective, windows(stream(), 8, 4, seed=1), LoopConfig(4, batch_size=4, warmup=1))
+        return model
+
+    first, second = run(), run()
+    assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
+
+
+def test_both_arms_see_the_same_corruption():
+    seen = []
+
+    class Recording(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = tiny()
+
+        def forward(self, x_t, sigma):
+            seen.append((x_t, sigma))
+            return self.inner(x_t, sigma)
+
+    process, model = UniformDiffusion(VOCAB), Recording()
+    drift = TokenDriftLoss.from_encoder(model.inner, queue_size=0)
+    for objective in (
+        Continuation(process, torch.Generator().manual_seed(5)),
+        Drift(process, drift, generator=torch.Generator().manual_seed(5)),
+    ):
+        for batch in itertools.islice(windows(stream(), 8, 3, seed=1), 2):
+            objective(model, batch)
+    for (x_first, sigma_first), (x_second, sigma_second) in zip(seen[:2], seen[2:], strict=True):
+        assert torch.equal(x_first, x_second) and torch.equal(sigma_first, sigma_second)
+
+
+def test_drift_logs_its_diagnostics_only_when_asked():
+    model = tiny()
+    objective = Drift(MaskedDiffusion(VOCAB), TokenDriftLoss.from_encoder(model, mask_id=VOCAB - 1), 0.5)
+    batch = next(windows(stream(), 8, 4, seed=1))
+    assert objective(model, batch, log=True).logs.keys() == {"token_entropy", "raw_drift_rms", "drift", "nelbo"}
+    assert objective(model, batch).logs.keys() == {"drift", "nelbo"}
+
+
+def test_the_returned_weights_are_the_average_of_the_steps():
+    def run(ema):
+        model, trail = torch.nn.Linear(1, 1, bias=False), []
+        model.weight.data.fill_(0.0)
+
+        def objective(module, x0, /, *, log=False):
+            trail.append(module.weight.item())
+            loss = (module.weight - 3).square().sum()
+            return StepLoss(loss, {"loss": loss.detach()})
+
+        config = LoopConfig(3, learning_rate=0.5, warmup=1, ema=ema)
+        train(model, objective, itertools.repeat(torch.zeros(1, 1)), config)
+        return model.weight.item(), trail
+
+    last, trail = run(ema=0.0)
+    average = trail[0]
+    for step, weight in enumerate([*trail[1:], last]):
+        decay = min(0.5, (1 + step) / (10 + step))
+        average = decay * average + (1 - decay) * weight
+    assert run(ema=0.5)[0] == pytest.approx(average, rel=1e-6)
+
+
+def test_divergence_stops_with_the_step_and_a_remedy():
+    model = tiny()
+    model.output_layer.linear.bias.data.fill_(torch.inf)
+    with pytest.raises(TokenDriftError, match=r"(?s)training diverged at step 0.*Lower the learning rate"):
+        train(
+            model, Continuation(UniformDiffusion(VOCAB)), windows(stream(), 8, 2, seed=0), LoopConfig(1, batch_size=2)
+        )
+
+
+def test_validation_is_repeatable_and_leaves_the_mode_alone():
+    model, process, held_out = tiny().train(), UniformDiffusion(VOCAB), next(windows(stream(), 8, 7, seed=9))
+    assert validation_nelbo(model, process, held_out) == validation_nelbo(model, process, held_out)
+    assert model.training
