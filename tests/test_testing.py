@@ -165,6 +165,16 @@ def test_the_message_tells_how_far_the_law_was_missed():
     assert "Largest deviation 0.5 at row 0, allowed 1e-08" in str(caught.value)
 
 
+def test_a_field_that_draws_random_numbers_is_found_out():
+    tosses = iter([True, True])
+
+    def sometimes_wrong(anchors, positives, negatives, **options):
+        return separate(anchors, positives, negatives, **options) + next(tosses, False)
+
+    with pytest.raises(AssertionError, match="once and then kept it: does it draw random numbers"):
+        check_field(sometimes_wrong, skip=["well_formed", "no_gradient"])
+
+
 def test_a_law_that_is_not_meant_can_be_left_out():
     with pytest.raises(AssertionError, match="rotation equivariance"):
         check_field(coordinates_clipped)

@@ -103,7 +103,7 @@ def clouds(
     spread = draw(st.sampled_from((1.0, 0.2, 0.03)))
     shift = draw(st.sampled_from((0.0, offset)))
     # A seed and not single numbers: drawing is fast, and the sizes and flags still shrink.
-    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31 - 1)))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 9999)))
 
     def points(count: int) -> Tensor:
         return torch.randn(count, width, generator=generator, dtype=torch.float64) * spread + shift
@@ -246,7 +246,7 @@ def assert_rotation_equivariant(
 ) -> None:
     r"""Assert that turning or mirroring all points turns the drift with them: :math:`V(xR;\, PR, NR) = V(x;\, P, N)R`.
 
-    Args as in `assert_antisymmetric`, exclusions included; ``rotation`` is R, orthogonal (M, M), a fixed one by default.
+    Args as in `assert_antisymmetric`, exclusions included; ``rotation`` is R, orthogonal (M, M), fixed by default.
 
     Raises:
         AssertionError: If the law is broken.
@@ -438,31 +438,33 @@ def check_field(
     for name in skip:
         check_choice("skip", name, LAWS)
 
-    # One run a law, so that the first broken one in the order of LAWS is what is reported.
-    for name in LAWS:
-        if name not in skip:
-            _search(_CHECKS[name], field, clouds() if strategy is None else strategy, tolerance, max_examples)
+    laws = [name for name in LAWS if name not in skip]
+    broken: set[str] = set()
+
+    def note_broken_laws(cloud: Cloud) -> None:
+        for name in laws:
+            try:
+                _CHECKS[name](field, cloud, tolerance)
+            except AssertionError:
+                broken.add(name)
+                return  # without its form, a drift cannot be asked for the other laws
+
+    strategy = clouds() if strategy is None else strategy
+    _search(note_broken_laws, strategy, max_examples)
+    for name in laws:  # one broken law often breaks others: report the first, on its smallest cloud
+        if name in broken:
+            _search(lambda cloud: _CHECKS[name](field, cloud, tolerance), strategy, max_examples)  # noqa: B023
+            raise AssertionError(f"the field broke the law {name} once and then kept it: does it draw random numbers?")
 
 
-def _search(
-    check: Callable[[Field, Cloud, float], None],
-    field: Field,
-    strategy: st.SearchStrategy[Cloud],
-    tolerance: float,
-    max_examples: int,
-) -> None:
-    """Run one law over drawn clouds."""
+def _search(check: Callable[[Cloud], None], strategy: st.SearchStrategy[Cloud], max_examples: int) -> None:
+    """Run a check over drawn clouds, the same ones every time, and shrink what fails."""
+    phases = (Phase.generate, Phase.shrink)
 
-    @settings(
-        max_examples=max_examples,
-        deadline=None,
-        derandomize=True,
-        database=None,
-        phases=(Phase.generate, Phase.shrink),
-    )
+    @settings(max_examples=max_examples, deadline=None, derandomize=True, database=None, phases=phases)
     @given(cloud=strategy)
     def search(cloud: Cloud) -> None:
-        check(field, cloud, tolerance)
+        check(cloud)
 
     search()
 
