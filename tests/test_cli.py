@@ -15,7 +15,7 @@ def run():
 def test_help_names_the_options(run):
     result = run("demo", "--help")
     assert result.exit_code == 0
-    for option in ("--process", "--text", "--steps", "--seeds", "--quick", "--from-scratch", "--output"):
+    for option in ("--process", "--text", "--steps", "--window", "--seeds", "--quick", "--from-scratch", "--output"):
         assert option in result.stdout
 
 

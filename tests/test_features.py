@@ -174,3 +174,34 @@ def test_layers_that_do_not_exist_are_refused(layers):
 def test_embeddings_without_a_batch_axis_are_refused():
     with pytest.raises(TokenDriftError, match=r"embeds must have shape \(B, L, D\), but it has 2 axes"):
         PooledFeatures(Identity())(torch.zeros(2, 3))
+
+
+def test_windows_pool_their_own_positions(backbone):
+    encoder = backbone()
+    embeds = torch.randn(2, 8, 16)
+    features = PooledFeatures(encoder, window=4, layers=(-1,), normalize=False)(embeds)
+    hidden = encoder.hidden_states(embeds)[-1]
+    torch.testing.assert_close(features, torch.stack([hidden[:, :4].mean(1), hidden[:, 4:].mean(1)], dim=1))
+    assert PooledFeatures(encoder, window=4)(embeds).shape == (2, 2, 32)
+
+
+def test_a_window_of_the_whole_sequence_is_the_pooled_feature(backbone):
+    embeds = torch.randn(2, 8, 16)
+    whole, windowed = PooledFeatures(backbone()), PooledFeatures(backbone(), window=8)
+    torch.testing.assert_close(windowed(embeds)[:, 0], whole(embeds))
+
+
+def test_sigma_is_what_the_encoder_is_told(backbone):
+    encoder, embeds = backbone(time_conditioning=True), torch.randn(2, 8, 16)
+    hidden = encoder.hidden_states(embeds, torch.full((2,), 0.7))[-1]
+    told = PooledFeatures(encoder, sigma=0.7, layers=(-1,), normalize=False)(embeds)
+    torch.testing.assert_close(told, hidden.mean(dim=1))
+    assert not torch.allclose(told, PooledFeatures(encoder, layers=(-1,), normalize=False)(embeds))
+
+
+def test_windows_refuse_odd_lengths_and_padding(backbone):
+    features = PooledFeatures(backbone(), window=3)
+    with pytest.raises(TokenDriftError, match="L must be a multiple of window = 3"):
+        features(torch.randn(2, 8, 16))
+    with pytest.raises(TokenDriftError, match="attention_mask cannot be combined with window"):
+        features(torch.randn(2, 9, 16), torch.ones(2, 9, dtype=torch.bool))

@@ -247,6 +247,19 @@ def test_the_block_size_changes_nothing(block_size, form, cloud, seed):
         torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-10)
 
 
+@EVERY_FORM
+def test_a_first_block_that_an_anchor_must_not_see_leaves_no_trace(kernel, normalization):
+    """Nothing seen so far means a peak of -inf, and -inf minus -inf would be NaN for the rest of the stream."""
+    anchors, positives, negatives = points(2, 3), points(3, 3, seed=1), points(3, 3, seed=2)
+    hidden = torch.tensor([0, -1])
+    whole, streamed = (
+        raw_field(kernel, normalization, block_size=size)(anchors, positives, negatives, exclude_positive=hidden)
+        for size in (8192, 1)
+    )
+    torch.testing.assert_close(streamed, whole, rtol=0, atol=1e-14)
+    assert (whole.norm(dim=-1) > 0).all()
+
+
 def test_one_anchor_doubles_the_temperature_of_the_two_sided_form():
     """With a single anchor the column softmax is one, so A is the root of the row softmax (T9)."""
     anchors, positives, negatives = points(1, 3), points(4, 3, seed=1), points(5, 3, seed=2)

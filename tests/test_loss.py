@@ -718,10 +718,24 @@ def test_entries_of_minus_infinity_are_closed_entries(mask_id):
 
 
 def test_a_feature_map_of_the_wrong_shape_is_named():
-    loss = TokenDriftLoss(table(), lambda embeds: embeds)
     logits, clean, *_ = batch()
-    with pytest.raises(TokenDriftError, match=r"feature_map\(embeds\) must have shape \(B, M\), but it has 3 axes"):
-        loss(logits, clean)
+    with pytest.raises(TokenDriftError, match=r"feature_map\(embeds\) must have shape \(B, M\), but it has 4 axes"):
+        TokenDriftLoss(table(), lambda embeds: embeds[None])(logits, clean)
+    with pytest.raises(TokenDriftError, match=r"one row a sequence: \(B, M\), or \(B, W, M\) for windows"):
+        TokenDriftLoss(table(), lambda embeds: embeds.flatten(0, 1))(logits, clean)
+
+
+def test_windows_are_one_cloud_and_a_sequence_is_the_mean_over_its_windows():
+    logits, clean, *_ = batch()
+    batch_size, length = clean.shape
+    windows = build(queue_size=0, reduction="none")
+    whole = TokenDriftLoss(windows.embedding, lambda e: e.flatten(1)[:, None], queue_size=0, reduction="none")
+    flat = TokenDriftLoss(windows.embedding, lambda e: e.flatten(1), queue_size=0, reduction="none")
+    torch.testing.assert_close(whole(logits, clean), flat(logits, clean))  # one window is the whole sequence
+    each = TokenDriftLoss(windows.embedding, lambda e: e, queue_size=0, reduction="none")
+    loose = TokenDriftLoss(windows.embedding, lambda e: e[:, 0], queue_size=0, reduction="none")
+    apart = loose(logits.flatten(0, 1)[:, None], clean.flatten()[:, None])  # every position a sequence of its own
+    torch.testing.assert_close(each(logits, clean), apart.view(batch_size, length).mean(dim=1))
 
 
 def test_loading_queues_of_another_size_is_refused_with_the_way_out():

@@ -32,6 +32,10 @@ def demo(
         list[Path] | None, typer.Option(help="UTF-8 text files instead of Python's own documentation; repeatable.")
     ] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="Optimiser steps of each continuation.")] = None,
+    window: Annotated[
+        int | None,
+        typer.Option(min=1, help="Tokens pooled into one feature; 32, a whole sequence, is the paper's way."),
+    ] = None,
     seeds: Annotated[int, typer.Option(min=1, help="Repeat the continuations with this many seeds.")] = 1,
     quick: Annotated[
         bool, typer.Option("--quick", help="Fewer steps and samples: minutes instead of a quarter hour.")
@@ -60,8 +64,7 @@ def demo(
         options: dict[str, Any] = {"process": process, "seeds": seeds}
         if quick:
             options |= {"steps": QUICK_STEPS, "samples": 256}
-        if steps is not None:
-            options["steps"] = steps
+        options |= {name: value for name, value in (("steps", steps), ("window", window)) if value is not None}
         config = DemoConfig(**options)
         run = Demo(config, text or [], output, from_scratch=from_scratch, console=console)
         corpus, judge, base = run.prepare()

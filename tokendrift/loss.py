@@ -159,15 +159,19 @@ class _DriftObjective(nn.Module):
         return clean_ids, noisy_ids, predicted
 
     def _features(self, embeds: Tensor, attention_mask: Tensor | None) -> Tensor:
+        """Return features as one cloud, (N, M): N is B, or B * W where the map gives windows (B, W, M)."""
         kwargs = {} if attention_mask is None else {"attention_mask": attention_mask}
         features = self.feature_map(embeds, **kwargs)
-        check_tensor("feature_map(embeds)", features, ("B", "M"))
-        return features.to(torch.promote_types(features.dtype, torch.float32))
+        windows = isinstance(features, Tensor) and features.ndim == 3
+        check_tensor("feature_map(embeds)", features, ("B", "W", "M") if windows else ("B", "M"))
+        if len(features) != len(embeds):
+            raise fail("feature_map must return one row a sequence: (B, M), or (B, W, M) for windows.", got=features)
+        return features.to(torch.promote_types(features.dtype, torch.float32)).flatten(0, -2)
 
     def _generated(
         self, logits: Tensor, noisy_ids: Tensor | None, predicted: Tensor | None, mask: Tensor | None
     ) -> Tensor:
-        """Return features of the lifted logits, (B, M), with gradient."""
+        """Return features of the lifted logits, (N, M), with gradient."""
         with torch.autocast(logits.device.type, enabled=False):
             lifted = soft_token_lift(
                 logits,
@@ -190,12 +194,12 @@ class _DriftObjective(nn.Module):
 
     @torch.no_grad()
     def _real(self, clean_ids: Tensor, mask: Tensor | None) -> Tensor:
-        """Return features of the clean ids, (B, M), without gradient."""
+        """Return features of the clean ids, (N, M), without gradient."""
         return self._features(nn.functional.embedding(clean_ids.long(), self.embedding), mask)
 
     @torch.no_grad()
     def _drift(self, generated: Tensor, real: Tensor, diagnose: bool) -> tuple[Tensor, FieldDiagnostics | None]:
-        """Return the drift of every generated feature, (B, M)."""
+        """Return the drift of every generated feature, (N, M)."""
         generated = generated.detach()
         # The current batch stands first, so that anchor i is negative i and its clean sequence positive i.
         positives = torch.cat([real, self.queue_real.features().to(real)]) if len(self.queue_real) else real
@@ -256,11 +260,12 @@ class TokenDriftLoss(_DriftObjective):
 
     Args:
         embedding: E of the frozen encoder, (V, D), without gradient.
-        feature_map: Frozen callable, embeddings (B, L, D) to features (B, M). A module must be in evaluation
-            mode with no parameter that requires grad; see `PooledFeatures`.
+        feature_map: Frozen callable, embeddings (B, L, D) to features (B, M), or (B, W, M) for W windows: their
+            cloud has B * W points and a sequence's loss is the mean over its windows. A module must be in
+            evaluation mode with no parameter that requires grad; see `PooledFeatures`.
         field: Drift field; ``DriftField()`` by default. Any callable with the signature of `Field`.
         drift_scale: alpha.
-        queue_size: Capacity of each of the two queues; 0 uses the batch alone.
+        queue_size: Capacity of each of the two queues, in features; 0 uses the batch alone.
         mask_id: Vocabulary entry without probability (MDLM's mask).
         exclude_paired_positive: Hide an anchor's own clean sequence from its positives (default: shown, as
             in the paper).
@@ -287,16 +292,26 @@ class TokenDriftLoss(_DriftObjective):
         self.drift_scale = check_positive("drift_scale", drift_scale, symbol="alpha")
 
     @classmethod
-    def from_encoder(cls, encoder: nn.Module, *, layers: Sequence[int] = (-2, -1), **options: Any) -> TokenDriftLoss:
+    def from_encoder(
+        cls,
+        encoder: nn.Module,
+        *,
+        layers: Sequence[int] = (-2, -1),
+        window: int | None = None,
+        sigma: float = 0.0,
+        **options: Any,
+    ) -> TokenDriftLoss:
         """Build the loss from a backbone: a frozen copy of it gives the embedding and the pooled features.
 
         Args:
             encoder: A `DiT`, or any module with ``hidden_states`` (see `PooledFeatures`) and either
                 ``vocab_embed.embedding`` or ``get_input_embeddings()``.
             layers: Hidden layers that are pooled.
+            window: Positions pooled into one vector; the whole sequence by default, as in the paper.
+            sigma: Noise level that a time-conditioned encoder is told; clean by default.
             options: Those of `TokenDriftLoss`.
         """
-        features = PooledFeatures(encoder, layers=layers)
+        features = PooledFeatures(encoder, layers=layers, window=window, sigma=sigma)
         frozen: Any = features.encoder
         embedding: Tensor
         if hasattr(frozen, "vocab_embed"):
@@ -364,7 +379,7 @@ class TokenDriftLoss(_DriftObjective):
         real = self._real(clean_ids, attention_mask)
         drift, diagnostics = self._drift(generated, real, return_diagnostics)
         target = (generated + self.drift_scale * drift).detach()
-        per_sequence = 0.5 * (generated - target).square().sum(dim=-1)
+        per_sequence = 0.5 * (generated - target).square().sum(dim=-1).view(len(logits), -1).mean(dim=1)
         fill = (len(self.queue_real), len(self.queue_generated))
         self._push(real, generated)
         return self._finish(per_sequence, logits, predicted, diagnostics, return_diagnostics, fill)
@@ -423,7 +438,8 @@ class MirrorTeacherLoss(_DriftObjective):
             generated = self._generated(leaf, noisy_ids, predicted, attention_mask)
             real = self._real(clean_ids, attention_mask)
             drift, diagnostics = self._drift(generated, real, return_diagnostics)
-            (direction,) = torch.autograd.grad(generated, leaf, drift.to(generated.dtype))
+            weight = len(logits) / len(generated)  # 1 / W: the mean over windows, as in the feature loss
+            (direction,) = torch.autograd.grad(generated, leaf, weight * drift.to(generated.dtype))
         if self.distance == "mse":
             # The teacher differs from the logits by eta * g, a constant: this form keeps the value and the gradient.
             per_token = (wide - (wide.detach() + self.step_size * direction)).square().sum(dim=-1)

@@ -214,7 +214,8 @@ class Demo:
             "seed": seed,
         }
         if name == "drift":
-            key |= {"base_weight": config.base_weight, "queue": config.queue_size}
+            names = ("base_weight", "queue_size", "window", "encoder_time")
+            key |= {name: getattr(config, name) for name in names}
         folder = self.stage(name, key, make)
         return Trained(load_denoiser(folder)[0], json.loads((folder / "records.json").read_text(encoding="utf-8")))
 

@@ -58,6 +58,9 @@ class DemoConfig:
         learning_rate: Peak rate of both continuations.
         base_weight: Weight of the NELBO beside the drift loss; 0 as in the paper.
         queue_size: Features in each queue.
+        window: Positions pooled into one feature; the length of a sequence is the paper's choice. A mean over
+            32 positions cannot tell samples of the base at 4 NFE from real text, windows can.
+        encoder_time: Diffusion time that the frozen encoder is told where it is time-conditioned; 0 is clean.
     """
 
     process: Literal["uniform", "masked"] = "uniform"
@@ -69,12 +72,16 @@ class DemoConfig:
     judge_steps: int = 2500
     learning_rate: float = 5e-4
     base_weight: float = 0.0
-    queue_size: int = 1024
+    queue_size: int = 4096
+    window: int = 4
+    encoder_time: float = 0.5
 
     def __post_init__(self) -> None:
         check_choice("process", self.process, PROCESSES)
-        for name in ("steps", "seeds", "samples", "base_steps", "judge_steps"):
+        for name in ("steps", "seeds", "samples", "base_steps", "judge_steps", "window"):
             check_count(name, getattr(self, name), least=1)
+        if LENGTH % self.window:
+            raise fail(f"window must divide the length of a sequence, {LENGTH}.", window=self.window)
 
 
 class Corpus(NamedTuple):
@@ -251,7 +258,10 @@ def continue_base(
     if arm == "continuation":
         objective = Continuation(process, generator)
     else:
-        drift = TokenDriftLoss.from_encoder(base, queue_size=config.queue_size, mask_id=process.mask_id)
+        level = process.sigma(torch.tensor(config.encoder_time)).item() if base.time_conditioned else 0.0
+        drift = TokenDriftLoss.from_encoder(
+            base, window=config.window, sigma=level, queue_size=config.queue_size, mask_id=process.mask_id
+        )
         objective = Drift(process, drift, config.base_weight, generator)
     loop = LoopConfig(config.steps, learning_rate=config.learning_rate, warmup=min(50, math.ceil(config.steps / 10)))
     batches = windows(corpus.denoiser, LENGTH, loop.batch_size, seed=100 + seed)
