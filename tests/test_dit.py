@@ -120,6 +120,14 @@ def test_dropout_is_active_in_training_only(backbone):
     assert not torch.equal(model(ids), model(ids))
 
 
+def test_dropout_sits_on_both_branches_and_not_on_the_residual_stream():
+    model, embeds = DiT(DiTConfig(11, 8, 16, 4, 2, 2, dropout=1.0)), torch.randn(2, 8, 16)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter)
+    assert torch.equal(model.train().hidden_states(embeds)[-1], embeds)
+    assert not torch.equal(model.eval().hidden_states(embeds)[-1], embeds)
+
+
 def test_autocast_and_half_precision_stay_close_to_float32(backbone):
     model, ids, sigma = backbone(time_conditioning=True), torch.randint(13, (2, 8)), torch.rand(2)
     expected = model(ids, sigma)

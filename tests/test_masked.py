@@ -177,6 +177,14 @@ def test_the_same_seed_gives_the_same_corruption():
     assert not torch.equal(one.x_t, other.x_t)
 
 
+def test_little_changes_early_and_much_late(generator):
+    clean = torch.zeros(2, 2000, dtype=torch.int64)
+    found = MaskedDiffusion(V).corrupt(clean, torch.tensor([0.05, 0.95]), generator=generator)
+    early, late = found.predicted.float().mean(-1).tolist()
+    assert 0 < early < 0.1
+    assert 0.75 < late < 1
+
+
 @pytest.mark.statistical
 def test_the_share_of_masks_is_one_minus_alpha(generator):
     clean = torch.zeros(3, 200_000, dtype=torch.int64)

@@ -169,6 +169,14 @@ def test_the_same_seed_gives_the_same_corruption():
     assert not torch.equal(one.x_t, other.x_t)
 
 
+def test_little_changes_early_and_much_late(generator):
+    clean = torch.zeros(2, 2000, dtype=torch.int64)
+    found = UniformDiffusion(V).corrupt(clean, torch.tensor([0.05, 0.95]), generator=generator)
+    early, late = (found.x_t != clean).float().mean(-1).tolist()
+    assert 0 < early < 0.1
+    assert 0.75 < late < 1
+
+
 @pytest.mark.statistical
 def test_noise_is_uniform_and_may_redraw_the_token(generator):
     clean = torch.full((3, 200_000), 2)
