@@ -174,3 +174,17 @@ def test_a_second_run_reuses_the_stages_and_gives_the_same_figures(small_run):
 
 def test_splits_are_named():
     assert Splits._fields == ("denoiser", "judge", "held_out")
+
+
+def test_from_scratch_trains_tokenizer_judge_and_base_and_refuses_a_base_without_context(tmp_path):
+    book = tmp_path / "book.txt"
+    documents = [text for text in python_documents() if len(text) > 400][:900]
+    book.write_text("\n\n".join(documents), encoding="utf-8")
+    config = DemoConfig(process="uniform", base_steps=2, judge_steps=2)
+    shown = Console(width=110, record=True, file=io.StringIO())
+    demo = Demo(config, [book], tmp_path / "out", from_scratch=False, console=shown)
+    with pytest.raises(TokenDriftError, match="knows little more than unigrams"):
+        demo.prepare()
+    assert re.search(r"from scratch takes about \d+ minutes on this machine, once", shown.export_text())
+    kept = sorted(path.name.split("-")[0] for path in (tmp_path / "out" / "stages").iterdir())
+    assert kept == ["base", "judge"]  # finished stages stay for the next run

@@ -40,8 +40,9 @@ class PooledFeatures(nn.Module):
 
     over the chosen layers; the last two by default. Hidden states are cast to float32 before pooling.
 
-    One mean over a whole sequence cannot see which words stand together. ``window`` pools every w neighbours
-    instead and gives one vector for each of the L/w windows; all windows of a batch then form one cloud.
+    One mean over a whole sequence says little of which words stand together. ``window`` pools every w
+    neighbours instead and gives one vector for each of the L/w windows; all windows of a batch then form one
+    cloud, with as many more anchors and references.
 
     Time-conditioned encoders run at clean time (sigma = 0) unless told otherwise: at ``sigma`` above 0 they take
     the text for noisy and read more of the context.
