@@ -125,7 +125,7 @@ def small_run(request, tmp_path_factory):
     config = DemoConfig(process=request.param, steps=2, samples=16, nfes=(1, 2))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(demo_run, "TEMPERATURES", (1.0, 0.7, 0.4))
-        patch.setattr(demo_run, "FRONTIER_SAMPLES", 8)
+        patch.setattr(demo_run, "OWN_TEMPERATURES", (1.0,))
 
         def go():
             output = Console(width=110, record=True, quiet=True)

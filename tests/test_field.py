@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import itertools
+import weakref
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
-from tokendrift import DriftField, TokenDriftError
+from tokendrift import DriftField, TokenDriftError, guidance_weight
 from tokendrift.field import squared_distances
 from tokendrift.testing import (
+    LAWS,
     assert_antisymmetric,
     assert_rotation_equivariant,
     assert_translation_invariant,
@@ -20,8 +25,8 @@ from tokendrift.testing import (
     clouds,
 )
 
-KERNELS = ("gaussian", "laplace")
-NORMALIZATIONS = ("joint", "separate", "two_sided")
+KERNELS = ("gaussian", "laplace", "sharp_laplace")
+NORMALIZATIONS = ("joint", "separate", "two_sided", "sinkhorn")
 FORMS = list(itertools.product(KERNELS, NORMALIZATIONS))
 EVERY_FORM = pytest.mark.parametrize(("kernel", "normalization"), FORMS)
 
@@ -37,7 +42,47 @@ def raw_field(kernel="gaussian", normalization="joint", tau=1.0, **options):
 
 def log_kernel(kernel, x, y, tau):
     squared = (x[:, None] - y).square().sum(-1)
-    return -(squared if kernel == "gaussian" else squared.sqrt()) / tau
+    if kernel == "gaussian":
+        return -squared / tau
+    ratio = squared.sqrt() / tau
+    return torch.log((1 + ratio) * torch.exp(-ratio)) if kernel == "sharp_laplace" else -ratio
+
+
+def plan(kernel, weights, iterations=20):
+    """Sinkhorn's algorithm as it stands in textbooks, rows of the plan brought to sum one."""
+    column_sum, row_sum = weights / weights.sum(), torch.full((len(kernel),), 1 / len(kernel)).double()
+    u = torch.ones_like(row_sum)
+    for _ in range(iterations):
+        v = column_sum / (u @ kernel)
+        u = row_sum / (kernel @ v)
+    transport = u[:, None] * kernel * v
+    return transport / transport.sum(1, keepdim=True)
+
+
+def dense(kernel, normalization, anchors, positives, negatives, tau, weights=None):
+    """The raw drift from the full matrix of kernel values, written down as the formulas have it."""
+    points, count = torch.cat([positives, negatives]), len(positives)
+    weights = torch.ones(len(points)).double() if weights is None else weights
+    values = log_kernel(kernel, anchors, points, tau).exp()
+    steps = points - anchors[:, None]
+    if kernel == "sharp_laplace":
+        steps = steps / (1 + steps.norm(dim=-1, keepdim=True) / tau)
+    weighted, plus, minus = values * weights, slice(None, count), slice(count, None)
+    if normalization in ("separate", "sinkhorn"):
+        shares = [
+            (plan(values[:, side], weights[side]) if normalization == "sinkhorn" else weighted[:, side])
+            for side in (plus, minus)
+        ]
+        shares = [share / share.sum(1, keepdim=True) for share in shares]
+        return (shares[0][..., None] * steps[:, plus]).sum(1) - (shares[1][..., None] * steps[:, minus]).sum(1)
+    if normalization == "joint":
+        a = weighted / weighted.sum(1, keepdim=True)
+    else:  # copies of a point have a column each, so its weight is no part of its column's sum
+        a = weights * (values / weighted.sum(1, keepdim=True) * values / values.sum(0)).sqrt()
+    cross = torch.cat(
+        [a[:, plus] * a[:, minus].sum(1, keepdim=True), -a[:, minus] * a[:, plus].sum(1, keepdim=True)], dim=1
+    )
+    return (cross[..., None] * steps).sum(1)
 
 
 # ------------------------------------------------------------------------------------------------ parity
@@ -90,6 +135,21 @@ def test_algorithm_2_of_generative_modeling_via_drifting_is_a_special_case(golde
 @pytest.mark.parametrize("rms_normalize", [True, False])
 def test_every_form_keeps_every_law(kernel, normalization, rms_normalize):
     check_field(DriftField(kernel=kernel, normalization=normalization, rms_normalize=rms_normalize), max_examples=30)
+
+
+@pytest.mark.parametrize("normalization", NORMALIZATIONS)
+@pytest.mark.parametrize("options", [{"feature_scaling": True}, {"subtract_noise": True}], ids=lambda o: next(iter(o)))
+def test_no_option_breaks_a_law(normalization, options):
+    check_field(DriftField(normalization=normalization, **options), max_examples=20)
+
+
+@pytest.mark.parametrize("normalization", NORMALIZATIONS)
+def test_unequal_pull_and_push_break_the_swap_and_nothing_else(normalization):
+    field = DriftField(normalization=normalization, attraction=2.0)
+    check_field(field, skip=["antisymmetric", "zero_on_coinciding_sets"], max_examples=20)
+    for law in ("antisymmetric", "zero_on_coinciding_sets"):
+        with pytest.raises(AssertionError, match=r"V\("):
+            check_field(field, skip=[name for name in LAWS if name != law], max_examples=20)
 
 
 @EVERY_FORM
@@ -145,24 +205,45 @@ def test_the_drift_turns_with_its_points(cloud, seed):
 
 
 @EVERY_FORM
-@given(cloud=clouds(offset=0.0, masked=False))
-def test_the_cross_weighted_field_is_the_masses_times_the_gap_of_barycentres(kernel, normalization, cloud):
-    """V = s+ s- (b+ - b-), built here from the full matrix of log-weights (T2b)."""
+@given(cloud=clouds(offset=0.0, masked=False), seed=st.none() | st.integers(0, 99))
+def test_every_form_is_its_formula(kernel, normalization, cloud, seed):
     anchors, positives, negatives = cloud[:3]
-    tau, count = 0.7, len(positives)
-    logits = log_kernel(kernel, anchors, torch.cat([positives, negatives]), tau)
-    if normalization == "separate":
-        expected = logits[:, :count].softmax(1) @ positives - logits[:, count:].softmax(1) @ negatives
-    else:
-        weights = logits.softmax(1)
-        if normalization == "two_sided":
-            weights = (weights * logits.softmax(0)).sqrt()
-        plus, minus = weights[:, :count], weights[:, count:]
-        mass_plus, mass_minus = plus.sum(1, keepdim=True), minus.sum(1, keepdim=True)
-        gap = plus @ positives / mass_plus - minus @ negatives / mass_minus
-        expected = mass_plus * mass_minus * gap
-    actual = raw_field(kernel, normalization, tau)(anchors, positives, negatives)
+    weights, sides = None, {}
+    if seed is not None:
+        weights = points(len(positives) + len(negatives), seed=seed).abs() + 0.1
+        count = len(positives)
+        sides = {"positive_weights": weights[:count], "negative_weights": weights[count:]}
+    actual = raw_field(kernel, normalization, 0.7)(anchors, positives, negatives, **sides)
+    expected = dense(kernel, normalization, anchors, positives, negatives, 0.7, weights)
     torch.testing.assert_close(actual, expected, rtol=0, atol=1e-11)
+
+
+@EVERY_FORM
+@given(cloud=clouds(offset=0.0), seed=st.integers(0, 99))
+def test_a_weight_is_a_number_of_copies(kernel, normalization, cloud, seed):
+    """Zero copies included: then the reference might as well not be there."""
+    generator = torch.Generator().manual_seed(seed)
+    copies = [torch.randint(0, 4, (len(side),), generator=generator) for side in cloud[1:3]]
+    copies[0][0] = max(1, copies[0][0])
+    # An exclusion hides all copies; with single points it can only name one.
+    hidden = cloud.exclude_negative
+    if hidden is not None:
+        copies[1][hidden] = 1
+    new_place = copies[1].cumsum(0) - copies[1]
+    field = raw_field(kernel, normalization, 0.7)
+    weighted = field(
+        *cloud[:3],
+        exclude_negative=hidden,
+        positive_weights=copies[0].double(),
+        negative_weights=copies[1].double(),
+    )
+    copied = field(
+        cloud.anchors,
+        cloud.positives.repeat_interleave(copies[0], dim=0),
+        cloud.negatives.repeat_interleave(copies[1], dim=0),
+        exclude_negative=None if hidden is None else new_place[hidden],
+    )
+    torch.testing.assert_close(weighted, copied, rtol=0, atol=1e-11)
 
 
 def finite_difference(function, x, step=1e-5):
@@ -202,6 +283,46 @@ def test_the_joint_gaussian_field_climbs_the_discriminator():
     torch.testing.assert_close(diagnostics.positive_mass[0], positive_mass(x).mean(), rtol=1e-12, atol=0)
 
 
+@pytest.mark.parametrize("normalization", ["separate", "joint"])
+def test_the_sharp_laplace_field_is_a_gradient(normalization):
+    """V = tau^2 grad log(p/q), or tau^2 grad a+, of densities smoothed by (1 + d/tau) exp(-d/tau) (T12b)."""
+    x, positives, negatives, tau = points(4, 3), points(7, 3, seed=1), points(5, 3, seed=2), 0.8
+
+    def potential(x):
+        sides = [log_kernel("sharp_laplace", x, y, tau).logsumexp(1) for y in (positives, negatives)]
+        return sides[0] - sides[1] if normalization == "separate" else (sides[0] - sides[1]).sigmoid()
+
+    drift = raw_field("sharp_laplace", normalization, tau)(x, positives, negatives)
+    torch.testing.assert_close(drift, tau**2 * finite_difference(potential, x), rtol=0, atol=1e-8)
+
+
+@pytest.mark.parametrize(("kernel", "conservative"), [("gaussian", True), ("laplace", False), ("sharp_laplace", True)])
+def test_the_gaussian_and_the_sharp_kernel_are_conservative_and_plain_laplace_is_not(kernel, conservative):
+    x, positives, negatives = points(1, 3), points(7, 3, seed=1), points(5, 3, seed=2)
+    field = raw_field(kernel, "separate", 0.8)
+    columns = [finite_difference(lambda x, i=i: field(x, positives, negatives)[:, i], x)[0] for i in range(3)]
+    jacobian = torch.stack(columns)
+    asymmetry = (jacobian - jacobian.T).abs().max().item()
+    assert asymmetry < 1e-8 if conservative else asymmetry > 0.01
+
+
+def test_a_transport_plan_shares_out_the_positives_where_a_softmax_crowds():
+    """Both anchors are nearest to the first positive; at low temperature the plan still pairs them off."""
+    anchors = torch.tensor([[0.0], [1.0]]).double()
+    positives, negatives = torch.tensor([[0.0], [-5.0]]).double(), torch.tensor([[0.0], [0.0]]).double()
+    expected = {"separate": [[0.0], [0.0]], "sinkhorn": [[-5.0], [0.0]]}
+    for normalization, drift in expected.items():
+        found = raw_field("gaussian", normalization, 1.0, sinkhorn_iterations=2000)(anchors, positives, negatives)
+        torch.testing.assert_close(found, torch.tensor(drift).double(), rtol=0, atol=0.05)
+
+
+def test_sides_that_weigh_nothing_against_each_other_still_count_where_they_are_normalised_alone():
+    anchors, positives, negatives = torch.zeros(1, 1), torch.full((1, 1), 9.0), torch.full((1, 1), 0.1)
+    for normalization in ("separate", "sinkhorn"):
+        drift = raw_field(normalization=normalization, tau=0.01)(anchors, positives, negatives)
+        torch.testing.assert_close(drift, torch.full((1, 1), 8.9))
+
+
 def test_the_joint_field_saturates_where_only_positives_are():
     anchors, positives, negatives = torch.zeros(1, 1), torch.full((1, 1), 0.1), torch.full((1, 1), 3.0)
     separate = raw_field(normalization="separate")(anchors, positives, negatives)
@@ -219,8 +340,10 @@ def test_weights_far_below_underflow_still_give_finite_drifts(kernel, normalizat
     drift = raw_field(kernel, normalization, tau)(anchors.double(), positives.double(), negatives.double())
     # By symmetry half of the weight lies on either side: gap (1/2, 1/2) - (-1/2, -1/2). Every anchor is the same,
     # so two_sided has all weights 1/sqrt(4 * 2), masses 2/sqrt(8).
-    factor = {"joint": 0.25, "separate": 1.0, "two_sided": 0.5}[normalization]
-    torch.testing.assert_close(drift, torch.full((2, 2), factor).double(), rtol=1e-9, atol=0)
+    factor = {"joint": 0.25, "separate": 1.0, "two_sided": 0.5, "sinkhorn": 1.0}[normalization]
+    if kernel == "sharp_laplace":
+        factor /= 1 + 1 / tau
+    torch.testing.assert_close(drift, torch.full((2, 2), factor, dtype=torch.float64), rtol=1e-9, atol=0)
 
 
 def test_far_and_near_references_keep_their_ratio_at_d_over_tau_of_ten_thousand():
@@ -232,19 +355,33 @@ def test_far_and_near_references_keep_their_ratio_at_d_over_tau_of_ten_thousand(
     torch.testing.assert_close(diagnostics.positive_mass[0], torch.tensor(2.0).double().sigmoid(), rtol=1e-9, atol=0)
 
 
-@given(
-    block_size=st.integers(1, 11), form=st.sampled_from(FORMS), cloud=clouds(max_references=10), seed=st.integers(0, 99)
-)
-def test_the_block_size_changes_nothing(block_size, form, cloud, seed):
-    options = {"exclude_positive": cloud.exclude_positive, "exclude_negative": cloud.exclude_negative}
+@EVERY_FORM
+@given(block_size=st.integers(1, 11), scaled=st.booleans(), cloud=clouds(max_references=10), seed=st.integers(0, 99))
+def test_the_block_size_changes_nothing(kernel, normalization, block_size, scaled, cloud, seed):
+    weights = points(len(cloud.negatives), seed=seed).clamp_min(0)
+    options = {
+        "exclude_positive": cloud.exclude_positive,
+        "exclude_negative": cloud.exclude_negative,
+        "negative_weights": weights,
+        "pairs": torch.arange(len(cloud.anchors)) % len(cloud.positives),
+    }
     whole, blocks = (
-        DriftField((0.05, 0.5), kernel=form[0], normalization=form[1], block_size=size) for size in (8192, block_size)
+        DriftField(
+            (0.05, 0.5),
+            kernel=kernel,
+            normalization=normalization,
+            feature_scaling=scaled,
+            subtract_noise=scaled,
+            rms_normalize=False,
+            block_size=size,
+        )
+        for size in (8192, block_size)
     )
     expected, diagnostics = whole.diagnose(*cloud[:3], **options)
     actual, streamed = blocks.diagnose(*cloud[:3], **options)
     torch.testing.assert_close(actual, expected, rtol=0, atol=1e-10)
-    for one, other in zip(streamed[:3], diagnostics[:3], strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-10)
+    for one, other in zip(streamed, diagnostics, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-10, equal_nan=True)
 
 
 @EVERY_FORM
@@ -267,6 +404,54 @@ def test_one_anchor_doubles_the_temperature_of_the_two_sided_form():
     joint = raw_field(normalization="joint", tau=1.0)(anchors, positives, negatives)
     cosine = torch.nn.functional.cosine_similarity(two_sided, joint)
     torch.testing.assert_close(cosine, torch.ones_like(cosine), rtol=0, atol=1e-14)
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts the bytes of all tensors that operations have made and that are still alive."""
+
+    def __init__(self):
+        super().__init__()
+        self.live = self.peak = 0
+
+    def __torch_dispatch__(self, operation, types, arguments=(), keywords=None):
+        result = operation(*arguments, **(keywords or {}))
+        inputs = {x.untyped_storage()._cdata for x in tree_leaves((arguments, keywords)) if isinstance(x, torch.Tensor)}
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, torch.Tensor) and tensor.untyped_storage()._cdata not in inputs:
+                self.watch(tensor.untyped_storage())
+        return result
+
+    def watch(self, storage):
+        self.live += storage.nbytes()
+        self.peak = max(self.peak, self.live)
+        weakref.finalize(storage, self.forget, storage.nbytes())
+
+    def forget(self, size):
+        self.live -= size
+
+
+@EVERY_FORM
+def test_memory_does_not_grow_with_the_number_of_references(kernel, normalization):
+    field, anchors = DriftField(kernel=kernel, normalization=normalization, block_size=16), points(4, 8)
+    peaks = []
+    for count in (64, 640):
+        sides = [points(count, 8, seed=seed) for seed in (1, 2)]
+        weights = torch.ones(count).double()
+        with LiveBytes() as memory:
+            field(anchors, *sides, negative_weights=weights)
+        peaks.append(memory.peak)
+        assert memory.peak < sides[0].nbytes * 64 / count * 10
+    assert peaks[0] == peaks[1] > 16 * 8 * 8  # a block at least was seen
+
+
+def test_a_million_references_of_width_1536_need_less_than_a_quarter_of_a_gibibyte():
+    """Counted on shapes alone, with 8 anchors and the default block; the references themselves are 12 GiB."""
+    with FakeTensorMode():
+        anchors, references = torch.empty(8, 1536), torch.empty(1_000_000, 1536)
+        with LiveBytes() as memory:
+            drift = DriftField()(anchors, references, references, exclude_negative=torch.arange(8))
+        assert drift.shape == (8, 1536)
+        assert 2**20 < memory.peak < 2**28
 
 
 # ---------------------------------------------------------------------------------- temperatures and size
@@ -436,7 +621,7 @@ def test_an_empty_side_gives_zero_drift(kernel, normalization):
         ({"temperatures": (float("nan"),)}, r"temperatures \(each tau\) must be a finite number above 0"),
         ({"temperatures": (float("inf"),)}, r"temperatures \(each tau\) must be a finite number above 0"),
         ({"temperatures": 0.1}, "temperatures must be a tuple of numbers above 0"),
-        ({"kernel": "rbf"}, "kernel must be one of 'gaussian', 'laplace'.\n  got kernel str 'rbf'"),
+        ({"kernel": "rbf"}, "kernel must be one of 'gaussian', 'laplace', 'sharp_laplace'.\n  got kernel str 'rbf'"),
         ({"normalization": "row"}, "normalization must be one of 'joint', 'separate', 'two_sided'"),
         ({"aggregate": "max"}, "aggregate must be one of 'mean', 'sum'"),
         ({"block_size": 0}, "block_size must be an integer of at least 1"),

@@ -202,7 +202,7 @@ def test_the_operators_keep_the_contract_of_torch_library(partly):
     lifted = forward(rows.detach(), embedding.detach(), index, 2, 64)
     torch.library.opcheck(
         torch.ops.tokendrift.soft_token_lift_backward.default,
-        (torch.ones_like(lifted), rows.detach(), embedding.detach(), lifted, index, 2, 64, True),
+        (torch.ones_like(lifted), rows.detach(), embedding.detach(), lifted, index, 2, 64, True, True),
     )
 
 

@@ -45,7 +45,8 @@ if TYPE_CHECKING:
 
 ROWS_A_BATCH = 128
 MATCHED = {"sample": "  = H sample", "unigram": "  = H unigram"}  # the temperature-matched rows of the continuation
-TEMPERATURES = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1)
+TEMPERATURES = (1.0, 0.85, 0.7, 0.55, 0.4, 0.25, 0.1)  # of the continuation: the frontier and the matching
+OWN_TEMPERATURES = (1.0, 0.7, 0.4)  # of TokenDrift, for the plot
 FRONTIER_SAMPLES = 256
 
 
@@ -225,9 +226,9 @@ class Demo:
         models = {"base": base, "continuation": continued.model, "TokenDrift": drifted.model}
         scorer = Scorer(self, corpus, judge, seed)
         count, nfes = self.config.samples, self.config.nfes
-        grid = min(FRONTIER_SAMPLES, count)
+        grid = min(FRONTIER_SAMPLES, count // 2)
         # Forward rows, the unit of the progress bar: three models and two matched rows at every NFE, and two grids.
-        total = sum(nfes) * (5 * count + (len(TEMPERATURES) + 3) * grid)
+        total = sum(nfes) * (5 * count + (len(TEMPERATURES) + len(OWN_TEMPERATURES)) * grid)
         rows, frontier = [scorer.real()], []
         with self.progress(f"sampling and scoring, seed {seed}", total) as on_step:
             scorer.begin(on_step)
@@ -236,7 +237,7 @@ class Demo:
                 rows += found.values()
                 curve = [scorer.row("continuation", continued.model, nfe, t, grid) for t in TEMPERATURES]
                 frontier += curve
-                frontier += [scorer.row("TokenDrift", drifted.model, nfe, t, grid) for t in TEMPERATURES[:5:2]]
+                frontier += [scorer.row("TokenDrift", drifted.model, nfe, t, grid) for t in OWN_TEMPERATURES]
                 for kind in ("sample", "unigram"):
                     target = entropy(found["TokenDrift"].measures, kind)
                     at = temperature_at([(r.temperature, entropy(r.measures, kind)) for r in curve], target)

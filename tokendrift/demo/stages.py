@@ -66,7 +66,7 @@ class DemoConfig:
     process: Literal["uniform", "masked"] = "uniform"
     steps: int = 2000
     seeds: int = 1
-    samples: int = 512
+    samples: int = 384
     nfes: tuple[int, ...] = (4, 8, 16, 32)
     base_steps: int = 8000
     judge_steps: int = 2500
