@@ -477,6 +477,122 @@ def test_a_temperature_that_is_all_rounding_contributes_zero():
     assert DriftField((1.0,), eps=1e-30)(anchors, noise, anchors).norm(dim=-1).max() > 0.1
 
 
+@pytest.mark.parametrize("normalization", NORMALIZATIONS)
+def test_pull_and_push_can_be_weighed_against_each_other(normalization):
+    anchors, positives, negatives = points(4, 3), points(5, 3, seed=1), points(6, 3, seed=2)
+
+    def field(attraction, repulsion):
+        options = {"attraction": attraction, "repulsion": repulsion}
+        return raw_field("laplace", normalization, **options)(anchors, positives, negatives)
+
+    pull, push = field(1, 0), field(0, 1)
+    assert pull.norm() > 0.01
+    assert push.norm() > 0.01
+    torch.testing.assert_close(field(2, 1), 2 * pull + push, rtol=0, atol=1e-14)
+    torch.testing.assert_close(field(1, 1), pull + push, rtol=0, atol=1e-14)
+    if normalization == "separate":
+        expected = log_kernel("laplace", anchors, positives, 1.0).softmax(1) @ positives - anchors
+        torch.testing.assert_close(pull, expected, rtol=0, atol=1e-12)
+
+
+def test_guidance_rests_where_the_generator_overshoots_the_condition():
+    """alpha = 2, p(.|c) half on a and half on b, p(.) all on a: the fixed point 2 p(.|c) - p(.) is all on b."""
+    a, b = torch.tensor([[0.0, 0.0]]).double(), torch.tensor([[1.0, 0.0]]).double()
+    generated, unconditional = b.expand(4, 2), a.expand(2, 2)
+    weight = guidance_weight(2.0, negatives=4, unconditional=2)
+    assert weight == 1.5
+    for guided in (True, False):
+        drift = raw_field(tau=0.5)(
+            generated,
+            torch.cat([a, b]),
+            torch.cat([generated, unconditional]),
+            exclude_negative=torch.arange(4),
+            negative_weights=torch.tensor([1.0] * 4 + [weight if guided else 0.0] * 2),
+        )
+        assert (drift.norm() < 1e-15) == guided
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((0.5, 4, 2), r"guidance \(alpha\) must be at least 1"),
+        ((2.0, 1, 2), "negatives must be an integer of at least 2"),
+        ((2.0, 4, 0), "unconditional must be an integer of at least 1"),
+    ],
+)
+def test_guidance_that_makes_no_sense_is_refused(arguments, message):
+    with pytest.raises(TokenDriftError, match=message):
+        guidance_weight(arguments[0], negatives=arguments[1], unconditional=arguments[2])
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("factor", [1e-3, 40.0])
+def test_scaled_features_give_a_drift_scaled_alike(kernel, factor):
+    clouds = points(4, 3), points(5, 3, seed=1), points(6, 3, seed=2)
+    field = DriftField((0.1, 0.4), kernel=kernel, feature_scaling=True)
+    drift = field(*clouds)
+    torch.testing.assert_close(field(*(factor * x for x in clouds)), factor * drift, rtol=1e-9, atol=0)
+    assert (DriftField((0.1, 0.4), kernel=kernel)(*(factor * x for x in clouds)) / factor - drift).norm() > 0.1
+
+
+def test_feature_scaling_is_that_of_the_image_paper():
+    """Features over S = mean distance / sqrt(C), temperatures tau sqrt(C), drift over its RMS per channel (A.6)."""
+    clouds, own = (points(4, 9), points(5, 9, seed=1), torch.cat([points(4, 9), points(6, 9, seed=2)])), torch.arange(4)
+    distances = torch.cat([torch.cdist(clouds[0], y) for y in clouds[1:]], dim=1)
+    unit = distances.sum() / (distances.numel() - 4)  # the anchors themselves are not seen
+    scale = unit / 3
+    scaled = [x / scale for x in clouds]
+    drift = sum(
+        raw / (raw.square().sum(-1) / 9).mean().sqrt()
+        for raw in (raw_field("laplace", tau=3 * tau)(*scaled, exclude_negative=own) for tau in (0.05, 0.2))
+    )
+    field = DriftField((0.05, 0.2), kernel="laplace", feature_scaling=True, aggregate="sum")
+    torch.testing.assert_close(field(*clouds, exclude_negative=own), scale * drift, rtol=1e-9, atol=0)
+
+
+def test_points_that_all_coincide_have_no_mean_distance_and_no_drift():
+    point = torch.ones(3, 2)
+    assert torch.equal(DriftField(feature_scaling=True)(point, point, point), torch.zeros(3, 2))
+
+
+@pytest.mark.parametrize("normalization", ["joint", "separate", "two_sided"])
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_the_signal_is_the_square_without_repeated_references(kernel, normalization):
+    """Sum over four references that are two different positives and two different negatives."""
+    anchors, positives, negatives, tau = points(3, 2), points(4, 2, seed=1), points(5, 2, seed=2), 0.8
+    field = raw_field(kernel, normalization, tau, attraction=1.5)
+    _, found = field.diagnose(anchors, positives, negatives)
+    log_weights = log_kernel(kernel, anchors, torch.cat([positives, negatives]), tau)
+    weights = log_weights.softmax(1)
+    if normalization == "two_sided":
+        weights = (weights * log_weights.softmax(0)).sqrt()
+    plus, minus = weights[:, :4], weights[:, 4:]
+    if normalization == "separate":
+        plus, minus = plus / plus.sum(1, keepdim=True), minus / minus.sum(1, keepdim=True)
+    steps = [y - anchors[:, None] for y in (positives, negatives)]
+    if kernel == "sharp_laplace":
+        steps = [step / (1 + step.norm(dim=-1, keepdim=True) / tau) for step in steps]
+    gaps = 1.5 * steps[0][:, :, None] - steps[1][:, None]  # (N, P, Q, M)
+    terms = plus[:, :, None, None] * minus[:, None, :, None] * gaps
+    products = torch.einsum("ipqm, irsm -> iprqs", terms, terms)
+    different = (1 - torch.eye(4))[:, :, None, None] * (1 - torch.eye(5))
+    expected = (products * different).sum((1, 2, 3, 4)).mean()
+    torch.testing.assert_close(found.signal[0], expected, rtol=1e-10, atol=1e-14)
+    assert found.rms.square()[0] > 1.2 * expected
+
+
+def test_a_drift_keeps_the_share_of_its_square_that_is_signal():
+    clouds = points(6, 2), points(40, 2, seed=1) + 1, points(50, 2, seed=2)
+    plain, shrunk = (DriftField((0.3, 1.0), subtract_noise=subtract) for subtract in (False, True))
+    (raw, _), (_, found) = shrunk.raw(*clouds), plain.diagnose(*clouds)
+    share = found.signal / found.rms.square()
+    assert ((share > 0.03) & (share < 0.99)).all()
+    expected = (share[:, None, None] * raw / found.rms[:, None, None]).mean(0)
+    torch.testing.assert_close(shrunk(*clouds), expected, rtol=1e-9, atol=0)
+    one_of_each = points(6, 2), points(1, 2, seed=1), points(1, 2, seed=2)  # nothing but repeated references
+    assert torch.equal(shrunk(*one_of_each), torch.zeros(6, 2).double())
+
+
 def test_a_kernel_of_the_users_own_takes_the_place_of_a_named_one():
     clouds = points(3, 2), points(4, 2, seed=1), points(5, 2, seed=2)
     mine = DriftField(kernel=lambda squared, tau: -squared / tau)
@@ -497,6 +613,32 @@ def test_the_pair_weight_is_the_share_of_the_own_positive():
     _, found = DriftField((0.5,)).diagnose(anchors, positives, negatives, pairs=torch.arange(3))
     weights = log_kernel("gaussian", anchors, positives, 0.5).softmax(1)
     torch.testing.assert_close(found.pair_weight[0], weights.diagonal().mean(), rtol=1e-9, atol=0)
+
+
+def test_the_pair_weight_follows_normalisation_and_weights():
+    anchors, positives, negatives = points(3, 2), points(4, 2, seed=1), points(6, 2, seed=2)
+    weights = torch.tensor([1.0, 2.0, 0.0, 3.0]).double()
+    values = log_kernel("gaussian", anchors, positives, 0.5).exp()
+    for normalization, shares in {
+        "separate": values * weights,
+        "two_sided": values * weights / values.sum(0).sqrt(),
+        "sinkhorn": plan(values, weights),
+    }.items():
+        field = DriftField((0.5,), normalization=normalization)
+        pairs = torch.arange(3)
+        _, found = field.diagnose(anchors, positives, negatives, positive_weights=weights, pairs=pairs)
+        expected = (shares / shares.sum(1, keepdim=True)).diagonal().mean()
+        torch.testing.assert_close(found.pair_weight[0], expected, rtol=1e-9, atol=0)
+
+
+def test_the_diagnostics_of_a_plan_are_those_of_kernel_and_plan():
+    anchors, positives, negatives = points(3, 2), points(4, 2, seed=1), points(6, 2, seed=2)
+    _, found = DriftField((0.5,), normalization="sinkhorn").diagnose(anchors, positives, negatives)
+    values = [log_kernel("gaussian", anchors, y, 0.5).exp() for y in (positives, negatives)]
+    mass = [value.sum(1) for value in values]
+    torch.testing.assert_close(found.positive_mass[0], (mass[0] / (mass[0] + mass[1])).mean(), rtol=1e-9, atol=0)
+    squares = [plan(value, torch.ones(value.shape[1]).double()).square().sum(1) for value in values]
+    torch.testing.assert_close(found.effective_references[0], (4 / (squares[0] + squares[1])).mean(), rtol=1e-9, atol=0)
 
 
 def test_the_field_computes_in_float32_at_least_even_under_autocast():
@@ -592,6 +734,45 @@ def test_the_raw_rms_falls_like_the_root_of_the_number_of_references():
     assert slope == pytest.approx(-0.5, abs=0.05)
 
 
+@pytest.mark.statistical
+@pytest.mark.parametrize("normalization", ["joint", "two_sided"])
+def test_the_signal_is_zero_in_expectation_at_equilibrium_and_not_away_from_it(normalization):
+    generator = torch.Generator().manual_seed(4)
+    field, repeats, z, share = raw_field(normalization=normalization, tau=0.3), 1500, {}, {}
+    for shift in (0.0, 1.5):
+        signals, squares = [], []
+        for _ in range(repeats):
+            anchors = torch.randn(8, 2, generator=generator, dtype=torch.float64)
+            cloud = torch.randn(36, 2, generator=generator, dtype=torch.float64)
+            _, found = field.diagnose(anchors, cloud[:24] + shift, cloud[24:])
+            signals.append(found.signal[0])
+            squares.append(found.rms[0] ** 2)
+        signal, square = torch.stack(signals), torch.stack(squares)
+        z[shift] = (signal.mean() / signal.std() * repeats**0.5).item()
+        share[shift] = (signal.mean() / square.mean()).item()
+    assert abs(z[0.0]) < 4
+    assert abs(share[0.0]) < 0.05  # while the raw square is all noise
+    assert z[1.5] > 10
+    assert share[1.5] > 0.1
+
+
+@pytest.mark.statistical
+def test_the_signal_is_near_the_square_of_the_population_drift():
+    generator = torch.Generator().manual_seed(5)
+    field, anchors = raw_field(tau=0.3), torch.randn(16, 2, generator=generator, dtype=torch.float64)
+
+    def draw(count):
+        cloud = torch.randn(2 * count, 2, generator=generator, dtype=torch.float64)
+        return field.diagnose(anchors, cloud[:count] + 1, cloud[count:])[1]
+
+    population = draw(200_000).rms.square().item()
+    found = [draw(64) for _ in range(400)]
+    signal = torch.cat([each.signal for each in found]).mean().item()
+    square = torch.cat([each.rms.square() for each in found]).mean().item()
+    assert abs(signal - population) < 0.3 * population
+    assert square > 2 * population
+
+
 # ------------------------------------------------------------------------------------------ edges and errors
 
 
@@ -626,6 +807,10 @@ def test_an_empty_side_gives_zero_drift(kernel, normalization):
         ({"aggregate": "max"}, "aggregate must be one of 'mean', 'sum'"),
         ({"block_size": 0}, "block_size must be an integer of at least 1"),
         ({"eps": -1.0}, "eps must be a finite number above 0"),
+        ({"attraction": -1.0}, r"attraction \(zero or above\) must be a finite number above 0"),
+        ({"repulsion": float("nan")}, r"repulsion \(zero or above\) must be a finite number above 0"),
+        ({"attraction": 0.0, "repulsion": 0.0}, "attraction and repulsion are both 0"),
+        ({"sinkhorn_iterations": 0}, "sinkhorn_iterations must be an integer of at least 1"),
     ],
 )
 def test_bad_options_are_refused_at_construction(options, message):
@@ -652,6 +837,12 @@ def test_bad_options_are_refused_at_construction(options, message):
         ({"exclude_negative": torch.zeros(3, dtype=torch.int64)}, r"exclude_negative must be int64 of shape \(N,\)"),
         ({"exclude_positive": torch.zeros(2)}, r"exclude_positive must be int64 of shape \(N,\)"),
         ({"exclude_positive": [0, 1]}, r"exclude_positive must be int64 of shape \(N,\)"),
+        ({"positive_weights": torch.ones(3)}, r"positive_weights must be floating point of shape \(P,\)"),
+        ({"negative_weights": torch.ones(5).long()}, r"negative_weights must be floating point of shape \(Q,\)"),
+        ({"negative_weights": [1.0] * 5}, r"negative_weights must be floating point of shape \(Q,\)"),
+        ({"negative_weights": -torch.ones(5)}, "negative_weights must be zero or above everywhere"),
+        ({"positive_weights": torch.full((4,), torch.nan)}, "positive_weights must be zero or above everywhere"),
+        ({"positive_weights": torch.ones(4, device="meta")}, "positive_weights is on meta but anchors is on cpu"),
     ],
 )
 def test_bad_clouds_are_refused_with_what_came(arguments, message):

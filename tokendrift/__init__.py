@@ -6,7 +6,7 @@ The core is here: the lift, feature maps, drift fields, queues and losses. It ne
 
 from tokendrift.errors import TokenDriftError
 from tokendrift.features import FeatureMap, PooledFeatures
-from tokendrift.field import DriftField, Field, FieldDiagnostics
+from tokendrift.field import DriftField, Field, FieldDiagnostics, guidance_weight
 from tokendrift.lift import soft_token_lift
 from tokendrift.loss import Diagnostics, LossOutput, MirrorTeacherLoss, TokenDriftLoss
 from tokendrift.references import FeatureQueue
@@ -25,5 +25,6 @@ __all__ = [
     "PooledFeatures",
     "TokenDriftError",
     "TokenDriftLoss",
+    "guidance_weight",
     "soft_token_lift",
 ]

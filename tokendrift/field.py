@@ -10,9 +10,8 @@ references in blocks: memory does not grow with their number beyond the referenc
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple, Protocol
 
 import torch
@@ -27,9 +26,22 @@ from tokendrift._checks import (
     check_tensor,
     fail,
 )
+from tokendrift.barycentres import Side, Sums, View, mean_distance, sinkhorn_potential, sum_references
+from tokendrift.kernels import KERNELS, Kernel, exact_matmul, gaussian, laplace, squared_distances
 
-Kernel = Callable[[Tensor, float], Tensor]
-"""Squared distances and temperature to log-weights, elementwise."""
+__all__ = [
+    "KERNELS",
+    "NORMALIZATIONS",
+    "DriftField",
+    "Field",
+    "FieldDiagnostics",
+    "Kernel",
+    "exact_matmul",
+    "gaussian",
+    "guidance_weight",
+    "laplace",
+    "squared_distances",
+]
 
 
 class Field(Protocol):
@@ -61,26 +73,19 @@ class FieldDiagnostics(NamedTuple):
         effective_references: Mean effective sample size (sum w)^2 / sum w^2 over all references, (T,).
         pair_weight: Mean share of its own paired positive among an anchor's positives, (T,); NaN when no
             pair was named.
+        signal: Mean square of the raw drift less its sampling noise, (T,): about zero, of either sign, at
+            equilibrium. Average it over steps before taking a root.
     """
 
     rms: Tensor
     positive_mass: Tensor
     effective_references: Tensor
     pair_weight: Tensor
+    signal: Tensor
 
 
-def gaussian(squared: Tensor, temperature: float) -> Tensor:
-    """Log of exp(-d^2 / tau): TokenDrift's kernel, a Gaussian of variance tau/2."""
-    return squared / -temperature
-
-
-def laplace(squared: Tensor, temperature: float) -> Tensor:
-    """Log of exp(-d / tau): the kernel of Generative Modeling via Drifting (arXiv 2602.04770), equation 12."""
-    return squared.sqrt() / -temperature
-
-
-KERNELS: dict[str, Kernel] = {"gaussian": gaussian, "laplace": laplace}
-NORMALIZATIONS = ("joint", "separate", "two_sided")
+NORMALIZATIONS = ("joint", "separate", "two_sided", "sinkhorn")
+JOINT = ("joint", "two_sided")  # both sides share one sum
 
 
 @dataclass(frozen=True)
@@ -99,18 +104,35 @@ class DriftField:
         s(\tau) = \sqrt{\tfrac1N\textstyle\sum_i \lVert V^{(\tau)}_i\rVert^2 + \epsilon}
 
     Attributes:
-        temperatures: T, in units of squared distance (of distance for ``laplace``).
-        kernel: ``"gaussian"``, ``"laplace"``, or a callable (squared distances, tau) -> log-weights.
+        temperatures: T, in units of squared distance (of distance for ``laplace`` and ``sharp_laplace``).
+        kernel: ``"gaussian"``; ``"laplace"``; ``"sharp_laplace"``, which moves points like Laplace but has a
+            potential (see `SharpLaplace`; the Gaussian has one anyway); or a callable (squared distances, tau) ->
+            log-weights, with a method ``pull`` if differences are to be shortened as well.
         normalization: ``"joint"`` as above. ``"separate"`` normalises each side alone (W+ and W- sum to one).
             ``"two_sided"`` takes the geometric mean of row and column softmax before the cross-weights, as
             Algorithm 2 of arXiv 2602.04770; its columns run over the anchors, so with few anchors it is
-            unsafe (with one anchor it only doubles the temperature).
+            unsafe (with one anchor it only doubles the temperature). ``"sinkhorn"`` takes for each side the rows
+            of an entropic transport plan between anchors and references (``sinkhorn_iterations`` walks over the
+            references), so that few positives cannot draw all anchors; it depends on the batch of anchors too.
         rms_normalize: Divide each temperature's drift by its RMS over the anchors. Hides equilibrium: the
             normalised drift keeps size 1 where the raw one is sampling noise.
         aggregate: ``"mean"`` over temperatures, or ``"sum"`` as arXiv 2602.04770.
         eps: Added inside the root of s. A temperature with a mean square below eps contributes zero instead of
             amplified rounding.
-        block_size: References handled at a time.
+        block_size: References handled at a time; memory grows with it and not with the number of references.
+        attraction, repulsion: Factors on the pull to the positives and on the push from the negatives, as differences
+            to the anchor. Only equal factors make the field anti-symmetric.
+        subtract_noise: Multiply each temperature's drift by the share of its mean square that is not sampling noise,
+            :math:`\max(0, 1 - n/m)`, so that it fades at equilibrium in spite of ``rms_normalize``. In m, the square
+            of :math:`\sum_{jk} w_j w_k (u_j - v_k)`, n is the part that uses a positive or a negative twice. What is
+            left is a U-statistic, zero in expectation where real and generated features have one law: exactly so
+            for ``joint`` and ``two_sided`` with references independent of the anchors; nearly for ``separate``, whose
+            normalisers depend on the draw, and in part for ``sinkhorn``, whose plan does. The paired positive is
+            no independent draw and counts as signal.
+        feature_scaling: Give the kernel distances in units of their mean over all pairs that an anchor may see, and
+            RMS-normalised drifts the size of that unit. Temperatures then need no tuning to the features; this is the
+            normalisation of arXiv 2602.04770, appendix A.6, and costs another walk over the references.
+        sinkhorn_iterations: Row and column steps of ``"sinkhorn"``; it ends with a row step.
 
     Raises:
         TokenDriftError: If an option is out of range (at construction) or shapes, dtypes or devices do not
@@ -125,12 +147,17 @@ class DriftField:
     """
 
     temperatures: tuple[float, ...] = (0.02, 0.05, 0.2)
-    kernel: Literal["gaussian", "laplace"] | Kernel = "gaussian"
-    normalization: Literal["joint", "separate", "two_sided"] = "joint"
+    kernel: Literal["gaussian", "laplace", "sharp_laplace"] | Kernel = "gaussian"
+    normalization: Literal["joint", "separate", "two_sided", "sinkhorn"] = "joint"
     rms_normalize: bool = True
     aggregate: Literal["mean", "sum"] = "mean"
     eps: float = 1e-12
     block_size: int = 8192
+    attraction: float = 1.0
+    repulsion: float = 1.0
+    subtract_noise: bool = False
+    feature_scaling: bool = False
+    sinkhorn_iterations: int = 20
 
     def __post_init__(self) -> None:
         if not isinstance(self.temperatures, Sequence) or not self.temperatures:
@@ -144,6 +171,12 @@ class DriftField:
         check_choice("aggregate", self.aggregate, ("mean", "sum"))
         check_positive("eps", self.eps)
         check_count("block_size", self.block_size, least=1)
+        check_count("sinkhorn_iterations", self.sinkhorn_iterations, least=1)
+        for name in ("attraction", "repulsion"):
+            if getattr(self, name) != 0:
+                check_positive(name, getattr(self, name), symbol="zero or above")
+        if self.attraction == self.repulsion == 0:
+            raise fail("attraction and repulsion are both 0: nothing would move.")
 
     def __call__(
         self,
@@ -153,6 +186,8 @@ class DriftField:
         *,
         exclude_positive: Tensor | None = None,
         exclude_negative: Tensor | None = None,
+        positive_weights: Tensor | None = None,
+        negative_weights: Tensor | None = None,
     ) -> Tensor:
         """Return the drift of every anchor.
 
@@ -162,12 +197,24 @@ class DriftField:
             negatives: Generated features, (Q, M); Q = 0 gives zero drift.
             exclude_positive: The positive each anchor must not see, int64 (N,), -1 for none.
             exclude_negative: The same for negatives: usually the anchor itself.
+            positive_weights: How many copies each positive stands for, (P,), zero or above and not only whole
+                numbers; all ones by default.
+            negative_weights: The same for negatives, (Q,); see `guidance_weight`.
 
         Returns:
             Shape (N, M), float32 or wider, without gradient. Zero for an anchor that sees nothing on one side.
         """
-        raw, _ = self.raw(anchors, positives, negatives, exclude_positive, exclude_negative)
-        return self.combine(raw)
+        raw, sums = self.raw(
+            anchors,
+            positives,
+            negatives,
+            exclude_positive,
+            exclude_negative,
+            positive_weights=positive_weights,
+            negative_weights=negative_weights,
+            noise=self.subtract_noise,
+        )
+        return self.combine(raw, sums)
 
     def diagnose(
         self,
@@ -177,31 +224,58 @@ class DriftField:
         *,
         exclude_positive: Tensor | None = None,
         exclude_negative: Tensor | None = None,
+        positive_weights: Tensor | None = None,
+        negative_weights: Tensor | None = None,
         pairs: Tensor | None = None,
     ) -> tuple[Tensor, FieldDiagnostics]:
         """Return the drift with diagnostics; ``pairs`` int64 (N,) names each anchor's own positive."""
-        raw, sums = self.raw(anchors, positives, negatives, exclude_positive, exclude_negative)
-        rms = raw.square().sum(-1).mean(-1).sqrt()
-        total = sums.mass_pos + sums.mass_neg
-        pair_weight = torch.full_like(rms, torch.nan)
+        raw, sums = self.raw(
+            anchors,
+            positives,
+            negatives,
+            exclude_positive,
+            exclude_negative,
+            positive_weights=positive_weights,
+            negative_weights=negative_weights,
+            pairs=pairs if exclude_positive is None else None,
+            noise=True,
+        )
+        pos, neg = sums.positives, sums.negatives
+        mean_square = raw.square().sum(-1).mean(-1)
+        pair_weight = torch.full_like(mean_square, torch.nan)
         if pairs is not None and exclude_positive is None:
-            own = (anchors.to(raw.dtype) - positives[pairs].to(raw.dtype)).square().sum(-1)
-            own_log = torch.stack([self._kernel(own, tau) for tau in self.temperatures])
-            pair_weight = ((own_log - sums.peak).exp() / sums.mass_pos).mean(-1)
-        seen = torch.where(total > 0, sums.mass_pos / total, 0.0)
-        effective = torch.where(total > 0, total.square() / sums.square, 0.0)
-        return self.combine(raw), FieldDiagnostics(rms, seen.mean(-1), effective.mean(-1), pair_weight)
+            pair_weight = ((pos.own - pos.peak).exp() / pos.mass).mean(-1)
+        if self.normalization == "sinkhorn":  # each side has a plan of its own
+            seen = (pos.row - torch.logaddexp(pos.row, neg.row)).exp()
+            pos, neg = (side.rescaled(side.peak + side.mass.log()) for side in (pos, neg))
+        else:
+            peak = torch.maximum(pos.peak, neg.peak)
+            pos, neg = pos.rescaled(peak), neg.rescaled(peak)
+            seen = pos.mass / (pos.mass + neg.mass)
+        effective = (pos.mass + neg.mass).square() / (pos.square + neg.square)
+        noise = torch.zeros_like(mean_square) if sums.noise is None else sums.noise
+        return self.combine(raw, sums), FieldDiagnostics(
+            mean_square.sqrt(),
+            seen.nan_to_num(0.0).mean(-1),
+            effective.nan_to_num(0.0).mean(-1),
+            pair_weight,
+            mean_square - noise,
+        )
 
     @property
     def _kernel(self) -> Kernel:
         return KERNELS[self.kernel] if isinstance(self.kernel, str) else self.kernel
 
-    def combine(self, raw: Tensor) -> Tensor:
-        """Return the drift (N, M) from the raw drifts (T, N, M): RMS normalisation, then aggregation."""
+    def combine(self, raw: Tensor, sums: FieldSums) -> Tensor:
+        """Return the drift (N, M) from the raw drifts (T, N, M): scales of the temperatures, then aggregation."""
+        mean_square = raw.square().sum(-1).mean(-1)
         if self.rms_normalize:
-            mean_square = raw.square().sum(-1).mean(-1)
-            scale = torch.where(mean_square > self.eps, (mean_square + self.eps).rsqrt(), 0.0)
+            size = mean_square if sums.unit is None else mean_square / sums.unit.square()
+            scale = torch.where(size > self.eps, (size + self.eps).rsqrt(), 0.0)
             raw = raw * scale[:, None, None]
+        if self.subtract_noise and sums.noise is not None:
+            kept = torch.where(mean_square > 0, 1 - sums.noise / mean_square, 0.0).clamp_min(0)
+            raw = raw * kept[:, None, None]
         return raw.mean(dim=0) if self.aggregate == "mean" else raw.sum(dim=0)
 
     @torch.no_grad()
@@ -212,116 +286,160 @@ class DriftField:
         negatives: Tensor,
         exclude_positive: Tensor | None = None,
         exclude_negative: Tensor | None = None,
-    ) -> tuple[Tensor, Sums]:
+        *,
+        positive_weights: Tensor | None = None,
+        negative_weights: Tensor | None = None,
+        pairs: Tensor | None = None,
+        noise: bool = False,
+    ) -> tuple[Tensor, FieldSums]:
         """Return the raw drifts (T, N, M), before RMS normalisation, and the sums they were made from."""
         _check_clouds(anchors, positives, negatives, exclude_positive, exclude_negative)
+        _check_weights(anchors, positives=(positives, positive_weights), negatives=(negatives, negative_weights))
         dtype = torch.promote_types(anchors.dtype, torch.float32)
         with exact_matmul(anchors.device):
-            anchors, positives, negatives = (x.to(dtype) for x in (anchors, positives, negatives))
-            # Distances by products cancel badly far from the origin, so all clouds are centred first.
-            centre = torch.cat([positives, negatives]).mean(dim=0) if len(negatives) else positives.mean(dim=0)
-            anchors = anchors - centre
-            sums = Sums.empty(len(self.temperatures), anchors)
-            for sign, cloud, excluded in ((1, positives, exclude_positive), (0, negatives, exclude_negative)):
-                for start in range(0, len(cloud), self.block_size):
-                    block = cloud[start : start + self.block_size] - centre
-                    sums = self._absorb(sums, anchors, block, start, excluded, positive=bool(sign))
-            return self._drift(sums), sums
+            # Distances by products cancel badly far from the origin, so all clouds are centred first. Any point
+            # among them will do: where there are very many, the mean of some.
+            some = [cloud[: self.block_size].to(dtype) for cloud in (positives, negatives)]
+            centre = torch.cat(some).mean(dim=0)
+            # Near zero the root of a product-form distance is all rounding, and only the Gaussian takes no root.
+            refine = self.kernel != "gaussian" or self.feature_scaling
+            view = View(anchors.to(dtype) - centre, centre, self._kernel, self.temperatures, self.block_size, refine)
+            sides = (
+                Side(positives, exclude_positive, positive_weights, pairs),
+                Side(negatives, exclude_negative, negative_weights),
+            )
+            if self.feature_scaling:
+                view = replace(view, unit=mean_distance(view, *sides))
+            pos, neg = self._sum_sides(view, *sides, spread=noise)
+            return self._drift(view, pos, neg)
 
-    def _absorb(
-        self, sums: Sums, anchors: Tensor, block: Tensor, start: int, excluded: Tensor | None, *, positive: bool
-    ) -> Sums:
-        """Add one block of references to the running sums, rescaling them to the new peak."""
-        # Near zero the root of a product-form distance is all rounding, and only the Gaussian takes no root.
-        squared = squared_distances(anchors, block, refine=self.kernel != "gaussian")
-        logits = torch.stack([self._kernel(squared, tau) for tau in self.temperatures])  # (T, N, b)
-        if excluded is not None:
-            column = torch.arange(start, start + len(block), device=block.device)
-            logits = logits.masked_fill(column == excluded[:, None], -torch.inf)
-        row = torch.logaddexp(sums.row, torch.logsumexp(logits, dim=-1))
-        if self.normalization == "two_sided":
-            columns = torch.logsumexp(logits, dim=1, keepdim=True)
-            logits = torch.where(columns.isinf(), -torch.inf, logits - 0.5 * columns)
-        peak = torch.maximum(sums.peak, logits.amax(dim=-1))
-        anchor_point = torch.where(peak.isinf(), 0.0, peak)  # -inf minus -inf would be NaN
-        weights = (logits - anchor_point[..., None]).exp_()
-        rescale = (sums.peak - anchor_point).exp()
-        mass, moment = weights.sum(-1), weights @ block
-        gain_pos, gain_neg = (1, 0) if positive else (0, 1)
-        return Sums(
-            peak,
-            row,
-            sums.mass_pos * rescale + gain_pos * mass,
-            sums.mass_neg * rescale + gain_neg * mass,
-            sums.moment_pos * rescale[..., None] + (moment if positive else 0),
-            sums.moment_neg * rescale[..., None] + (0 if positive else moment),
-            sums.square * rescale.square() + weights.square().sum(-1),
-        )
+    def _sum_sides(self, view: View, positive: Side, negative: Side, *, spread: bool) -> tuple[Sums, Sums]:
+        """Return the sums of both sides: on one scale where the normalisation is joint, each on its own if not."""
+        share = {"two_sided": 0.5, "sinkhorn": 1.0}.get(self.normalization, 0.0)
+        plans: list[Tensor | None] = [None, None]
+        if self.normalization == "sinkhorn":
+            plans = [sinkhorn_potential(view, side, self.sinkhorn_iterations) for side in (positive, negative)]
+        pos = sum_references(view, positive, column_share=share, row_potential=plans[0], spread=spread)
+        peak = pos.peak if self.normalization in JOINT else None
+        neg = sum_references(view, negative, peak=peak, column_share=share, row_potential=plans[1], spread=spread)
+        return (pos if peak is None else pos.rescaled(neg.peak)), neg
 
-    def _drift(self, sums: Sums) -> Tensor:
+    def _drift(self, view: View, pos: Sums, neg: Sums) -> tuple[Tensor, FieldSums]:
         """Return the raw drifts (T, N, M) from complete sums; zero where one side is empty."""
-        _, _, mass_pos, mass_neg, moment_pos, moment_neg, _ = (part[..., None] for part in sums)
-        moment_pos, moment_neg = moment_pos[..., 0], moment_neg[..., 0]
-        both = (mass_pos > 0) & (mass_neg > 0)
-        gap = torch.where(both, moment_pos / mass_pos - moment_neg / mass_neg, 0.0)
-        if self.normalization == "separate":
-            return gap
+        both = (pos.mass > 0) & (neg.mass > 0)
+        mass_pos, mass_neg = torch.ones_like(pos.mass), torch.ones_like(neg.mass)
         if self.normalization == "joint":
-            total = mass_pos + mass_neg
-            return torch.where(both, (mass_pos / total) * (mass_neg / total), 0.0) * gap
-        shift = (sums.peak - 0.5 * sums.row)[..., None]  # A = exp(logits - column/2 - row/2)
-        return torch.where(both, (mass_pos * shift.exp()) * (mass_neg * shift.exp()), 0.0) * gap
+            total = pos.mass + neg.mass
+            mass_pos, mass_neg = pos.mass / total, neg.mass / total
+        elif self.normalization == "two_sided":  # A = exp(logits - column/2 - row/2)
+            shift = (pos.peak - 0.5 * torch.logaddexp(pos.row, neg.row)).exp()
+            mass_pos, mass_neg = pos.mass * shift, neg.mass * shift
+        masses = torch.where(both, mass_pos * mass_neg, 0.0)
+        aims = [_aim(view.anchors, side) for side in (pos, neg)]
+        gap = self.attraction * aims[0] - self.repulsion * aims[1]
+        if self.attraction != self.repulsion:  # pull and push are differences to the anchor
+            gap = gap - (self.attraction - self.repulsion) * view.anchors
+        raw = masses[..., None] * torch.where(both[..., None], gap, 0.0)
+        noise = None
+        if pos.spread is not None and neg.spread is not None:
+            sampling = self._sampling_noise(view.anchors, pos, neg, *aims)
+            squares = masses.square()  # these underflow first: the noise of such a drift counts as none
+            noise = torch.where(squares > torch.finfo(squares.dtype).tiny, squares * sampling, 0.0).mean(-1)
+        return raw, FieldSums(pos, neg, noise, view.unit)
+
+    def _sampling_noise(self, x: Tensor, pos: Sums, neg: Sums, aim_pos: Tensor, aim_neg: Tensor) -> Tensor:
+        r"""Return the part of the squared gap that comes from pairing a reference with itself, (T, N).
+
+        The gap is a sum over pairs of one positive and one negative, :math:`\sum_{jk} q_j r_k (d_j - d_k)` with d
+        the (pulled) differences to the anchor. Of its square, the terms that use the same positive twice or the same
+        negative twice have positive expectation whatever the distributions; the others are a U-statistic.
+        """
+        mean_pos, mean_neg = self.attraction * (aim_pos - x), self.repulsion * (aim_neg - x)
+        own_pos, size_pos, twice_pos = _repeats(x, pos, self.attraction)
+        own_neg, size_neg, twice_neg = _repeats(x, neg, self.repulsion)
+        positives_twice = size_pos - 2 * _dot(own_pos, mean_neg) + twice_pos * _dot(mean_neg, mean_neg)
+        negatives_twice = size_neg - 2 * _dot(own_neg, mean_pos) + twice_neg * _dot(mean_pos, mean_pos)
+        both_twice = twice_neg * size_pos + twice_pos * size_neg - 2 * _dot(own_pos, own_neg)
+        return positives_twice + negatives_twice - both_twice
 
 
-class Sums(NamedTuple):
-    """Running sums over references for every temperature and anchor, relative to exp(peak).
+class FieldSums(NamedTuple):
+    """What the raw drifts were made from: sums of both sides, noise (T,) and unit of distance if asked for."""
 
-    ``peak``, ``row`` (log-sum-exp of the kernel), masses and the sum of squared weights are (T, N); moments,
-    the weighted sums of references, are (T, N, M).
+    positives: Sums
+    negatives: Sums
+    noise: Tensor | None
+    unit: Tensor | None
+
+
+def guidance_weight(guidance: float, *, negatives: int, unconditional: int) -> float:
+    r"""Return the weight of unconditional real features among the negatives, for classifier-free guidance.
+
+    .. math:: w = (Q - 1)(\alpha - 1) / U
+
+    The drift of a conditional generator then rests where it generates
+    :math:`\alpha\, p(\cdot|c) - (\alpha - 1)\, p(\cdot)`.
+
+    Args:
+        guidance: alpha, at least 1; 1 is no guidance.
+        negatives: Q, the generated negatives, the anchor itself (which it does not see) included.
+        unconditional: U, the unconditional real features that are appended to the negatives.
+
+    Raises:
+        TokenDriftError: If a number is out of range.
+
+    Source: Generative Modeling via Drifting (arXiv 2602.04770), section 3.5 and appendix A.7.
+
+    >>> weight = guidance_weight(2.0, negatives=4, unconditional=6)
+    >>> weight
+    0.5
+    >>> generated, real, unconditional = torch.randn(4, 2), torch.randn(8, 2), torch.randn(6, 2)
+    >>> drift = DriftField()(
+    ...     generated,
+    ...     real,
+    ...     torch.cat([generated, unconditional]),
+    ...     exclude_negative=torch.arange(4),
+    ...     negative_weights=torch.tensor([1.0] * 4 + [weight] * 6),
+    ... )
     """
-
-    peak: Tensor
-    row: Tensor
-    mass_pos: Tensor
-    mass_neg: Tensor
-    moment_pos: Tensor
-    moment_neg: Tensor
-    square: Tensor
-
-    @classmethod
-    def empty(cls, temperatures: int, anchors: Tensor) -> Sums:
-        """Return sums over no reference."""
-        low = anchors.new_full((temperatures, len(anchors)), -torch.inf)
-        none, moment = torch.zeros_like(low), anchors.new_zeros(temperatures, *anchors.shape)
-        return cls(low, low, none, none, moment, moment, none)
+    if check_positive("guidance", guidance, symbol="alpha") < 1:
+        raise fail("guidance (alpha) must be at least 1.", "1 is no guidance.", guidance=guidance)
+    check_count("negatives", negatives, least=2)
+    check_count("unconditional", unconditional, least=1)
+    return (negatives - 1) * (guidance - 1) / unconditional
 
 
-def squared_distances(x: Tensor, y: Tensor, *, refine: bool = False) -> Tensor:
-    """Return squared Euclidean distances (N, P) of centred clouds, never below zero.
-
-    One matrix product; ``refine`` computes the few pairs that nearly coincide from their difference.
-    """
-    size = x.square().sum(-1, keepdim=True) + y.square().sum(-1)
-    squared = torch.addmm(size, x, y.T, alpha=-2).clamp_min_(0)
-    if refine:
-        row, column = (squared < 1e-3 * size).nonzero(as_tuple=True)
-        squared[row, column] = (x[row] - y[column]).square().sum(-1)
-    return squared
+def _aim(x: Tensor, side: Sums) -> Tensor:
+    """Return the points that anchors are drawn to by one side, (T, N, M): means of x + rho (y - x)."""
+    return side.moment / side.mass[..., None] + (1 - side.reach / side.mass)[..., None] * x
 
 
-@contextmanager
-def exact_matmul(device: torch.device) -> Iterator[None]:
-    """Switch autocast and TF32 off for a while."""
-    with torch.autocast(device.type, enabled=False):
-        if device.type != "cuda" or torch.compiler.is_compiling():
-            yield
-            return
-        before = torch.get_float32_matmul_precision()
-        torch.set_float32_matmul_precision("highest")
-        try:
-            yield
-        finally:
-            torch.set_float32_matmul_precision(before)
+def _repeats(x: Tensor, side: Sums, factor: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Return sums over one side of q^2 d (T, N, M), q^2 |d|^2 and q^2 (T, N), q the weights of sum one."""
+    assert side.spread is not None
+    square = side.mass.square()
+    own = (side.spread.moment - side.spread.reach[..., None] * x) / square[..., None]
+    return factor * own, factor**2 * side.spread.size / square, side.square / square
+
+
+def _dot(x: Tensor, y: Tensor) -> Tensor:
+    return (x * y).sum(-1)
+
+
+def _check_weights(anchors: Tensor, **sides: tuple[Tensor, Tensor | None]) -> None:
+    for side, (cloud, weights) in sides.items():
+        name, symbol = f"{side[:-1]}_weights", side[0].upper().replace("N", "Q")
+        if weights is None:
+            continue
+        if not isinstance(weights, Tensor) or weights.shape != cloud.shape[:1] or not weights.is_floating_point():
+            raise fail(
+                f"{name} must be floating point of shape ({symbol},): one weight a reference.",
+                **{name: weights, "references": cloud},
+            )
+        check_same_device("anchors", anchors, **{name: weights})
+        # Read on the CPU only: on an accelerator it would wait for the device.
+        if weights.device.type == "cpu" and not torch.compiler.is_compiling() and not (weights >= 0).all():
+            raise fail(f"{name} must be zero or above everywhere.", **{name: weights, "least": weights.min().item()})
 
 
 def _check_clouds(

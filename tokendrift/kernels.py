@@ -1,0 +1,93 @@
+"""Kernels: how much a reference weighs for an anchor, as a function of their distance and a temperature."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+Kernel = Callable[[Tensor, float], Tensor]
+"""Squared distances and temperature to log-weights, elementwise."""
+
+
+@runtime_checkable
+class SharpKernel(Protocol):
+    r"""A kernel with a pull: log-weights H from the call, and a factor on every difference :math:`y - x`.
+
+    With :math:`\nabla_x H \propto \mathrm{pull} \cdot H \cdot (y - x)`, the drift is the gradient of a log-ratio of
+    densities smoothed by H. A kernel without ``pull`` has a pull of one; of those only the Gaussian is conservative.
+    """
+
+    def __call__(self, squared: Tensor, temperature: float, /) -> Tensor:
+        """Map squared distances to log-weights."""
+        ...
+
+    def pull(self, squared: Tensor, temperature: float, /) -> Tensor:
+        """Map squared distances to the factor on the difference."""
+        ...
+
+
+def gaussian(squared: Tensor, temperature: float) -> Tensor:
+    """Log of exp(-d^2 / tau): TokenDrift's kernel, a Gaussian of variance tau/2. It is its own sharp kernel."""
+    return squared / -temperature
+
+
+def laplace(squared: Tensor, temperature: float) -> Tensor:
+    """Log of exp(-d / tau): the kernel of Generative Modeling via Drifting (arXiv 2602.04770), equation 12."""
+    return squared.sqrt() / -temperature
+
+
+class SharpLaplace:
+    r"""The conservative kernel that moves points like the Laplace one.
+
+    .. math::
+        H = (1 + d/\tau)\, e^{-d/\tau}, \qquad \nabla_x H = e^{-d/\tau} (y - x) / \tau^2
+
+    so the separate drift :math:`E_p[e^{-d/\tau}(y-x)]/E_p[H] - E_q[\dots]/E_q[H]` is :math:`\tau^2 \nabla_x \log` of
+    the ratio of the two densities smoothed by H. With plain Laplace weights the drift has no potential.
+
+    Source: arXiv 2604.06333, whose field is this one divided by tau squared.
+    """
+
+    def __call__(self, squared: Tensor, temperature: float) -> Tensor:
+        """Return log H."""
+        ratio = squared.sqrt() / temperature
+        return ratio.log1p() - ratio
+
+    def pull(self, squared: Tensor, temperature: float) -> Tensor:
+        """Return exp(-d / tau) / H."""
+        return 1 / (1 + squared.sqrt() / temperature)
+
+
+KERNELS: dict[str, Kernel] = {"gaussian": gaussian, "laplace": laplace, "sharp_laplace": SharpLaplace()}
+
+
+def squared_distances(x: Tensor, y: Tensor, *, refine: bool = False) -> Tensor:
+    """Return squared Euclidean distances (N, P) of centred clouds, never below zero.
+
+    One matrix product; ``refine`` computes the few pairs that nearly coincide from their difference.
+    """
+    size = x.square().sum(-1, keepdim=True) + y.square().sum(-1)
+    squared = torch.addmm(size, x, y.T, alpha=-2).clamp_min_(0)
+    if refine:
+        row, column = (squared < 1e-3 * size).nonzero(as_tuple=True)
+        squared[row, column] = (x[row] - y[column]).square().sum(-1)
+    return squared
+
+
+@contextmanager
+def exact_matmul(device: torch.device) -> Iterator[None]:
+    """Switch autocast and TF32 off for a while."""
+    with torch.autocast(device.type, enabled=False):
+        if device.type != "cuda" or torch.compiler.is_compiling():
+            yield
+            return
+        before = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision("highest")
+        try:
+            yield
+        finally:
+            torch.set_float32_matmul_precision(before)
