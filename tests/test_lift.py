@@ -6,8 +6,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from live_bytes import LiveBytes
 
-from tokendrift import TokenDriftError, soft_token_lift
+from tokendrift import TokenDriftError, soft_token_lift, straight_through_lift
+from tokendrift._lift_ops import soft_lift, soft_lift_backward
 
 CASES = ["base", "sharp", "large_vocab"]
 TINY = 1e-6  # MiB: forces the smallest chunks, 64 rows
@@ -197,13 +199,11 @@ def test_a_half_precision_embedding_is_read_exactly():
 def test_the_operators_keep_the_contract_of_torch_library(partly):
     logits, embedding, _, predicted = batch(2, 3, 5, 4)
     rows, index = logits.reshape(6, 5).requires_grad_(), predicted.reshape(-1).nonzero()[:, 0] if partly else None
-    forward = torch.ops.tokendrift.soft_token_lift.default
-    torch.library.opcheck(forward, (rows, embedding.requires_grad_(), index, 2, 64))
-    lifted = forward(rows.detach(), embedding.detach(), index, 2, 64)
-    torch.library.opcheck(
-        torch.ops.tokendrift.soft_token_lift_backward.default,
-        (torch.ones_like(lifted), rows.detach(), embedding.detach(), lifted, index, 2, 64, True, True),
-    )
+    torch.library.opcheck(soft_lift, (rows, embedding.requires_grad_(), index, 2, 64))
+    lifted = soft_lift(rows.detach(), embedding.detach(), index, 2, 64)
+    for needed in ((True, True), (True, False), (False, True)):
+        arguments = (torch.ones_like(lifted), rows.detach(), embedding.detach(), lifted, index, 2, 64, *needed)
+        torch.library.opcheck(soft_lift_backward, arguments)
 
 
 def test_backward_keeps_no_softmax():
@@ -226,6 +226,181 @@ def test_lifting_under_functional_compilation_equals_eager():
     lift(eager).square().sum().backward()
     torch.compile(lift, backend="aot_eager")(compiled).square().sum().backward()
     torch.testing.assert_close(compiled.grad, eager.grad, rtol=1e-12, atol=1e-13)
+
+
+@pytest.mark.parametrize("partly", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_each_gradient_alone_is_the_one_of_both_together(partly, dtype):
+    logits, embedding, _, predicted = batch(4, 20, 30, 8, dtype=dtype)
+    index = predicted.reshape(-1).nonzero()[:, 0] if partly else None
+
+    def gradients(of_logits, of_embedding):
+        rows, table = (x.detach().clone() for x in (logits.view(80, 30), embedding))
+        lifted = soft_lift(rows.requires_grad_(of_logits), table.requires_grad_(of_embedding), index, 3, 64)
+        lifted.backward(torch.linspace(-1, 1, lifted.numel(), dtype=lifted.dtype).view_as(lifted))
+        return rows.grad, table.grad
+
+    both = gradients(True, True)
+    assert torch.equal(gradients(True, False)[0], both[0])
+    assert torch.equal(gradients(False, True)[1], both[1])
+
+
+# ------------------------------------------------------------------------------------------------ precision
+
+
+@pytest.mark.parametrize("mask_id", [None, 5])
+@pytest.mark.parametrize("partly", [False, True])
+@pytest.mark.parametrize(("dtype", "table_dtype"), [("bfloat16",) * 2, ("bfloat16", "float32"), ("float16",) * 2])
+def test_half_precision_is_no_worse_than_the_plain_form(dtype, table_dtype, partly, mask_id):
+    """Against float64 on the same inputs; the error of softmax(logits) @ E in half precision is the allowance."""
+    half = getattr(torch, dtype)
+    logits, embedding, noisy_ids, predicted = batch(4, 32, 800, 24, dtype=half)
+    embedding = embedding.to(getattr(torch, table_dtype))
+    options = {"noisy_ids": noisy_ids, "predicted": predicted} if partly else {}
+    upstream = torch.randn(4, 32, 24, generator=torch.Generator().manual_seed(1)).to(half)
+
+    def results(lift, *data):
+        leaves = [x.clone().requires_grad_() for x in data]
+        lifted = lift(*leaves, mask_id=mask_id, **options)
+        lifted.backward(upstream.to(lifted.dtype))
+        return [x.double() for x in (lifted.detach(), *(leaf.grad for leaf in leaves))]
+
+    exact = results(lifted_by_hand, logits.double(), embedding.double())
+    naive = results(lifted_by_hand, logits, embedding.to(half))
+    mine = results(soft_token_lift, logits, embedding)
+    for name, own, other, truth in zip(("e", "logits", "embedding"), mine, naive, exact, strict=True):
+        own_error, naive_error = ((x - truth).norm() / truth.norm() for x in (own, other))
+        assert 0 < own_error <= naive_error * 1.02, (name, own_error, naive_error)  # 2 %: chance of equal roundings
+
+
+def test_under_autocast_the_result_is_that_outside():
+    logits, embedding, noisy_ids, predicted = batch(dtype=torch.float32)
+    found = []
+    for enabled in (False, True):
+        leaves = [x.clone().requires_grad_() for x in (logits, embedding)]
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+            lifted = soft_token_lift(*leaves, noisy_ids=noisy_ids, predicted=predicted, mask_id=2)
+            lifted.square().sum().backward()
+        found.append((lifted, *(leaf.grad for leaf in leaves)))
+    assert all(torch.equal(outside, inside) for outside, inside in zip(*found, strict=True))
+
+
+# ------------------------------------------------------------------------------------------------ bytes and products
+
+F32, BF16 = torch.float32, torch.bfloat16
+SIZES = [(50258, 768), (30522, 384)]
+
+
+class HalfPredicted(LiveBytes):
+    """A count for which every second position is predicted: meta tensors have no values to tell which."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten.nonzero.default:
+            return args[0].new_empty(args[0].numel() // 2, 1, dtype=torch.int64)
+        return super().__torch_dispatch__(func, types, args, kwargs)
+
+
+def counted(tokens, vocab, width, dtype=F32, table_dtype=F32, *, trained=False, partly=False, mask_id=None):
+    """Return the count of a lift forward and backward, and the bytes of logits."""
+    logits = torch.empty(1, tokens, vocab, device="meta", dtype=dtype, requires_grad=True)
+    embedding = torch.empty(vocab, width, device="meta", dtype=table_dtype, requires_grad=trained)
+    upstream = torch.empty(1, tokens, width, device="meta")
+    options = {}
+    if partly:
+        options["noisy_ids"] = torch.empty(1, tokens, device="meta", dtype=torch.int64)
+        options["predicted"] = torch.empty(1, tokens, device="meta", dtype=torch.bool)
+    with HalfPredicted() if partly else LiveBytes() as count:
+        soft_token_lift(logits, embedding, mask_id=mask_id, **options).backward(upstream)
+    return count, logits.nbytes
+
+
+@pytest.mark.parametrize("mask_id", [None, 7])
+@pytest.mark.parametrize("partly", [False, True])
+@pytest.mark.parametrize("tokens", [2048, 8192])
+@pytest.mark.parametrize(("vocab", "width"), SIZES)
+@pytest.mark.parametrize(("dtype", "table_dtype", "share"), [(F32, F32, 0.10), (BF16, F32, 0.20), (BF16, BF16, 0.20)])
+def test_peak_memory_is_logits_and_gradient_and_little_more(
+    dtype, table_dtype, share, vocab, width, tokens, partly, mask_id
+):
+    """What is alive beyond the gradient of the logits, the output included: 10 %, or 20 % with float32 scratch."""
+    count, logits = counted(tokens, vocab, width, dtype, table_dtype, partly=partly, mask_id=mask_id)
+    assert logits < count.peak <= (1 + share) * logits
+
+
+@pytest.mark.parametrize(("vocab", "width"), SIZES)
+@pytest.mark.parametrize("partly", [False, True])
+def test_products_are_the_bare_ones(vocab, width, partly):
+    """One for the lift and one for each gradient, over predicted positions alone; nothing is computed twice."""
+    one = 2 * (1024 if partly else 2048) * vocab * width
+    assert counted(2048, vocab, width, partly=partly)[0].flops == 2 * one
+    assert counted(2048, vocab, width, partly=partly, trained=True)[0].flops == 3 * one
+    assert counted(2048, vocab, width, BF16, BF16, partly=partly)[0].flops == 2 * one
+
+
+def test_the_count_knows_the_plain_form():
+    """The measure measures: softmax(logits) @ E peaks at three times the logits, in the same products."""
+    tokens, vocab, width = 2048, 50258, 768
+    logits = torch.empty(tokens, vocab, device="meta", requires_grad=True)
+    embedding = torch.empty(vocab, width, device="meta")
+    with LiveBytes() as count:
+        lifted = logits.softmax(dim=-1) @ embedding
+        lifted.backward(torch.empty_like(lifted))
+    assert count.flops == 2 * 2 * tokens * vocab * width
+    assert 3.0 * logits.nbytes <= count.peak <= 3.05 * logits.nbytes
+
+
+# ------------------------------------------------------------------------------------------------ straight through
+
+
+@pytest.mark.parametrize("mask_id", [None, 0, 4, 10])
+@pytest.mark.parametrize("partly", [False, True])
+def test_the_hard_lift_has_the_value_of_the_likeliest_token_and_the_gradient_of_the_soft_one(mask_id, partly):
+    logits, embedding, noisy_ids, predicted = batch(4, 9)
+    if mask_id is not None:
+        logits[..., mask_id] = 9.0  # the likeliest, were it not closed
+    options = {"noisy_ids": noisy_ids, "predicted": predicted} if partly else {}
+    hard, soft, by_hand = (logits.clone().requires_grad_() for _ in range(3))
+    mine, theirs = embedding.clone().requires_grad_(), embedding.clone().requires_grad_()
+    upstream = torch.randn(4, 9, 7, dtype=torch.float64)
+    lifted = straight_through_lift(hard, mine, mask_id=mask_id, **options)
+    lifted.backward(upstream)
+    soft_token_lift(soft, embedding, mask_id=mask_id, **options).backward(upstream)
+    assert torch.equal(hard.grad, soft.grad)
+
+    closed = by_hand if mask_id is None else by_hand.index_fill(-1, torch.tensor(mask_id), -torch.inf)
+    p = closed.softmax(dim=-1)
+    y = torch.nn.functional.one_hot(p.argmax(dim=-1), 11) - p.detach() + p
+    expected = y @ theirs
+    expected = torch.where(predicted[..., None], expected, theirs[noisy_ids]) if partly else expected
+    expected.backward(upstream)
+    torch.testing.assert_close(lifted, expected, rtol=0, atol=1e-14)
+    torch.testing.assert_close(hard.grad, by_hand.grad, rtol=1e-12, atol=1e-13)
+    torch.testing.assert_close(mine.grad, theirs.grad, rtol=1e-12, atol=1e-12)
+
+
+def test_the_hard_lift_is_an_embedding_row_to_the_bit():
+    logits, embedding, *_ = batch(dtype=torch.float32)
+    assert torch.equal(straight_through_lift(logits, embedding), embedding[logits.argmax(dim=-1)])
+
+
+def test_the_hard_lift_under_functional_compilation_equals_eager():
+    logits, embedding, noisy_ids, predicted = batch()
+
+    def lift(logits):
+        return straight_through_lift(logits, embedding, noisy_ids=noisy_ids, predicted=predicted, mask_id=1)
+
+    eager, compiled = logits.clone().requires_grad_(), logits.clone().requires_grad_()
+    lift(eager).square().sum().backward()
+    torch.compile(lift, backend="aot_eager")(compiled).square().sum().backward()
+    torch.testing.assert_close(compiled.grad, eager.grad, rtol=1e-12, atol=1e-13)
+
+
+def test_the_hard_lift_refuses_what_the_soft_one_refuses():
+    logits, embedding, *_ = batch()
+    with pytest.raises(TokenDriftError, match=r"mask_id must lie in \[0, V\) with V = 11"):
+        straight_through_lift(logits, embedding, mask_id=11)
+    with pytest.raises(TokenDriftError, match=r"embedding must be a tensor of shape \(V, D\)"):
+        straight_through_lift(logits, [[1.0]])
 
 
 # ------------------------------------------------------------------------------------------------ errors

@@ -1,12 +1,13 @@
-r"""The soft-token lift: logits to expected embeddings, exact and without a kept softmax.
+r"""The soft-token lift: logits, or hidden states, to expected embeddings; exact and without a kept softmax.
 
 :math:`e = \mathrm{softmax}(\ell)\,E`. The plain form keeps the softmax (B, L, V) for its backward and needs a
 second tensor of that size there. Here rows are lifted in chunks; the backward recomputes the softmax of
-a chunk and takes the row term from the output,
+a few rows at a time and takes the row term from the output,
 
 .. math:: \partial\ell = p \odot \big(E\,\partial e - \langle e, \partial e\rangle\big),
 
-so that beside logits and their gradient only one chunk is ever held.
+so that the gradient of the logits is all that the backward holds of that size. `linear_soft_token_lift` does not
+hold even the logits.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 
 from tokendrift._checks import (
+    check_count,
     check_floating,
     check_ids,
     check_mask,
@@ -23,8 +25,8 @@ from tokendrift._checks import (
     check_tensor,
     fail,
 )
-
-LEAST_ROWS = 64  # below this the matrix products of a chunk are too thin to be efficient
+from tokendrift._lift_ops import LEAST_ROWS, product_dtype, soft_lift, wide_dtype
+from tokendrift._linear_lift_ops import linear_lift
 
 
 def soft_token_lift(
@@ -47,11 +49,16 @@ def soft_token_lift(
         noisy_ids: x_t, integer ids (B, L): what stands at positions that are not predicted.
         predicted: M, bool (B, L); every position when omitted. Gradients elsewhere are exactly zero.
         mask_id: Vocabulary entry to take out of the softmax, as SUBS does; logits are not copied.
-        workspace_mib: Scratch memory in MiB; rows are lifted in chunks that fit into it (64 at least).
+        workspace_mib: Scratch memory of the forward in MiB; rows are lifted in chunks that fit into it (64 at
+            least). The backward needs a few per cent of the logits beside their gradient.
 
     Returns:
         Shape (B, L, D), in float32 (float64 for float64 logits) whatever the dtype of the logits.
         Differentiable to logits and, if it requires grad, to the embedding; not twice.
+
+    Logits in bfloat16 or float16 get a float32 softmax and float32 products. Only where the embedding is
+    bfloat16 too do the products take bfloat16 operands, as in the plain form, and round their results to it; pass
+    ``embedding.float()`` if you want the digits rather than the speed.
 
     Raises:
         TokenDriftError: If shapes, dtypes or devices do not fit, ids are out of range, or observed
@@ -65,26 +72,180 @@ def soft_token_lift(
     _check_lift(logits, embedding, mask_id)
     check_positive("workspace_mib", workspace_mib)
     batch, length, vocab = logits.shape
-    dtype = torch.promote_types(logits.dtype, torch.float32)
+    dtype = product_dtype(logits.dtype, embedding.dtype)
     rows = logits.reshape(batch * length, vocab)
     table = embedding.to(dtype)
-    chunk = max(LEAST_ROWS, int(workspace_mib * 2**20 / (2 * vocab * dtype.itemsize)))
+    chunk = max(LEAST_ROWS, int(workspace_mib * 2**20 / (2 * vocab * wide_dtype(dtype).itemsize)))
     mask_column = -1 if mask_id is None else mask_id
+    index, noisy_ids = _predicted_rows("logits", logits, embedding, noisy_ids, predicted)
+    return _among_observed(soft_lift(rows, table, index, mask_column, chunk), table, index, noisy_ids, (batch, length))
+
+
+def linear_soft_token_lift(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    embedding: Tensor,
+    *,
+    noisy_ids: Tensor | None = None,
+    predicted: Tensor | None = None,
+    mask_id: int | None = None,
+    workspace_mib: float = 256.0,
+    vocab_block: int | None = None,
+) -> Tensor:
+    r"""Lift hidden states to soft-token embeddings without ever holding their logits.
+
+    .. math:: e_{bl} = \mathrm{softmax}(W h_{bl} + b)\,E
+
+    As `soft_token_lift` of ``torch.nn.functional.linear(hidden, weight, bias)``, with a fifth more in matrix
+    products and without the two tensors (B, L, V): blocks of the vocabulary are scored one after the other
+    under a running maximum, and once more in the backward. Worth it where nothing else needs the logits.
+
+    Args:
+        hidden: Input of the output layer, (B, L, H); float64, float32, bfloat16 or float16.
+        weight: W, (V, H).
+        bias: b, (V,), or None.
+        embedding: E, the input embedding of the frozen encoder, (V, D).
+        noisy_ids: x_t, integer ids (B, L): what stands at positions that are not predicted.
+        predicted: M, bool (B, L); every position when omitted. Gradients elsewhere are exactly zero.
+        mask_id: Vocabulary entry to take out of the softmax, as SUBS does.
+        workspace_mib: Scratch memory in MiB: two blocks of tokens times vocabulary entries fit into it.
+        vocab_block: Vocabulary entries in a block. The default keeps a block in the cache of a CPU, or fills
+            an accelerator.
+
+    Returns:
+        Shape (B, L, D), in float32 (float64 for float64 hidden states). Differentiable to hidden, weight, bias and
+        embedding; not twice. Products take bfloat16 operands where hidden, weight and embedding all are bfloat16.
+
+    Raises:
+        TokenDriftError: As `soft_token_lift`, and if hidden, weight and bias do not fit.
+
+    Source: TokenDrift (arXiv 2605.19470), section 3.1; the running maximum is that of arXiv 1805.02867.
+
+    >>> linear_soft_token_lift(torch.zeros(1, 1, 3), torch.ones(2, 3), None, torch.tensor([[1.0], [3.0]]))
+    tensor([[[2.]]])
+    """
+    check_floating("hidden", check_tensor("hidden", hidden, ("B", "L", "H")))
+    check_floating("weight", check_tensor("weight", weight, ("V", "H")))
+    check_floating("embedding", check_tensor("embedding", embedding, ("V", "D")))
+    _check_linear(hidden, weight, bias, embedding)
+    _check_mask_id(mask_id, len(embedding))
+    check_positive("workspace_mib", workspace_mib)
+    on_cpu = hidden.device.type == "cpu"
+    block = (1024 if on_cpu else 8192) if vocab_block is None else check_count("vocab_block", vocab_block, least=1)
+    block = min(block, len(embedding))
+    tokens = int(workspace_mib * 2**20 / (2 * block * wide_dtype(hidden.dtype).itemsize))
+    tokens = max(LEAST_ROWS, min(tokens, 2**21 // block) if on_cpu else tokens)
+    index, noisy_ids = _predicted_rows("hidden", hidden, embedding, noisy_ids, predicted)
+    rows = hidden.reshape(-1, hidden.shape[-1])
+    rows = rows if index is None else rows.index_select(0, index)
+    lifted, _ = linear_lift(rows, weight, bias, embedding, -1 if mask_id is None else mask_id, tokens, block)
+    return _among_observed(lifted, embedding, index, noisy_ids, (hidden.shape[0], hidden.shape[1]))
+
+
+def straight_through_lift(
+    logits: Tensor,
+    embedding: Tensor,
+    *,
+    noisy_ids: Tensor | None = None,
+    predicted: Tensor | None = None,
+    mask_id: int | None = None,
+    workspace_mib: float = 256.0,
+) -> Tensor:
+    r"""Look up the likeliest token, with the gradient of the soft lift. An ablation: it collapses.
+
+    .. math:: y = \mathrm{onehot}(\arg\max p) - \mathrm{sg}(p) + p,\qquad e = y\,E
+
+    The value is an embedding row, the gradient to the logits that of :math:`pE`, the gradient to the embedding
+    that of the row. In the paper, models trained through it repeat a few tokens (sample entropy below 1.7 nats,
+    Table 3); use `soft_token_lift` unless this is what you want to show.
+
+    Arguments, result and errors are those of `soft_token_lift`.
+
+    Source: TokenDrift (arXiv 2605.19470), Table 3.
+
+    >>> straight_through_lift(torch.tensor([[[0.0, 1.0]]]), torch.tensor([[1.0], [3.0]]))
+    tensor([[[3.]]])
+    """
+    soft = soft_token_lift(
+        logits,
+        embedding.detach() if isinstance(embedding, Tensor) else embedding,
+        noisy_ids=noisy_ids,
+        predicted=predicted,
+        mask_id=mask_id,
+        workspace_mib=workspace_mib,
+    )
+    with torch.no_grad():
+        ids = _likeliest(logits, mask_id)
+        if predicted is not None and noisy_ids is not None:
+            ids = torch.where(predicted.bool(), ids, noisy_ids.long())
+    return torch.nn.functional.embedding(ids, embedding).to(soft.dtype) + (soft - soft.detach())
+
+
+def _likeliest(logits: Tensor, mask_id: int | None) -> Tensor:
+    """Return the argmax over the entries that are open, (B, L), without a copy of the logits."""
+    if mask_id is None:
+        return logits.argmax(dim=-1)
+    parts = [(low, part) for low, part in ((0, logits[..., :mask_id]), (mask_id + 1, logits[..., mask_id + 1 :]))]
+    found = [(low, *part.max(dim=-1)) for low, part in parts if part.shape[-1]]
+    if len(found) == 1:
+        return found[0][2] + found[0][0]
+    (_, below, first), (shift, above, second) = found
+    return torch.where(above > below, second + shift, first)
+
+
+def _predicted_rows(
+    name: str, data: Tensor, embedding: Tensor, noisy_ids: Tensor | None, predicted: Tensor | None
+) -> tuple[Tensor | None, Tensor | None]:
+    """Return ascending indices of the predicted rows, and the ids at the others; None if all are predicted."""
     if predicted is None:
-        lifted = _lift(rows, table, None, mask_column, chunk)
-        return lifted.view(batch, length, -1)
-    predicted = check_mask("predicted", predicted, logits.shape[:2])
+        return None, None
+    predicted = check_mask("predicted", predicted, data.shape[:2])
     if noisy_ids is None:
         raise fail(
             "predicted was given without noisy_ids: what stands at the other positions is unknown.",
             "Pass noisy_ids=x_t, or leave predicted out to lift every position.",
         )
-    noisy_ids = check_ids("noisy_ids", noisy_ids, embedding.shape[0], like=logits)
-    check_same_device("logits", logits, predicted=predicted, noisy_ids=noisy_ids)
-    index = predicted.reshape(-1).nonzero()[:, 0]
-    lifted = _lift(rows, table, index, mask_column, chunk)
-    observed = torch.nn.functional.embedding(noisy_ids.long(), table)
-    return observed.view(batch * length, -1).index_copy(0, index, lifted).view(batch, length, -1)
+    noisy_ids = check_ids("noisy_ids", noisy_ids, embedding.shape[0], like=data)
+    check_same_device(name, data, predicted=predicted, noisy_ids=noisy_ids)
+    return predicted.reshape(-1).nonzero()[:, 0], noisy_ids
+
+
+def _among_observed(
+    lifted: Tensor, table: Tensor, index: Tensor | None, noisy_ids: Tensor | None, shape: tuple[int, int]
+) -> Tensor:
+    """Return the lifted rows, (B, L, D), among the embeddings of what stands at the other positions."""
+    if index is None or noisy_ids is None:
+        return lifted.view(*shape, -1)
+    observed = torch.nn.functional.embedding(noisy_ids.long().reshape(-1), table).to(lifted.dtype)
+    return observed.index_copy_(0, index, lifted).view(*shape, -1)
+
+
+def _check_linear(hidden: Tensor, weight: Tensor, bias: Tensor | None, embedding: Tensor) -> None:
+    if hidden.shape[-1] != weight.shape[1]:
+        raise fail(
+            f"hidden has width {hidden.shape[-1]} (H) but weight has {weight.shape[1]} columns (H).",
+            "Pass what enters the output layer, after its norm, and the weight of that layer as nn.Linear keeps it.",
+            hidden=hidden,
+            weight=weight,
+        )
+    if weight.shape[0] != embedding.shape[0]:
+        raise fail(
+            f"weight has {weight.shape[0]} rows (V) but embedding has {embedding.shape[0]} rows (V).",
+            "Denoiser and frozen encoder must share one vocabulary.",
+            weight=weight,
+            embedding=embedding,
+        )
+    if bias is not None:
+        check_floating("bias", check_tensor("bias", bias, ("V",)))
+        if len(bias) != len(weight):
+            raise fail(f"bias must have V = {len(weight)} entries, one for each row of weight.", bias=bias)
+    check_same_device("hidden", hidden, weight=weight, bias=bias, embedding=embedding)
+
+
+def _check_mask_id(mask_id: int | None, vocab: int) -> None:
+    if mask_id is not None and not 0 <= mask_id < vocab:
+        raise fail(f"mask_id must lie in [0, V) with V = {vocab}.", mask_id=mask_id)
 
 
 def _check_lift(logits: Tensor, embedding: Tensor, mask_id: int | None) -> None:
@@ -105,95 +266,4 @@ def _check_lift(logits: Tensor, embedding: Tensor, mask_id: int | None) -> None:
             logits=logits,
             embedding=embedding,
         )
-    if mask_id is not None and not 0 <= mask_id < logits.shape[-1]:
-        raise fail(f"mask_id must lie in [0, V) with V = {logits.shape[-1]}.", mask_id=mask_id)
-
-
-def _softmax(rows: Tensor, index: Tensor | None, start: int, stop: int, mask_column: int, dtype: torch.dtype) -> Tensor:
-    """Return the softmax of one chunk of rows, (c, V), with the mask column closed."""
-    part = rows[start:stop] if index is None else rows.index_select(0, index[start:stop])
-    if mask_column >= 0:
-        part = part.to(dtype, copy=index is None)
-        part[:, mask_column] = -torch.inf
-    return torch.softmax(part, dim=-1, dtype=dtype)
-
-
-@torch.library.custom_op("tokendrift::soft_token_lift", mutates_args=())
-def _lift(rows: Tensor, table: Tensor, index: Tensor | None, mask_column: int, chunk: int) -> Tensor:
-    count = len(rows) if index is None else len(index)
-    out = table.new_empty(count, table.shape[1])
-    for start in range(0, count, chunk):
-        stop = min(start + chunk, count)
-        torch.mm(_softmax(rows, index, start, stop, mask_column, table.dtype), table, out=out[start:stop])
-    return out
-
-
-@_lift.register_fake
-def _(rows: Tensor, table: Tensor, index: Tensor | None, mask_column: int, chunk: int) -> Tensor:
-    return table.new_empty(len(rows) if index is None else len(index), table.shape[1])
-
-
-@torch.library.custom_op("tokendrift::soft_token_lift_backward", mutates_args=())
-def _lift_backward(
-    grad: Tensor,
-    rows: Tensor,
-    table: Tensor,
-    lifted: Tensor,
-    index: Tensor | None,
-    mask_column: int,
-    chunk: int,
-    need_table: bool,
-) -> tuple[Tensor, Tensor]:
-    count = len(lifted)
-    grad_rows = torch.empty_like(rows) if index is None else torch.zeros_like(rows)
-    grad_table = torch.zeros_like(table) if need_table else table.new_empty(0)
-    for start in range(0, count, chunk):
-        stop = min(start + chunk, count)
-        p = _softmax(rows, index, start, stop, mask_column, table.dtype)
-        grad_e = grad[start:stop]
-        if need_table:
-            grad_table.addmm_(p.T, grad_e)
-        row_term = (grad_e * lifted[start:stop]).sum(dim=-1, keepdim=True)
-        if index is None and rows.dtype == table.dtype:
-            target = grad_rows[start:stop]
-            torch.mm(grad_e, table.T, out=target)
-            target.sub_(row_term).mul_(p)
-            continue
-        part = (grad_e @ table.T).sub_(row_term).mul_(p)
-        if index is None:
-            grad_rows[start:stop] = part
-        else:
-            grad_rows.index_copy_(0, index[start:stop], part.to(rows.dtype))
-    return grad_rows, grad_table
-
-
-@_lift_backward.register_fake
-def _(
-    grad: Tensor,
-    rows: Tensor,
-    table: Tensor,
-    lifted: Tensor,
-    index: Tensor | None,
-    mask_column: int,
-    chunk: int,
-    need_table: bool,
-) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(rows), torch.empty_like(table) if need_table else table.new_empty(0)
-
-
-def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    rows, table, index, mask_column, chunk = inputs
-    ctx.save_for_backward(rows, table, output, *(() if index is None else (index,)))
-    ctx.mask_column, ctx.chunk = mask_column, chunk
-
-
-def _backward(ctx, grad: Tensor):  # type: ignore[no-untyped-def]
-    rows, table, lifted, *index = ctx.saved_tensors
-    need_rows, need_table = ctx.needs_input_grad[:2]
-    grad_rows, grad_table = _lift_backward(
-        grad.contiguous(), rows, table, lifted, index[0] if index else None, ctx.mask_column, ctx.chunk, need_table
-    )
-    return grad_rows if need_rows else None, grad_table if need_table else None, None, None, None
-
-
-_lift.register_autograd(_backward, setup_context=_setup_context)
+    _check_mask_id(mask_id, logits.shape[-1])

@@ -1,0 +1,171 @@
+"""The operators behind the lifts: `torch.library` operators over rows, without checks.
+
+Matrix products are as large as they can be; the passes over the vocabulary between them run on tiles of a few rows,
+which stay in the cache. Beside the gradient of the logits, which serves as scratch until its values are final, only a
+tile or two is held.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+LEAST_ROWS = 64  # below this the matrix products of a chunk are too thin to be efficient
+LEAST_TILE = 16  # rows of a pass that is no product
+
+
+def wide_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype of softmax and result: float32, or float64 for float64."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def product_dtype(*dtypes: torch.dtype) -> torch.dtype:
+    """Return the dtype of the operands of the products: bfloat16 if all are, else that of the result."""
+    return torch.bfloat16 if set(dtypes) == {torch.bfloat16} else wide_dtype(dtypes[0])
+
+
+def _tile(count: int, chunk: int) -> int:
+    return max(LEAST_TILE, min(chunk, count // 128))
+
+
+def _scratch(rows: Tensor, index: Tensor | None, mask_column: int, dtype: torch.dtype, tile: int) -> Tensor | None:
+    """Return a tile for logits that must be gathered, closed or widened before their softmax; None if none must."""
+    if index is None and mask_column < 0 and rows.dtype == dtype:
+        return None
+    return rows.new_empty(tile, rows.shape[1], dtype=dtype)
+
+
+def _softmax_into(
+    p: Tensor, rows: Tensor, index: Tensor | None, start: int, mask_column: int, tile: int, scratch: Tensor | None
+) -> None:
+    """Write the softmax of ``len(p)`` rows from ``start`` on into p, with the mask column closed."""
+    for low in range(0, len(p), tile):
+        high = min(low + tile, len(p))
+        span = slice(start + low, start + high)
+        if scratch is None:
+            part = rows[span]
+        elif index is None:
+            part = scratch[: high - low].copy_(rows[span])
+        elif rows.dtype == scratch.dtype:
+            part = torch.index_select(rows, 0, index[span], out=scratch[: high - low])
+        else:
+            part = scratch[: high - low].copy_(rows.index_select(0, index[span]))
+        if mask_column >= 0:
+            part[:, mask_column].fill_(-torch.inf)
+        torch.softmax(part, dim=-1, out=p[low:high])  # accumulates in float32 whatever the dtype
+
+
+def lift_rows(rows: Tensor, table: Tensor, index: Tensor | None, mask_column: int, chunk: int) -> Tensor:
+    """Return softmax(rows[index]) @ table, (len(index), D)."""
+    count = len(rows) if index is None else len(index)
+    chunk = min(chunk, max(count, 1))
+    out = rows.new_empty(count, table.shape[1], dtype=wide_dtype(rows.dtype))
+    tile = _tile(count, chunk)
+    buffer = table.new_empty(chunk, table.shape[0])
+    scratch = _scratch(rows, index, mask_column, table.dtype, tile)
+    for start in range(0, count, chunk):
+        target = out[start : start + chunk]
+        p = buffer[: len(target)]
+        _softmax_into(p, rows, index, start, mask_column, tile, scratch)
+        if table.dtype == out.dtype:
+            torch.mm(p, table, out=target)
+        else:
+            target.copy_(torch.mm(p, table))
+    return out
+
+
+def lift_rows_backward(
+    grad: Tensor,
+    rows: Tensor,
+    table: Tensor,
+    lifted: Tensor,
+    index: Tensor | None,
+    mask_column: int,
+    chunk: int,
+    need_rows: bool,
+    need_table: bool,
+) -> tuple[Tensor, Tensor]:
+    """Return the gradients of `lift_rows` to rows and table; those not needed are empty. ``index`` must ascend."""
+    count, wide = len(lifted), wide_dtype(rows.dtype)
+    narrow = grad.to(table.dtype)
+    # The gradient of the logits holds the products where it has their dtype; else a buffer of some rows does.
+    in_place = rows.dtype == table.dtype
+    step = max(count, 1) if in_place else max(LEAST_ROWS, min(chunk, count // 24))
+    grad_rows = rows.new_empty(rows.shape if need_rows or in_place else 0)
+    grad_table = torch.zeros_like(table) if need_table else table.new_empty(0)
+    buffer = grad_rows[:count] if in_place else table.new_empty(min(step, count), table.shape[0])
+    tile = _tile(count, chunk)
+    p_tile = table.new_empty(tile, table.shape[0], dtype=wide) if need_rows else None
+    scratch = _scratch(rows, index, mask_column, wide, tile)
+    # Downwards: product i lies in row i until it moves to row index[i] >= i, over products that are done with.
+    for start in reversed(range(0, count, step)):
+        stop = min(start + step, count)
+        product, upstream = buffer[: stop - start], narrow[start:stop]
+        if need_table:
+            narrow_scratch = scratch if table.dtype == wide else _scratch(rows, index, mask_column, table.dtype, tile)
+            _softmax_into(product, rows, index, start, mask_column, tile, narrow_scratch)
+            grad_table.addmm_(product.T, upstream)
+        if p_tile is None:
+            continue
+        torch.mm(upstream, table.T, out=product)
+        for low in reversed(range(start, stop, tile)):
+            high = min(low + tile, stop)
+            p, dp = p_tile[: high - low], product[low - start : high - start]
+            _softmax_into(p, rows, index, low, mask_column, tile, scratch)
+            # The logits in scratch are done with.
+            gradient = (
+                dp if scratch is None or (dp.dtype == wide and index is None) else scratch[: high - low].copy_(dp)
+            )
+            gradient.sub_((grad[low:high] * lifted[low:high]).sum(dim=-1, keepdim=True)).mul_(p)
+            if index is not None:
+                grad_rows.index_copy_(0, index[low:high], gradient.to(rows.dtype))
+            elif not in_place or gradient is not dp:
+                grad_rows[low:high].copy_(gradient)
+    if index is not None and need_rows:
+        predicted = torch.zeros(len(rows), dtype=torch.int8, device=rows.device).index_fill_(0, index, 1)
+        grad_rows.index_fill_(0, predicted.argsort()[: len(rows) - count], 0.0)  # their number is known: no sync
+    return grad_rows if need_rows else rows.new_empty(0), grad_table
+
+
+soft_lift = torch.library.custom_op("tokendrift::soft_token_lift", lift_rows, mutates_args=())
+soft_lift_backward = torch.library.custom_op(
+    "tokendrift::soft_token_lift_backward", lift_rows_backward, mutates_args=()
+)
+
+
+@soft_lift.register_fake
+def _(rows: Tensor, table: Tensor, index: Tensor | None, mask_column: int, chunk: int) -> Tensor:
+    count = len(rows) if index is None else len(index)
+    return rows.new_empty(count, table.shape[1], dtype=wide_dtype(rows.dtype))
+
+
+@soft_lift_backward.register_fake
+def _(
+    grad: Tensor,
+    rows: Tensor,
+    table: Tensor,
+    lifted: Tensor,
+    index: Tensor | None,
+    mask_column: int,
+    chunk: int,
+    need_rows: bool,
+    need_table: bool,
+) -> tuple[Tensor, Tensor]:
+    return rows.new_empty(rows.shape if need_rows else 0), table.new_empty(table.shape if need_table else 0)
+
+
+def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    rows, table, index, ctx.mask_column, ctx.chunk = inputs
+    ctx.save_for_backward(rows, table, output, index)
+
+
+def _backward(ctx, grad: Tensor):  # type: ignore[no-untyped-def]
+    rows, table, lifted, index = ctx.saved_tensors
+    need_rows, need_table = ctx.needs_input_grad[:2]
+    grad_rows, grad_table = soft_lift_backward(
+        grad.contiguous(), rows, table, lifted, index, ctx.mask_column, ctx.chunk, need_rows, need_table
+    )
+    return grad_rows if need_rows else None, grad_table if need_table else None, None, None, None
+
+
+soft_lift.register_autograd(_backward, setup_context=_setup_context)

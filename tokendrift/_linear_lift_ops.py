@@ -1,0 +1,170 @@
+"""The operator behind the lift of hidden states: logits exist only as one block of tokens and vocabulary at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from tokendrift._lift_ops import product_dtype, wide_dtype
+
+
+def _spans(size: int, step: int) -> Iterator[slice]:
+    return (slice(low, min(low + step, size)) for low in range(0, size, step))
+
+
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    """Return a @ b in the wide dtype; with out=, which autocast leaves alone."""
+    product = torch.mm(a, b, out=a.new_empty(len(a), b.shape[1]))
+    return product.to(wide_dtype(product.dtype))
+
+
+def _block_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, span: slice, mask_column: int) -> Tensor:
+    """Return the logits of the vocabulary entries in span, with the mask column closed."""
+    logits = _product(hidden, weight[span].to(hidden.dtype).T)
+    if bias is not None:
+        logits += bias[span]
+    if span.start <= mask_column < span.stop:
+        logits[:, mask_column - span.start].fill_(-torch.inf)
+    return logits
+
+
+def linear_lift_rows(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, table: Tensor, mask_column: int, tokens: int, block: int
+) -> tuple[Tensor, Tensor]:
+    """Return softmax(hidden @ weight.T + bias) @ table, (T, D); and the top logit and the mass under it, (T, 2)."""
+    dtype, wide = product_dtype(hidden.dtype, weight.dtype, table.dtype), wide_dtype(hidden.dtype)
+    out = hidden.new_zeros(len(hidden), table.shape[1], dtype=wide)
+    scale = hidden.new_empty(len(hidden), 2, dtype=wide)
+    for rows in _spans(len(hidden), tokens):
+        inputs, sums = hidden[rows].to(dtype), out[rows]
+        # Finite, so that a block without an open entry leaves 0 * exp(0) and not exp(-inf + inf).
+        top = hidden.new_full((len(inputs), 1), torch.finfo(wide).min, dtype=wide)
+        mass = torch.zeros_like(top)
+        for span in _spans(len(table), block):
+            p = _block_logits(inputs, weight, bias, span, mask_column)
+            higher = torch.maximum(top, p.amax(dim=1, keepdim=True))
+            p.sub_(higher).exp_()
+            shrink, top = (top - higher).exp_(), higher
+            mass.mul_(shrink).add_(p.sum(dim=1, keepdim=True))
+            sums.mul_(shrink).add_(_product(p.to(dtype), table[span].to(dtype)))
+        sums.div_(mass)
+        scale[rows] = torch.cat([top, mass], dim=1)
+    return out, scale
+
+
+def linear_lift_rows_backward(
+    grad: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    table: Tensor,
+    lifted: Tensor,
+    scale: Tensor,
+    mask_column: int,
+    tokens: int,
+    block: int,
+    need: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return the gradients to hidden, weight, bias and table; those not needed are empty."""
+    dtype, wide = product_dtype(hidden.dtype, weight.dtype, table.dtype), wide_dtype(hidden.dtype)
+    need_hidden, need_weight, need_bias, need_table = need
+    need_logits = need_hidden or need_weight or need_bias
+
+    def empty_or(needed: bool, like: Tensor | None) -> Tensor:
+        return hidden.new_empty(0) if like is None or not needed else torch.empty_like(like)
+
+    grad_hidden = hidden.new_zeros(hidden.shape if need_hidden else 0, dtype=wide)
+    grad_weight, grad_bias, grad_table = (
+        empty_or(need_weight, weight),
+        empty_or(need_bias, bias),
+        empty_or(need_table, table),
+    )
+    top, mass = scale.split(1, dim=1)
+    share = grad / mass  # divides p, once for each row
+    row_term = (share * lifted).sum(dim=1, keepdim=True)
+    for span in _spans(len(table), block):
+        # Sums over tokens in the wide dtype, rounded once.
+        size = span.stop - span.start
+        weight_sum = grad.new_zeros(size if need_weight else 0, weight.shape[1])
+        bias_sum = grad.new_zeros(size if need_bias else 0)
+        table_sum = grad.new_zeros(size if need_table else 0, table.shape[1])
+        for rows in _spans(len(hidden), tokens):
+            inputs, upstream = hidden[rows].to(dtype), share[rows].to(dtype)
+            p = _block_logits(inputs, weight, bias, span, mask_column).sub_(top[rows]).exp_()
+            if need_table:
+                table_sum += _product(p.to(dtype).T, upstream)
+            if not need_logits:
+                continue
+            slope = _product(upstream, table[span].to(dtype).T).sub_(row_term[rows]).mul_(p)
+            del p
+            if need_bias:
+                bias_sum += slope.sum(dim=0)
+            slope = slope.to(dtype)
+            if need_hidden:
+                grad_hidden[rows] += _product(slope, weight[span].to(dtype))
+            if need_weight:
+                weight_sum += _product(slope.T, inputs)
+        for needed, gradient, total in (
+            (need_weight, grad_weight, weight_sum),
+            (need_bias, grad_bias, bias_sum),
+            (need_table, grad_table, table_sum),
+        ):
+            if needed:
+                gradient[span] = total
+    return grad_hidden.to(hidden.dtype), grad_weight, grad_bias, grad_table
+
+
+linear_lift = torch.library.custom_op("tokendrift::linear_soft_token_lift", linear_lift_rows, mutates_args=())
+linear_lift_backward = torch.library.custom_op(
+    "tokendrift::linear_soft_token_lift_backward", linear_lift_rows_backward, mutates_args=()
+)
+
+
+@linear_lift.register_fake
+def _(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, table: Tensor, mask_column: int, tokens: int, block: int
+) -> tuple[Tensor, Tensor]:
+    wide, count = wide_dtype(hidden.dtype), len(hidden)
+    return hidden.new_empty(count, table.shape[1], dtype=wide), hidden.new_empty(count, 2, dtype=wide)
+
+
+@linear_lift_backward.register_fake
+def _(
+    grad: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    table: Tensor,
+    lifted: Tensor,
+    scale: Tensor,
+    mask_column: int,
+    tokens: int,
+    block: int,
+    need: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    inputs = (hidden, weight, bias, table)
+    gradients = (
+        hidden.new_empty(0) if like is None or not needed else like.new_empty(like.shape)
+        for needed, like in zip(need, inputs, strict=True)
+    )
+    grad_hidden, grad_weight, grad_bias, grad_table = gradients
+    return grad_hidden, grad_weight, grad_bias, grad_table
+
+
+def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    hidden, weight, bias, table, *ctx.options = inputs
+    lifted, scale = output
+    ctx.mark_non_differentiable(scale)
+    ctx.save_for_backward(hidden, weight, bias, table, lifted, scale)
+
+
+def _backward(ctx, grad: Tensor, _: Tensor | None):  # type: ignore[no-untyped-def]
+    hidden, weight, bias, table, lifted, scale = ctx.saved_tensors
+    need = list(ctx.needs_input_grad[:4])
+    gradients = linear_lift_backward(grad.contiguous(), hidden, weight, bias, table, lifted, scale, *ctx.options, need)
+    return *(gradient if needed else None for gradient, needed in zip(gradients, need, strict=True)), None, None, None
+
+
+linear_lift.register_autograd(_backward, setup_context=_setup_context)
