@@ -22,7 +22,7 @@ from tokendrift._checks import (
 from tokendrift.features import FeatureMap, PooledFeatures
 from tokendrift.field import DriftField, Field, FieldDiagnostics
 from tokendrift.lift import soft_token_lift
-from tokendrift.references import FeatureQueue
+from tokendrift.references import FeatureQueue, gather, rank_count
 
 Reduction = Literal["mean", "sum", "none"]
 
@@ -51,6 +51,22 @@ class LossOutput(NamedTuple):
     diagnostics: Diagnostics
 
 
+class _Batch(NamedTuple):
+    """Features of the step, of all ranks where they are gathered; without gradient.
+
+    Attributes:
+        generated: Shape (N, M).
+        real: Shape (N, M), in the same order.
+        mine: Rows of this rank.
+        share: Sequences of this rank over the mean number of sequences a rank; 1 where all have as many.
+    """
+
+    generated: Tensor
+    real: Tensor
+    mine: slice
+    share: float
+
+
 class _Frozen:
     """Hides a module from ``parameters()``, ``state_dict()`` and ``train()`` of its owner."""
 
@@ -74,6 +90,7 @@ class _DriftObjective(nn.Module):
         exclude_paired_positive: bool = False,
         reduction: Reduction = "mean",
         workspace_mib: float = 256.0,
+        across_ranks: bool = True,
     ) -> None:
         super().__init__()
         check_floating("embedding", check_tensor("embedding", embedding, ("V", "D")))
@@ -96,6 +113,7 @@ class _DriftObjective(nn.Module):
         self.field: Field = DriftField() if field is None else field
         self.mask_id, self.exclude_paired_positive = mask_id, exclude_paired_positive
         self.reduction: Reduction = reduction
+        self.across_ranks = across_ranks
         self.workspace_mib = check_positive("workspace_mib", workspace_mib)
         self.queue_real = FeatureQueue(check_count("queue_size", queue_size))
         self.queue_generated = FeatureQueue(queue_size)
@@ -198,9 +216,24 @@ class _DriftObjective(nn.Module):
         return self._features(nn.functional.embedding(clean_ids.long(), self.embedding), mask)
 
     @torch.no_grad()
-    def _drift(self, generated: Tensor, real: Tensor, diagnose: bool) -> tuple[Tensor, FieldDiagnostics | None]:
-        """Return the drift of every generated feature, (N, M)."""
-        generated = generated.detach()
+    def _gather(self, generated: Tensor, real: Tensor) -> _Batch:
+        """Return the features of all ranks, or those of this one where it works alone."""
+        generated, own = generated.detach(), len(generated)
+        ranks = rank_count() if self.across_ranks else 1
+        if ranks == 1:
+            return _Batch(generated, real, slice(0, own), 1.0)
+        both, offset = gather(torch.cat([generated, real.to(generated)], dim=1))
+        width = generated.shape[1]
+        return _Batch(both[:, :width], both[:, width:], slice(offset, offset + own), own * ranks / len(both))
+
+    @torch.no_grad()
+    def _drift(self, batch: _Batch, diagnose: bool) -> tuple[Tensor, FieldDiagnostics | None]:
+        """Return the drift of every generated feature of this rank, (N, M).
+
+        Every rank computes the drift of all anchors and keeps its own rows: scales and column sums run over the
+        anchors, so this alone gives every field what one process would have given it.
+        """
+        generated, real = batch.generated, batch.real
         # The current batch stands first, so that anchor i is negative i and its clean sequence positive i.
         positives = torch.cat([real, self.queue_real.features().to(real)]) if len(self.queue_real) else real
         negatives = generated
@@ -208,21 +241,24 @@ class _DriftObjective(nn.Module):
             negatives = torch.cat([generated, self.queue_generated.features().to(generated)])
         own = torch.arange(len(generated), device=generated.device)
         pair = own if self.exclude_paired_positive else None
+        diagnostics = None
         if diagnose and isinstance(self.field, DriftField):
-            return self.field.diagnose(
+            drift, diagnostics = self.field.diagnose(
                 generated, positives, negatives, exclude_positive=pair, exclude_negative=own, pairs=own
             )
-        return self.field(generated, positives, negatives, exclude_positive=pair, exclude_negative=own), None
+        else:
+            drift = self.field(generated, positives, negatives, exclude_positive=pair, exclude_negative=own)
+        return drift[batch.mine], diagnostics
 
-    def _push(self, real: Tensor, generated: Tensor) -> None:
+    def _push(self, batch: _Batch) -> None:
         if self.training:
-            self.queue_real.push(real)
-            self.queue_generated.push(generated)
+            self.queue_real.push(batch.real)
+            self.queue_generated.push(batch.generated)
 
-    def _reduce(self, per_sequence: Tensor) -> Tensor:
+    def _reduce(self, per_sequence: Tensor, share: float) -> Tensor:
         if self.reduction == "none":
             return per_sequence
-        return per_sequence.mean() if self.reduction == "mean" else per_sequence.sum()
+        return per_sequence.mean() * share if self.reduction == "mean" else per_sequence.sum()
 
     def _finish(
         self,
@@ -232,11 +268,12 @@ class _DriftObjective(nn.Module):
         field: FieldDiagnostics | None,
         return_diagnostics: bool,
         fill: tuple[int, int],
+        share: float,
     ) -> Tensor | LossOutput:
         # Nothing predicted, nothing to learn: exactly zero, still attached to the graph.
         if predicted is not None:
             per_sequence = torch.where(predicted.any(dim=1), per_sequence, 0.0)
-        loss = self._reduce(per_sequence)
+        loss = self._reduce(per_sequence, share)
         if not return_diagnostics:
             return loss
         return LossOutput(loss, Diagnostics(field, token_entropy(logits, predicted, self.mask_id), *fill))
@@ -271,6 +308,14 @@ class TokenDriftLoss(_DriftObjective):
             in the paper).
         reduction: ``"mean"``, ``"sum"``, or ``"none"`` for one value a sequence.
         workspace_mib: Scratch memory of the lift in MiB.
+        across_ranks: Where a process group is initialised, gather the features of all ranks (without gradient), so
+            that every anchor sees the whole batch and the queues are the same on every rank. Every rank must then
+            call, in step; set ``loss.across_ranks = False`` for a call on one rank alone.
+
+    Across ranks, ``"mean"`` is the sum over this rank's sequences over the number of sequences of all ranks, times
+    the number of ranks: averaged over ranks, as DDP does with gradients, it is the loss of one process with the whole
+    batch, for batches of unequal size too. ``"sum"`` and ``"none"`` stay those of this rank. Diagnostics of the field
+    are those of the whole batch.
 
     Embedding and feature map are not parameters, not in ``state_dict``, and never change mode; they move
     with ``.to()``. The queues are in ``state_dict``.
@@ -377,12 +422,13 @@ class TokenDriftLoss(_DriftObjective):
         clean_ids, noisy_ids, predicted = self._checked(logits, clean_ids, noisy_ids, predicted, attention_mask)
         generated = self._generated(logits, noisy_ids, predicted, attention_mask)
         real = self._real(clean_ids, attention_mask)
-        drift, diagnostics = self._drift(generated, real, return_diagnostics)
+        batch = self._gather(generated, real)
+        drift, diagnostics = self._drift(batch, return_diagnostics)
         target = (generated + self.drift_scale * drift).detach()
         per_sequence = 0.5 * (generated - target).square().sum(dim=-1).view(len(logits), -1).mean(dim=1)
         fill = (len(self.queue_real), len(self.queue_generated))
-        self._push(real, generated)
-        return self._finish(per_sequence, logits, predicted, diagnostics, return_diagnostics, fill)
+        self._push(batch)
+        return self._finish(per_sequence, logits, predicted, diagnostics, return_diagnostics, fill, batch.share)
 
 
 class MirrorTeacherLoss(_DriftObjective):
@@ -437,7 +483,8 @@ class MirrorTeacherLoss(_DriftObjective):
             leaf = wide.detach().requires_grad_()
             generated = self._generated(leaf, noisy_ids, predicted, attention_mask)
             real = self._real(clean_ids, attention_mask)
-            drift, diagnostics = self._drift(generated, real, return_diagnostics)
+            batch = self._gather(generated, real)
+            drift, diagnostics = self._drift(batch, return_diagnostics)
             weight = len(logits) / len(generated)  # 1 / W: the mean over windows, as in the feature loss
             (direction,) = torch.autograd.grad(generated, leaf, weight * drift.to(generated.dtype))
         if self.distance == "mse":
@@ -451,8 +498,9 @@ class MirrorTeacherLoss(_DriftObjective):
         if predicted is not None:
             per_token = torch.where(predicted, per_token, 0.0)
         fill = (len(self.queue_real), len(self.queue_generated))
-        self._push(real, generated.detach())
-        return self._finish(per_token.sum(dim=-1), logits, predicted, diagnostics, return_diagnostics, fill)
+        self._push(batch)
+        per_sequence = per_token.sum(dim=-1)
+        return self._finish(per_sequence, logits, predicted, diagnostics, return_diagnostics, fill, batch.share)
 
     def _closed(self, logits: Tensor) -> Tensor:
         if self.mask_id is None:

@@ -1,14 +1,73 @@
-"""Reference features that outlive their batch: first-in-first-out queues."""
+"""Reference features beyond those of this process and step: gathered from other ranks, kept in queues."""
 
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 
 from tokendrift._checks import check_count, check_tensor, fail
+
+
+class Gathered(NamedTuple):
+    """Features of all ranks.
+
+    Attributes:
+        features: In the order of the ranks, (sum of K over ranks, M), without gradient.
+        offset: Row at which those of this rank start: what is added to an index of a reference of its own.
+    """
+
+    features: Tensor
+    offset: int
+
+
+def rank_count() -> int:
+    """Return the number of ranks in the default process group, 1 without one."""
+    return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
+
+
+@torch.no_grad()
+def gather(features: Tensor) -> Gathered:
+    """Collect the features of all ranks of the default process group, the same on every rank.
+
+    Every rank has to call, with as many features as it has: batches are padded to the largest, gathered and cut
+    again. Without a process group, or alone in it, the features come back as they are.
+
+    Args:
+        features: Shape (K, M); K may differ between ranks and be 0, M may not.
+
+    Raises:
+        TokenDriftError: On every rank, if widths or dtypes differ between ranks.
+
+    Source: TokenDrift (arXiv 2605.19470), Algorithm 1: the current features are gathered, without gradient.
+
+    >>> gather(torch.ones(2, 3)).offset
+    0
+    """
+    if not isinstance(features, Tensor) or features.ndim != 2:
+        raise fail("features must be a tensor of shape (K, M).", features=features)
+    features = features.detach()
+    ranks = rank_count()
+    if ranks == 1:
+        return Gathered(features, 0)
+    form = torch.tensor([*features.shape, features.element_size()], device=features.device)
+    forms = [torch.empty_like(form) for _ in range(ranks)]
+    distributed.all_gather(forms, form)
+    counts, widths, sizes = zip(*(each.tolist() for each in forms), strict=True)
+    if len(set(widths)) > 1 or len(set(sizes)) > 1:
+        raise fail(
+            f"features differ between ranks: widths M {list(widths)}, bytes a number {list(sizes)}.",
+            "Build the same feature map in the same precision on every rank.",
+            features=features,
+        )
+    padded = features.new_zeros(max(counts), features.shape[1])
+    padded[: len(features)] = features
+    pieces = [torch.empty_like(padded) for _ in range(ranks)]
+    distributed.all_gather(pieces, padded)
+    kept = [piece[:count] for piece, count in zip(pieces, counts, strict=True)]
+    return Gathered(torch.cat(kept), sum(counts[: distributed.get_rank()]))
 
 
 class FeatureQueue(nn.Module):
