@@ -7,6 +7,7 @@ The core is here: the lift, feature maps, drift fields, queues and losses. It ne
 from tokendrift.errors import TokenDriftError
 from tokendrift.features import FeatureMap, PooledFeatures
 from tokendrift.field import DriftField, Field, FieldDiagnostics, guidance_weight
+from tokendrift.image_field import ImageDriftField
 from tokendrift.lift import linear_soft_token_lift, soft_token_lift, straight_through_lift
 from tokendrift.loss import Diagnostics, LossOutput, MirrorTeacherLoss, TokenDriftLoss
 from tokendrift.references import FeatureQueue
@@ -20,6 +21,7 @@ __all__ = [
     "FeatureQueue",
     "Field",
     "FieldDiagnostics",
+    "ImageDriftField",
     "LossOutput",
     "MirrorTeacherLoss",
     "PooledFeatures",

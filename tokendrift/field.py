@@ -293,8 +293,8 @@ class DriftField:
         noise: bool = False,
     ) -> tuple[Tensor, FieldSums]:
         """Return the raw drifts (T, N, M), before RMS normalisation, and the sums they were made from."""
-        _check_clouds(anchors, positives, negatives, exclude_positive, exclude_negative)
-        _check_weights(anchors, positives=(positives, positive_weights), negatives=(negatives, negative_weights))
+        check_clouds(anchors, positives, negatives, exclude_positive, exclude_negative)
+        check_weights(anchors, positives=(positives, positive_weights), negatives=(negatives, negative_weights))
         dtype = torch.promote_types(anchors.dtype, torch.float32)
         with exact_matmul(anchors.device):
             # Distances by products cancel badly far from the origin, so all clouds are centred first. Any point
@@ -426,7 +426,7 @@ def _dot(x: Tensor, y: Tensor) -> Tensor:
     return (x * y).sum(-1)
 
 
-def _check_weights(anchors: Tensor, **sides: tuple[Tensor, Tensor | None]) -> None:
+def check_weights(anchors: Tensor, **sides: tuple[Tensor, Tensor | None]) -> None:
     for side, (cloud, weights) in sides.items():
         name, symbol = f"{side[:-1]}_weights", side[0].upper().replace("N", "Q")
         if weights is None:
@@ -442,7 +442,7 @@ def _check_weights(anchors: Tensor, **sides: tuple[Tensor, Tensor | None]) -> No
             raise fail(f"{name} must be zero or above everywhere.", **{name: weights, "least": weights.min().item()})
 
 
-def _check_clouds(
+def check_clouds(
     anchors: Tensor,
     positives: Tensor,
     negatives: Tensor,
