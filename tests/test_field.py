@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from tokendrift import DriftField, TokenDriftError, guidance_weight
+from tokendrift import DriftField, TokenDriftError
 from tokendrift.field import squared_distances
 from tokendrift.testing import (
     LAWS,
@@ -440,7 +440,6 @@ def test_memory_does_not_grow_with_the_number_of_references(kernel, normalizatio
         with LiveBytes() as memory:
             field(anchors, *sides, negative_weights=weights)
         peaks.append(memory.peak)
-        assert memory.peak < sides[0].nbytes * 64 / count * 10
     assert peaks[0] == peaks[1] > 16 * 8 * 8  # a block at least was seen
 
 
@@ -493,36 +492,6 @@ def test_pull_and_push_can_be_weighed_against_each_other(normalization):
     if normalization == "separate":
         expected = log_kernel("laplace", anchors, positives, 1.0).softmax(1) @ positives - anchors
         torch.testing.assert_close(pull, expected, rtol=0, atol=1e-12)
-
-
-def test_guidance_rests_where_the_generator_overshoots_the_condition():
-    """alpha = 2, p(.|c) half on a and half on b, p(.) all on a: the fixed point 2 p(.|c) - p(.) is all on b."""
-    a, b = torch.tensor([[0.0, 0.0]]).double(), torch.tensor([[1.0, 0.0]]).double()
-    generated, unconditional = b.expand(4, 2), a.expand(2, 2)
-    weight = guidance_weight(2.0, negatives=4, unconditional=2)
-    assert weight == 1.5
-    for guided in (True, False):
-        drift = raw_field(tau=0.5)(
-            generated,
-            torch.cat([a, b]),
-            torch.cat([generated, unconditional]),
-            exclude_negative=torch.arange(4),
-            negative_weights=torch.tensor([1.0] * 4 + [weight if guided else 0.0] * 2),
-        )
-        assert (drift.norm() < 1e-15) == guided
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ((0.5, 4, 2), r"guidance \(alpha\) must be at least 1"),
-        ((2.0, 1, 2), "negatives must be an integer of at least 2"),
-        ((2.0, 4, 0), "unconditional must be an integer of at least 1"),
-    ],
-)
-def test_guidance_that_makes_no_sense_is_refused(arguments, message):
-    with pytest.raises(TokenDriftError, match=message):
-        guidance_weight(arguments[0], negatives=arguments[1], unconditional=arguments[2])
 
 
 @pytest.mark.parametrize("kernel", KERNELS)

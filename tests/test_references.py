@@ -1,4 +1,4 @@
-"""Laws of the feature queues: first in, first out, part of state_dict."""
+"""Laws of the feature queues: first in, first out, part of state_dict; and of references that weigh."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tokendrift import FeatureQueue, TokenDriftError
+from tokendrift import DriftField, FeatureQueue, TokenDriftError, guidance_weight
 
 
 def numbered(start, count, width=2):
@@ -126,3 +126,33 @@ def test_bad_features_are_refused(features, message):
 def test_a_capacity_that_is_no_count_is_refused(capacity):
     with pytest.raises(TokenDriftError, match="capacity must be an integer of at least 0"):
         FeatureQueue(capacity)
+
+
+def test_guidance_rests_where_the_generator_overshoots_the_condition():
+    """alpha = 2, p(.|c) half on a and half on b, p(.) all on a: the fixed point 2 p(.|c) - p(.) is all on b."""
+    a, b = torch.tensor([[0.0, 0.0]]).double(), torch.tensor([[1.0, 0.0]]).double()
+    generated, unconditional = b.expand(4, 2), a.expand(2, 2)
+    weight = guidance_weight(2.0, negatives=4, unconditional=2)
+    assert weight == 1.5
+    for guided in (True, False):
+        drift = DriftField((0.5,), rms_normalize=False)(
+            generated,
+            torch.cat([a, b]),
+            torch.cat([generated, unconditional]),
+            exclude_negative=torch.arange(4),
+            negative_weights=torch.tensor([1.0] * 4 + [weight if guided else 0.0] * 2),
+        )
+        assert (drift.norm() < 1e-15) == guided
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((0.5, 4, 2), r"guidance \(alpha\) must be at least 1"),
+        ((2.0, 1, 2), "negatives must be an integer of at least 2"),
+        ((2.0, 4, 0), "unconditional must be an integer of at least 1"),
+    ],
+)
+def test_guidance_that_makes_no_sense_is_refused(arguments, message):
+    with pytest.raises(TokenDriftError, match=message):
+        guidance_weight(arguments[0], negatives=arguments[1], unconditional=arguments[2])

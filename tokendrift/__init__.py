@@ -6,11 +6,11 @@ The core is here: the lift, feature maps, drift fields, queues and losses. It ne
 
 from tokendrift.errors import TokenDriftError
 from tokendrift.features import FeatureMap, PooledFeatures
-from tokendrift.field import DriftField, Field, FieldDiagnostics, guidance_weight
+from tokendrift.field import DriftField, Field, FieldDiagnostics
 from tokendrift.image_field import ImageDriftField
 from tokendrift.lift import linear_soft_token_lift, soft_token_lift, straight_through_lift
 from tokendrift.loss import Diagnostics, LossOutput, MirrorTeacherLoss, TokenDriftLoss
-from tokendrift.references import FeatureQueue
+from tokendrift.references import FeatureQueue, guidance_weight
 
 __version__ = "0.1.0"
 

@@ -122,3 +122,59 @@ def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
     """Require one of the named choices."""
     if value not in choices:
         raise fail(f"{name} must be one of {', '.join(map(repr, choices))}.", **{name: value})
+
+
+def check_clouds(
+    anchors: Tensor,
+    positives: Tensor,
+    negatives: Tensor,
+    exclude_positive: Tensor | None,
+    exclude_negative: Tensor | None,
+) -> None:
+    """Require anchors (N, M), positives (P, M), negatives (Q, M) and exclusions (N,) that go together."""
+    check_floating("anchors", check_tensor("anchors", anchors, ("N", "M")))
+    check_floating("positives", check_tensor("positives", positives, ("P", "M")))
+    if not isinstance(negatives, Tensor) or negatives.ndim != 2:
+        raise fail("negatives must be a tensor of shape (Q, M).", negatives=negatives)
+    check_floating("negatives", negatives)
+    for name, cloud in (("positives", positives), ("negatives", negatives)):
+        if cloud.shape[1] != anchors.shape[1]:
+            raise fail(
+                f"{name} has width M = {cloud.shape[1]} but anchors have M = {anchors.shape[1]}.",
+                "Take all features from one feature map.",
+                anchors=anchors,
+                **{name: cloud},
+            )
+    for name, index in (("exclude_positive", exclude_positive), ("exclude_negative", exclude_negative)):
+        wrong = not isinstance(index, Tensor) or index.shape != anchors.shape[:1] or index.dtype != torch.int64
+        if index is not None and wrong:
+            raise fail(
+                f"{name} must be int64 of shape (N,): for each anchor the index of one reference, -1 for none.",
+                anchors=anchors,
+                **{name: index},
+            )
+    check_same_device(
+        "anchors",
+        anchors,
+        positives=positives,
+        negatives=negatives,
+        exclude_positive=exclude_positive,
+        exclude_negative=exclude_negative,
+    )
+
+
+def check_weights(anchors: Tensor, **sides: tuple[Tensor, Tensor | None]) -> None:
+    """Require one weight of zero or above for each reference; the sign is read on the CPU only."""
+    for side, (cloud, weights) in sides.items():
+        name, symbol = f"{side[:-1]}_weights", side[0].upper().replace("N", "Q")
+        if weights is None:
+            continue
+        if not isinstance(weights, Tensor) or weights.shape != cloud.shape[:1] or not weights.is_floating_point():
+            raise fail(
+                f"{name} must be floating point of shape ({symbol},): one weight a reference.",
+                **{name: weights, "references": cloud},
+            )
+        check_same_device("anchors", anchors, **{name: weights})
+        # Read on the CPU only: on an accelerator it would wait for the device.
+        if weights.device.type == "cpu" and not torch.compiler.is_compiling() and not (weights >= 0).all():
+            raise fail(f"{name} must be zero or above everywhere.", **{name: weights, "least": weights.min().item()})

@@ -133,6 +133,10 @@ class Sums(NamedTuple):
             spread=None if self.spread is None else self.spread.times(factor.square()),
         )
 
+    def aim(self, x: Tensor) -> Tensor:
+        """Return the points that anchors x are drawn to, (T, N, M): means of x + rho (y - x)."""
+        return self.moment / self.mass[..., None] + (1 - self.reach / self.mass)[..., None] * x
+
 
 class Spread(NamedTuple):
     """Sums of squared weights: of w^2 rho (T, N), of w^2 rho y (T, N, M), of w^2 rho^2 d^2 (T, N)."""
@@ -144,6 +148,11 @@ class Spread(NamedTuple):
     def times(self, factor: Tensor) -> Spread:
         """Return the sums times a factor (T, N)."""
         return Spread(self.reach * factor, self.moment * factor[..., None], self.size * factor)
+
+    def shares(self, x: Tensor, mass: Tensor) -> tuple[Tensor, Tensor]:
+        """Return sums of q^2 d (T, N, M) and q^2 |d|^2 (T, N), q the weights over their mass, d = rho (y - x)."""
+        square = mass.square()
+        return (self.moment - self.reach[..., None] * x) / square[..., None], self.size / square
 
 
 def sum_references(

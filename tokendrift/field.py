@@ -17,15 +17,7 @@ from typing import Literal, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from tokendrift._checks import (
-    check_choice,
-    check_count,
-    check_floating,
-    check_positive,
-    check_same_device,
-    check_tensor,
-    fail,
-)
+from tokendrift._checks import check_choice, check_clouds, check_count, check_positive, check_weights, fail
 from tokendrift.barycentres import Side, Sums, View, mean_distance, sinkhorn_potential, sum_references
 from tokendrift.kernels import KERNELS, Kernel, exact_matmul, gaussian, laplace, squared_distances
 
@@ -38,7 +30,6 @@ __all__ = [
     "Kernel",
     "exact_matmul",
     "gaussian",
-    "guidance_weight",
     "laplace",
     "squared_distances",
 ]
@@ -335,31 +326,37 @@ class DriftField:
             shift = (pos.peak - 0.5 * torch.logaddexp(pos.row, neg.row)).exp()
             mass_pos, mass_neg = pos.mass * shift, neg.mass * shift
         masses = torch.where(both, mass_pos * mass_neg, 0.0)
-        aims = [_aim(view.anchors, side) for side in (pos, neg)]
+        aims = [side.aim(view.anchors) for side in (pos, neg)]
         gap = self.attraction * aims[0] - self.repulsion * aims[1]
         if self.attraction != self.repulsion:  # pull and push are differences to the anchor
             gap = gap - (self.attraction - self.repulsion) * view.anchors
         raw = masses[..., None] * torch.where(both[..., None], gap, 0.0)
         noise = None
         if pos.spread is not None and neg.spread is not None:
-            sampling = self._sampling_noise(view.anchors, pos, neg, *aims)
+            own = pos.spread.shares(view.anchors, pos.mass), neg.spread.shares(view.anchors, neg.mass)
+            twice = pos.square / pos.mass.square(), neg.square / neg.mass.square()
+            sampling = self._sampling_noise([aim - view.anchors for aim in aims], own, twice)
             squares = masses.square()  # these underflow first: the noise of such a drift counts as none
             noise = torch.where(squares > torch.finfo(squares.dtype).tiny, squares * sampling, 0.0).mean(-1)
         return raw, FieldSums(pos, neg, noise, view.unit)
 
-    def _sampling_noise(self, x: Tensor, pos: Sums, neg: Sums, aim_pos: Tensor, aim_neg: Tensor) -> Tensor:
+    def _sampling_noise(
+        self, mean: Sequence[Tensor], own: Sequence[tuple[Tensor, Tensor]], twice: Sequence[Tensor]
+    ) -> Tensor:
         r"""Return the part of the squared gap that comes from pairing a reference with itself, (T, N).
 
         The gap is a sum over pairs of one positive and one negative, :math:`\sum_{jk} q_j r_k (d_j - d_k)` with d
         the (pulled) differences to the anchor. Of its square, the terms that use the same positive twice or the same
         negative twice have positive expectation whatever the distributions; the others are a U-statistic.
+
+        Args, of positives and negatives: sums of q d (T, N, M); of q^2 d and of q^2 |d|^2; of q^2 (T, N).
         """
-        mean_pos, mean_neg = self.attraction * (aim_pos - x), self.repulsion * (aim_neg - x)
-        own_pos, size_pos, twice_pos = _repeats(x, pos, self.attraction)
-        own_neg, size_neg, twice_neg = _repeats(x, neg, self.repulsion)
-        positives_twice = size_pos - 2 * _dot(own_pos, mean_neg) + twice_pos * _dot(mean_neg, mean_neg)
-        negatives_twice = size_neg - 2 * _dot(own_neg, mean_pos) + twice_neg * _dot(mean_pos, mean_pos)
-        both_twice = twice_neg * size_pos + twice_pos * size_neg - 2 * _dot(own_pos, own_neg)
+        pull, push = self.attraction * mean[0], self.repulsion * mean[1]
+        own_pos, size_pos = self.attraction * own[0][0], self.attraction**2 * own[0][1]
+        own_neg, size_neg = self.repulsion * own[1][0], self.repulsion**2 * own[1][1]
+        positives_twice = size_pos - 2 * _dot(own_pos, push) + twice[0] * _dot(push, push)
+        negatives_twice = size_neg - 2 * _dot(own_neg, pull) + twice[1] * _dot(pull, pull)
+        both_twice = twice[1] * size_pos + twice[0] * size_neg - 2 * _dot(own_pos, own_neg)
         return positives_twice + negatives_twice - both_twice
 
 
@@ -372,109 +369,5 @@ class FieldSums(NamedTuple):
     unit: Tensor | None
 
 
-def guidance_weight(guidance: float, *, negatives: int, unconditional: int) -> float:
-    r"""Return the weight of unconditional real features among the negatives, for classifier-free guidance.
-
-    .. math:: w = (Q - 1)(\alpha - 1) / U
-
-    The drift of a conditional generator then rests where it generates
-    :math:`\alpha\, p(\cdot|c) - (\alpha - 1)\, p(\cdot)`.
-
-    Args:
-        guidance: alpha, at least 1; 1 is no guidance.
-        negatives: Q, the generated negatives, the anchor itself (which it does not see) included.
-        unconditional: U, the unconditional real features that are appended to the negatives.
-
-    Raises:
-        TokenDriftError: If a number is out of range.
-
-    Source: Generative Modeling via Drifting (arXiv 2602.04770), section 3.5 and appendix A.7.
-
-    >>> weight = guidance_weight(2.0, negatives=4, unconditional=6)
-    >>> weight
-    0.5
-    >>> generated, real, unconditional = torch.randn(4, 2), torch.randn(8, 2), torch.randn(6, 2)
-    >>> drift = DriftField()(
-    ...     generated,
-    ...     real,
-    ...     torch.cat([generated, unconditional]),
-    ...     exclude_negative=torch.arange(4),
-    ...     negative_weights=torch.tensor([1.0] * 4 + [weight] * 6),
-    ... )
-    """
-    if check_positive("guidance", guidance, symbol="alpha") < 1:
-        raise fail("guidance (alpha) must be at least 1.", "1 is no guidance.", guidance=guidance)
-    check_count("negatives", negatives, least=2)
-    check_count("unconditional", unconditional, least=1)
-    return (negatives - 1) * (guidance - 1) / unconditional
-
-
-def _aim(x: Tensor, side: Sums) -> Tensor:
-    """Return the points that anchors are drawn to by one side, (T, N, M): means of x + rho (y - x)."""
-    return side.moment / side.mass[..., None] + (1 - side.reach / side.mass)[..., None] * x
-
-
-def _repeats(x: Tensor, side: Sums, factor: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Return sums over one side of q^2 d (T, N, M), q^2 |d|^2 and q^2 (T, N), q the weights of sum one."""
-    assert side.spread is not None
-    square = side.mass.square()
-    own = (side.spread.moment - side.spread.reach[..., None] * x) / square[..., None]
-    return factor * own, factor**2 * side.spread.size / square, side.square / square
-
-
 def _dot(x: Tensor, y: Tensor) -> Tensor:
     return (x * y).sum(-1)
-
-
-def check_weights(anchors: Tensor, **sides: tuple[Tensor, Tensor | None]) -> None:
-    for side, (cloud, weights) in sides.items():
-        name, symbol = f"{side[:-1]}_weights", side[0].upper().replace("N", "Q")
-        if weights is None:
-            continue
-        if not isinstance(weights, Tensor) or weights.shape != cloud.shape[:1] or not weights.is_floating_point():
-            raise fail(
-                f"{name} must be floating point of shape ({symbol},): one weight a reference.",
-                **{name: weights, "references": cloud},
-            )
-        check_same_device("anchors", anchors, **{name: weights})
-        # Read on the CPU only: on an accelerator it would wait for the device.
-        if weights.device.type == "cpu" and not torch.compiler.is_compiling() and not (weights >= 0).all():
-            raise fail(f"{name} must be zero or above everywhere.", **{name: weights, "least": weights.min().item()})
-
-
-def check_clouds(
-    anchors: Tensor,
-    positives: Tensor,
-    negatives: Tensor,
-    exclude_positive: Tensor | None,
-    exclude_negative: Tensor | None,
-) -> None:
-    check_floating("anchors", check_tensor("anchors", anchors, ("N", "M")))
-    check_floating("positives", check_tensor("positives", positives, ("P", "M")))
-    if not isinstance(negatives, Tensor) or negatives.ndim != 2:
-        raise fail("negatives must be a tensor of shape (Q, M).", negatives=negatives)
-    check_floating("negatives", negatives)
-    for name, cloud in (("positives", positives), ("negatives", negatives)):
-        if cloud.shape[1] != anchors.shape[1]:
-            raise fail(
-                f"{name} has width M = {cloud.shape[1]} but anchors have M = {anchors.shape[1]}.",
-                "Take all features from one feature map.",
-                anchors=anchors,
-                **{name: cloud},
-            )
-    for name, index in (("exclude_positive", exclude_positive), ("exclude_negative", exclude_negative)):
-        wrong = not isinstance(index, Tensor) or index.shape != anchors.shape[:1] or index.dtype != torch.int64
-        if index is not None and wrong:
-            raise fail(
-                f"{name} must be int64 of shape (N,): for each anchor the index of one reference, -1 for none.",
-                anchors=anchors,
-                **{name: index},
-            )
-    check_same_device(
-        "anchors",
-        anchors,
-        positives=positives,
-        negatives=negatives,
-        exclude_positive=exclude_positive,
-        exclude_negative=exclude_negative,
-    )

@@ -8,8 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tokendrift._checks import check_positive, fail
-from tokendrift.field import check_clouds, check_weights
+from tokendrift._checks import check_clouds, check_positive, check_weights, fail
 from tokendrift.kernels import exact_matmul, squared_distances
 
 

@@ -1,4 +1,4 @@
-"""Reference features beyond those of this process and step: gathered from other ranks, kept in queues."""
+"""Reference features beyond those of this process and step: gathered from other ranks, kept in queues, weighted."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, distributed, nn
 
-from tokendrift._checks import check_count, check_tensor, fail
+from tokendrift._checks import check_count, check_positive, check_tensor, fail
 
 
 class Gathered(NamedTuple):
@@ -136,6 +136,44 @@ class FeatureQueue(nn.Module):
                 self.buffer = self.buffer.new_zeros(stored.shape, dtype=stored.dtype)
         super()._load_from_state_dict(state_dict, prefix, *args)
         self._pushed = int(self.pushed)
+
+
+def guidance_weight(guidance: float, *, negatives: int, unconditional: int) -> float:
+    r"""Return the weight of unconditional real features among the negatives, for classifier-free guidance.
+
+    .. math:: w = (Q - 1)(\alpha - 1) / U
+
+    The drift of a conditional generator then rests where it generates
+    :math:`\alpha\, p(\cdot|c) - (\alpha - 1)\, p(\cdot)`.
+
+    Args:
+        guidance: alpha, at least 1; 1 is no guidance.
+        negatives: Q, the generated negatives, the anchor itself (which it does not see) included.
+        unconditional: U, the unconditional real features that are appended to the negatives.
+
+    Raises:
+        TokenDriftError: If a number is out of range.
+
+    Source: Generative Modeling via Drifting (arXiv 2602.04770), section 3.5 and appendix A.7.
+
+    >>> weight = guidance_weight(2.0, negatives=4, unconditional=6)
+    >>> weight
+    0.5
+    >>> from tokendrift import DriftField
+    >>> generated, real, unconditional = torch.randn(4, 2), torch.randn(8, 2), torch.randn(6, 2)
+    >>> drift = DriftField()(
+    ...     generated,
+    ...     real,
+    ...     torch.cat([generated, unconditional]),
+    ...     exclude_negative=torch.arange(4),
+    ...     negative_weights=torch.tensor([1.0] * 4 + [weight] * 6),
+    ... )
+    """
+    if check_positive("guidance", guidance, symbol="alpha") < 1:
+        raise fail("guidance (alpha) must be at least 1.", "1 is no guidance.", guidance=guidance)
+    check_count("negatives", negatives, least=2)
+    check_count("unconditional", unconditional, least=1)
+    return (negatives - 1) * (guidance - 1) / unconditional
 
 
 @functools.cache
