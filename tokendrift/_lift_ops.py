@@ -58,7 +58,8 @@ def _softmax_into(
 def lift_rows(rows: Tensor, table: Tensor, index: Tensor | None, mask_column: int, chunk: int) -> Tensor:
     """Return softmax(rows[index]) @ table, (len(index), D)."""
     count = len(rows) if index is None else len(index)
-    chunk = min(chunk, max(count, 1))
+    # A buffer wider than the logits could hold more bytes than their gradient will: half the rows do.
+    chunk = min(chunk, max(1, count if table.dtype == rows.dtype else max(LEAST_ROWS, count // 2)))
     out = rows.new_empty(count, table.shape[1], dtype=wide_dtype(rows.dtype))
     tile = _tile(count, chunk)
     buffer = table.new_empty(chunk, table.shape[0])

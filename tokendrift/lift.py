@@ -75,7 +75,7 @@ def soft_token_lift(
     dtype = product_dtype(logits.dtype, embedding.dtype)
     rows = logits.reshape(batch * length, vocab)
     table = embedding.to(dtype)
-    chunk = max(LEAST_ROWS, int(workspace_mib * 2**20 / (2 * vocab * wide_dtype(dtype).itemsize)))
+    chunk = max(LEAST_ROWS, int(workspace_mib * 2**20 / (vocab * dtype.itemsize)))
     mask_column = -1 if mask_id is None else mask_id
     index, noisy_ids = _predicted_rows("logits", logits, embedding, noisy_ids, predicted)
     return _among_observed(soft_lift(rows, table, index, mask_column, chunk), table, index, noisy_ids, (batch, length))

@@ -1,0 +1,24 @@
+"""The benchmarks run and print what the style of a row promises; their numbers are for a quiet machine."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+
+
+@pytest.mark.slow
+def test_the_lift_benchmark_names_its_baselines_its_spread_and_its_machine():
+    command = [sys.executable, str(BENCHMARKS / "lift.py"), "--quick", "--dtypes", "fp32"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    *rows, machine = done.stdout.splitlines()
+    assert [row.split(",")[0] for row in rows] == ["lift fwd+bwd", "lift 50% predicted", "hidden to lift"] * 2
+    for baseline in ("x bare products (", "x softmax(logits) @ E (", "% of logits"):
+        assert baseline in rows[0]
+    assert all("3 runs" in row for row in rows)
+    assert "torch" in machine
