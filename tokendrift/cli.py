@@ -15,7 +15,7 @@ try:
 except ImportError as error:
     raise SystemExit(f"tokendrift: {error}; the command needs the extra 'all': pip install 'tokendrift[all]'") from None
 
-QUICK_STEPS = 300
+QUICK_STEPS = 200
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help="Drifting refinement of discrete diffusion LMs.")
 
