@@ -1,0 +1,308 @@
+"""What the drifting losses share: input rules, lift, features, references, drift, reduction, diagnostics."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from tokendrift._checks import (
+    check_choice,
+    check_count,
+    check_floating,
+    check_ids,
+    check_mask,
+    check_positive,
+    check_same_device,
+    check_tensor,
+    fail,
+)
+from tokendrift.features import FeatureMap
+from tokendrift.field import DriftField, Field, FieldDiagnostics
+from tokendrift.lift import soft_token_lift
+from tokendrift.references import FeatureQueue, gather, rank_count
+
+Reduction = Literal["mean", "sum", "none"]
+
+
+class Diagnostics(NamedTuple):
+    """How a step of the loss went; detached, on the device of the logits (no sync until read).
+
+    Attributes:
+        field: Raw RMS, positive mass, effective references and own-pair weight for each temperature; None
+            for a field of the user's that has no ``diagnose``.
+        token_entropy: Mean entropy of p over predicted positions, nats, scalar.
+        queue_real: Real features in the queue before this step's push.
+        queue_generated: The same for generated features.
+    """
+
+    field: FieldDiagnostics | None
+    token_entropy: Tensor
+    queue_real: int
+    queue_generated: int
+
+
+class LossOutput(NamedTuple):
+    """The loss, with gradient, and its diagnostics, without."""
+
+    loss: Tensor
+    diagnostics: Diagnostics
+
+
+class Batch(NamedTuple):
+    """Features of the step, of all ranks where they are gathered; without gradient.
+
+    Attributes:
+        generated: Shape (N, M).
+        real: Shape (N, M), in the same order.
+        mine: Rows of this rank.
+        share: Sequences of this rank over the mean number of sequences a rank; 1 where all have as many.
+    """
+
+    generated: Tensor
+    real: Tensor
+    mine: slice
+    share: float
+
+
+class _Frozen:
+    """Hides a module from ``parameters()``, ``state_dict()`` and ``train()`` of its owner."""
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+
+class DriftObjective(nn.Module):
+    """What the losses share: checking, lifting, features, references and drift."""
+
+    embedding: Tensor
+
+    def __init__(
+        self,
+        embedding: Tensor,
+        feature_map: FeatureMap,
+        *,
+        field: Field | None = None,
+        queue_size: int = 1024,
+        mask_id: int | None = None,
+        exclude_paired_positive: bool = False,
+        reduction: Reduction = "mean",
+        workspace_mib: float = 256.0,
+        across_ranks: bool = True,
+    ) -> None:
+        super().__init__()
+        check_floating("embedding", check_tensor("embedding", embedding, ("V", "D")))
+        if embedding.requires_grad:
+            raise fail(
+                "embedding requires grad, but the drifting loss compares features in a frozen space.",
+                "Pass embedding.detach().clone() of the frozen encoder, not the matrix in training; to train an "
+                "embedding through the lift, call tokendrift.soft_token_lift yourself.",
+                embedding=embedding,
+            )
+        if not callable(feature_map):
+            raise fail("feature_map must be a callable (B, L, D) -> (B, M).", feature_map=feature_map)
+        if isinstance(feature_map, nn.Module):
+            _check_frozen(feature_map)
+        check_choice("reduction", reduction, ("mean", "sum", "none"))
+        if mask_id is not None and not 0 <= mask_id < len(embedding):
+            raise fail(f"mask_id must lie in [0, V) with V = {len(embedding)}.", mask_id=mask_id)
+        self.register_buffer("embedding", embedding.detach(), persistent=False)
+        self._feature_map = _Frozen(feature_map)
+        self.field: Field = DriftField() if field is None else field
+        self.mask_id, self.exclude_paired_positive = mask_id, exclude_paired_positive
+        self.reduction: Reduction = reduction
+        self.across_ranks = across_ranks
+        self.workspace_mib = check_positive("workspace_mib", workspace_mib)
+        self.queue_real = FeatureQueue(check_count("queue_size", queue_size))
+        self.queue_generated = FeatureQueue(queue_size)
+
+    @property
+    def feature_map(self) -> FeatureMap:
+        """The frozen feature map."""
+        return self._feature_map.value
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> DriftObjective:
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if isinstance(self.feature_map, nn.Module):
+            self.feature_map._apply(fn)
+        return self
+
+    def _checked(
+        self,
+        logits: Tensor,
+        clean_ids: Tensor,
+        noisy_ids: Tensor | None,
+        predicted: Tensor | None,
+        attention_mask: Tensor | None,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Apply the input rules; return clean ids, ids for observed positions, and predicted positions."""
+        check_floating("logits", check_tensor("logits", logits, ("B", "L", "V")))
+        size = len(self.embedding)
+        if logits.shape[-1] != size:
+            raise fail(
+                f"logits has {logits.shape[-1]} columns (V) but embedding has {size} rows (V).",
+                "Denoiser and frozen encoder must share one vocabulary. If only one of them has an entry for the "
+                "mask, drop that column of the logits or append a row to the embedding.",
+                logits=logits,
+                embedding=self.embedding,
+            )
+        clean_ids = check_ids("clean_ids", clean_ids, size, like=logits)
+        check_same_device(
+            "logits",
+            logits,
+            embedding=self.embedding,
+            clean_ids=clean_ids,
+            noisy_ids=noisy_ids,
+            predicted=predicted,
+            attention_mask=attention_mask,
+        )
+        if noisy_ids is not None:
+            noisy_ids = check_ids("noisy_ids", noisy_ids, size, like=logits)
+            if predicted is None and self.mask_id is not None:
+                predicted = noisy_ids == self.mask_id
+        elif predicted is not None:
+            raise fail(
+                "predicted was given without noisy_ids: what stands at the other positions is unknown.",
+                "Pass noisy_ids=x_t, or leave predicted out to lift every position.",
+            )
+        if predicted is not None:
+            predicted = check_mask("predicted", predicted, logits.shape[:2])
+        if attention_mask is not None:
+            attention_mask = check_mask("attention_mask", attention_mask, logits.shape[:2])
+            if noisy_ids is None:
+                noisy_ids = clean_ids  # read at padding only
+            predicted = attention_mask if predicted is None else predicted & attention_mask
+        return clean_ids, noisy_ids, predicted
+
+    def _features(self, embeds: Tensor, attention_mask: Tensor | None) -> Tensor:
+        """Return features as one cloud, (N, M): N is B, or B * W where the map gives windows (B, W, M)."""
+        kwargs = {} if attention_mask is None else {"attention_mask": attention_mask}
+        features = self.feature_map(embeds, **kwargs)
+        windows = isinstance(features, Tensor) and features.ndim == 3
+        check_tensor("feature_map(embeds)", features, ("B", "W", "M") if windows else ("B", "M"))
+        if len(features) != len(embeds):
+            raise fail("feature_map must return one row a sequence: (B, M), or (B, W, M) for windows.", got=features)
+        return features.to(torch.promote_types(features.dtype, torch.float32)).flatten(0, -2)
+
+    def _generated(
+        self, logits: Tensor, noisy_ids: Tensor | None, predicted: Tensor | None, mask: Tensor | None
+    ) -> Tensor:
+        """Return features of the lifted logits, (N, M), with gradient."""
+        with torch.autocast(logits.device.type, enabled=False):
+            lifted = soft_token_lift(
+                logits,
+                self.embedding,
+                noisy_ids=noisy_ids if predicted is not None else None,
+                predicted=predicted,
+                mask_id=self.mask_id,
+                workspace_mib=self.workspace_mib,
+            )
+        features = self._features(lifted, mask)
+        if features.device.type == "cpu" and not torch.compiler.is_compiling() and not features.isfinite().all():
+            bad = logits.detach().isnan().any().item()
+            raise fail(
+                f"{'logits contain NaN' if bad else 'the features of the logits are not finite'}.",
+                "Look for an overflow in the denoiser (a too high learning rate, float16 without scaling); nothing "
+                "was pushed into the queues.",
+                logits=logits,
+            )
+        return features
+
+    @torch.no_grad()
+    def _real(self, clean_ids: Tensor, mask: Tensor | None) -> Tensor:
+        """Return features of the clean ids, (N, M), without gradient."""
+        return self._features(nn.functional.embedding(clean_ids.long(), self.embedding), mask)
+
+    @torch.no_grad()
+    def _gather(self, generated: Tensor, real: Tensor) -> Batch:
+        """Return the features of all ranks, or those of this one where it works alone."""
+        generated, own = generated.detach(), len(generated)
+        ranks = rank_count() if self.across_ranks else 1
+        if ranks == 1:
+            return Batch(generated, real, slice(0, own), 1.0)
+        both, offset = gather(torch.cat([generated, real.to(generated)], dim=1))
+        width = generated.shape[1]
+        return Batch(both[:, :width], both[:, width:], slice(offset, offset + own), own * ranks / len(both))
+
+    @torch.no_grad()
+    def _drift(self, batch: Batch, diagnose: bool) -> tuple[Tensor, FieldDiagnostics | None]:
+        """Return the drift of every generated feature of this rank, (N, M).
+
+        Every rank computes the drift of all anchors and keeps its own rows: scales and column sums run over the
+        anchors, so this alone gives every field what one process would have given it.
+        """
+        generated, real = batch.generated, batch.real
+        # The current batch stands first, so that anchor i is negative i and its clean sequence positive i.
+        positives = torch.cat([real, self.queue_real.features().to(real)]) if len(self.queue_real) else real
+        negatives = generated
+        if len(self.queue_generated):
+            negatives = torch.cat([generated, self.queue_generated.features().to(generated)])
+        own = torch.arange(len(generated), device=generated.device)
+        pair = own if self.exclude_paired_positive else None
+        diagnostics = None
+        if diagnose and isinstance(self.field, DriftField):
+            drift, diagnostics = self.field.diagnose(
+                generated, positives, negatives, exclude_positive=pair, exclude_negative=own, pairs=own
+            )
+        else:
+            drift = self.field(generated, positives, negatives, exclude_positive=pair, exclude_negative=own)
+        return drift[batch.mine], diagnostics
+
+    def _push(self, batch: Batch) -> None:
+        if self.training:
+            self.queue_real.push(batch.real)
+            self.queue_generated.push(batch.generated)
+
+    def _reduce(self, per_sequence: Tensor, share: float) -> Tensor:
+        if self.reduction == "none":
+            return per_sequence
+        return per_sequence.mean() * share if self.reduction == "mean" else per_sequence.sum()
+
+    def _finish(
+        self,
+        per_sequence: Tensor,
+        logits: Tensor,
+        predicted: Tensor | None,
+        field: FieldDiagnostics | None,
+        return_diagnostics: bool,
+        fill: tuple[int, int],
+        share: float,
+    ) -> Tensor | LossOutput:
+        # Nothing predicted, nothing to learn: exactly zero, still attached to the graph.
+        if predicted is not None:
+            per_sequence = torch.where(predicted.any(dim=1), per_sequence, 0.0)
+        loss = self._reduce(per_sequence, share)
+        if not return_diagnostics:
+            return loss
+        return LossOutput(loss, Diagnostics(field, token_entropy(logits, predicted, self.mask_id), *fill))
+
+
+@torch.no_grad()
+def token_entropy(logits: Tensor, predicted: Tensor | None = None, mask_id: int | None = None) -> Tensor:
+    """Return the mean entropy in nats of softmax(logits) over predicted positions, a scalar.
+
+    Args:
+        logits: Shape (B, L, V).
+        predicted: Positions that count, bool (B, L); all by default.
+        mask_id: Entry without probability.
+    """
+    rows = logits.reshape(-1, logits.shape[-1]) if predicted is None else logits[predicted]
+    rows = rows.to(torch.promote_types(logits.dtype, torch.float32))
+    if mask_id is not None:
+        rows = rows.index_fill(-1, torch.tensor(mask_id, device=rows.device), -torch.inf)
+    log_p = rows.log_softmax(dim=-1)
+    entropy = torch.special.entr(log_p.exp()).sum(dim=-1)
+    return entropy.mean() if len(entropy) else entropy.sum()
+
+
+def _check_frozen(module: nn.Module) -> None:
+    trainable = [name for name, parameter in module.named_parameters() if parameter.requires_grad]
+    if trainable or module.training:
+        what = f"{len(trainable)} parameters that require grad ({trainable[0]}, ...)" if trainable else "training mode"
+        raise fail(
+            f"feature_map must be frozen, but it has {what}.",
+            "Pass a frozen copy: copy.deepcopy(feature_map).eval().requires_grad_(False).",
+            feature_map=type(module).__name__,
+        )
