@@ -15,7 +15,7 @@ from tokendrift import TokenDriftError
 from tokendrift.demo import run as demo_run
 from tokendrift.demo.cache import cached
 from tokendrift.demo.corpus import Splits, docstrings, file_documents, prose, python_documents, split
-from tokendrift.demo.report import table, write
+from tokendrift.demo.report import over_seeds, table, write
 from tokendrift.demo.run import MATCHED, Demo, temperature_at
 from tokendrift.demo.stages import PRETRAINED, Corpus, DemoConfig, check_base, make_denoiser, make_process
 
@@ -157,6 +157,8 @@ def test_the_demo_measures_every_model_at_every_nfe_beside_real_text(small_run):
     stored = json.loads((folder / "results.json").read_text())
     assert stored["seeds"][0]["rows"][0]["sample_entropy"]["estimate"] > 0
     assert {row["nfe"] for row in stored["seeds"][0]["rows"]} == {None, 1, 2}
+    other = outcome._replace(headline={**outcome.headline, "log_gap_closed": outcome.headline["log_gap_closed"] + 0.2})
+    assert f"closed {outcome.headline['log_gap_closed'] + 0.1:.3f} ± 0.141" in over_seeds([outcome, other])
     view = Console(width=110, record=True, file=io.StringIO())
     view.print(table(outcome, "title"))
     assert len(re.findall(r"TokenDrift", view.export_text())) == 2

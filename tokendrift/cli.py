@@ -54,7 +54,7 @@ def demo(
     evaluations and prints one table. Finished stages are kept below the output folder and reused.
     """
     with plain_errors():
-        from tokendrift.demo.report import caption, sentences, table, write
+        from tokendrift.demo.report import caption, over_seeds, sentences, table, write
         from tokendrift.demo.run import Demo
         from tokendrift.demo.stages import DemoConfig
 
@@ -78,6 +78,8 @@ def demo(
             for sentence in sentences(outcomes[-1]):
                 console.print(sentence, highlight=False)
             report = write(output, config, outcomes)
+        if seeds > 1:
+            console.print(over_seeds(outcomes), highlight=False)
         console.print(f"report: {report}", highlight=False, soft_wrap=True)
 
 

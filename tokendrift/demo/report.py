@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import platform
+import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -89,6 +90,24 @@ def sentences(outcome: Outcome) -> list[str]:
     return lines
 
 
+def over_seeds(outcomes: Sequence[Outcome]) -> str:
+    """Return mean and standard deviation over seeds of the figures that decide."""
+    named = {
+        "relative_change": "relative change of Gen.-PPL",
+        "log_gap_closed": "share of the log gap closed",
+        "entropy_below_real": "nats of sample entropy below real text",
+        "over_matched_sample": "ratio at equal sample entropy",
+        "over_matched_unigram": "ratio at equal unigram entropy",
+    }
+    parts = []
+    for key, label in named.items():
+        values = [outcome.headline[key] for outcome in outcomes]
+        parts.append(f"{label} {statistics.mean(values):.3f} ± {statistics.stdev(values):.3f}")
+    return (
+        f"Over {len(outcomes)} seeds (mean ± SD) at {int(outcomes[0].headline['nfe'])} NFE: " + "; ".join(parts) + "."
+    )
+
+
 def as_json(config: DemoConfig, outcomes: Sequence[Outcome]) -> dict[str, Any]:
     """Return everything that was measured, for ``results.json``."""
     import dataclasses
@@ -125,6 +144,7 @@ def write(folder: Path, config: DemoConfig, outcomes: Sequence[Outcome]) -> Path
     page = environment.get_template("report.html.j2").render(
         config=config,
         headings=HEADINGS,
+        summary=over_seeds(outcomes) if len(outcomes) > 1 else "",
         outcomes=[
             {
                 "caption": caption(config, outcome),
