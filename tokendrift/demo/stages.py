@@ -64,15 +64,15 @@ class DemoConfig:
     """
 
     process: Literal["uniform", "masked"] = "uniform"
-    steps: int = 1300
+    steps: int = 800
     seeds: int = 1
     samples: int = 384
     nfes: tuple[int, ...] = (4, 8, 16, 32)
     base_steps: int = 8000
     judge_steps: int = 2500
-    learning_rate: float = 4e-4
+    learning_rate: float = 2.5e-4
     base_weight: float = 0.0
-    queue_size: int = 1024
+    queue_size: int = 2048
     window: int = 2
     encoder_time: float = 0.5
 
