@@ -65,7 +65,7 @@ def caption(config: DemoConfig, outcome: Outcome) -> str:
         f"tokens each; ancestral sampler; judge: a causal model trained on its own split, {judged.precision}, protocol "
         f"{judged.protocol}; intervals and ratios by bootstrap over sequences. T: sampling temperature. H: entropy in "
         "nats, of the tokens of a sample and of all tokens together. Rows '= H ...': the continuation sampled at the "
-        "temperature that gives TokenDrift's entropy."
+        "temperature, 1 at most, that gives TokenDrift's entropy."
     )
 
 
