@@ -209,7 +209,8 @@ def load_judge(folder: Path) -> GPT2LMHeadModel:
     from transformers.utils import logging
 
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    judge = GPT2LMHeadModel.from_pretrained(folder, dtype=torch.float32)
+    judge = GPT2LMHeadModel.from_pretrained(folder)
+    judge.float()  # type: ignore[no-untyped-call]  # stored in float16; releases differ in what they load it as
     judge.eval()  # type: ignore[no-untyped-call]
     return judge
 
