@@ -14,7 +14,7 @@ from rich.console import Console
 from tokendrift import TokenDriftError
 from tokendrift.demo import run as demo_run
 from tokendrift.demo.cache import cached
-from tokendrift.demo.corpus import Splits, docstrings, file_documents, prose, python_documents, split
+from tokendrift.demo.corpus import docstrings, file_documents, prose, python_documents, split
 from tokendrift.demo.report import over_seeds, table, write
 from tokendrift.demo.run import MATCHED, Demo, temperature_at
 from tokendrift.demo.stages import PRETRAINED, Corpus, DemoConfig, check_base, make_denoiser, make_process
@@ -172,10 +172,6 @@ def test_a_second_run_reuses_the_stages_and_gives_the_same_figures(small_run):
     after = {path: path.stat().st_mtime_ns for path in (folder / "stages").rglob("*") if path.is_file()}
     assert before == after and len(list((folder / "stages").iterdir())) == 2
     assert first.headline == second.headline
-
-
-def test_splits_are_named():
-    assert Splits._fields == ("denoiser", "judge", "held_out")
 
 
 def test_from_scratch_trains_tokenizer_judge_and_base_and_refuses_a_base_without_context(tmp_path):

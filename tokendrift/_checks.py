@@ -178,3 +178,22 @@ def check_weights(anchors: Tensor, **sides: tuple[Tensor, Tensor | None]) -> Non
         # Read on the CPU only: on an accelerator it would wait for the device.
         if weights.device.type == "cpu" and not torch.compiler.is_compiling() and not (weights >= 0).all():
             raise fail(f"{name} must be zero or above everywhere.", **{name: weights, "least": weights.min().item()})
+
+
+def check_mask_id(mask_id: int | None, vocab_size: int) -> None:
+    """Require an entry of the vocabulary, or None."""
+    if mask_id is not None and not 0 <= mask_id < vocab_size:
+        raise fail(f"mask_id must lie in [0, V) with V = {vocab_size}.", mask_id=mask_id)
+
+
+def check_one_vocabulary(logits: Tensor, embedding: Tensor) -> None:
+    """Require floating-point logits (B, L, V) with a column for every row of the embedding (V, D)."""
+    check_floating("logits", check_tensor("logits", logits, ("B", "L", "V")))
+    if logits.shape[-1] != embedding.shape[0]:
+        raise fail(
+            f"logits has {logits.shape[-1]} columns (V) but embedding has {embedding.shape[0]} rows (V).",
+            "Denoiser and frozen encoder must share one vocabulary. If only one of them has an entry for the mask, "
+            "drop that column of the logits or append a row to the embedding.",
+            logits=logits,
+            embedding=embedding,
+        )

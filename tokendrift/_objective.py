@@ -14,6 +14,8 @@ from tokendrift._checks import (
     check_floating,
     check_ids,
     check_mask,
+    check_mask_id,
+    check_one_vocabulary,
     check_positive,
     check_same_device,
     check_tensor,
@@ -106,8 +108,7 @@ class DriftObjective(nn.Module):
         if isinstance(feature_map, nn.Module):
             _check_frozen(feature_map)
         check_choice("reduction", reduction, ("mean", "sum", "none"))
-        if mask_id is not None and not 0 <= mask_id < len(embedding):
-            raise fail(f"mask_id must lie in [0, V) with V = {len(embedding)}.", mask_id=mask_id)
+        check_mask_id(mask_id, len(embedding))
         self.register_buffer("embedding", embedding.detach(), persistent=False)
         self._feature_map = _Frozen(feature_map)
         self.field: Field = DriftField() if field is None else field
@@ -138,16 +139,8 @@ class DriftObjective(nn.Module):
         attention_mask: Tensor | None,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Apply the input rules; return clean ids, ids for observed positions, and predicted positions."""
-        check_floating("logits", check_tensor("logits", logits, ("B", "L", "V")))
+        check_one_vocabulary(logits, self.embedding)
         size = len(self.embedding)
-        if logits.shape[-1] != size:
-            raise fail(
-                f"logits has {logits.shape[-1]} columns (V) but embedding has {size} rows (V).",
-                "Denoiser and frozen encoder must share one vocabulary. If only one of them has an entry for the "
-                "mask, drop that column of the logits or append a row to the embedding.",
-                logits=logits,
-                embedding=self.embedding,
-            )
         clean_ids = check_ids("clean_ids", clean_ids, size, like=logits)
         check_same_device(
             "logits",

@@ -20,6 +20,8 @@ from tokendrift._checks import (
     check_floating,
     check_ids,
     check_mask,
+    check_mask_id,
+    check_one_vocabulary,
     check_positive,
     check_same_device,
     check_tensor,
@@ -129,7 +131,7 @@ def linear_soft_token_lift(
     check_floating("weight", check_tensor("weight", weight, ("V", "H")))
     check_floating("embedding", check_tensor("embedding", embedding, ("V", "D")))
     _check_linear(hidden, weight, bias, embedding)
-    _check_mask_id(mask_id, len(embedding))
+    check_mask_id(mask_id, len(embedding))
     check_positive("workspace_mib", workspace_mib)
     on_cpu = hidden.device.type == "cpu"
     block = (1024 if on_cpu else 8192) if vocab_block is None else check_count("vocab_block", vocab_block, least=1)
@@ -243,22 +245,9 @@ def _check_linear(hidden: Tensor, weight: Tensor, bias: Tensor | None, embedding
     check_same_device("hidden", hidden, weight=weight, bias=bias, embedding=embedding)
 
 
-def _check_mask_id(mask_id: int | None, vocab: int) -> None:
-    if mask_id is not None and not 0 <= mask_id < vocab:
-        raise fail(f"mask_id must lie in [0, V) with V = {vocab}.", mask_id=mask_id)
-
-
 def _check_lift(logits: Tensor, embedding: Tensor, mask_id: int | None) -> None:
-    check_floating("logits", check_tensor("logits", logits, ("B", "L", "V")))
     check_floating("embedding", check_tensor("embedding", embedding, ("V", "D")))
-    if logits.shape[-1] != embedding.shape[0]:
-        raise fail(
-            f"logits has {logits.shape[-1]} columns (V) but embedding has {embedding.shape[0]} rows (V).",
-            "Denoiser and frozen encoder must share one vocabulary. If only one of them has an entry for the mask, "
-            "drop that column of the logits or append a row to the embedding.",
-            logits=logits,
-            embedding=embedding,
-        )
+    check_one_vocabulary(logits, embedding)
     if logits.device != embedding.device:
         raise fail(
             f"logits is on {logits.device} but embedding is on {embedding.device}.",
@@ -266,4 +255,4 @@ def _check_lift(logits: Tensor, embedding: Tensor, mask_id: int | None) -> None:
             logits=logits,
             embedding=embedding,
         )
-    _check_mask_id(mask_id, logits.shape[-1])
+    check_mask_id(mask_id, logits.shape[-1])

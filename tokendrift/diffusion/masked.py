@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tokendrift._checks import fail
+from tokendrift._checks import check_mask_id
 from tokendrift.diffusion.process import Mixture, Process, check_objective, wide
 from tokendrift.diffusion.schedules import Schedule
 
@@ -29,8 +29,7 @@ class MaskedDiffusion(Process):
     def __init__(self, vocab_size: int, mask_id: int | None = None, schedule: Schedule | None = None) -> None:
         super().__init__(vocab_size, schedule)
         self.mask_id = vocab_size - 1 if mask_id is None else mask_id
-        if not 0 <= self.mask_id < vocab_size:
-            raise fail(f"mask_id must lie in [0, V) with V = {vocab_size}.", mask_id=mask_id)
+        check_mask_id(self.mask_id, vocab_size)
 
     def prior(
         self,
