@@ -79,7 +79,6 @@ def lift_rows_backward(
     grad: Tensor,
     rows: Tensor,
     table: Tensor,
-    lifted: Tensor,
     index: Tensor | None,
     mask_column: int,
     chunk: int,
@@ -87,7 +86,7 @@ def lift_rows_backward(
     need_table: bool,
 ) -> tuple[Tensor, Tensor]:
     """Return the gradients of `lift_rows` to rows and table; those not needed are empty. ``index`` must ascend."""
-    count, wide = len(lifted), wide_dtype(rows.dtype)
+    count = len(grad)
     narrow = grad.to(table.dtype)
     # The gradient of the logits holds the products where it has their dtype; else a buffer of some rows does.
     in_place = rows.dtype == table.dtype
@@ -96,15 +95,14 @@ def lift_rows_backward(
     grad_table = torch.zeros_like(table) if need_table else table.new_empty(0)
     buffer = grad_rows[:count] if in_place else table.new_empty(min(step, count), table.shape[0])
     tile = _tile(count, chunk)
-    p_tile = table.new_empty(tile, table.shape[0], dtype=wide) if need_rows else None
-    scratch = _scratch(rows, index, mask_column, wide, tile)
+    p_tile = table.new_empty(tile, table.shape[0]) if need_rows else None
+    scratch = _scratch(rows, index, mask_column, table.dtype, tile)
     # Downwards: product i lies in row i until it moves to row index[i] >= i, over products that are done with.
     for start in reversed(range(0, count, step)):
         stop = min(start + step, count)
         product, upstream = buffer[: stop - start], narrow[start:stop]
         if need_table:
-            narrow_scratch = scratch if table.dtype == wide else _scratch(rows, index, mask_column, table.dtype, tile)
-            _softmax_into(product, rows, index, start, mask_column, tile, narrow_scratch)
+            _softmax_into(product, rows, index, start, mask_column, tile, scratch)
             grad_table.addmm_(product.T, upstream)
         if p_tile is None:
             continue
@@ -113,14 +111,13 @@ def lift_rows_backward(
             high = min(low + tile, stop)
             p, dp = p_tile[: high - low], product[low - start : high - start]
             _softmax_into(p, rows, index, low, mask_column, tile, scratch)
-            # The logits in scratch are done with.
-            gradient = (
-                dp if scratch is None or (dp.dtype == wide and index is None) else scratch[: high - low].copy_(dp)
-            )
-            gradient.sub_((grad[low:high] * lifted[low:high]).sum(dim=-1, keepdim=True)).mul_(p)
+            # In the cache, with sums in float32: the row term costs no pass over the vocabulary in memory. Rows that
+            # move go through scratch, whose logits are done with: their new place may overlap this tile.
+            gradient = dp if index is None or scratch is None else scratch[: high - low]
+            torch._softmax_backward_data(dp, p, -1, p.dtype, grad_input=gradient)
             if index is not None:
                 grad_rows.index_copy_(0, index[low:high], gradient.to(rows.dtype))
-            elif not in_place or gradient is not dp:
+            elif not in_place:
                 grad_rows[low:high].copy_(gradient)
     if index is not None and need_rows:
         predicted = torch.zeros(len(rows), dtype=torch.int8, device=rows.device).index_fill_(0, index, 1)
@@ -145,7 +142,6 @@ def _(
     grad: Tensor,
     rows: Tensor,
     table: Tensor,
-    lifted: Tensor,
     index: Tensor | None,
     mask_column: int,
     chunk: int,
@@ -157,14 +153,14 @@ def _(
 
 def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
     rows, table, index, ctx.mask_column, ctx.chunk = inputs
-    ctx.save_for_backward(rows, table, output, index)
+    ctx.save_for_backward(rows, table, index)
 
 
 def _backward(ctx, grad: Tensor):  # type: ignore[no-untyped-def]
-    rows, table, lifted, index = ctx.saved_tensors
+    rows, table, index = ctx.saved_tensors
     need_rows, need_table = ctx.needs_input_grad[:2]
     grad_rows, grad_table = soft_lift_backward(
-        grad.contiguous(), rows, table, lifted, index, ctx.mask_column, ctx.chunk, need_rows, need_table
+        grad.contiguous(), rows, table, index, ctx.mask_column, ctx.chunk, need_rows, need_table
     )
     return grad_rows if need_rows else None, grad_table if need_table else None, None, None, None
 

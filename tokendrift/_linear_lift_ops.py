@@ -34,7 +34,9 @@ def linear_lift_rows(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, table: Tensor, mask_column: int, tokens: int, block: int
 ) -> tuple[Tensor, Tensor]:
     """Return softmax(hidden @ weight.T + bias) @ table, (T, D); and the top logit and the mass under it, (T, 2)."""
-    dtype, wide = product_dtype(hidden.dtype, weight.dtype, table.dtype), wide_dtype(hidden.dtype)
+    # The two products need not agree: bfloat16 scores of a model in mixed precision may lift a float32 embedding.
+    dtype, wide = product_dtype(hidden.dtype, weight.dtype), wide_dtype(hidden.dtype)
+    lift_dtype = product_dtype(hidden.dtype, table.dtype)
     out = hidden.new_zeros(len(hidden), table.shape[1], dtype=wide)
     scale = hidden.new_empty(len(hidden), 2, dtype=wide)
     for rows in _spans(len(hidden), tokens):
@@ -48,7 +50,7 @@ def linear_lift_rows(
             p.sub_(higher).exp_()
             shrink, top = (top - higher).exp_(), higher
             mass.mul_(shrink).add_(p.sum(dim=1, keepdim=True))
-            sums.mul_(shrink).add_(_product(p.to(dtype), table[span].to(dtype)))
+            sums.mul_(shrink).add_(_product(p.to(lift_dtype), table[span].to(lift_dtype)))
         sums.div_(mass)
         scale[rows] = torch.cat([top, mass], dim=1)
     return out, scale
@@ -68,7 +70,8 @@ def linear_lift_rows_backward(
     need: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return the gradients to hidden, weight, bias and table; those not needed are empty."""
-    dtype, wide = product_dtype(hidden.dtype, weight.dtype, table.dtype), wide_dtype(hidden.dtype)
+    dtype, wide = product_dtype(hidden.dtype, weight.dtype), wide_dtype(hidden.dtype)
+    lift_dtype = product_dtype(hidden.dtype, table.dtype)
     need_hidden, need_weight, need_bias, need_table = need
     need_logits = need_hidden or need_weight or need_bias
 
@@ -91,13 +94,13 @@ def linear_lift_rows_backward(
         bias_sum = grad.new_zeros(size if need_bias else 0)
         table_sum = grad.new_zeros(size if need_table else 0, table.shape[1])
         for rows in _spans(len(hidden), tokens):
-            inputs, upstream = hidden[rows].to(dtype), share[rows].to(dtype)
+            inputs, upstream = hidden[rows].to(dtype), share[rows].to(lift_dtype)
             p = _block_logits(inputs, weight, bias, span, mask_column).sub_(top[rows]).exp_()
             if need_table:
-                table_sum += _product(p.to(dtype).T, upstream)
+                table_sum += _product(p.to(lift_dtype).T, upstream)
             if not need_logits:
                 continue
-            slope = _product(upstream, table[span].to(dtype).T).sub_(row_term[rows]).mul_(p)
+            slope = _product(upstream, table[span].to(lift_dtype).T).sub_(row_term[rows]).mul_(p)
             del p
             if need_bias:
                 bias_sum += slope.sum(dim=0)

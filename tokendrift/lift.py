@@ -2,7 +2,7 @@ r"""The soft-token lift: logits, or hidden states, to expected embeddings; exact
 
 :math:`e = \mathrm{softmax}(\ell)\,E`. The plain form keeps the softmax (B, L, V) for its backward and needs a
 second tensor of that size there. Here rows are lifted in chunks; the backward recomputes the softmax of
-a few rows at a time and takes the row term from the output,
+a few rows at a time, and with it
 
 .. math:: \partial\ell = p \odot \big(E\,\partial e - \langle e, \partial e\rangle\big),
 
@@ -38,7 +38,7 @@ def soft_token_lift(
     noisy_ids: Tensor | None = None,
     predicted: Tensor | None = None,
     mask_id: int | None = None,
-    workspace_mib: float = 256.0,
+    workspace_mib: float = 128.0,
 ) -> Tensor:
     r"""Lift logits to soft-token embeddings.
 
@@ -58,9 +58,9 @@ def soft_token_lift(
         Shape (B, L, D), in float32 (float64 for float64 logits) whatever the dtype of the logits.
         Differentiable to logits and, if it requires grad, to the embedding; not twice.
 
-    Logits in bfloat16 or float16 get a float32 softmax and float32 products. Only where the embedding is
-    bfloat16 too do the products take bfloat16 operands, as in the plain form, and round their results to it; pass
-    ``embedding.float()`` if you want the digits rather than the speed.
+    Logits in bfloat16 or float16 get a float32 softmax and float32 products. Only where the embedding is bfloat16 too
+    are softmax and products those of the plain form: sums in float32, operands and results rounded to
+    bfloat16. Pass ``embedding.float()`` if you want the digits rather than the speed.
 
     Raises:
         TokenDriftError: If shapes, dtypes or devices do not fit, ids are out of range, or observed
@@ -92,7 +92,7 @@ def linear_soft_token_lift(
     noisy_ids: Tensor | None = None,
     predicted: Tensor | None = None,
     mask_id: int | None = None,
-    workspace_mib: float = 256.0,
+    workspace_mib: float = 128.0,
     vocab_block: int | None = None,
 ) -> Tensor:
     r"""Lift hidden states to soft-token embeddings without ever holding their logits.
@@ -117,7 +117,8 @@ def linear_soft_token_lift(
 
     Returns:
         Shape (B, L, D), in float32 (float64 for float64 hidden states). Differentiable to hidden, weight, bias and
-        embedding; not twice. Products take bfloat16 operands where hidden, weight and embedding all are bfloat16.
+        embedding; not twice. The product of the output layer takes bfloat16 operands where hidden and weight both are
+        bfloat16, that of the lift where hidden and embedding both are.
 
     Raises:
         TokenDriftError: As `soft_token_lift`, and if hidden, weight and bias do not fit.
@@ -152,7 +153,7 @@ def straight_through_lift(
     noisy_ids: Tensor | None = None,
     predicted: Tensor | None = None,
     mask_id: int | None = None,
-    workspace_mib: float = 256.0,
+    workspace_mib: float = 128.0,
 ) -> Tensor:
     r"""Look up the likeliest token, with the gradient of the soft lift. An ablation: it collapses.
 
