@@ -199,9 +199,40 @@ def test_sigma_is_what_the_encoder_is_told(backbone):
     assert not torch.allclose(told, PooledFeatures(encoder, layers=(-1,), normalize=False)(embeds))
 
 
-def test_windows_refuse_odd_lengths_and_padding(backbone):
-    features = PooledFeatures(backbone(), window=3)
-    with pytest.raises(TokenDriftError, match="L must be a multiple of window = 3"):
-        features(torch.randn(2, 8, 16))
-    with pytest.raises(TokenDriftError, match="attention_mask cannot be combined with window"):
-        features(torch.randn(2, 9, 16), torch.ones(2, 9, dtype=torch.bool))
+def test_the_last_window_may_be_shorter(backbone):
+    encoder, embeds = backbone(), torch.randn(2, 8, 16)
+    hidden = encoder.hidden_states(embeds)[-1]
+    features = PooledFeatures(encoder, window=3, layers=(-1,), normalize=False)(embeds)
+    torch.testing.assert_close(features, torch.stack([part.mean(1) for part in hidden.split(3, dim=1)], dim=1))
+
+
+def test_several_widths_follow_one_another(backbone):
+    encoder, embeds = backbone(), torch.randn(2, 8, 16)
+    several = PooledFeatures(encoder, window=(2, 8, None))(embeds)
+    assert several.shape == (2, 6, 32)
+    assert torch.equal(several[:, :4], PooledFeatures(encoder, window=2)(embeds))
+    assert torch.equal(several[:, 4:5], PooledFeatures(encoder, window=8)(embeds))
+    torch.testing.assert_close(several[:, 5], PooledFeatures(encoder)(embeds))
+
+
+@given(lengths=st.lists(st.integers(0, 8), min_size=1, max_size=4), width=st.integers(1, 9), left=st.booleans())
+def test_windows_of_padded_rows_are_those_of_the_row_alone(backbone, lengths, width, left):
+    """Right of the text a row's windows end early; left of it they start late: only positions that count are pooled."""
+    features = PooledFeatures(backbone(), window=(width, None))
+    embeds = torch.randn(len(lengths), 8, 16, generator=torch.Generator().manual_seed(width))
+    mask = torch.arange(8) < torch.tensor(lengths)[:, None]
+    mask = mask.flip(1) if left else mask
+    padded, present = features(embeds, mask), features.present(mask)
+    assert present.shape == padded.shape[:2]
+    for row, each, here in zip(embeds, mask, present, strict=True):
+        expected = each.nonzero().flatten() // width
+        assert here[:-1].nonzero().flatten().tolist() == sorted(set(expected.tolist()))
+        assert here[-1] == each.any()
+        if not left and each.any():
+            alone = features(row[None, each])[0]
+            torch.testing.assert_close(padded[embeds.eq(row).all(-1).all(-1)][0][here], alone, rtol=1e-4, atol=1e-5)
+    assert not padded[~present].any()
+
+
+def test_a_map_without_windows_has_none_to_leave_out(backbone):
+    assert PooledFeatures(backbone()).present(torch.ones(2, 8, dtype=torch.bool)) is None

@@ -4,8 +4,9 @@ The core is here: the lift, feature maps, drift fields, queues and losses. It ne
 `tokendrift.diffusion`, `models`, `sampling`, `evaluation`, `training` and `demo` are imported by name.
 """
 
+from tokendrift.encoders import map_vocabulary
 from tokendrift.errors import TokenDriftError
-from tokendrift.features import FeatureMap, PooledFeatures
+from tokendrift.features import ConcatenatedFeatures, FeatureMap, IdentityFeatures, PooledFeatures
 from tokendrift.field import DriftField, Field, FieldDiagnostics
 from tokendrift.image_field import ImageDriftField
 from tokendrift.lift import linear_soft_token_lift, soft_token_lift, straight_through_lift
@@ -15,12 +16,14 @@ from tokendrift.references import FeatureQueue, guidance_weight
 __version__ = "0.1.0"
 
 __all__ = [
+    "ConcatenatedFeatures",
     "Diagnostics",
     "DriftField",
     "FeatureMap",
     "FeatureQueue",
     "Field",
     "FieldDiagnostics",
+    "IdentityFeatures",
     "ImageDriftField",
     "LossOutput",
     "MirrorTeacherLoss",
@@ -29,6 +32,7 @@ __all__ = [
     "TokenDriftLoss",
     "guidance_weight",
     "linear_soft_token_lift",
+    "map_vocabulary",
     "soft_token_lift",
     "straight_through_lift",
 ]

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tokendrift.errors import TokenDriftError
 
@@ -180,6 +180,18 @@ def check_weights(anchors: Tensor, **sides: tuple[Tensor, Tensor | None]) -> Non
             raise fail(f"{name} must be zero or above everywhere.", **{name: weights, "least": weights.min().item()})
 
 
+def check_frozen(name: str, module: nn.Module) -> None:
+    """Require evaluation mode and no parameter that requires grad."""
+    trainable = [label for label, parameter in module.named_parameters() if parameter.requires_grad]
+    if trainable or module.training:
+        what = f"{len(trainable)} parameters that require grad ({trainable[0]}, ...)" if trainable else "training mode"
+        raise fail(
+            f"{name} must be frozen, but it has {what}.",
+            f"Pass a frozen copy: copy.deepcopy({name}).eval().requires_grad_(False).",
+            **{name: type(module).__name__},
+        )
+
+
 def check_mask_id(mask_id: int | None, vocab_size: int) -> None:
     """Require an entry of the vocabulary, or None."""
     if mask_id is not None and not 0 <= mask_id < vocab_size:
@@ -192,8 +204,9 @@ def check_one_vocabulary(logits: Tensor, embedding: Tensor) -> None:
     if logits.shape[-1] != embedding.shape[0]:
         raise fail(
             f"logits has {logits.shape[-1]} columns (V) but embedding has {embedding.shape[0]} rows (V).",
-            "Denoiser and frozen encoder must share one vocabulary. If only one of them has an entry for the mask, "
-            "drop that column of the logits or append a row to the embedding.",
+            "Denoiser and frozen encoder must share one vocabulary. Bring the embedding into the denoiser's with "
+            "tokendrift.map_vocabulary(embedding, ids), where id -1 stands for entries that the encoder lacks, such as "
+            "the mask; or drop that column of the logits.",
             logits=logits,
             embedding=embedding,
         )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +12,7 @@ from tokendrift._checks import (
     check_choice,
     check_count,
     check_floating,
+    check_frozen,
     check_ids,
     check_mask,
     check_mask_id,
@@ -60,26 +61,54 @@ class Batch(NamedTuple):
         generated: Shape (N, M).
         real: Shape (N, M), in the same order.
         mine: Rows of this rank.
-        share: Sequences of this rank over the mean number of sequences a rank; 1 where all have as many.
+        share: Sequences of this rank over the mean number of sequences with features a rank; 1 where all have as many.
     """
 
     generated: Tensor
     real: Tensor
     mine: slice
-    share: float
+    share: float | Tensor
 
 
 class _Frozen:
-    """Hides a module from ``parameters()``, ``state_dict()`` and ``train()`` of its owner."""
+    """Hides feature map and embedding from ``parameters()``, ``state_dict()`` and ``train()`` of their owner.
 
-    def __init__(self, value: Any) -> None:
-        self.value = value
+    An embedding that shares its memory with a parameter of the feature map is read from there, so that the two are one
+    in memory and in a pickle, also after ``.to()`` and ``deepcopy``.
+    """
+
+    def __init__(self, embedding: Tensor, feature_map: FeatureMap) -> None:
+        self.feature_map = feature_map
+        self._embedding: Tensor | tuple[nn.Module, str] = embedding.detach()
+        for module in feature_map.modules() if isinstance(feature_map, nn.Module) else ():
+            for name, parameter in module.named_parameters(recurse=False):
+                if parameter.dtype == embedding.dtype and parameter.is_set_to(embedding):
+                    self._embedding = (module, name)
+
+    @property
+    def embedding(self) -> Tensor:
+        if isinstance(self._embedding, Tensor):
+            return self._embedding
+        module, name = self._embedding
+        return getattr(module, name).detach()
+
+    def apply(self, fn: Callable[[Tensor], Tensor]) -> None:
+        if isinstance(self.feature_map, nn.Module):
+            self.feature_map._apply(fn)
+        if isinstance(self._embedding, Tensor):
+            self._embedding = fn(self._embedding)
+
+
+def mean_over_windows(values: Tensor, weights: Tensor | None, sequences: int) -> Tensor:
+    """Return a value for each sequence, (B,), from one for each feature, (N,); zero for a sequence without any."""
+    if weights is None:
+        return values.view(sequences, -1).mean(dim=1)
+    weights = weights.to(values)
+    return (weights * torch.zeros_like(weights).masked_scatter(weights > 0, values)).sum(dim=1)
 
 
 class DriftObjective(nn.Module):
     """What the losses share: checking, lifting, features, references and drift."""
-
-    embedding: Tensor
 
     def __init__(
         self,
@@ -106,11 +135,10 @@ class DriftObjective(nn.Module):
         if not callable(feature_map):
             raise fail("feature_map must be a callable (B, L, D) -> (B, M).", feature_map=feature_map)
         if isinstance(feature_map, nn.Module):
-            _check_frozen(feature_map)
+            check_frozen("feature_map", feature_map)
         check_choice("reduction", reduction, ("mean", "sum", "none"))
         check_mask_id(mask_id, len(embedding))
-        self.register_buffer("embedding", embedding.detach(), persistent=False)
-        self._feature_map = _Frozen(feature_map)
+        self._frozen = _Frozen(embedding, feature_map)
         self.field: Field = DriftField() if field is None else field
         self.mask_id, self.exclude_paired_positive = mask_id, exclude_paired_positive
         self.reduction: Reduction = reduction
@@ -122,12 +150,16 @@ class DriftObjective(nn.Module):
     @property
     def feature_map(self) -> FeatureMap:
         """The frozen feature map."""
-        return self._feature_map.value
+        return self._frozen.feature_map
+
+    @property
+    def embedding(self) -> Tensor:
+        """E of the frozen encoder, (V, D)."""
+        return self._frozen.embedding
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> DriftObjective:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        if isinstance(self.feature_map, nn.Module):
-            self.feature_map._apply(fn)
+        self._frozen.apply(fn)
         return self
 
     def _checked(
@@ -170,14 +202,30 @@ class DriftObjective(nn.Module):
         return clean_ids, noisy_ids, predicted
 
     def _features(self, embeds: Tensor, attention_mask: Tensor | None) -> Tensor:
-        """Return features as one cloud, (N, M): N is B, or B * W where the map gives windows (B, W, M)."""
+        """Return features as one cloud, (N, M): N is B, or the number of windows where the map gives (B, W, M)."""
         kwargs = {} if attention_mask is None else {"attention_mask": attention_mask}
         features = self.feature_map(embeds, **kwargs)
         windows = isinstance(features, Tensor) and features.ndim == 3
         check_tensor("feature_map(embeds)", features, ("B", "W", "M") if windows else ("B", "M"))
         if len(features) != len(embeds):
             raise fail("feature_map must return one row a sequence: (B, M), or (B, W, M) for windows.", got=features)
-        return features.to(torch.promote_types(features.dtype, torch.float32)).flatten(0, -2)
+        features = features.to(torch.promote_types(features.dtype, torch.float32))
+        present = self._present(attention_mask)
+        if present is None:
+            return features.flatten(0, -2)
+        if present.shape != features.shape[:2] or not windows:
+            raise fail("feature_map.present(attention_mask) must be bool (B, W).", present=present, features=features)
+        return features[present]
+
+    def _present(self, attention_mask: Tensor | None) -> Tensor | None:
+        """Return which windows hold text, bool (B, W); None where the map does not tell them apart."""
+        present = getattr(self.feature_map, "present", None)
+        return None if attention_mask is None or present is None else present(attention_mask)
+
+    def _weights(self, attention_mask: Tensor | None) -> Tensor | None:
+        """Return the weight of each window in the mean of its sequence, (B, W); None where all are equal."""
+        present = self._present(attention_mask)
+        return None if present is None else present / present.sum(dim=1, keepdim=True).clamp_min(1)
 
     def _generated(
         self, logits: Tensor, noisy_ids: Tensor | None, predicted: Tensor | None, mask: Tensor | None
@@ -209,15 +257,21 @@ class DriftObjective(nn.Module):
         return self._features(nn.functional.embedding(clean_ids.long(), self.embedding), mask)
 
     @torch.no_grad()
-    def _gather(self, generated: Tensor, real: Tensor) -> Batch:
+    def _gather(self, generated: Tensor, real: Tensor, weights: Tensor | None) -> Batch:
         """Return the features of all ranks, or those of this one where it works alone."""
         generated, own = generated.detach(), len(generated)
         ranks = rank_count() if self.across_ranks else 1
         if ranks == 1:
-            return Batch(generated, real, slice(0, own), 1.0)
-        both, offset = gather(torch.cat([generated, real.to(generated)], dim=1))
-        width = generated.shape[1]
-        return Batch(both[:, :width], both[:, width:], slice(offset, offset + own), own * ranks / len(both))
+            share = 1.0 if weights is None else len(weights) / weights.sum().clamp_min(1)
+            return Batch(generated, real, slice(0, own), share)
+        columns, width = [generated, real.to(generated)], generated.shape[1]
+        if weights is not None:  # they add up to the sequences that have features
+            columns.append(weights[weights > 0][:, None].to(generated))
+        both, offset = gather(torch.cat(columns, dim=1))
+        mine, share = slice(offset, offset + own), own * ranks / len(both)
+        if weights is not None:
+            share = len(weights) * ranks / both[:, -1].sum().clamp_min(1)
+        return Batch(both[:, :width], both[:, width : 2 * width], mine, share)
 
     @torch.no_grad()
     def _drift(self, batch: Batch, diagnose: bool) -> tuple[Tensor, FieldDiagnostics | None]:
@@ -248,7 +302,7 @@ class DriftObjective(nn.Module):
             self.queue_real.push(batch.real)
             self.queue_generated.push(batch.generated)
 
-    def _reduce(self, per_sequence: Tensor, share: float) -> Tensor:
+    def _reduce(self, per_sequence: Tensor, share: float | Tensor) -> Tensor:
         if self.reduction == "none":
             return per_sequence
         return per_sequence.mean() * share if self.reduction == "mean" else per_sequence.sum()
@@ -261,7 +315,7 @@ class DriftObjective(nn.Module):
         field: FieldDiagnostics | None,
         return_diagnostics: bool,
         fill: tuple[int, int],
-        share: float,
+        share: float | Tensor,
     ) -> Tensor | LossOutput:
         # Nothing predicted, nothing to learn: exactly zero, still attached to the graph.
         if predicted is not None:
@@ -288,14 +342,3 @@ def token_entropy(logits: Tensor, predicted: Tensor | None = None, mask_id: int 
     log_p = rows.log_softmax(dim=-1)
     entropy = torch.special.entr(log_p.exp()).sum(dim=-1)
     return entropy.mean() if len(entropy) else entropy.sum()
-
-
-def _check_frozen(module: nn.Module) -> None:
-    trainable = [name for name, parameter in module.named_parameters() if parameter.requires_grad]
-    if trainable or module.training:
-        what = f"{len(trainable)} parameters that require grad ({trainable[0]}, ...)" if trainable else "training mode"
-        raise fail(
-            f"feature_map must be frozen, but it has {what}.",
-            "Pass a frozen copy: copy.deepcopy(feature_map).eval().requires_grad_(False).",
-            feature_map=type(module).__name__,
-        )

@@ -3,32 +3,26 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Sequence
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from tokendrift._checks import check_count, check_tensor, fail
+from tokendrift._checks import check_count, check_frozen, check_mask, check_positive, check_tensor, fail
+from tokendrift.encoders import as_encoder, input_embedding
 
 
 class FeatureMap(Protocol):
     """Any frozen, differentiable callable from embeddings (B, L, D) to features (B, M), or (B, W, M) for W windows.
 
-    It may take ``attention_mask``; the loss passes one only if it was given one.
+    It may take ``attention_mask``; the loss passes one only if it was given one. A map whose windows can be padding
+    alone also has ``present(attention_mask) -> (B, W) bool``; rows that are not present enter no cloud.
     """
 
     def __call__(self, embeds: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """Map embeddings (B, L, D) to features (B, M) or (B, W, M)."""
-        ...
-
-
-@runtime_checkable
-class HiddenStates(Protocol):
-    """An encoder that shows the output of every layer, as `tokendrift.models.DiT` does."""
-
-    def hidden_states(self, embeds: Tensor, *, attention_mask: Tensor | None = None) -> list[Tensor]:
-        """Map embeddings (B, L, D) to a list of (B, L, D), input first."""
         ...
 
 
@@ -42,23 +36,27 @@ class PooledFeatures(nn.Module):
 
     One mean over a whole sequence says little of which words stand together. ``window`` pools every w
     neighbours instead and gives one vector for each of the L/w windows; all windows of a batch then form one
-    cloud, with as many more anchors and references.
+    cloud, with as many more anchors and references. Several widths at once, as in ``window=(2, 8)``, give the
+    windows of each width one after the other, in the same cloud; None among them is the whole sequence.
+    The last window of a sequence may be shorter. In a padded batch a window is the mean of its positions that
+    count, and one without any is not present: it enters no cloud.
 
     Time-conditioned encoders run at clean time (sigma = 0) unless told otherwise: at ``sigma`` above 0 they take
     the text for noisy and read more of the context.
 
     The encoder is deep-copied, put into evaluation mode and frozen, so that further training of the
-    original does not move the features.
+    original does not move the features. Of a model with a head, only what is below the head is copied.
 
     Args:
-        encoder: A module with ``hidden_states(embeds, attention_mask=...)``, such as `DiT`.
-        layers: Indices into the list of hidden states; M = len(layers) * D.
-        window: w, positions pooled into one vector; the whole sequence by default, as in the paper.
+        encoder: A module with ``hidden_states(embeds, attention_mask=...)``, such as `DiT`, or an encoder or causal
+            model of transformers: any whose forward takes ``inputs_embeds``.
+        layers: Indices into the list of hidden states; M is the sum of their widths.
+        window: w, positions pooled into one vector, or several such; the whole sequence by default, as in the paper.
         sigma: Noise level ``-log alpha_t`` that a time-conditioned encoder is told.
         normalize: Divide by the Euclidean norm.
 
     Raises:
-        TokenDriftError: If the encoder shows no hidden states or has fewer than the layers ask for.
+        TokenDriftError: If the encoder shows no hidden states, is wrapped for several devices, or knows no sigma.
 
     Source: TokenDrift (arXiv 2605.19470), appendix F.
     """
@@ -68,77 +66,202 @@ class PooledFeatures(nn.Module):
         encoder: nn.Module,
         *,
         layers: Sequence[int] = (-2, -1),
-        window: int | None = None,
+        window: int | Sequence[int | None] | None = None,
         sigma: float = 0.0,
         normalize: bool = True,
     ) -> None:
         super().__init__()
-        if not isinstance(encoder, HiddenStates):
-            raise fail(
-                "encoder must have a method hidden_states(embeds, attention_mask=...) -> list of (B, L, D).",
-                "Wrap your encoder in a module with that method, or pass any frozen callable (B, L, D) -> (B, M) "
-                "as feature_map.",
-                encoder=type(encoder).__name__,
-            )
+        encoder = as_encoder(encoder)
         if not layers:
             raise fail("layers must name at least one hidden layer.", layers=layers)
+        if sigma != 0 and not _takes(encoder, "sigma"):
+            raise fail(
+                "sigma was given, but the encoder is not conditioned on a noise level.",
+                "Leave sigma out, or let the encoder's hidden_states take sigma, (B,).",
+                encoder=type(encoder).__name__,
+                sigma=sigma,
+            )
+        self.layers, self.normalize, self.sigma = tuple(layers), normalize, sigma
+        self.windows = _windows(window)
         self.encoder = copy.deepcopy(encoder).eval().requires_grad_(False)
-        self.layers, self.normalize = tuple(layers), normalize
-        self.window = None if window is None else check_count("window", window, least=1)
-        self.sigma = sigma
         super().train(False)
 
     def train(self, mode: bool = True) -> PooledFeatures:
         """Stay in evaluation mode, whatever the mode of the owner."""
         return self
 
+    @property
+    def embedding(self) -> Tensor:
+        """E of the frozen encoder, (V, D), sharing its memory; see `tokendrift.encoders.input_embedding`."""
+        return input_embedding(self.encoder)
+
     def forward(self, embeds: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        """Return features (B, M), or (B, L/w, M) with windows, in float32 or wider, from embeddings (B, L, D).
+        """Return features (B, M), or (B, W, M) with windows, in float32 or wider, from embeddings (B, L, D).
 
         Args:
             embeds: Hard or soft token embeddings, cast to the encoder's dtype.
-            attention_mask: Positions that count, bool (B, L); padding neither attends nor is pooled.
+            attention_mask: Positions that count, bool (B, L); padding neither attends nor is pooled. What has no such
+                position is zero.
 
         Raises:
-            TokenDriftError: If a layer does not exist, L is no multiple of the window, or padding meets windows.
+            TokenDriftError: If a layer does not exist or the mask has another shape.
         """
         check_tensor("embeds", embeds, ("B", "L", "D"))
-        if self.window is not None:
-            self._check_windows(embeds, attention_mask)
+        mask = None if attention_mask is None else check_mask("attention_mask", attention_mask, embeds.shape[:2])
         level = {} if self.sigma == 0 else {"sigma": embeds.new_full((len(embeds),), self.sigma)}
-        hidden = self.encoder.hidden_states(embeds.to(_dtype(self.encoder)), attention_mask=attention_mask, **level)
+        encoder: Any = self.encoder
+        hidden = encoder.hidden_states(embeds.to(_dtype(encoder, embeds)), attention_mask=mask, **level)
         if any(not -len(hidden) <= layer < len(hidden) for layer in self.layers):
             raise fail(f"layers {self.layers} do not exist: the encoder shows {len(hidden)} hidden states.")
         with torch.autocast(embeds.device.type, enabled=False):
-            pooled = [self._pool(hidden[layer], attention_mask) for layer in self.layers]
-            features = torch.cat(pooled, dim=-1)
+            chosen = [hidden[layer] for layer in self.layers]
+            if self.windows is None:
+                features = torch.cat([masked_mean(layer, mask) for layer in chosen], dim=-1)
+            else:
+                means = [torch.cat([window_means(h, width, mask) for h in chosen], dim=-1) for width in self.windows]
+                features = torch.cat(means, dim=1)
             return nn.functional.normalize(features, dim=-1) if self.normalize else features
 
-    def _pool(self, hidden: Tensor, attention_mask: Tensor | None) -> Tensor:
-        if self.window is None:
-            return masked_mean(hidden, attention_mask)
-        hidden = hidden.to(torch.promote_types(hidden.dtype, torch.float32))
-        return hidden.unflatten(1, (-1, self.window)).mean(dim=2)
+    def present(self, attention_mask: Tensor) -> Tensor | None:
+        """Return which windows have a position that counts, bool (B, W); None without windows."""
+        if self.windows is None:
+            return None
+        here = attention_mask.bool()[..., None].float()
+        return torch.cat([window_means(here, width, attention_mask) for width in self.windows], dim=1)[..., 0] > 0
 
-    def _check_windows(self, embeds: Tensor, attention_mask: Tensor | None) -> None:
-        if self.window is not None and embeds.shape[1] % self.window:
-            raise fail(f"L must be a multiple of window = {self.window}.", embeds=embeds)
-        if attention_mask is not None:
+
+class IdentityFeatures(PooledFeatures):
+    """Pool the soft embeddings themselves, without an encoder: a bag of words a sequence or a window.
+
+    Knows which tokens occur and nothing of their order inside what is pooled. Cheap; good for a first test of a
+    training loop and as the baseline that an encoder has to beat.
+
+    Args:
+        window: As in `PooledFeatures`.
+        normalize: Divide by the Euclidean norm.
+
+    >>> IdentityFeatures()(torch.eye(2)[None])
+    tensor([[0.7071, 0.7071]])
+    """
+
+    def __init__(self, *, window: int | Sequence[int | None] | None = None, normalize: bool = True) -> None:
+        super().__init__(_Embeddings(), layers=(-1,), window=window, normalize=normalize)
+
+
+class ConcatenatedFeatures(nn.Module):
+    r"""Several feature maps side by side: squared distances add up with the given weights.
+
+    .. math:: h = [\sqrt{w_1}\, h^{(1)}, \dots, \sqrt{w_K}\, h^{(K)}],\qquad \sum_k w_k = 1
+
+    Unit vectors stay unit vectors. All maps must give the same number of windows, or none.
+
+    Encoders with embeddings of their own go together too: concatenate the matrices, ``torch.cat([E1, E2], dim=1)``,
+    and name the ``widths``. The lift is linear, so that each map gets the soft embeddings of its own encoder.
+
+    Args:
+        maps: Frozen feature maps; used as they are, not copied.
+        weights: w, brought to sum 1; equal by default.
+        widths: Columns of the embeddings that each map takes, in order; all of them by default.
+
+    Raises:
+        TokenDriftError: If a map is not frozen, or the lengths differ.
+
+    >>> both = ConcatenatedFeatures([lambda e: e.mean(dim=1), lambda e: e.amax(dim=1)], weights=[3, 1])
+    >>> both(torch.tensor([[[0.0], [4.0]]]))
+    tensor([[1.7321, 2.0000]])
+    """
+
+    def __init__(
+        self,
+        maps: Sequence[FeatureMap],
+        *,
+        weights: Sequence[float] | None = None,
+        widths: Sequence[int] | None = None,
+    ) -> None:
+        super().__init__()
+        weights = [1.0] * len(maps) if weights is None else [check_positive("weights", weight) for weight in weights]
+        for name, given in (("weights", weights), ("widths", widths)):
+            if not maps or (given is not None and len(given) != len(maps)):
+                raise fail(f"{name} must have one entry for each of the maps, of which there must be one.", maps=maps)
+        for index, each in enumerate(maps):
+            if isinstance(each, nn.Module):
+                check_frozen(f"maps[{index}]", each)
+        self.maps = list(maps)
+        self.frozen = nn.ModuleList(each for each in maps if isinstance(each, nn.Module))
+        self.scales = [(weight / sum(weights)) ** 0.5 for weight in weights]
+        self.widths = None if widths is None else [check_count("widths", width, least=1) for width in widths]
+        super().train(False)
+
+    def train(self, mode: bool = True) -> ConcatenatedFeatures:
+        """Stay in evaluation mode, whatever the mode of the owner."""
+        return self
+
+    def forward(self, embeds: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """Return features (B, M1 + ... + MK), or (B, W, M1 + ... + MK), from embeddings (B, L, D).
+
+        Raises:
+            TokenDriftError: If the widths do not add up to D, or the maps differ in their number of windows.
+        """
+        check_tensor("embeds", embeds, ("B", "L", "D"))
+        if self.widths is not None and sum(self.widths) != embeds.shape[-1]:
+            raise fail(f"widths {self.widths} must add up to D = {embeds.shape[-1]}.", embeds=embeds)
+        parts = [embeds] * len(self.maps) if self.widths is None else embeds.split(self.widths, dim=-1)
+        kwargs = {} if attention_mask is None else {"attention_mask": attention_mask}
+        features = [each(part, **kwargs) for each, part in zip(self.maps, parts, strict=True)]
+        if len({one.shape[:-1] for one in features}) > 1:
+            shapes = ", ".join(str(tuple(one.shape)) for one in features)
             raise fail(
-                "attention_mask cannot be combined with window: windows of padding would enter the clouds.",
-                "Pack the text into full sequences, or pool whole sequences (window=None).",
-                attention_mask=attention_mask,
+                f"the maps differ in their number of windows: they gave {shapes}.",
+                "Give all the same window, or put several widths into one map: PooledFeatures(window=(2, 8)).",
             )
+        return torch.cat([scale * one for scale, one in zip(self.scales, features, strict=True)], dim=-1)
+
+    def present(self, attention_mask: Tensor) -> Tensor | None:
+        """Return which windows have a position that counts, bool (B, W); None where no map says so."""
+        found = (each.present(attention_mask) for each in self.maps if hasattr(each, "present"))
+        return next((windows for windows in found if windows is not None), None)
+
+
+class _Embeddings(nn.Module):
+    def hidden_states(self, embeds: Tensor, *, attention_mask: Tensor | None = None) -> list[Tensor]:
+        return [embeds]
 
 
 def masked_mean(hidden: Tensor, attention_mask: Tensor | None) -> Tensor:
-    """Return the mean over the positions that count, (B, L, D) to (B, D), in float32 or wider."""
+    """Return the mean over the positions that count, (..., L, D) to (..., D), in float32 or wider; zero over none."""
     hidden = hidden.to(torch.promote_types(hidden.dtype, torch.float32))
     if attention_mask is None:
-        return hidden.mean(dim=1)
-    weight = attention_mask.to(hidden.dtype)[..., None]
-    return (hidden * weight).sum(dim=1) / weight.sum(dim=1).clamp_min(1)
+        return hidden.mean(dim=-2)
+    kept = attention_mask.bool()[..., None]
+    # Not a product with the mask: what stands at padding need not be finite.
+    return torch.where(kept, hidden, 0.0).sum(dim=-2) / kept.sum(dim=-2).clamp_min(1)
 
 
-def _dtype(module: nn.Module) -> torch.dtype:
-    return next((p.dtype for p in module.parameters()), torch.float32)
+def window_means(hidden: Tensor, width: int | None, attention_mask: Tensor | None) -> Tensor:
+    """Return the mean over every ``width`` positions, (B, L, D) to (B, ceil(L / width), D); None is all of them."""
+    batch, length = hidden.shape[:2]
+    width = length if width is None else width
+    rest = -length % width
+    if rest and attention_mask is None:
+        attention_mask = torch.ones(batch, length, dtype=torch.bool, device=hidden.device)
+    if attention_mask is not None:
+        attention_mask = nn.functional.pad(attention_mask.bool(), (0, rest)).unflatten(1, (-1, width))
+    return masked_mean(nn.functional.pad(hidden, (0, 0, 0, rest)).unflatten(1, (-1, width)), attention_mask)
+
+
+def _windows(window: int | Sequence[int | None] | None) -> tuple[int | None, ...] | None:
+    if window is None:
+        return None
+    several = tuple(window) if isinstance(window, Sequence) else (window,)
+    if not several:
+        raise fail("window must name at least one width, or be None for the whole sequence.", window=window)
+    return tuple(None if width is None else check_count("window", width, least=1) for width in several)
+
+
+def _takes(encoder: Any, name: str) -> bool:
+    parameters = inspect.signature(encoder.hidden_states).parameters
+    return name in parameters or any(each.kind is each.VAR_KEYWORD for each in parameters.values())
+
+
+def _dtype(module: nn.Module, embeds: Tensor) -> torch.dtype:
+    return next((p.dtype for p in module.parameters() if p.is_floating_point()), embeds.dtype)

@@ -8,8 +8,8 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor, nn
 
-from tokendrift._checks import check_choice, check_positive, fail
-from tokendrift._objective import Diagnostics, DriftObjective, LossOutput, token_entropy
+from tokendrift._checks import check_choice, check_positive
+from tokendrift._objective import Diagnostics, DriftObjective, LossOutput, mean_over_windows, token_entropy
 from tokendrift.features import FeatureMap, PooledFeatures
 
 __all__ = ["Diagnostics", "LossOutput", "MirrorTeacherLoss", "TokenDriftLoss", "token_entropy"]
@@ -78,34 +78,25 @@ class TokenDriftLoss(DriftObjective):
         encoder: nn.Module,
         *,
         layers: Sequence[int] = (-2, -1),
-        window: int | None = None,
+        window: int | Sequence[int | None] | None = None,
         sigma: float = 0.0,
+        normalize: bool = True,
         **options: Any,
     ) -> TokenDriftLoss:
-        """Build the loss from a backbone: a frozen copy of it gives the embedding and the pooled features.
+        """Build the loss from a model: a frozen copy of it gives the embedding and the pooled features.
 
         Args:
-            encoder: A `DiT`, or any module with ``hidden_states`` (see `PooledFeatures`) and either
-                ``vocab_embed.embedding`` or ``get_input_embeddings()``.
+            encoder: A `DiT`, a model of transformers, or any module with ``hidden_states`` (see `PooledFeatures`) and
+                either ``vocab_embed.embedding`` or ``get_input_embeddings()``. Its vocabulary must be the denoiser's;
+                for another one, build from parts with `map_vocabulary`.
             layers: Hidden layers that are pooled.
             window: Positions pooled into one vector; the whole sequence by default, as in the paper.
             sigma: Noise level that a time-conditioned encoder is told; clean by default.
+            normalize: Divide features by their Euclidean norm.
             options: Those of `TokenDriftLoss`.
         """
-        features = PooledFeatures(encoder, layers=layers, window=window, sigma=sigma)
-        frozen: Any = features.encoder
-        embedding: Tensor
-        if hasattr(frozen, "vocab_embed"):
-            embedding = frozen.vocab_embed.embedding
-        elif hasattr(frozen, "get_input_embeddings"):
-            embedding = frozen.get_input_embeddings().weight
-        else:
-            raise fail(
-                "encoder shows no input embedding (vocab_embed.embedding or get_input_embeddings()).",
-                "Pass the parts: TokenDriftLoss(embedding, feature_map).",
-                encoder=type(encoder).__name__,
-            )
-        return cls(embedding.detach(), features, **options)
+        features = PooledFeatures(encoder, layers=layers, window=window, sigma=sigma, normalize=normalize)
+        return cls(features.embedding, features, **options)
 
     @overload
     def forward(
@@ -158,10 +149,11 @@ class TokenDriftLoss(DriftObjective):
         clean_ids, noisy_ids, predicted = self._checked(logits, clean_ids, noisy_ids, predicted, attention_mask)
         generated = self._generated(logits, noisy_ids, predicted, attention_mask)
         real = self._real(clean_ids, attention_mask)
-        batch = self._gather(generated, real)
+        weights = self._weights(attention_mask)
+        batch = self._gather(generated, real, weights)
         drift, diagnostics = self._drift(batch, return_diagnostics)
         target = (generated + self.drift_scale * drift).detach()
-        per_sequence = 0.5 * (generated - target).square().sum(dim=-1).view(len(logits), -1).mean(dim=1)
+        per_sequence = mean_over_windows(0.5 * (generated - target).square().sum(dim=-1), weights, len(logits))
         fill = (len(self.queue_real), len(self.queue_generated))
         self._push(batch)
         return self._finish(per_sequence, logits, predicted, diagnostics, return_diagnostics, fill, batch.share)
@@ -219,9 +211,11 @@ class MirrorTeacherLoss(DriftObjective):
             leaf = wide.detach().requires_grad_()
             generated = self._generated(leaf, noisy_ids, predicted, attention_mask)
             real = self._real(clean_ids, attention_mask)
-            batch = self._gather(generated, real)
+            weights = self._weights(attention_mask)
+            batch = self._gather(generated, real, weights)
             drift, diagnostics = self._drift(batch, return_diagnostics)
-            weight = len(logits) / len(generated)  # 1 / W: the mean over windows, as in the feature loss
+            # 1 / W: the mean over windows, as in the feature loss.
+            weight = len(logits) / len(generated) if weights is None else weights[weights > 0][:, None]
             (direction,) = torch.autograd.grad(generated, leaf, weight * drift.to(generated.dtype))
         if self.distance == "mse":
             # The teacher differs from the logits by eta * g, a constant: this form keeps the value and the gradient.
