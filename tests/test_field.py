@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
-import weakref
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from live_bytes import LiveBytes
 
-from tokendrift import DriftField, TokenDriftError
-from tokendrift.field import squared_distances
+from tokendrift import DriftField, TokenDriftError, kernels
+from tokendrift.kernels import exact_matmul, squared_distances
 from tokendrift.testing import (
     LAWS,
     assert_antisymmetric,
@@ -406,30 +404,6 @@ def test_one_anchor_doubles_the_temperature_of_the_two_sided_form():
     torch.testing.assert_close(cosine, torch.ones_like(cosine), rtol=0, atol=1e-14)
 
 
-class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of all tensors that operations have made and that are still alive."""
-
-    def __init__(self):
-        super().__init__()
-        self.live = self.peak = 0
-
-    def __torch_dispatch__(self, operation, types, arguments=(), keywords=None):
-        result = operation(*arguments, **(keywords or {}))
-        inputs = {x.untyped_storage()._cdata for x in tree_leaves((arguments, keywords)) if isinstance(x, torch.Tensor)}
-        for tensor in tree_leaves(result):
-            if isinstance(tensor, torch.Tensor) and tensor.untyped_storage()._cdata not in inputs:
-                self.watch(tensor.untyped_storage())
-        return result
-
-    def watch(self, storage):
-        self.live += storage.nbytes()
-        self.peak = max(self.peak, self.live)
-        weakref.finalize(storage, self.forget, storage.nbytes())
-
-    def forget(self, size):
-        self.live -= size
-
-
 @EVERY_FORM
 def test_memory_does_not_grow_with_the_number_of_references(kernel, normalization):
     field, anchors = DriftField(kernel=kernel, normalization=normalization, block_size=16), points(4, 8)
@@ -445,12 +419,12 @@ def test_memory_does_not_grow_with_the_number_of_references(kernel, normalizatio
 
 def test_a_million_references_of_width_1536_need_less_than_a_quarter_of_a_gibibyte():
     """Counted on shapes alone, with 8 anchors and the default block; the references themselves are 12 GiB."""
-    with FakeTensorMode():
-        anchors, references = torch.empty(8, 1536), torch.empty(1_000_000, 1536)
+    with torch.device("meta"):
+        anchors, references, own = torch.empty(8, 1536), torch.empty(1_000_000, 1536), torch.arange(8)
         with LiveBytes() as memory:
-            drift = DriftField()(anchors, references, references, exclude_negative=torch.arange(8))
-        assert drift.shape == (8, 1536)
-        assert 2**20 < memory.peak < 2**28
+            drift = DriftField()(anchors, references, references, exclude_negative=own)
+    assert drift.shape == (8, 1536)
+    assert 2**20 < memory.peak < 2**28
 
 
 # ---------------------------------------------------------------------------------- temperatures and size
@@ -630,6 +604,155 @@ def test_float32_is_close_to_float64_far_from_the_origin(kernel):
     torch.testing.assert_close(field(*(x.float() for x in clouds64)).double(), field(*clouds64), rtol=0, atol=3e-5)
 
 
+def collinear(count, seed, width=1536):
+    """Unit vectors about a common direction, a mean squared distance of 0.117 apart, as pooled features are."""
+    common = torch.nn.functional.normalize(points(width), dim=0)
+    return torch.nn.functional.normalize(common + 0.25 * points(count, width, seed=seed) / width**0.5, dim=-1)
+
+
+def plain_field(anchors, positives, negatives, tau):
+    """The joint field as one would write it down, in the dtype of the features."""
+    logits = -torch.cdist(anchors, torch.cat([positives, negatives])).square() / tau
+    plus, minus = logits.softmax(1).split([len(positives), len(negatives)], dim=1)
+    drift = plus * minus.sum(1, keepdim=True) @ positives - minus * plus.sum(1, keepdim=True) @ negatives
+    return drift / drift.square().sum(-1).mean().sqrt()
+
+
+def test_logits_of_nearly_collinear_unit_vectors_are_exact_in_float32():
+    """Distances by products of vectors with a common offset lose what the offset takes; centred ones do not."""
+    anchors, positives = collinear(8, 1), collinear(256, 2)
+    exact = torch.cdist(anchors, positives, compute_mode="donot_use_mm_for_euclid_dist").square() / 0.02
+    x, y = anchors.float(), positives.float()
+    centre = y.mean(dim=0)
+    centred, raw = (
+        (squared_distances(*clouds).double() / 0.02 - exact).abs().max()
+        for clouds in ((x - centre, y - centre), (x, y))
+    )
+    assert centred < 6e-6  # rounding of squared lengths of 0.06 over tau, times ten
+    assert raw > 2 * centred
+
+
+def test_under_autocast_the_field_is_as_exact_as_the_plain_form_in_float32():
+    clouds64 = collinear(8, 1), collinear(256, 2), collinear(300, 3)
+    clouds32 = [x.float() for x in clouds64]
+    exact = plain_field(*clouds64, 0.02)
+
+    def error(drift):
+        return (drift.double() - exact).norm(dim=-1).max().item()
+
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        inside, plain_inside = error(DriftField((0.02,))(*clouds32)), error(plain_field(*clouds32, 0.02))
+    assert inside <= error(plain_field(*clouds32, 0.02)) + 1e-6
+    assert plain_inside > 1e-3  # autocast would have reached it
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@EVERY_FORM
+def test_features_in_half_precision_give_the_drift_of_the_rounded_features(kernel, normalization, dtype):
+    halves = [x.to(dtype) for x in (collinear(4, 1, 64), collinear(9, 2, 64), collinear(7, 3, 64))]
+    field = DriftField(kernel=kernel, normalization=normalization)
+    drift = field(*halves, exclude_negative=torch.arange(4), negative_weights=torch.ones(7, dtype=dtype))
+    wide = field(*(x.float() for x in halves), exclude_negative=torch.arange(4))
+    assert drift.dtype == torch.float32
+    torch.testing.assert_close(drift, wide, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_a_point_that_occurs_a_hundred_times_is_one_with_the_weight_of_a_hundred(kernel):
+    """Duplicates of an anchor too, at a temperature where everything else has underflowed."""
+    anchors = points(3, 4).float()
+    positives, negatives = torch.cat([anchors, points(2, 4, seed=1).float()]), points(6, 4, seed=2).float()
+    field = DriftField((1e-4, 1.0), kernel=kernel)
+    many = field(anchors, positives.repeat(100, 1), torch.cat([negatives, anchors]))
+    one = field(
+        anchors, positives, torch.cat([negatives, anchors]), positive_weights=torch.full((len(positives),), 100.0)
+    )
+    assert one.norm(dim=-1).min() > 0.01
+    torch.testing.assert_close(many, one, rtol=1e-4, atol=1e-5)
+
+
+def test_the_compiled_field_equals_eager():
+    compare_with_compiled(DriftField(), backend="aot_eager")
+
+
+COMPILED = [
+    {"kernel": "gaussian", "normalization": "joint"},
+    {"kernel": "laplace", "normalization": "two_sided"},
+    {"kernel": "sharp_laplace", "normalization": "sinkhorn"},
+    {"feature_scaling": True},
+    {"subtract_noise": True},
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", COMPILED, ids=lambda options: "-".join(map(str, options.values())))
+def test_the_field_compiled_by_inductor_equals_eager(options):
+    compare_with_compiled(DriftField(**options, sinkhorn_iterations=2), backend="inductor")
+
+
+def compare_with_compiled(field, backend):
+    """Also where references are added, so that shapes change, and some are nearer than the others."""
+    torch.compiler.reset()
+    compiled = torch.compile(field.__call__, backend=backend)
+    anchors = points(4, 3)
+    for count in (5, 7):
+        references = torch.cat([anchors + 1e-6, points(count, 3, seed=1)]), torch.cat([anchors, points(3, 3, seed=2)])
+        for own in (None, torch.arange(4)):
+            expected = field(anchors, *references, exclude_negative=own)
+            actual = compiled(anchors, *references, exclude_negative=own)
+            torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-12)
+
+
+class OlderMatmul:
+    """What torch.backends.cuda.matmul was before it had precisions of its own."""
+
+
+@pytest.mark.parametrize("interface", ["old", "new", "older"])
+@pytest.mark.parametrize("raises", [False, True])
+def test_tf32_is_off_inside_and_afterwards_as_it_was(monkeypatch, interface, raises):
+    """Settings are global and need no accelerator; reading them through the wrong interface raises."""
+    cuda, matmul = torch.backends.cuda, torch.backends.cuda.matmul
+    if interface == "older":
+        monkeypatch.setattr(cuda, "matmul", OlderMatmul())
+    elif not hasattr(matmul, "fp32_precision"):
+        pytest.skip("this torch has the old interface alone")
+    try:
+        if interface == "new":
+            matmul.fp32_precision = "tf32"
+        else:
+            torch.set_float32_matmul_precision("high")
+        with contextlib.suppress(ZeroDivisionError), exact_matmul(torch.device("cuda")):
+            inside = torch.get_float32_matmul_precision() if interface == "older" else matmul.fp32_precision
+            assert inside in ("highest", "ieee")
+            _ = 1 / 0 if raises else 0
+        assert matmul.fp32_precision == "tf32" if interface == "new" else matmul.allow_tf32  # readable as before
+    finally:
+        torch.set_float32_matmul_precision("highest")
+        if hasattr(matmul, "fp32_precision"):
+            matmul.fp32_precision = "none"
+
+
+def test_a_device_without_autocast_needs_none_switched_off():
+    with torch.device("meta"):
+        assert DriftField()(torch.zeros(2, 3), torch.zeros(4, 3), torch.zeros(5, 3)).shape == (2, 3)
+
+
+def test_distances_within_clusters_take_no_more_memory_than_others(monkeypatch):
+    """Nearly all pairs are refined there: their differences, 8 * 512 * 64 numbers, must not exist at once."""
+    spread = points(8, 64), points(512, 64, seed=1)
+    clustered = [torch.where(torch.arange(len(x))[:, None] % 2 == 0, 1.0, -1.0) + 1e-6 * x for x in spread]
+    expected = squared_distances(*clustered, refine=True)
+    monkeypatch.setattr(kernels, "REFINED_NUMBERS", 64 * 16)
+    peaks = []
+    for pair in (spread, clustered):
+        with LiveBytes() as memory:
+            actual = squared_distances(*pair, refine=True)
+        peaks.append(memory.peak)
+    torch.testing.assert_close(actual, expected, rtol=0, atol=0)
+    pairs = 2 * 8 * 8 * 512  # two indices each
+    assert peaks[1] < peaks[0] + pairs + 5 * 8 * kernels.REFINED_NUMBERS
+
+
 @given(cloud=clouds(masked=False), refine=st.booleans())
 def test_squared_distances_are_those_of_the_differences(cloud, refine):
     x, y = cloud.anchors - cloud.anchors.mean(0), cloud.negatives - cloud.anchors.mean(0)
@@ -806,6 +929,15 @@ def test_bad_options_are_refused_at_construction(options, message):
         ({"exclude_negative": torch.zeros(3, dtype=torch.int64)}, r"exclude_negative must be int64 of shape \(N,\)"),
         ({"exclude_positive": torch.zeros(2)}, r"exclude_positive must be int64 of shape \(N,\)"),
         ({"exclude_positive": [0, 1]}, r"exclude_positive must be int64 of shape \(N,\)"),
+        ({"exclude_positive": torch.tensor([0, 4])}, r"from 0 to 4, but there are P = 4 references \(0 to 3; -1 for"),
+        (
+            {"exclude_negative": torch.tensor([5, -1])},
+            r"exclude_negative has indices from -1 to 5, but there are Q = 5",
+        ),
+        (
+            {"exclude_negative": torch.tensor([-2, 0])},
+            r"from -2 to 0[\s\S]*the first negative is 0, whatever the number",
+        ),
         ({"positive_weights": torch.ones(3)}, r"positive_weights must be floating point of shape \(P,\)"),
         ({"negative_weights": torch.ones(5).long()}, r"negative_weights must be floating point of shape \(Q,\)"),
         ({"negative_weights": [1.0] * 5}, r"negative_weights must be floating point of shape \(Q,\)"),

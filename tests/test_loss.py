@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from tokendrift import DriftField, MirrorTeacherLoss, TokenDriftError, TokenDriftLoss
+from tokendrift._objective import LIFTS
 from tokendrift.loss import token_entropy
 
 B, L, V, D = 3, 5, 7, 4
@@ -94,7 +95,8 @@ class Recorder:
         self.field = field
 
     def __call__(self, anchors, positives, negatives, **options):
-        self.anchors, self.positives, self.negatives, self.options = anchors, positives, negatives, options
+        self.anchors, self.options = anchors, options
+        self.positives, self.negatives = positives.clone(), negatives.clone()  # may be the queues, which move on
         self.raw, _ = self.field.raw(anchors, positives, negatives, *options.values())
         self.drift = self.field(anchors, positives, negatives, **options)
         return self.drift
@@ -240,6 +242,32 @@ def test_without_drift_the_mirror_teacher_teaches_nothing(distance, mask_id):
     torch.testing.assert_close(grad, torch.zeros_like(grad), rtol=0, atol=1e-15)
 
 
+@pytest.mark.parametrize("cls", [TokenDriftLoss, MirrorTeacherLoss])
+@pytest.mark.parametrize("mask_id", [None, V - 1])
+def test_the_straight_through_lift_is_that_of_table_3(cls, mask_id):
+    """y = onehot(argmax p) - sg(p) + p in place of p; everything behind it is the same."""
+    logits, clean, noisy, predicted = batch()
+    arguments = {"noisy_ids": noisy, "predicted": predicted}
+    loss = build(cls, lift="straight_through", mask_id=mask_id)
+    value, grad = gradient(loss, logits, clean, **arguments)
+
+    def hard(leaf, embedding, *, noisy_ids, predicted, mask_id, workspace_mib):
+        if mask_id is not None:
+            leaf = leaf.index_fill(-1, torch.tensor(mask_id), -torch.inf)
+        p = leaf.softmax(-1)
+        y = nn.functional.one_hot(p.argmax(-1), V) - p.detach() + p
+        return torch.where(predicted[..., None], y @ embedding, embedding[noisy_ids])
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(LIFTS, "soft", hard)
+        expected, plain = gradient(build(cls, mask_id=mask_id), logits, clean, **arguments)
+    torch.testing.assert_close(value, expected, rtol=1e-12, atol=0)
+    torch.testing.assert_close(grad, plain, rtol=1e-10, atol=1e-14)
+    assert (grad[predicted] != 0).any(-1).all()
+    soft, _ = gradient(build(cls, mask_id=mask_id), logits, clean, **arguments)
+    assert (value - soft).abs() > 1e-3 * soft  # and it is not the soft one
+
+
 # ------------------------------------------------------------------------------------------------ references
 
 
@@ -257,6 +285,94 @@ def test_the_batch_stands_first_the_queue_behind_and_the_anchor_is_hidden_from_i
         assert recorder.options["exclude_negative"].tolist() == [0, 1, 2]
         pair = recorder.options["exclude_positive"]
         assert pair.tolist() == [0, 1, 2] if paired else pair is None
+
+
+def test_the_queues_alone_can_be_the_references():
+    logits, clean, *_ = batch()
+    loss = build(batch_as_references=False)
+    real, generated = loss.queue_real.features().clone(), loss.queue_generated.features().clone()
+    loss.field = recorder = Recorder(DriftField())
+    loss(logits, clean)
+    assert torch.equal(recorder.positives, real)
+    assert torch.equal(recorder.negatives, generated)
+    assert recorder.options == {"exclude_positive": None, "exclude_negative": None}
+    assert len(loss.queue_real) == len(loss.queue_generated) == 5  # and the batch is pushed all the same
+
+
+@pytest.mark.parametrize("cls", [TokenDriftLoss, MirrorTeacherLoss])
+def test_with_empty_queues_alone_the_first_step_has_no_drift_and_fills_them(cls):
+    logits, clean, *_ = batch()
+    loss = build(cls, filled=False, batch_as_references=False)
+    leaf = logits.clone().requires_grad_()
+    first = loss(leaf, clean, return_diagnostics=True)
+    first.loss.backward()
+    assert first.loss == 0
+    assert first.diagnostics.field is None
+    # Softmax minus itself: rounding of log_softmax in the teacher's gradient.
+    torch.testing.assert_close(leaf.grad, torch.zeros_like(leaf), rtol=0, atol=1e-15)
+    second = loss(logits, clean, return_diagnostics=True)
+    assert second.loss > 0
+    assert second.diagnostics.field.pair_weight.isnan().all()  # the pair of an anchor is not among its references
+
+
+# ------------------------------------------------------------------------------------------------ accumulation
+
+# An anchor's drift depends on the anchor and the queues alone.
+ANCHOR_BY_ANCHOR = {
+    "reduction": "sum",
+    "batch_as_references": False,
+    "field": DriftField((0.2, 1.0), rms_normalize=False),
+}
+MICRO_BATCHES = (slice(0, 2), slice(2, 3), slice(3, 6))  # of unequal size
+
+
+def accumulate(loss, logits, clean):
+    """Loss and gradient summed over micro-batches in which the queues stand still."""
+    with loss.frozen_queues():
+        parts = [gradient(loss, logits[rows], clean[rows]) for rows in MICRO_BATCHES]
+    return sum(value.sum() for value, _ in parts), torch.cat([grad for _, grad in parts])
+
+
+@pytest.mark.parametrize("cls", [TokenDriftLoss, MirrorTeacherLoss])
+@pytest.mark.parametrize("normalization", ["joint", "separate"])
+@pytest.mark.parametrize("kernel", ["gaussian", "laplace", "sharp_laplace"])
+def test_micro_batches_with_frozen_queues_are_one_batch(cls, normalization, kernel):
+    logits, clean, *_ = batch(rows=6)
+    field = DriftField((0.2, 1.0), kernel=kernel, normalization=normalization, rms_normalize=False)
+    whole, parts = (build(cls, **(ANCHOR_BY_ANCHOR | {"field": field})) for _ in range(2))
+    expected, grad = gradient(whole, logits, clean)
+    actual, summed = accumulate(parts, logits, clean)
+    torch.testing.assert_close(actual, expected, rtol=1e-12, atol=0)
+    torch.testing.assert_close(summed, grad, rtol=1e-10, atol=1e-16)
+    for name in ("queue_real", "queue_generated"):
+        torch.testing.assert_close(getattr(parts, name).features(), getattr(whole, name).features(), rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"batch_as_references": True},
+        {"field": DriftField((0.2, 1.0))},
+        {"field": DriftField((0.2, 1.0), rms_normalize=False, normalization="two_sided")},
+        {"field": DriftField((0.2, 1.0), rms_normalize=False, normalization="sinkhorn")},
+        {"field": DriftField((0.2, 1.0), rms_normalize=False, feature_scaling=True)},
+        {"field": DriftField((0.2, 1.0), rms_normalize=False, subtract_noise=True)},
+    ],
+    ids=["batch_as_references", "rms_normalize", "two_sided", "sinkhorn", "feature_scaling", "subtract_noise"],
+)
+def test_micro_batches_are_not_one_batch_where_the_anchors_of_a_call_count(changes):
+    logits, clean, *_ = batch(rows=6)
+    _, grad = gradient(build(**(ANCHOR_BY_ANCHOR | changes)), logits, clean)
+    _, summed = accumulate(build(**(ANCHOR_BY_ANCHOR | changes)), logits, clean)
+    assert (summed - grad).norm() > 1e-3 * grad.norm()
+
+
+def test_micro_batches_are_not_one_batch_where_the_queues_take_them_in_at_once():
+    logits, clean, *_ = batch(rows=6)
+    _, grad = gradient(build(**ANCHOR_BY_ANCHOR), logits, clean)
+    loss = build(**ANCHOR_BY_ANCHOR)
+    summed = torch.cat([gradient(loss, logits[rows], clean[rows])[1] for rows in MICRO_BATCHES])
+    assert (summed - grad).norm() > 1e-3 * grad.norm()
 
 
 def test_queues_are_pushed_after_the_loss_and_in_training_mode_only():
@@ -320,14 +436,14 @@ def test_reductions_agree():
     torch.testing.assert_close(none.mean(), mean)
 
 
-NOTHING_PREDICTED = [
+EVERY_LOSS = [
     (TokenDriftLoss, {}),
     (MirrorTeacherLoss, {"distance": "kl"}),
     (MirrorTeacherLoss, {"distance": "mse"}),
 ]
 
 
-@pytest.mark.parametrize(("cls", "options"), NOTHING_PREDICTED)
+@pytest.mark.parametrize(("cls", "options"), EVERY_LOSS)
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_nothing_predicted_is_zero_loss_attached_to_the_graph(cls, options, reduction):
     logits, clean, noisy, _ = batch()
@@ -614,6 +730,8 @@ def trainable():
         ({"mask_id": -1}, r"mask_id must lie in \[0, V\) with V = 7"),
         ({"queue_size": -1}, "queue_size must be an integer of at least 0"),
         ({"queue_size": 2.0}, "queue_size must be an integer of at least 0"),
+        ({"queue_size": 0, "batch_as_references": False}, "nothing would be left to refer to"),
+        ({"lift": "hard"}, "lift must be one of 'soft', 'straight_through'"),
         ({"drift_scale": 0.0}, r"drift_scale \(alpha\) must be a finite number above 0"),
         ({"drift_scale": float("nan")}, r"drift_scale \(alpha\) must be a finite number above 0"),
         ({"workspace_mib": -1.0}, "workspace_mib must be a finite number above 0"),
@@ -704,17 +822,18 @@ def test_nan_logits_at_observed_positions_do_not_matter(cls):
     assert torch.equal(wild, grad)
 
 
+@pytest.mark.parametrize(("cls", "options"), EVERY_LOSS)
 @pytest.mark.parametrize("mask_id", [None, V - 1])
-def test_entries_of_minus_infinity_are_closed_entries(mask_id):
+def test_entries_of_minus_infinity_are_closed_entries(cls, options, mask_id):
     """Whoever applies SUBS before the loss hands over -inf at the mask."""
     logits, clean, noisy, predicted = batch()
     arguments = {"noisy_ids": noisy, "predicted": predicted}
-    for cls in (TokenDriftLoss, MirrorTeacherLoss):
-        expected, grad = gradient(build(cls, mask_id=V - 1), logits, clean, **arguments)
-        closed = logits.index_fill(-1, torch.tensor(V - 1), -torch.inf)
-        actual, other = gradient(build(cls, mask_id=mask_id), closed, clean, **arguments)
-        torch.testing.assert_close(actual, expected, rtol=1e-10, atol=0)
-        torch.testing.assert_close(other, grad, rtol=1e-10, atol=1e-15)
+    expected, grad = gradient(build(cls, mask_id=V - 1, **options), logits, clean, **arguments)
+    closed = logits.index_fill(-1, torch.tensor(V - 1), -torch.inf)
+    actual, other = gradient(build(cls, mask_id=mask_id, **options), closed, clean, **arguments)
+    assert actual > 0
+    torch.testing.assert_close(actual, expected, rtol=1e-10, atol=0)
+    torch.testing.assert_close(other, grad, rtol=1e-10, atol=1e-15)
 
 
 def test_a_feature_map_of_the_wrong_shape_is_named():

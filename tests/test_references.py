@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import pickle
 
@@ -92,6 +93,79 @@ def test_a_queue_moves_with_to():
     assert queue.pushed.dtype == torch.int64
     queue.push(numbered(3, 3))
     assert torch.equal(queue.features(), numbered(2, 4).double())
+
+
+@pytest.mark.parametrize("pushed", [0, 3])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_queue_stays_in_float32_where_its_owner_goes_to_half_precision(dtype, pushed):
+    """Features rounded to bfloat16 are off by 0.2 in the logits of the field at tau = 0.02."""
+    queue, features = FeatureQueue(4, 2), torch.full((3, 2), 1 / 3)
+    if pushed:
+        queue.push(features)
+    torch.nn.ModuleList([queue]).to(dtype)
+    assert torch.equal(queue.features(), features[:pushed])
+    queue.push(features)
+    assert torch.equal(queue.features()[-3:], features)
+
+
+def test_a_queue_moves_to_a_device():
+    queue = FeatureQueue(4)
+    queue.push(numbered(0, 3))
+    for dtype in (torch.float32, torch.bfloat16):
+        assert copy.deepcopy(queue).to("meta", dtype).features().device.type == "meta"
+
+
+def test_features_on_another_device_are_refused_and_change_nothing():
+    queue = FeatureQueue(4)
+    queue.push(numbered(0, 3))
+    with pytest.raises(TokenDriftError, match="features is on meta but queue is on cpu"):
+        queue.push(numbered(3, 1).to("meta"))
+    assert torch.equal(queue.features(), numbered(0, 3))
+
+
+def test_a_state_dict_is_loaded_strictly_in_both_directions():
+    queue = FeatureQueue(4)
+    queue.push(numbered(0, 3))
+    state = copy.deepcopy(queue.state_dict())
+    assert state.keys() == {"buffer", "pushed"}
+    with pytest.raises(RuntimeError, match="Missing key"):
+        queue.load_state_dict({"buffer": state["buffer"]})
+    with pytest.raises(RuntimeError, match="Unexpected key"):
+        queue.load_state_dict(state | {"cursor": torch.tensor(3)})
+    for assign in (False, True):
+        other = FeatureQueue(4)
+        other.load_state_dict(copy.deepcopy(state), assign=assign)
+        assert all(torch.equal(other.state_dict()[name], state[name]) for name in state)
+
+
+def test_pushes_wait_until_a_frozen_queue_thaws():
+    queue = FeatureQueue(4)
+    queue.push(numbered(0, 3))
+    with queue.frozen():
+        features = numbered(3, 1).clone()
+        queue.push(features)
+        features.zero_()  # a push is a copy here as well
+        queue.push(numbered(4, 2))
+        assert torch.equal(queue.features(), numbered(0, 3))
+    assert torch.equal(queue.features(), numbered(2, 4))
+    queue.push(numbered(6, 1))
+    assert torch.equal(queue.features(), numbered(3, 4))
+
+
+def test_a_frozen_queue_forgets_what_was_pushed_before_an_error():
+    queue = FeatureQueue(4)
+    with contextlib.suppress(ZeroDivisionError), queue.frozen():
+        queue.push(numbered(0, 1))
+        _ = 1 / 0
+    assert len(queue) == 0
+    queue.push(numbered(1, 1))
+    assert torch.equal(queue.features(), numbered(1, 1))
+
+
+def test_a_queue_is_frozen_once():
+    queue = FeatureQueue(4)
+    with queue.frozen(), pytest.raises(TokenDriftError, match="the queue is frozen already"), queue.frozen():
+        pass
 
 
 def test_pushing_features_of_another_width_is_refused_and_changes_nothing():

@@ -161,6 +161,22 @@ def check_clouds(
         exclude_positive=exclude_positive,
         exclude_negative=exclude_negative,
     )
+    check_exclusion("exclude_positive", exclude_positive, positives, "P")
+    check_exclusion("exclude_negative", exclude_negative, negatives, "Q")
+
+
+def check_exclusion(name: str, index: Tensor | None, references: Tensor, symbol: str) -> None:
+    """Require indices from -1 to the last reference; read on the CPU only, elsewhere it would wait for the device."""
+    if index is None or index.device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    low, high = int(index.min()), int(index.max())
+    if low < -1 or high >= len(references):
+        raise fail(
+            f"{name} has indices from {low} to {high}, but there are {symbol} = {len(references)} references (0 to "
+            f"{len(references) - 1}; -1 for none).",
+            "Count within this side alone: the first negative is 0, whatever the number of positives.",
+            **{name: index},
+        )
 
 
 def check_weights(anchors: Tensor, **sides: tuple[Tensor, Tensor | None]) -> None:

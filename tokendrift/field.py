@@ -290,8 +290,8 @@ class DriftField:
         with exact_matmul(anchors.device):
             # Distances by products cancel badly far from the origin, so all clouds are centred first. Any point
             # among them will do: where there are very many, the mean of some.
-            some = [cloud[: self.block_size].to(dtype) for cloud in (positives, negatives)]
-            centre = torch.cat(some).mean(dim=0)
+            some = [cloud[: self.block_size] for cloud in (positives, negatives)]
+            centre = (some[0].sum(0, dtype=dtype) + some[1].sum(0, dtype=dtype)) / (len(some[0]) + len(some[1]))
             # Near zero the root of a product-form distance is all rounding, and only the Gaussian takes no root.
             refine = self.kernel != "gaussian" or self.feature_scaling
             view = View(anchors.to(dtype) - centre, centre, self._kernel, self.temperatures, self.block_size, refine)

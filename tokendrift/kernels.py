@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -11,6 +11,8 @@ from torch import Tensor
 
 Kernel = Callable[[Tensor, float], Tensor]
 """Squared distances and temperature to log-weights, elementwise."""
+
+REFINED_NUMBERS = 2**22  # coordinates at a time in `squared_distances`: 16 MiB of float32 in each of three tensors
 
 
 @runtime_checkable
@@ -68,26 +70,37 @@ KERNELS: dict[str, Kernel] = {"gaussian": gaussian, "laplace": laplace, "sharp_l
 def squared_distances(x: Tensor, y: Tensor, *, refine: bool = False) -> Tensor:
     """Return squared Euclidean distances (N, P) of centred clouds, never below zero.
 
-    One matrix product; ``refine`` computes the few pairs that nearly coincide from their difference.
+    One matrix product; ``refine`` computes the pairs that nearly coincide from their difference, some at a time: in
+    tight clusters these are nearly all pairs.
     """
     size = x.square().sum(-1, keepdim=True) + y.square().sum(-1)
     squared = torch.addmm(size, x, y.T, alpha=-2).clamp_min_(0)
     if refine:
-        row, column = (squared < 1e-3 * size).nonzero(as_tuple=True)
-        squared[row, column] = (x[row] - y[column]).square().sum(-1)
+        for pairs in (squared < 1e-3 * size).nonzero().split(max(1, REFINED_NUMBERS // x.shape[1])):
+            row, column = pairs.unbind(dim=1)
+            squared[row, column] = (x[row] - y[column]).square().sum(-1)
     return squared
 
 
 @contextmanager
 def exact_matmul(device: torch.device) -> Iterator[None]:
-    """Switch autocast and TF32 off for a while."""
-    with torch.autocast(device.type, enabled=False):
+    """Switch autocast and TF32 off for a while, whichever of its two interfaces TF32 was switched on by."""
+    autocast = torch.amp.is_autocast_available(device.type)
+    with torch.autocast(device.type, enabled=False) if autocast else nullcontext():
         if device.type != "cuda" or torch.compiler.is_compiling():
             yield
             return
-        before = torch.get_float32_matmul_precision()
-        torch.set_float32_matmul_precision("highest")
-        try:
-            yield
-        finally:
-            torch.set_float32_matmul_precision(before)
+        matmul = torch.backends.cuda.matmul
+        if hasattr(matmul, "fp32_precision"):  # from torch 2.9; knows what was set through the older functions as well
+            before, matmul.fp32_precision = matmul.fp32_precision, "ieee"
+            try:
+                yield
+            finally:
+                matmul.fp32_precision = before
+        else:
+            precision = torch.get_float32_matmul_precision()
+            torch.set_float32_matmul_precision("highest")
+            try:
+                yield
+            finally:
+                torch.set_float32_matmul_precision(precision)

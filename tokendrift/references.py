@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, distributed, nn
 
-from tokendrift._checks import check_count, check_positive, check_tensor, fail
+from tokendrift._checks import check_count, check_positive, check_same_device, check_tensor, fail
 
 
 class Gathered(NamedTuple):
@@ -73,6 +75,9 @@ def gather(features: Tensor) -> Gathered:
 class FeatureQueue(nn.Module):
     """A first-in-first-out queue of detached features; part of ``state_dict``.
 
+    Features are kept in float32 or wider, also when their owner is converted to bfloat16 or float16: distances are
+    taken between them and the features of the step.
+
     Args:
         capacity: Most features kept; 0 keeps none.
         width: M, the feature width. Lazy when omitted: set by the first push or by ``load_state_dict``.
@@ -88,6 +93,7 @@ class FeatureQueue(nn.Module):
         self.register_buffer("buffer", torch.zeros(capacity, width or 0))
         self.register_buffer("pushed", torch.zeros((), dtype=torch.int64))
         self._pushed = 0  # host copy of `pushed`, so that reading the fill never waits for the device
+        self._held: list[Tensor] | None = None  # what is pushed while the queue is frozen
 
     def __len__(self) -> int:
         return min(self._pushed, self.capacity)
@@ -103,9 +109,12 @@ class FeatureQueue(nn.Module):
         """Append detached features (K, M); the oldest make room.
 
         Raises:
-            TokenDriftError: If the width differs from that of the features already kept.
+            TokenDriftError: If width or device differ from those of the features already kept.
         """
         check_tensor("features", features, ("K", "M"))
+        if self._held is not None:
+            self._held.append(features.detach().clone())
+            return
         if self.capacity == 0:
             return
         if self.buffer.shape[1] == 0:
@@ -117,12 +126,36 @@ class FeatureQueue(nn.Module):
                 "One queue belongs to one feature map: build a new loss for a new one.",
                 features=features,
             )
+        check_same_device("queue", self.buffer, features=features)
         kept = features.detach()[-self.capacity :]
         first = self._pushed + len(features) - len(kept)
         slots = torch.arange(first, first + len(kept), device=self.buffer.device) % self.capacity
         self.buffer.index_copy_(0, slots, kept.to(self.buffer.dtype))
         self._pushed += len(features)
         self.pushed.fill_(self._pushed)
+
+    @contextmanager
+    def frozen(self) -> Iterator[None]:
+        """Keep the features as they are inside the block; what is pushed there enters when it ends, in order.
+
+        If the block raises, it does not enter at all.
+        """
+        if self._held is not None:
+            raise fail("the queue is frozen already.", "Leave the other block first.")
+        held = self._held = []
+        try:
+            yield
+        finally:
+            self._held = None
+        for features in held:
+            self.push(features)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FeatureQueue:
+        before = self.buffer
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if self.buffer.dtype.itemsize < torch.float32.itemsize:
+            self.buffer = before.to(self.buffer.device)
+        return self
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         stored = state_dict.get(prefix + "buffer")
