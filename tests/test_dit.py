@@ -18,6 +18,7 @@ CASES = [
     ("dit_duo", "ids", True),
     ("dit_duo", "ids_no_time", False),
     ("dit_duo", "soft", True),
+    ("dit_duo", "topk", True),
 ]
 
 
@@ -30,16 +31,19 @@ def golden_dit(numbers, time_conditioning):
 
 
 def golden_input(numbers, case):
+    """Return the case's input and, for weighted ids, its weights."""
+    if case == "topk":
+        return numbers["topk_input"], numbers["topk_weights"]
     x = numbers["soft_input"] if case == "soft" else numbers["input_ids"]
-    return x[:, : numbers[f"{case}.logits"].shape[1]]
+    return x[:, : numbers[f"{case}.logits"].shape[1]], None
 
 
 @pytest.mark.parametrize(("fixture", "case", "time_conditioning"), CASES)
 def test_logits_and_hidden_states_have_the_golden_values(golden, fixture, case, time_conditioning):
     numbers = golden(fixture)
-    model, x = golden_dit(numbers, time_conditioning), golden_input(numbers, case)
-    numbers.assert_matches(model(x, numbers["sigma"]), f"{case}.logits")
-    hidden = model.hidden_states(model.vocab_embed(x), numbers["sigma"])
+    model, (x, weights) = golden_dit(numbers, time_conditioning), golden_input(numbers, case)
+    numbers.assert_matches(model(x, numbers["sigma"], weights=weights), f"{case}.logits")
+    hidden = model.hidden_states(model.vocab_embed(x, weights), numbers["sigma"])
     assert len(hidden) == 3
     for layer, states in enumerate(hidden):
         numbers.assert_matches(states, f"{case}.hidden.{layer}")
@@ -48,9 +52,9 @@ def test_logits_and_hidden_states_have_the_golden_values(golden, fixture, case, 
 @pytest.mark.parametrize(("fixture", "case", "time_conditioning"), CASES)
 def test_float64_logits_have_the_golden_values(golden, fixture, case, time_conditioning):
     numbers = golden(fixture)
-    model, x = golden_dit(numbers, time_conditioning).double(), golden_input(numbers, case)
+    model, (x, weights) = golden_dit(numbers, time_conditioning).double(), golden_input(numbers, case)
     x = x.double() if x.is_floating_point() else x
-    logits = model(x, numbers["sigma"].double())
+    logits = model(x, numbers["sigma"].double(), weights=weights)
     numbers.assert_matches(logits, f"{case}.logits_float64", tolerance=numbers.tolerance["float64"])
 
 
@@ -63,6 +67,25 @@ def test_certain_input_logits_equal_their_ids(backbone):
     torch.testing.assert_close(model(soft), model(ids), rtol=1e-5, atol=1e-5)
 
 
+def test_one_id_of_weight_one_equals_that_id(backbone):
+    model, ids = backbone(), torch.randint(13, (2, 8))
+    weighted = model(ids[..., None], weights=torch.ones(2, 8, 1))
+    torch.testing.assert_close(weighted, model(ids), rtol=1e-5, atol=1e-5)
+
+
+@given(seed=st.integers(0, 2**31 - 1))
+def test_all_ids_with_their_probabilities_equal_soft_input(backbone, seed):
+    model, logits = backbone(), torch.randn(2, 8, 13, generator=torch.Generator().manual_seed(seed))
+    ids = torch.arange(13).expand(2, 8, 13)
+    torch.testing.assert_close(model(ids, weights=logits.softmax(-1)), model(logits), rtol=1e-4, atol=1e-4)
+
+
+def test_weights_of_ids_get_gradients(backbone):
+    model, weights = backbone(), torch.full((2, 8, 3), 0.3, requires_grad=True)
+    model(torch.randint(13, (2, 8, 3)), weights=weights).square().sum().backward()
+    assert (weights.grad != 0).all()
+
+
 def test_time_matters_only_with_time_conditioning(backbone):
     ids = torch.randint(13, (2, 8))
     early, late = torch.full((2,), 0.01), torch.full((2,), 5.0)
@@ -71,7 +94,7 @@ def test_time_matters_only_with_time_conditioning(backbone):
     assert torch.equal(blind(ids, early), blind(ids))
     assert not torch.allclose(seeing(ids, early), seeing(ids, late), atol=1e-3)
     assert (blind.time_conditioned, seeing.time_conditioned) == (False, True)
-    assert blind.vocab_size == 13
+    assert (blind.vocab_size, blind.mask_id) == (13, None)
 
 
 def test_hidden_states_without_sigma_are_those_of_clean_time(backbone):
@@ -139,6 +162,23 @@ def test_autocast_and_half_precision_stay_close_to_float32(backbone):
         assert (actual - expected).norm() < 0.05 * expected.norm()
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_positions_stay_apart_in_half_precision(backbone, dtype):
+    """bfloat16 has no 257 and float16 no 2049: angles made in them would repeat."""
+    model = backbone(length=3000).to(dtype)
+    cos, sin = model.rotary_emb(3000)
+    exact = backbone(length=3000).rotary_emb(3000)
+    assert torch.equal(cos, exact[0]) and torch.equal(sin, exact[1])
+    assert {parameter.dtype for parameter in model.parameters()} == {dtype}
+
+
+def test_parameters_stand_in_the_order_of_the_official_module(golden):
+    """Lists of averaged weights carry no names: the fixture's keys stand in the official module's order."""
+    numbers = golden("dit_mdlm")
+    official = [key.removeprefix("state_dict.") for key in numbers.entry["keys"] if key.startswith("state_dict.")]
+    assert list(golden_dit(numbers, False).state_dict()) == official
+
+
 def test_layer_norm_works_in_float32_at_least():
     x = 1000 + torch.randn(4, 16)
     norm = LayerNorm(16)
@@ -166,7 +206,7 @@ def test_all_parameters_are_trained_once_the_network_is_awake(backbone):
         ((2, 8), (), r"sigma must have shape \(B,\)"),
         ((2, 8), (2, 8), r"not one value a position"),
         ((8,), (8,), r"x_t must be integer ids \(B, L\) or float logits \(B, L, V\) with V = 13"),
-        ((2, 8, 13), (2,), r"x_t must be integer ids \(B, L\)"),
+        ((2, 8, 13), (2,), r"x_t must be integer ids \(B, L\)[\s\S]*Ids \(B, L, K\) need their weights"),
     ],
 )
 def test_bad_calls_are_refused(backbone, x_t, sigma, message):
@@ -179,6 +219,25 @@ def test_bad_calls_are_refused(backbone, x_t, sigma, message):
 def test_soft_input_of_the_wrong_shape_is_refused(backbone, shape):
     with pytest.raises(TokenDriftError, match=r"or float logits \(B, L, V\) with V = 13"):
         backbone()(torch.zeros(shape))
+
+
+@pytest.mark.parametrize(
+    ("x_t", "weights", "message"),
+    [
+        (
+            torch.zeros(2, 8, 3, dtype=torch.int64),
+            torch.ones(2, 8),
+            r"weights must be floating point of shape \(B, L, K\)",
+        ),
+        (torch.zeros(2, 8, dtype=torch.int64), torch.ones(2, 8), r"one for each of the integer ids"),
+        (torch.zeros(2, 8, 3), torch.ones(2, 8, 3), r"one for each of the integer ids"),
+        (torch.zeros(2, 8, 3, dtype=torch.int64), torch.ones(2, 8, 3, dtype=torch.int64), r"weights must be floating"),
+        (torch.full((2, 8, 3), 13), torch.ones(2, 8, 3), r"x_t has ids from 13 to 13"),
+    ],
+)
+def test_weights_that_do_not_belong_to_their_ids_are_refused(backbone, x_t, weights, message):
+    with pytest.raises(TokenDriftError, match=message):
+        backbone()(x_t, weights=weights)
 
 
 @pytest.mark.parametrize("ids", [[[0, 13]], [[-1, 0]]])
@@ -199,6 +258,7 @@ def test_hidden_states_refuse_a_misshapen_sigma(backbone):
         ({"n_blocks": 0}, "n_blocks must be an integer of at least 1"),
         ({"hidden_dim": 18, "n_heads": 2}, r"hidden_dim must be a multiple of 2 \* n_heads = 4"),
         ({"n_heads": 1.5}, "n_heads must be an integer of at least 1"),
+        ({"mask_id": 11}, r"mask_id must lie in \[0, V\) with V = 11"),
     ],
 )
 def test_bad_sizes_are_refused(config, message):

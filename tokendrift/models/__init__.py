@@ -1,6 +1,18 @@
-"""Denoising networks and their checkpoints."""
+"""Denoising networks: the backbone of MDLM and DUO, its checkpoints, and adapters for networks of others."""
 
-from tokendrift.models.checkpoints import load_denoiser, save_denoiser
+from tokendrift.models.adapters import MaskedLMDenoiser, OfficialDenoiser
+from tokendrift.models.checkpoints import Checkpoint, build, load_denoiser, process_of, read_checkpoint, save_denoiser
 from tokendrift.models.dit import DiT, DiTConfig
 
-__all__ = ["DiT", "DiTConfig", "load_denoiser", "save_denoiser"]
+__all__ = [
+    "Checkpoint",
+    "DiT",
+    "DiTConfig",
+    "MaskedLMDenoiser",
+    "OfficialDenoiser",
+    "build",
+    "load_denoiser",
+    "process_of",
+    "read_checkpoint",
+    "save_denoiser",
+]

@@ -8,95 +8,270 @@ from __future__ import annotations
 import dataclasses
 import json
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from tokendrift import diffusion
 from tokendrift._checks import fail
 from tokendrift.diffusion import MaskedDiffusion, Process, UniformDiffusion
-from tokendrift.models.dit import DiT, DiTConfig
+from tokendrift.models import hub, lightning
+from tokendrift.models.dit import DiT, DiTConfig, rotary_frequencies
+from tokendrift.models.weight_files import CONFIG, INDEX, WEIGHTS, read_file, read_folder
 
-PREFIX = "backbone."
-MODEL_TYPES = {"mdlm": "masked", "duo": "uniform"}  # config.json writes "DUO" in capitals
+SCHEDULES = ("LogLinear", "Cosine", "DuoCosine", "Linear", "Geometric")
+SIZES = tuple(field.name for field in dataclasses.fields(DiTConfig))
+# What the remote classes of the hub assume where config.json is silent.
+DEFAULTS = {"vocab_size": 50258, "model_length": 1024, "hidden_dim": 768, "cond_dim": 129, "n_blocks": 12}
 
 
-def save_denoiser(model: DiT, folder: str | Path, process: Process, *, dtype: torch.dtype | None = None) -> None:
-    """Write a model as a folder that `load_denoiser` and the hub's layout share.
+class Checkpoint(NamedTuple):
+    """A checkpoint as read, before a network is made of it.
 
-    Args:
-        model: The network.
-        folder: Made if missing; files in it appear whole or not at all.
-        process: Masked (written as model_type ``mdlm``) or uniform (``DUO``).
-        dtype: Stored dtype; that of the parameters by default.
+    Attributes:
+        source: Folder or file that the weights came from.
+        config: Fields of ``config.json``, or what a Lightning checkpoint says in their names.
+        tensors: Weights by the parameter names of `DiT`.
+        weights: What the weights are, such as ``"safetensors"`` or ``"averaged (EMA) weights of step 1000000"``.
+        revision: Commit of a hub repository, None for local files.
     """
-    from safetensors.torch import save_file
 
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    config: dict[str, Any] = dataclasses.asdict(model.config)
-    config["model_type"] = "mdlm" if isinstance(process, MaskedDiffusion) else "DUO"
-    config["mask_id"] = process.mask_id
-    tensors = {PREFIX + name: _stored(tensor, dtype) for name, tensor in model.state_dict().items()}
-    with tempfile.TemporaryDirectory(dir=folder) as place:
-        save_file(tensors, Path(place) / "model.safetensors", metadata={"format": "pt"})
-        (Path(place) / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        for name in ("model.safetensors", "config.json"):
-            (Path(place) / name).replace(folder / name)
+    source: Path
+    config: dict[str, Any]
+    tensors: dict[str, Tensor]
+    weights: str
+    revision: str | None = None
+
+    @property
+    def folder(self) -> Path:
+        """Folder where a tokenizer may lie."""
+        return self.source if self.source.is_dir() else self.source.parent
 
 
 def load_denoiser(
-    folder: str | Path, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+    source: str | Path,
+    *,
+    revision: str | None = None,
+    config: Mapping[str, Any] | None = None,
+    ema: bool = True,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
 ) -> tuple[DiT, Process]:
-    """Read a model folder.
+    """Load a released, trained or saved denoiser.
 
     Args:
-        folder: Holds ``config.json`` and ``model.safetensors``.
-        dtype: Dtype of the parameters.
-        device: Where they go.
+        source: A hub id such as ``kuleshov-group/mdlm-owt``; a folder with ``config.json`` and
+            ``model.safetensors`` (or its shards and their index); a safetensors file; or a Lightning ``.ckpt``
+            of the MDLM or DUO repository.
+        revision: Branch, tag or commit of a hub repository.
+        config: Fields that replace or complete those of ``config.json``, such as ``{"model_type": "mdlm"}``
+            for a bare weight file or ``{"mask_id": 103}``.
+        ema: Take the averaged weights of a Lightning checkpoint where it has them, as its authors do.
+        dtype: Dtype of the parameters, float32 by default whatever the file holds.
+        device: Where they go, the CPU by default.
 
     Returns:
         The network in evaluation mode and its process.
 
     Raises:
-        TokenDriftError: If a file is missing, the model type is unknown, or tensors are missing, left over or
-            of the wrong shape; all of them are listed.
+        TokenDriftError: If something cannot be found or read, the model type is unknown, or tensors are
+            missing, left over or of the wrong shape; all of them are listed.
     """
-    from safetensors.torch import load_file
+    checkpoint = read_checkpoint(source, revision=revision, config=config, ema=ema)
+    return build(checkpoint, dtype=dtype, device=device)
 
+
+def read_checkpoint(
+    source: str | Path, *, revision: str | None = None, config: Mapping[str, Any] | None = None, ema: bool = True
+) -> Checkpoint:
+    """Read configuration and weights without making a network of them; arguments as in `load_denoiser`."""
+    path = Path(source)
+    found = None
+    if not path.exists() and hub.is_hub_id(str(source)):
+        path = hub.download(str(source), revision)
+        found = path.name  # the cache names a snapshot by its commit
+    elif not path.exists():
+        raise fail(f"{source} does not exist.", "Pass a folder, a file, or a hub id owner/name.")
+    elif revision is not None:
+        raise fail(f"revision belongs to hub ids, and {source} is a local path.", "Leave it out.", revision=revision)
+    own, tensors, weights = read_folder(path) if path.is_dir() else read_file(path, ema=ema)
+    unknown = set(config or {}) - {*SIZES, "model_type", "schedule"}
+    if unknown:
+        raise fail(f"config has unknown fields: {', '.join(sorted(unknown))}.", f"Known are {', '.join(SIZES)}.")
+    named = {name.removeprefix(lightning.PREFIX): tensor for name, tensor in tensors.items()}
+    return Checkpoint(path, own | dict(config or {}), named, weights, found)
+
+
+def build(
+    checkpoint: Checkpoint, *, dtype: torch.dtype | None = None, device: torch.device | str | None = None
+) -> tuple[DiT, Process]:
+    """Make the network and the process of a checkpoint; arguments and errors as in `load_denoiser`."""
+    config = complete_config(checkpoint)
+    tensors = dict(checkpoint.tensors)
+    with torch.device("meta"):  # no random initial values: quicker, and the caller's random state stays
+        model = DiT(config).to(dtype=dtype or torch.float32)
+    _check_fit(model, tensors)
+    exact, stored = rotary_frequencies(config.hidden_dim // config.n_heads), tensors.get(lightning.BUFFER)
+    if stored is None or stored.dtype.itemsize < 4:
+        tensors[lightning.BUFFER] = exact  # a constant: half precision on disk must not shift positions
+    model.to_empty(device=device or "cpu")
+    model.load_state_dict(tensors)
+    return model.eval(), process_of(config, _make_schedule(checkpoint.config.get("schedule")))
+
+
+def complete_config(checkpoint: Checkpoint) -> DiTConfig:
+    """Return all sizes: those stated, else those that the weights show, else the defaults of the hub's classes.
+
+    Raises:
+        TokenDriftError: If the model type is neither stated nor known, or the number of heads is not to be had.
+    """
+    stated = {name: value for name, value in checkpoint.config.items() if value is not None}
+    kind = str(stated.get("model_type")).lower()
+    if kind not in ("mdlm", "duo"):
+        raise fail(
+            f"{checkpoint.source} must have model_type mdlm or DUO.",
+            "State it in config.json or pass config={'model_type': 'mdlm'}.",
+            model_type=checkpoint.config.get("model_type"),
+        )
+    if stated.get("causal"):
+        raise fail("causal networks (model 'ar') are not denoisers.", "Load an MDLM or DUO checkpoint.", causal=True)
+    sizes = DEFAULTS | _shown(checkpoint.tensors) | {name: stated[name] for name in SIZES if name in stated}
+    if "n_heads" not in sizes and sizes["hidden_dim"] == DEFAULTS["hidden_dim"]:
+        sizes["n_heads"] = 12
+    if "n_heads" not in sizes:
+        raise fail("weights without rotary_emb.inv_freq do not show n_heads.", "Pass config={'n_heads': ...}.")
+    sizes.setdefault("time_conditioning", kind == "duo")
+    if kind == "duo":
+        sizes["mask_id"] = None  # a mask entry of the vocabulary is an ordinary state there
+    elif sizes.get("mask_id") is None:
+        bert = sizes["vocab_size"] == lightning.BERT_VOCABULARY
+        sizes["mask_id"] = lightning.BERT_MASK if bert else sizes["vocab_size"] - 1
+    return DiTConfig(**sizes)
+
+
+def process_of(config: DiTConfig, schedule: diffusion.Schedule | None = None) -> Process:
+    """Return the process that a network is made for: masked where it has a mask entry, else uniform-state."""
+    if config.mask_id is None:
+        return UniformDiffusion(config.vocab_size, schedule)
+    return MaskedDiffusion(config.vocab_size, config.mask_id, schedule)
+
+
+def save_denoiser(model: DiT, folder: str | Path, process: Process, *, dtype: torch.dtype | None = None) -> None:
+    """Write a model as a folder that `load_denoiser` and the hub's layout share.
+
+    A folder that this makes appears whole or not at all. In one that is there already, the configuration goes
+    first and comes last, so that an interruption leaves a folder that does not load, never a mixed one.
+
+    Args:
+        model: The network.
+        folder: Made if missing; its other files stay.
+        process: Masked (written as model_type ``mdlm``) or uniform (``DUO``); its schedule is kept too.
+        dtype: Stored dtype; that of the parameters by default.
+
+    Raises:
+        TokenDriftError: If the process does not belong to the network, or is none of the two.
+    """
+    from safetensors.torch import save_file
+
+    config = _config_json(model, process)
+    state = model.state_dict()
+    tensors = {
+        lightning.PREFIX + name: _stored(tensor, None if name == lightning.BUFFER else dtype)
+        for name, tensor in state.items()
+    }
     folder = Path(folder)
-    for name in ("config.json", "model.safetensors"):
-        if not (folder / name).is_file():
-            raise fail(f"{folder} has no {name}.", "Pass a folder with config.json and model.safetensors.")
-    raw = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    kind = MODEL_TYPES.get(str(raw.get("model_type")).lower())
-    if kind is None:
-        raise fail("config.json must have model_type mdlm or DUO.", model_type=raw.get("model_type"))
-    known = {field.name for field in dataclasses.fields(DiTConfig)}
-    config = DiTConfig(**{name: value for name, value in raw.items() if name in known})
-    model = DiT(config)
-    stored = load_file(folder / "model.safetensors")
-    _load(model, {name.removeprefix(PREFIX): tensor for name, tensor in stored.items()})
-    vocab = config.vocab_size
-    process = MaskedDiffusion(vocab, raw.get("mask_id")) if kind == "masked" else UniformDiffusion(vocab)
-    return model.to(device=device, dtype=dtype).eval(), process
+    beside = folder if folder.is_dir() else folder.parent  # on the same file system, so that renaming is atomic
+    beside.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=beside, prefix=".saving-") as place:
+        made = Path(place) / "model"
+        made.mkdir()
+        save_file(tensors, made / WEIGHTS, metadata={"format": "pt"})
+        (made / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        if beside is not folder:
+            made.replace(folder)
+            return
+        for name in (CONFIG, INDEX):  # shards of an earlier model would no longer belong
+            (folder / name).unlink(missing_ok=True)
+        for name in (WEIGHTS, CONFIG):
+            (made / name).replace(folder / name)
+
+
+def _config_json(model: DiT, process: Process) -> dict[str, Any]:
+    if not isinstance(process, (MaskedDiffusion, UniformDiffusion)):
+        raise fail("process must be MaskedDiffusion or UniformDiffusion to be written.", process=process)
+    kind = "mdlm" if isinstance(process, MaskedDiffusion) else "DUO"
+    for name in ("vocab_size", "mask_id"):
+        own, other = getattr(model, name), getattr(process, name)
+        if own != other and own is not None:
+            raise fail(
+                f"process has {name} {other}, the network {own}.",
+                "Save the network with the process that it was trained with.",
+            )
+    config: dict[str, Any] = {"model_type": kind} | dataclasses.asdict(model.config)
+    config["mask_id"] = process.mask_id
+    if process.schedule != diffusion.LogLinear():
+        name = type(process.schedule).__name__
+        if name not in SCHEDULES or not dataclasses.is_dataclass(process.schedule):
+            raise fail(
+                f"a schedule of type {name} cannot be written to config.json.",
+                f"Save with one of {', '.join(SCHEDULES)}, and pass your own schedule to the process after loading.",
+            )
+        config["schedule"] = {"name": name} | dataclasses.asdict(process.schedule)
+    return config
+
+
+def _make_schedule(stated: dict[str, Any] | None) -> diffusion.Schedule | None:
+    if stated is None:
+        return None
+    options = dict(stated)
+    name = options.pop("name", None)
+    if name not in SCHEDULES:
+        raise fail(f"schedule in config.json must be one of {', '.join(SCHEDULES)}.", name=name)
+    schedule: diffusion.Schedule = getattr(diffusion, name)(**options)
+    return schedule
+
+
+def _shown(tensors: Mapping[str, Tensor]) -> dict[str, int]:
+    """Return the sizes that shapes reveal."""
+    shown: dict[str, int] = {}
+    embedding, bias, frequencies = (
+        tensors.get(name) for name in ("vocab_embed.embedding", "sigma_map.mlp.0.bias", lightning.BUFFER)
+    )
+    if embedding is not None and embedding.ndim == 2:
+        shown |= {"vocab_size": embedding.shape[0], "hidden_dim": embedding.shape[1]}
+        if frequencies is not None and len(frequencies):
+            shown["n_heads"] = embedding.shape[1] // (2 * len(frequencies))
+    if bias is not None:
+        shown["cond_dim"] = len(bias)
+    blocks = {int(name.split(".")[1]) for name in tensors if name.startswith("blocks.")}
+    if blocks:
+        shown["n_blocks"] = max(blocks) + 1
+    return shown
 
 
 def _stored(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
     return tensor.detach().to("cpu", dtype or tensor.dtype).contiguous()
 
 
-def _load(model: DiT, tensors: dict[str, Tensor]) -> None:
+def _check_fit(model: DiT, tensors: Mapping[str, Tensor]) -> None:
+    """Require the tensors of the network, no fewer, no more; the rotary constant alone may be absent."""
     expected = model.state_dict()
-    problems = [f"missing {name} {tuple(expected[name].shape)}" for name in expected.keys() - tensors.keys()]
+    missing = expected.keys() - tensors.keys() - {lightning.BUFFER}
+    problems = [f"missing {name} {tuple(expected[name].shape)}" for name in missing]
     problems += [f"unexpected {name} {tuple(tensors[name].shape)}" for name in tensors.keys() - expected.keys()]
     for name in expected.keys() & tensors.keys():
         if expected[name].shape != tensors[name].shape:
             problems.append(f"{name} has {tuple(tensors[name].shape)}, expected {tuple(expected[name].shape)}")
+    stored = tensors.get(lightning.BUFFER)
+    if stored is not None and stored.shape == expected[lightning.BUFFER].shape:
+        exact = rotary_frequencies(2 * len(stored))
+        if not torch.allclose(stored.float(), exact, rtol=1e-2, atol=1e-7):  # half precision passes, another base not
+            problems.append(f"{lightning.BUFFER} is not that of base 10000")
     if problems:
         raise fail(
             "the checkpoint does not fit its config:\n    " + "\n    ".join(sorted(problems)),
-            "Check hidden_dim, n_blocks, cond_dim and vocab_size in config.json.",
+            "Check hidden_dim, n_blocks, n_heads, cond_dim and vocab_size in config.json.",
         )
-    model.load_state_dict(tensors)

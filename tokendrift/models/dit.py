@@ -7,14 +7,20 @@ Plain PyTorch attention, no compiled extension. Parameter names are those of the
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from tokendrift._checks import check_count, check_ids, fail
+from tokendrift._checks import check_count, check_ids, check_mask_id, fail
+
+if TYPE_CHECKING:
+    from tokendrift.diffusion import Process
 
 FREQUENCIES = 256  # width of the sinusoidal embedding of sigma, fixed upstream
 
@@ -32,6 +38,7 @@ class DiTConfig:
         n_heads: Number of attention heads; divides hidden_dim.
         dropout: Dropout probability on the two residual branches.
         time_conditioning: Whether the network reads sigma (DUO) or zeros in its place (MDLM).
+        mask_id: Id of the mask token, None for uniform-state models.
     """
 
     vocab_size: int
@@ -42,6 +49,7 @@ class DiTConfig:
     n_heads: int = 12
     dropout: float = 0.1
     time_conditioning: bool = False
+    mask_id: int | None = None
 
     def __post_init__(self) -> None:
         for name in ("vocab_size", "model_length", "hidden_dim", "cond_dim", "n_blocks", "n_heads"):
@@ -52,6 +60,7 @@ class DiTConfig:
                 hidden_dim=self.hidden_dim,
                 n_heads=self.n_heads,
             )
+        check_mask_id(self.mask_id, self.vocab_size)
 
 
 class LayerNorm(nn.Module):
@@ -70,7 +79,8 @@ class LayerNorm(nn.Module):
 class Embedding(nn.Module):
     """Token embedding that also takes distributions, as upstream's does.
 
-    Integer ids (B, L) are looked up. Floats (B, L, V) are read as logits: softmax, then ``p @ E``.
+    Integer ids (B, L) are looked up. Floats (B, L, V) are read as logits: softmax, then ``p @ E``. Ids
+    (B, L, K) with weights (B, L, K), used as given, are a sum of K rows each: DUO's efficient curriculum.
     """
 
     def __init__(self, vocab_size: int, width: int) -> None:
@@ -78,22 +88,40 @@ class Embedding(nn.Module):
         self.embedding = nn.Parameter(torch.empty(vocab_size, width))
         nn.init.kaiming_uniform_(self.embedding, a=math.sqrt(5))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, weights: Tensor | None = None) -> Tensor:
+        if weights is not None:
+            flat, share = x.flatten(0, -2), weights.flatten(0, -2).to(self.embedding.dtype)
+            bag = F.embedding_bag(flat, self.embedding, per_sample_weights=share, mode="sum")
+            return bag.unflatten(0, x.shape[:-1])
         if x.is_floating_point():
             wide = torch.promote_types(x.dtype, torch.float32)
             return torch.softmax(x, dim=-1, dtype=wide).to(self.embedding.dtype) @ self.embedding
         return F.embedding(x, self.embedding)
 
 
+def rotary_frequencies(head_dim: int) -> Tensor:
+    """Return the angle per position of each pair of channels, float32 (head_dim / 2,), as upstream computes it."""
+    return 1.0 / (10_000.0 ** (torch.arange(0, head_dim, 2).float() / head_dim))
+
+
 class Rotary(nn.Module):
-    """Rotary positions in the half-split form, base 10000."""
+    """Rotary positions in the half-split form, base 10000, always in float32 or wider.
+
+    bfloat16 counts to 256 and no further: a model cast to it would take later positions for each other.
+    """
 
     inv_freq: Tensor
 
-    def __init__(self, head_dim: int, base: float = 10_000.0) -> None:
+    def __init__(self, head_dim: int) -> None:
         super().__init__()
-        exponent = torch.arange(0, head_dim, 2).float() / head_dim
-        self.register_buffer("inv_freq", base**-exponent)
+        self.register_buffer("inv_freq", rotary_frequencies(head_dim))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Rotary:
+        before = self.inv_freq
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if self.inv_freq.dtype.itemsize < 4:
+            self.inv_freq = before.to(self.inv_freq.device)
+        return self
 
     def forward(self, length: int) -> tuple[Tensor, Tensor]:
         angle = torch.outer(torch.arange(length, device=self.inv_freq.device, dtype=self.inv_freq.dtype), self.inv_freq)
@@ -207,26 +235,33 @@ class DiT(nn.Module):
         return self.config.vocab_size
 
     @property
+    def mask_id(self) -> int | None:
+        """Id of the mask token, None for uniform-state models."""
+        return self.config.mask_id
+
+    @property
     def time_conditioned(self) -> bool:
         """Whether sigma matters."""
         return self.config.time_conditioning
 
-    def forward(self, x_t: Tensor, sigma: Tensor | None = None) -> Tensor:
+    def forward(self, x_t: Tensor, sigma: Tensor | None = None, *, weights: Tensor | None = None) -> Tensor:
         """Return raw logits.
 
         Args:
             x_t: Noisy ids (B, L) of an integer dtype, or input logits (B, L, V) of a float dtype
-                (their softmax is embedded, as DUO's curriculum needs).
+                (their softmax is embedded, as DUO's curriculum needs), or ids (B, L, K) with weights.
             sigma: ``-log alpha_t``, shape (B,). Needed with time conditioning, unused without.
+            weights: Share of each of the K ids of a position, floating point (B, L, K), used as given.
 
         Returns:
             Shape (B, L, V), in the parameters' dtype (that of autocast inside it).
 
         Raises:
-            TokenDriftError: If sigma is missing or misshapen, or x_t has the wrong number of axes.
+            TokenDriftError: If sigma is missing or misshapen, x_t has the wrong number of axes, or weights do
+                not belong to x_t.
         """
         condition = self.condition(len(x_t), sigma)
-        hidden = self.hidden_states(self.vocab_embed(self._checked(x_t)), sigma)
+        hidden = self._blocks(self.vocab_embed(self._checked(x_t, weights), weights), condition, None)
         return self.output_layer(hidden[-1], condition)
 
     def hidden_states(
@@ -243,6 +278,28 @@ class DiT(nn.Module):
             ``n_blocks + 1`` tensors (B, L, D).
         """
         condition = self.condition(len(embeds), torch.zeros(len(embeds)) if sigma is None else sigma)
+        return self._blocks(embeds, condition, attention_mask)
+
+    @classmethod
+    def from_pretrained(cls, source: str | Path, **options: Any) -> DiT:
+        """Load the network alone: the first half of what `load_denoiser` returns, with the same options."""
+        from tokendrift.models.checkpoints import load_denoiser
+
+        return load_denoiser(source, **options)[0]
+
+    def save_pretrained(self, folder: str | Path, process: Process | None = None, **options: Any) -> None:
+        """Write the network as `save_denoiser` does.
+
+        Args:
+            folder: Made if missing.
+            process: Its process; by default the log-linear one that ``config.mask_id`` stands for.
+            **options: Those of `save_denoiser`.
+        """
+        from tokendrift.models.checkpoints import process_of, save_denoiser
+
+        save_denoiser(self, folder, process_of(self.config) if process is None else process, **options)
+
+    def _blocks(self, embeds: Tensor, condition: Tensor, attention_mask: Tensor | None) -> list[Tensor]:
         cos, sin = self.rotary_emb(embeds.shape[1])
         hidden = [embeds]
         for block in self.blocks:
@@ -263,11 +320,26 @@ class DiT(nn.Module):
             )
         return self.sigma_map(sigma.to(weight.device, dtype))
 
-    def _checked(self, x_t: Tensor) -> Tensor:
+    def _checked(self, x_t: Tensor, weights: Tensor | None) -> Tensor:
+        if weights is not None:
+            if (
+                x_t.ndim != 3
+                or x_t.is_floating_point()
+                or weights.shape != x_t.shape
+                or not weights.is_floating_point()
+            ):
+                raise fail(
+                    "weights must be floating point of shape (B, L, K), one for each of the integer ids x_t (B, L, K).",
+                    x_t=x_t,
+                    weights=weights,
+                )
+            check_ids("x_t", x_t.flatten(1), self.vocab_size)
+            return x_t
         axes = 3 if x_t.is_floating_point() else 2
         if x_t.ndim != axes or (axes == 3 and x_t.shape[-1] != self.vocab_size):
             raise fail(
                 f"x_t must be integer ids (B, L) or float logits (B, L, V) with V = {self.vocab_size}.",
+                "Ids (B, L, K) need their weights (B, L, K)." if x_t.ndim == 3 else "",
                 x_t=x_t,
             )
         return x_t if x_t.is_floating_point() else check_ids("x_t", x_t, self.vocab_size)

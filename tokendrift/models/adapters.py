@@ -1,0 +1,101 @@
+"""Denoisers that are not ours, behind the protocol ``(x_t (B, L), sigma (B,)) -> logits (B, L, V)``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tokendrift._checks import check_count, check_ids, check_mask_id, check_tensor, fail
+
+SCORES = ("ar", "score", "sedd")  # parameterizations whose output is no distribution of x0
+
+
+class MaskedLMDenoiser(nn.Module):
+    """Any masked language model that takes ids and returns logits, and knows nothing of time (LLaDA, BERT).
+
+    Args:
+        module: Called with ids (B, L); returns logits (B, L, V), or an object that has them as ``logits``.
+        mask_id: Id of the mask token; ``module.config.mask_token_id`` by default.
+        vocab_size: V, the number of logits; ``module.config.vocab_size`` by default.
+
+    Raises:
+        TokenDriftError: If either is neither passed nor in the configuration, or a call returns other shapes.
+
+    >>> model = MaskedLMDenoiser(nn.Embedding(5, 5), mask_id=4, vocab_size=5)
+    >>> model(torch.tensor([[0, 4, 2]]), torch.ones(1)).shape
+    torch.Size([1, 3, 5])
+    """
+
+    time_conditioned = False
+
+    def __init__(self, module: nn.Module, *, mask_id: int | None = None, vocab_size: int | None = None) -> None:
+        super().__init__()
+        self.module = module
+        config = getattr(module, "config", None)
+        self.vocab_size = _given("vocab_size", vocab_size, config, "vocab_size")
+        self.mask_id: int | None = _given("mask_id", mask_id, config, "mask_token_id")
+        check_mask_id(self.mask_id, self.vocab_size)
+
+    def forward(self, x_t: Tensor, sigma: Tensor | None = None) -> Tensor:
+        """Return logits (B, L, V) for noisy ids (B, L); sigma does not matter."""
+        output = self.module(check_ids("x_t", x_t, self.vocab_size))
+        return _checked(getattr(output, "logits", output), x_t, self.vocab_size)
+
+
+class OfficialDenoiser(nn.Module):
+    """The Lightning module of the MDLM or DUO repository, as their own code builds it.
+
+    Its ``forward(x, sigma (B, 1))`` returns log-probabilities instead of raw logits. That is safe here: log-softmax
+    leaves them as they are, and SUBS applied twice is SUBS. To use the averaged weights, swap them in first, as
+    ``module._eval_mode()`` does in DUO and ``module.ema.copy_to(module.backbone.parameters())`` in MDLM.
+
+    Args:
+        module: ``Diffusion`` of the MDLM repository, or ``MDLM``, ``DUO_BASE``, ``DUO`` or ``Distillation`` of
+            DUO's. It brings ``vocab_size``, ``mask_index`` and ``time_conditioning``.
+
+    Raises:
+        TokenDriftError: If the module returns scores or next-token logits, or a call returns other shapes.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        kind = getattr(module, "parameterization", None)
+        if kind in SCORES:
+            raise fail(
+                f"module has parameterization {kind!r}: its output is no distribution of clean tokens.",
+                "Pass a module trained as MDLM (subs) or DUO (mean).",
+            )
+        self.module = module
+        self.vocab_size = _given("vocab_size", None, module, "vocab_size")
+        self.mask_id: int | None = getattr(module, "mask_index", None)
+        self.time_conditioned = bool(getattr(module, "time_conditioning", True))
+
+    def forward(self, x_t: Tensor, sigma: Tensor | None = None) -> Tensor:
+        """Return log-probabilities (B, L, V) for noisy ids (B, L) and sigma (B,)."""
+        check_ids("x_t", x_t, self.vocab_size)
+        if sigma is None and not self.time_conditioned:
+            sigma = torch.zeros(len(x_t), device=x_t.device)
+        if sigma is None or sigma.shape != x_t.shape[:1]:
+            raise fail("sigma must have shape (B,): one -log(alpha_t) a row.", sigma=sigma, x_t=x_t)
+        return _checked(self.module(x_t, sigma[:, None]), x_t, self.vocab_size)
+
+
+def _given(name: str, value: int | None, holder: Any, attribute: str) -> int:
+    found = getattr(holder, attribute, None) if value is None else value
+    if found is None:
+        raise fail(f"{name} is neither passed nor an attribute {attribute} of the model.", f"Pass {name}=....")
+    return check_count(name, found)
+
+
+def _checked(logits: object, x_t: Tensor, vocab_size: int) -> Tensor:
+    tensor = check_tensor("the model's output", logits, ("B", "L", "V"))
+    if tensor.shape != (*x_t.shape, vocab_size):
+        raise fail(
+            f"the model must return logits (B, L, V) = {(*x_t.shape, vocab_size)}.",
+            "Pass the vocab_size that it returns; wrap a model that shifts or crops its output.",
+            x_t=x_t,
+            logits=tensor,
+        )
+    return tensor

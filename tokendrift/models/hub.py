@@ -1,0 +1,46 @@
+"""Weights from the Hugging Face hub: safetensors and JSON files alone, so that nothing fetched can run."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from tokendrift._checks import fail
+
+FILES = ("*.safetensors", "*.json")
+
+
+def is_hub_id(name: str) -> bool:
+    """Tell whether a string has the form ``owner/name``."""
+    return re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name) is not None
+
+
+def download(repo_id: str, revision: str | None = None) -> Path:
+    """Return the local folder of a hub repository, fetching what is not cached.
+
+    Args:
+        repo_id: ``owner/name``.
+        revision: Branch, tag or commit; the main branch by default. Results that others should be able to
+            repeat name a commit.
+
+    Raises:
+        TokenDriftError: If the repository or revision does not exist, or the hub cannot be reached and the
+            files are not cached.
+    """
+    try:
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import HfHubHTTPError
+    except ImportError as error:
+        raise fail(
+            f"{error}; loading from the hub needs it.", "Install it with pip install 'tokendrift[hf]'."
+        ) from None
+    try:
+        return Path(snapshot_download(repo_id, revision=revision, allow_patterns=list(FILES)))
+    except (OSError, ValueError, HfHubHTTPError) as error:
+        reason = str(error).strip().split("\n")[0]
+        at = "" if revision is None else f" at revision {revision}"
+        raise fail(
+            f"{repo_id!r} is no local path, and cannot be fetched from the hub{at}: {reason}",
+            "Without a network, copy config.json and model.safetensors from a machine that has one into a folder, "
+            "and pass that folder.",
+        ) from error
