@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from tokendrift import _lift_ops, _linear_lift_ops
+from tokendrift.diffusion import _row_ops
 
 # Operators whose inside counts.
 KERNELS = {
@@ -19,6 +20,10 @@ KERNELS = {
     torch.ops.tokendrift.soft_token_lift_backward.default: _lift_ops.lift_rows_backward,
     torch.ops.tokendrift.linear_soft_token_lift.default: _linear_lift_ops.linear_lift_rows,
     torch.ops.tokendrift.linear_soft_token_lift_backward.default: _linear_lift_ops.linear_lift_rows_backward,
+    torch.ops.tokendrift.log_prob_at.default: _row_ops.log_prob_rows,
+    torch.ops.tokendrift.log_prob_at_backward.default: _row_ops.log_prob_rows_backward,
+    torch.ops.tokendrift.uniform_terms.default: _row_ops.uniform_rows,
+    torch.ops.tokendrift.uniform_terms_backward.default: _row_ops.uniform_rows_backward,
 }
 PRODUCTS = flop_registry | {torch.ops.aten.addmm_: flop_registry[torch.ops.aten.addmm]}
 

@@ -7,8 +7,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tokendrift import TokenDriftError
 from tokendrift.diffusion import Cosine, DuoCosine, Geometric, Linear, LogLinear, Schedule, sample_times
-from tokendrift.diffusion.schedules import sigma, stratify
+from tokendrift.diffusion.schedules import stratify
 
 SCHEDULES = {
     "loglinear": LogLinear(),
@@ -26,7 +27,7 @@ def test_signal_slope_and_sigma_have_the_golden_values(golden, name):
     numbers, schedule = golden("schedules"), SCHEDULES[name]
     t = numbers["t"]
     numbers.assert_matches(schedule.alpha(t), f"{name}.alpha")
-    numbers.assert_matches(sigma(schedule, t), f"{name}.sigma")
+    numbers.assert_matches(schedule.sigma(t), f"{name}.sigma")
     if name == "duo_cosine":
         numbers.assert_matches(schedule.dalpha(t), f"{name}.dalpha_exact")
         schedule = DuoCosine(strict_upstream=True)
@@ -38,7 +39,7 @@ def test_duo_and_mdlm_share_the_log_linear_schedule(golden):
     numbers, schedule = golden("schedules"), LogLinear()
     numbers.assert_matches(schedule.alpha(numbers["t"]), "duo_loglinear.alpha")
     numbers.assert_matches(schedule.dalpha(numbers["t"]), "duo_loglinear.dalpha")
-    numbers.assert_matches(sigma(schedule, numbers["t"]), "duo_loglinear.sigma")
+    numbers.assert_matches(schedule.sigma(numbers["t"]), "duo_loglinear.sigma")
 
 
 @EVERY_SCHEDULE
@@ -56,22 +57,65 @@ def test_the_signal_falls_from_clean_to_noise(schedule):
     assert (alpha.diff() < 0).all()
     assert 0.998 <= alpha[0] <= 1
     assert 0 <= alpha[-1] < 0.4  # the geometric schedule ends at exp(-1)
-    torch.testing.assert_close(sigma(schedule, t), -alpha.log(), rtol=1e-12, atol=1e-15)
+    torch.testing.assert_close(schedule.sigma(t), -alpha.log(), rtol=1e-12, atol=1e-15)
 
 
 @EVERY_SCHEDULE
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_schedules_keep_shape_and_dtype(schedule, dtype):
     t = torch.rand(3, 1, dtype=dtype)
-    for value in (schedule.alpha(t), schedule.dalpha(t), sigma(schedule, t)):
+    for value in (schedule.alpha(t), schedule.dalpha(t), schedule.sigma(t)):
         assert value.shape == t.shape
         assert value.dtype == dtype
     assert isinstance(schedule, Schedule)
 
 
-def test_sigma_near_zero_keeps_its_digits_in_float32():
-    t = torch.tensor([1e-5])
-    assert sigma(LogLinear(), t).item() == pytest.approx(0.999e-5, rel=1e-5)
+@EVERY_SCHEDULE
+def test_levels_keep_their_digits_in_float32_at_both_ends_of_time(schedule):
+    early = torch.logspace(-5, -0.3, 200)
+    t = torch.cat([early, 1 - early])
+    for name in ("alpha", "noise", "sigma"):
+        single, exact = getattr(schedule, name)(t), getattr(schedule, name)(t.double())
+        # A few of the last places, 6e-8 each; 1 - alpha in float32 would be wrong by a hundredth at t = 1e-5. What
+        # cos^2 or exp loses goes with the size of its argument.
+        torch.testing.assert_close(single.double(), exact, rtol=1e-6, atol=0)
+
+
+@EVERY_SCHEDULE
+def test_noise_is_one_minus_the_signal(schedule):
+    t = torch.linspace(0, 1, 101, dtype=torch.float64)
+    torch.testing.assert_close(schedule.noise(t), 1 - schedule.alpha(t), rtol=1e-12, atol=1e-15)
+
+
+@EVERY_SCHEDULE
+def test_time_inverts_the_signal_and_stops_at_the_ends(schedule):
+    t = torch.linspace(0, 1, 101, dtype=torch.float64)
+    torch.testing.assert_close(schedule.time(schedule.alpha(t)), t, rtol=0, atol=1e-7)  # cos is flat at 0: sqrt(1e-15)
+    torch.testing.assert_close(schedule.time(schedule.alpha(t))[10:], t[10:], rtol=1e-12, atol=0)
+    by_bisection = Schedule.time(schedule, schedule.alpha(t))
+    torch.testing.assert_close(by_bisection[10:], t[10:], rtol=1e-11, atol=0)
+    ends = schedule.time(torch.tensor([1 - 1e-12, 1e-12], dtype=torch.float64))
+    torch.testing.assert_close(ends, torch.tensor([0.0, 1.0], dtype=torch.float64), rtol=0, atol=2e-6)
+    assert schedule.time(torch.tensor([0.5])).dtype == torch.float32
+
+
+@pytest.mark.parametrize(("name", "schedule"), [("duo_loglinear", LogLinear(eps=0)), ("duo_cosine", DuoCosine(eps=0))])
+def test_the_inverse_of_upstream_is_the_one_without_eps(golden, name, schedule):
+    numbers = golden("schedules")
+    numbers.assert_matches(schedule.time(numbers[f"{name}.inverse_alpha"]), f"{name}.inverse_t")
+
+
+def test_a_schedule_of_your_own_needs_a_signal_and_its_slope():
+    class Square(Schedule):
+        def alpha(self, t):
+            return 1 - t**2
+
+        def dalpha(self, t):
+            return -2 * t
+
+    t = torch.tensor([0.1, 0.5, 0.9], dtype=torch.float64)
+    torch.testing.assert_close(Square().time(Square().alpha(t)), t, rtol=1e-12, atol=0)
+    torch.testing.assert_close(Square().sigma(t), -(1 - t**2).log())
 
 
 # ------------------------------------------------------------------------------------------------ times
@@ -99,6 +143,23 @@ def test_times_lie_between_the_smallest_and_one(count, antithetic, smallest):
     assert times.dtype == torch.float32
     assert (times >= smallest - 1e-7).all()
     assert (times <= 1).all()
+
+
+@given(count=st.integers(1, 50), levels=st.integers(1, 1000))
+def test_discrete_times_are_the_ends_of_their_intervals(count, levels):
+    continuous, discrete = (
+        sample_times(count, levels=found, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+        for found in (None, levels)
+    )
+    upstream = ((continuous * levels).to(torch.int) / levels + 1 / levels).clamp_max(1)  # MDLM, diffusion.py
+    torch.testing.assert_close(discrete.float(), upstream, rtol=1e-6, atol=0)
+    assert (discrete >= continuous).all()
+    assert (discrete * levels - (discrete * levels).round()).abs().max() < 1e-9
+
+
+def test_discrete_time_needs_a_level():
+    with pytest.raises(TokenDriftError, match="levels must be an integer of at least 1"):
+        sample_times(3, levels=0)
 
 
 @pytest.mark.parametrize("antithetic", [True, False])

@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from live_bytes import LiveBytes
 
 from tokendrift import TokenDriftError
 from tokendrift.diffusion import DuoCosine, LogLinear, UniformDiffusion
@@ -58,9 +59,9 @@ def test_the_objective_holds_in_float32(golden, case):
         numbers[f"{case}.logits"].float(), numbers[f"{case}.x0"], numbers[f"{case}.x_t"], numbers[f"{case}.t"].float()
     )
     expected = numbers[f"{case}.token_loss_exact"]
-    # Reference (diffusion.md, 4.2): at most 3e-2 at t = 1e-3, where the loss is near 1e4, and 1e-5 in the middle.
+    # At t = 1e-3 the loss is near 1e4; elsewhere it stays below 150. A few of the last places, 6e-8 each.
     assert loss.dtype == torch.float32
-    assert (loss - expected).abs().max() <= (3e-2 if case == "extreme" else 1e-5)
+    assert (loss - expected).abs().max() <= (2e-3 if case == "extreme" else 1e-5)
 
 
 def test_the_reverse_step_has_the_golden_values(golden):
@@ -149,6 +150,16 @@ def test_half_precision_logits_are_evaluated_in_float32():
     assert torch.equal(half, UniformDiffusion(V).nelbo(logits.bfloat16().float(), clean, x_t, t.float()))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_objective_holds_little_beside_the_gradient_of_the_logits(dtype):
+    logits = torch.zeros(8, 256, 8192, dtype=dtype, requires_grad=True)
+    x_t = clean = torch.zeros(8, 256, dtype=torch.int64)
+    with LiveBytes() as count:
+        UniformDiffusion(8192).nelbo(logits, clean, x_t, torch.full((8,), 0.5)).sum().backward()
+    # Tiles of 1 MB, in float32, of the 64 MB that float32 logits have here.
+    assert count.peak - logits.grad.nbytes < 0.1 * 4 * logits.numel()
+
+
 # ------------------------------------------------------------------------------------------------ corruption
 
 
@@ -165,7 +176,8 @@ def test_the_same_seed_gives_the_same_corruption():
     one, same, other = (
         UniformDiffusion(V).corrupt(clean, generator=torch.Generator().manual_seed(seed)) for seed in (1, 1, 2)
     )
-    assert all(torch.equal(a, b) for a, b in zip(one, same, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(one[:4], same[:4], strict=True))
+    assert one.soft is one.weights is None
     assert not torch.equal(one.x_t, other.x_t)
 
 

@@ -1,5 +1,6 @@
 """Corruption processes: masked (MDLM) and uniform-state (DUO), behind one protocol."""
 
+from tokendrift.diffusion.gaussian import GaussianCurriculum, GaussianDuality, GaussianUniformDiffusion
 from tokendrift.diffusion.masked import MaskedDiffusion
 from tokendrift.diffusion.process import Corruption, Denoiser, Mixture, Process
 from tokendrift.diffusion.schedules import Cosine, DuoCosine, Geometric, Linear, LogLinear, Schedule, sample_times
@@ -10,6 +11,9 @@ __all__ = [
     "Cosine",
     "Denoiser",
     "DuoCosine",
+    "GaussianCurriculum",
+    "GaussianDuality",
+    "GaussianUniformDiffusion",
     "Geometric",
     "Linear",
     "LogLinear",

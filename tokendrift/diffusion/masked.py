@@ -6,10 +6,9 @@ import torch
 from torch import Tensor
 
 from tokendrift._checks import check_mask_id
+from tokendrift.diffusion._row_ops import EXCLUDED, log_prob_at
 from tokendrift.diffusion.process import Mixture, Process, check_objective, wide
 from tokendrift.diffusion.schedules import Schedule
-
-EXCLUDED = -1e6  # upstream's finite stand-in for log 0; finite so that 0 * log p stays 0
 
 
 class MaskedDiffusion(Process):
@@ -60,7 +59,9 @@ class MaskedDiffusion(Process):
         .. math:: \ell_{bl} = \frac{-\alpha'_t}{1-\alpha_t}\,(-\log p(x_0))
 
         on masked positions and exactly 0 elsewhere. For the log-linear schedule the weight is 1/t. The mean
-        over all positions bounds the negative log-likelihood per token. Source: MDLM, equation 10.
+        over all positions bounds the negative log-likelihood per token. Only rows of masked positions are
+        read, and beside their gradient nothing of the size of the logits is made. A clean id that is the mask
+        itself costs 1e6 nats: multiply such positions (padding) by 0. Source: MDLM, equation 10.
 
         Args:
             logits: Raw denoiser output (B, L, V).
@@ -69,14 +70,12 @@ class MaskedDiffusion(Process):
             t: Times (B,) in (0, 1].
         """
         check_objective(self.vocab_size, logits, x0, x_t, t)
-        open_logits = wide(logits)
-        # log p(x0) needs one gather and one logsumexp; the mask entry is subtracted from the latter by masking it.
-        masked_out = open_logits.index_fill(-1, torch.tensor(self.mask_id, device=logits.device), -torch.inf)
-        chosen = open_logits.gather(-1, x0.long()[..., None])[..., 0]
-        nll = torch.logsumexp(masked_out, dim=-1) - chosen
-        t = t.double()  # 1 - alpha loses four of float32's seven digits at t = 1e-3
-        weight = (-self.schedule.dalpha(t) / (1 - self.schedule.alpha(t))).to(nll.dtype)
-        return torch.where(self.predicted(x_t), weight[:, None] * nll, 0.0)
+        index = self.predicted(x_t).flatten().nonzero()[:, 0]
+        log_p = log_prob_at(logits.flatten(0, 1), x0.long().flatten()[index], index, self.mask_id)
+        t = t.to(torch.promote_types(t.dtype, log_p.dtype))
+        weight = -self.schedule.dalpha(t) / self.schedule.noise(t)
+        weighted = -log_p * weight.to(log_p.dtype)[index // x_t.shape[1]]
+        return log_p.new_zeros(x_t.numel()).index_copy(0, index, weighted).view(x_t.shape)
 
     def posterior(self, logits: Tensor, x_t: Tensor, t: Tensor, s: Tensor) -> Tensor:
         r"""Return q(x_s | x_t): a mask stays with (1-alpha_s)/(1-alpha_t), else draws from p.

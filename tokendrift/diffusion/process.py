@@ -9,13 +9,17 @@ import torch
 from torch import Tensor
 
 from tokendrift._checks import check_count, check_ids, check_tensor, fail
-from tokendrift.diffusion.schedules import LogLinear, Schedule, sample_times, sigma
+from tokendrift.diffusion.schedules import LogLinear, Schedule, sample_times
 
 
 class Denoiser(Protocol):
-    """A network that returns raw logits: neither SUBS nor log-softmax applied."""
+    """A network that returns raw logits: neither SUBS nor log-softmax applied.
 
-    def __call__(self, x_t: Tensor, sigma: Tensor | None) -> Tensor:
+    Nothing else is asked of it: vocabulary and mask belong to the process. Where an attribute ``time_conditioned``
+    exists and is False, sigma does not matter, and samplers may leave out calls whose answer they know.
+    """
+
+    def __call__(self, x_t: Tensor, sigma: Tensor | None, /) -> Tensor:
         """Map noisy ids (B, L) int64 and sigma (B,) to logits (B, L, V)."""
         ...
 
@@ -28,12 +32,23 @@ class Corruption(NamedTuple):
         predicted: Positions the model has to predict (the paper's M), bool (B, L).
         t: Diffusion times, float (B,), in (0, 1].
         sigma: ``-log alpha_t``, float (B,): what denoisers take as their second argument.
+        soft: What the denoiser reads in place of x_t in DUO's curriculum: input logits (B, L, V), or with weights
+            the ids (B, L, K) of their largest entries. None for x_t itself.
+        weights: Softmax weights of those ids, float (B, L, K).
     """
 
     x_t: Tensor
     predicted: Tensor
     t: Tensor
     sigma: Tensor
+    soft: Tensor | None = None
+    weights: Tensor | None = None
+
+    def denoise(self, denoiser: Denoiser) -> Tensor:
+        """Return the denoiser's logits (B, L, V) for this batch."""
+        if self.weights is not None:
+            return denoiser(self.soft, self.sigma, weights=self.weights)  # type: ignore[call-arg, arg-type]
+        return denoiser(self.x_t if self.soft is None else self.soft, self.sigma)
 
 
 class Mixture(NamedTuple):
@@ -69,7 +84,7 @@ class Process(ABC):
 
     def sigma(self, t: Tensor) -> Tensor:
         """Return ``-log alpha_t`` for times of any shape."""
-        return sigma(self.schedule, t)
+        return self.schedule.sigma(t)
 
     def corrupt(
         self,
@@ -99,8 +114,11 @@ class Process(ABC):
         t = check_tensor("t", t, ("B",))
         if len(t) != len(x0):
             raise fail("t must have shape (B,): one time a row of x0.", t=t, x0=x0)
+        return self._corrupted(x0, t, generator)
+
+    def _corrupted(self, x0: Tensor, t: Tensor, generator: torch.Generator | None) -> Corruption:
         chance = torch.rand(x0.shape, generator=generator, device=x0.device)
-        moved = chance < (1 - self.schedule.alpha(t))[:, None]
+        moved = chance < self.schedule.noise(t)[:, None]
         x_t = torch.where(moved, self.prior(x0.shape, generator=generator, device=x0.device), x0)
         return Corruption(x_t, self.predicted(x_t), t, self.sigma(t))
 

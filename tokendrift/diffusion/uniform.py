@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from tokendrift.diffusion._row_ops import uniform_terms, wide_dtype
 from tokendrift.diffusion.process import Mixture, Process, check_objective, wide
 
 
@@ -41,8 +42,9 @@ class UniformDiffusion(Process):
 
         .. math:: \ell = \frac{-\alpha'}{V\alpha}\sum_j\Big(r_j\log\frac{r_j}{\hat r_j} - r_j + \hat r_j\Big)
 
-        Evaluated with :math:`L_j = \mathrm{softplus}(\log\kappa + \log p_j)` instead of logarithms of sums,
-        so that float32 holds at both ends of time: one pass over V and three gathers.
+        Evaluated with :math:`L_j = \mathrm{softplus}(\log\kappa + \log p_j) = \log(1 + \kappa p_j)` instead of
+        logarithms of sums, so that float32 holds at both ends of time, in one pass over V. Beside the gradient
+        nothing of the size of the logits is made.
 
         Args:
             logits: Raw denoiser output (B, L, V).
@@ -53,26 +55,23 @@ class UniformDiffusion(Process):
         Source: DUO, equation 5 (algo.py ``DUO_BASE.nll_per_token``).
         """
         check_objective(self.vocab_size, logits, x0, x_t, t)
-        size = self.vocab_size
-        log_p = self.log_probs(logits, x_t)
-        t = t.double()[:, None]  # 1 - alpha loses four of float32's seven digits at t = 1e-3
+        size, same, dtype = self.vocab_size, x_t == x0, wide_dtype(logits.dtype)
+        t = t.to(torch.promote_types(t.dtype, dtype))[:, None]
         alpha, dalpha = self.schedule.alpha(t), self.schedule.dalpha(t)
-        kappa = (size * alpha / (1 - alpha)).to(log_p.dtype)
-        weight = (-dalpha / (size * alpha)).to(log_p.dtype)
-        level = torch.nn.functional.softplus(kappa.log()[..., None] + log_p, threshold=40)  # L_j = log(1 + kappa p_j)
-        at_noisy = level.gather(-1, x_t.long()[..., None])[..., 0]
-        at_clean = level.gather(-1, x0.long()[..., None])[..., 0]
-        same = (x_t == x0).to(log_p.dtype)
-        log_ratio = torch.log1p(kappa)  # log r_{x0} where x_t differs from x0
-        # sum_j r_j log(r_j / rhat_j), split by whether the noisy token is the clean one. With R = 1/(1+kappa):
-        #   same: r_j = R off x0 and 1 at x0;  different: r_j = 1 off x0 and 1 + kappa at x0.
-        spread = level.sum(dim=-1) - size * at_noisy  # sum_j (L_j - L_i)
-        r_off = torch.where(same.bool(), 1 / (1 + kappa), torch.ones_like(kappa))
-        kept = -r_off * (spread + (size - 1) * log_ratio * same)
-        moved = -(1 - same) * (kappa * (at_clean - at_noisy) - (1 + kappa) * log_ratio)
-        sum_r = torch.where(same.bool(), (size + kappa) / (1 + kappa), size + kappa)
-        sum_rhat = (size + kappa) * torch.exp(-at_noisy)  # uses sum_j p_j = 1
-        return weight * (kept + moved - sum_r + sum_rhat)
+        kappa = (size * alpha / self.schedule.noise(t)).expand(x_t.shape)
+        rows, noisy, clean = logits.flatten(0, 1), x_t.long().flatten(), x0.long().flatten()
+        terms = uniform_terms(rows, noisy, clean, kappa.to(dtype).flatten())
+        total, p_noisy, p_clean = terms.view(3, *x_t.shape)
+        at_noisy = torch.log1p(kappa * p_noisy)
+        gap = torch.log1p(kappa) - torch.log1p(kappa * p_clean)  # what L at x0 lacks of its largest value
+        # r is 1/(1 + kappa) off x0 and 1 at x0 where the token is the clean one, else 1 and 1 + kappa. Each line is
+        # sum_j r_j (log r_j - log rhat_j), ordered so that large terms meet their opposites first.
+        r_off = torch.where(same, 1 / (1 + kappa), torch.ones_like(kappa))
+        kept = -r_off * ((total - at_noisy) + (size - 1) * gap)
+        moved = torch.log1p(kappa) - (total - size * at_noisy) + kappa * (gap + at_noisy)
+        excess = (size + kappa) * (torch.exp(-at_noisy) - r_off)  # sum_j (rhat_j - r_j), by sum_j p_j = 1
+        loss = -dalpha / (size * alpha) * (torch.where(same, kept, moved) + excess)
+        return loss.to(dtype)
 
     def posterior(self, logits: Tensor, x_t: Tensor, t: Tensor, s: Tensor) -> Tensor:
         r"""Return q(x_s | x_t) (B, L, V) for times (B,); ``s = 0`` means alpha_s = 1.

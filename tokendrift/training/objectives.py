@@ -8,7 +8,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-from tokendrift.diffusion import Process
+from tokendrift.diffusion import GaussianCurriculum, Process
 from tokendrift.loss import TokenDriftLoss
 
 
@@ -41,9 +41,29 @@ class Continuation:
 
     def __call__(self, model: nn.Module, x0: Tensor, *, log: bool = False) -> StepLoss:
         corrupted = self.process.corrupt(x0, generator=self.generator)
-        logits = model(corrupted.x_t, corrupted.sigma)
+        logits = corrupted.denoise(model)
         loss = self.process.nelbo(logits, x0, corrupted.x_t, corrupted.t).mean()
         return StepLoss(loss, {"nelbo": loss.detach()})
+
+
+@dataclass
+class CurriculumContinuation:
+    """DUO's own training: `Continuation` with the process that the curriculum names for the step.
+
+    Attributes:
+        curriculum: Which process when.
+        generator: Source of times and noise.
+        step: Calls so far; set it to resume.
+    """
+
+    curriculum: GaussianCurriculum
+    generator: torch.Generator | None = None
+    step: int = 0
+
+    def __call__(self, model: nn.Module, x0: Tensor, *, log: bool = False) -> StepLoss:
+        found = Continuation(self.curriculum.at(self.step), self.generator)(model, x0, log=log)
+        self.step += 1
+        return found
 
 
 @dataclass
@@ -63,7 +83,7 @@ class Denoising:
 
     def __call__(self, model: nn.Module, x0: Tensor, *, log: bool = False) -> StepLoss:
         corrupted = self.process.corrupt(x0, generator=self.generator)
-        logits = model(corrupted.x_t, corrupted.sigma)
+        logits = corrupted.denoise(model)
         log_p = self.process.log_probs(logits, corrupted.x_t)
         nll = -log_p.gather(-1, x0[..., None])[..., 0]
         weight = corrupted.predicted.to(nll.dtype)
@@ -89,7 +109,7 @@ class Drift:
 
     def __call__(self, model: nn.Module, x0: Tensor, *, log: bool = False) -> StepLoss:
         corrupted = self.process.corrupt(x0, generator=self.generator)
-        logits = model(corrupted.x_t, corrupted.sigma)
+        logits = corrupted.denoise(model)
         where = {"noisy_ids": corrupted.x_t, "predicted": corrupted.predicted}
         logs: dict[str, Tensor] = {}
         if log:
@@ -115,7 +135,7 @@ def validation_nelbo(model: nn.Module, process: Process, ids: Tensor, *, batch_s
     generator = torch.Generator(ids.device).manual_seed(seed)
     total = 0.0
     for batch in ids.split(batch_size):
-        x_t, _, t, sigma = process.corrupt(batch, generator=generator)
-        total += process.nelbo(model(x_t, sigma), batch, x_t, t).double().sum().item()
+        corrupted = process.corrupt(batch, generator=generator)
+        total += process.nelbo(corrupted.denoise(model), batch, corrupted.x_t, corrupted.t).double().sum().item()
     model.train(was_training)
     return total / ids.numel()
