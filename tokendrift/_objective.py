@@ -1,8 +1,9 @@
-"""What the drifting losses share: input rules, lift, features, references, drift, reduction, diagnostics."""
+"""What the drifting losses share: input rules, lift, features, references, drift, reduction."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Literal, NamedTuple
 
 import torch
@@ -22,36 +23,14 @@ from tokendrift._checks import (
     check_tensor,
     fail,
 )
+from tokendrift._diagnostics import Diagnostics, LossOutput, token_entropy
 from tokendrift.features import FeatureMap
 from tokendrift.field import DriftField, Field, FieldDiagnostics
-from tokendrift.lift import soft_token_lift
+from tokendrift.lift import soft_token_lift, straight_through_lift
 from tokendrift.references import FeatureQueue, gather, rank_count
 
 Reduction = Literal["mean", "sum", "none"]
-
-
-class Diagnostics(NamedTuple):
-    """How a step of the loss went; detached, on the device of the logits (no sync until read).
-
-    Attributes:
-        field: Raw RMS, positive mass, effective references and own-pair weight for each temperature; None
-            for a field of the user's that has no ``diagnose``.
-        token_entropy: Mean entropy of p over predicted positions, nats, scalar.
-        queue_real: Real features in the queue before this step's push.
-        queue_generated: The same for generated features.
-    """
-
-    field: FieldDiagnostics | None
-    token_entropy: Tensor
-    queue_real: int
-    queue_generated: int
-
-
-class LossOutput(NamedTuple):
-    """The loss, with gradient, and its diagnostics, without."""
-
-    loss: Tensor
-    diagnostics: Diagnostics
+LIFTS = {"soft": soft_token_lift, "straight_through": straight_through_lift}
 
 
 class Batch(NamedTuple):
@@ -114,8 +93,10 @@ class DriftObjective(nn.Module):
         embedding: Tensor,
         feature_map: FeatureMap,
         *,
+        lift: Literal["soft", "straight_through"] = "soft",
         field: Field | None = None,
         queue_size: int = 1024,
+        batch_as_references: bool = True,
         mask_id: int | None = None,
         exclude_paired_positive: bool = False,
         reduction: Reduction = "mean",
@@ -136,14 +117,18 @@ class DriftObjective(nn.Module):
         if isinstance(feature_map, nn.Module):
             check_frozen("feature_map", feature_map)
         check_choice("reduction", reduction, ("mean", "sum", "none"))
+        check_choice("lift", lift, tuple(LIFTS))
+        if check_count("queue_size", queue_size) == 0 and not batch_as_references:
+            raise fail("queue_size is 0 and batch_as_references False: nothing would be left to refer to.")
         check_mask_id(mask_id, len(embedding))
         self._frozen = _Frozen(embedding, feature_map)
         self.field: Field = DriftField() if field is None else field
         self.mask_id, self.exclude_paired_positive = mask_id, exclude_paired_positive
         self.reduction: Reduction = reduction
+        self.lift, self.batch_as_references = lift, batch_as_references
         self.across_ranks = across_ranks
         self.workspace_mib = check_positive("workspace_mib", workspace_mib)
-        self.queue_real = FeatureQueue(check_count("queue_size", queue_size))
+        self.queue_real = FeatureQueue(queue_size)
         self.queue_generated = FeatureQueue(queue_size)
 
     @property
@@ -155,6 +140,16 @@ class DriftObjective(nn.Module):
     def embedding(self) -> Tensor:
         """E of the frozen encoder, (V, D)."""
         return self._frozen.embedding
+
+    @contextmanager
+    def frozen_queues(self) -> Iterator[None]:
+        """Keep both queues as they are inside the block; its features enter, in order, when it ends.
+
+        For gradient accumulation: all micro-batches of a step then see the same queues, and afterwards these hold what
+        one batch would have left. If the block raises, nothing enters. Across ranks, all ranks have to do the same.
+        """
+        with self.queue_real.frozen(), self.queue_generated.frozen():
+            yield
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> DriftObjective:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
@@ -231,7 +226,7 @@ class DriftObjective(nn.Module):
     ) -> Tensor:
         """Return features of the lifted logits, (N, M), with gradient."""
         with torch.autocast(logits.device.type, enabled=False):
-            lifted = soft_token_lift(
+            lifted = LIFTS[self.lift](
                 logits,
                 self.embedding,
                 noisy_ids=noisy_ids if predicted is not None else None,
@@ -279,14 +274,17 @@ class DriftObjective(nn.Module):
         Every rank computes the drift of all anchors and keeps its own rows: scales and column sums run over the
         anchors, so this alone gives every field what one process would have given it.
         """
-        generated, real = batch.generated, batch.real
-        # The current batch stands first, so that anchor i is negative i and its clean sequence positive i.
-        positives = torch.cat([real, self.queue_real.features().to(real)]) if len(self.queue_real) else real
-        negatives = generated
-        if len(self.queue_generated):
-            negatives = torch.cat([generated, self.queue_generated.features().to(generated)])
-        own = torch.arange(len(generated), device=generated.device)
-        pair = own if self.exclude_paired_positive else None
+        generated, own, pair = batch.generated, None, None
+        positives, negatives = (q.features().to(generated) for q in (self.queue_real, self.queue_generated))
+        if self.batch_as_references:
+            # The current batch stands first, so that anchor i is negative i and its clean sequence positive i.
+            real = batch.real.to(generated)
+            positives = torch.cat([real, positives]) if len(positives) else real
+            negatives = torch.cat([generated, negatives]) if len(negatives) else generated
+            own = torch.arange(len(generated), device=generated.device)
+            pair = own if self.exclude_paired_positive else None
+        elif not len(positives):
+            return torch.zeros_like(generated[batch.mine]), None  # the first step has nothing to refer to
         diagnostics = None
         if diagnose and isinstance(self.field, DriftField):
             drift, diagnostics = self.field.diagnose(
@@ -323,21 +321,3 @@ class DriftObjective(nn.Module):
         if not return_diagnostics:
             return loss
         return LossOutput(loss, Diagnostics(field, token_entropy(logits, predicted, self.mask_id), *fill))
-
-
-@torch.no_grad()
-def token_entropy(logits: Tensor, predicted: Tensor | None = None, mask_id: int | None = None) -> Tensor:
-    """Return the mean entropy in nats of softmax(logits) over predicted positions, a scalar.
-
-    Args:
-        logits: Shape (B, L, V).
-        predicted: Positions that count, bool (B, L); all by default.
-        mask_id: Entry without probability.
-    """
-    rows = logits.reshape(-1, logits.shape[-1]) if predicted is None else logits[predicted]
-    rows = rows.to(torch.promote_types(logits.dtype, torch.float32))
-    if mask_id is not None:
-        rows = rows.index_fill(-1, torch.tensor(mask_id, device=rows.device), -torch.inf)
-    log_p = rows.log_softmax(dim=-1)
-    entropy = torch.special.entr(log_p.exp()).sum(dim=-1)
-    return entropy.mean() if len(entropy) else entropy.sum()

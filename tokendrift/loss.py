@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from tokendrift._checks import check_choice, check_positive
-from tokendrift._objective import Diagnostics, DriftObjective, LossOutput, mean_over_windows, token_entropy
+from tokendrift._diagnostics import Diagnostics, LossOutput, token_entropy
+from tokendrift._objective import DriftObjective, mean_over_windows
 from tokendrift.features import FeatureMap, PooledFeatures
 
 __all__ = ["Diagnostics", "LossOutput", "MirrorTeacherLoss", "TokenDriftLoss", "token_entropy"]
@@ -27,18 +28,31 @@ class TokenDriftLoss(DriftObjective):
     The value says little: with RMS normalisation the drift keeps its size for ever. Watch
     ``diagnostics.field.rms`` and the samples instead.
 
-    Statistics (the RMS, the softmax over references) are those of the call: with gradient accumulation
-    they belong to the micro-batch and the queues, and k micro-batches equal one batch only in the sense of
-    the paper's algorithm, not to the digit.
+    Statistics (the RMS, the softmax over references) are those of the call, and with gradient accumulation each
+    micro-batch is a call of its own, as in the paper: it sees itself and the queues and is pushed at once. Inside
+    ``with loss.frozen_queues():`` the pushes wait for the end of the block, so that all micro-batches of a step see the
+    same queues. With ``reduction="sum"``, divided by the number of sequences of all of them, they are then one batch,
+    to the digit, where the drift of an anchor depends on that anchor and the queues alone:
+    ``batch_as_references=False`` and ``DriftField(rms_normalize=False)`` with ``"joint"`` or ``"separate"``. They are
+    not one batch where an anchor meets the features of its own call (``batch_as_references``, the default), nor where
+    the field takes a scale or a sum over the anchors of the call: ``rms_normalize``, ``feature_scaling``,
+    ``subtract_noise``, ``"two_sided"``, ``"sinkhorn"``.
+
+    A base loss is added by hand, ``loss(...) + weight * base``; the paper names no weight, and its Gen.-PPL is better
+    without (Table 4).
 
     Args:
         embedding: E of the frozen encoder, (V, D), without gradient.
         feature_map: Frozen callable, embeddings (B, L, D) to features (B, M), or (B, W, M) for W windows: their
             cloud has B * W points and a sequence's loss is the mean over its windows. A module must be in
             evaluation mode with no parameter that requires grad; see `PooledFeatures`.
+        lift: ``"soft"``, or ``"straight_through"`` for the paper's ablation that collapses: hard tokens with the
+            gradient of soft ones (`straight_through_lift`).
         field: Drift field; ``DriftField()`` by default. Any callable with the signature of `Field`.
         drift_scale: alpha.
         queue_size: Capacity of each of the two queues, in features; 0 uses the batch alone.
+        batch_as_references: Let the features of the call attract and repel as well (default, as in the paper). If
+            not, the queues alone do; the first call, with empty queues, then has zero loss and fills them.
         mask_id: Vocabulary entry without probability (MDLM's mask).
         exclude_paired_positive: Hide an anchor's own clean sequence from its positives (default: shown, as
             in the paper).
@@ -51,7 +65,9 @@ class TokenDriftLoss(DriftObjective):
     Across ranks, ``"mean"`` is the sum over this rank's sequences over the number of sequences of all ranks, times
     the number of ranks: averaged over ranks, as DDP does with gradients, it is the loss of one process with the whole
     batch, for batches of unequal size too. ``"sum"`` and ``"none"`` stay those of this rank. Diagnostics of the field
-    are those of the whole batch.
+    are those of the whole batch. Every rank computes the drift of all gathered anchors and keeps its own rows: RMS,
+    column sums and transport plans run over the anchors and are exact this way, for a work that is small beside the
+    model's.
 
     Embedding and feature map are not parameters, not in ``state_dict``, and never change mode; they move
     with ``.to()``. The queues are in ``state_dict``.
@@ -219,7 +235,9 @@ class MirrorTeacherLoss(DriftObjective):
             (direction,) = torch.autograd.grad(generated, leaf, weight * drift.to(generated.dtype))
         if self.distance == "mse":
             # The teacher differs from the logits by eta * g, a constant: this form keeps the value and the gradient.
-            per_token = (wide - (wide.detach() + self.step_size * direction)).square().sum(dim=-1)
+            gap = wide - (wide.detach() + self.step_size * direction)
+            gap = gap.masked_fill(wide.isneginf(), 0.0)  # closed entries: -inf minus -inf would be NaN
+            per_token = gap.square().sum(dim=-1)
         else:
             # Finite at closed entries, where 0 * (-inf - -inf) would be NaN.
             teacher = self._closed(leaf.detach() + self.step_size * direction).log_softmax(dim=-1).clamp_min(-1e6)
