@@ -58,6 +58,16 @@ class InputsEmbedsEncoder(nn.Module):
             )
         self._options = {"use_cache": False} if "use_cache" in arguments else {}
 
+    def __getstate__(self) -> dict[str, Any]:
+        # transformers 5 hooks into the layers at the first call that asks for hidden states, with functions that
+        # cannot be pickled; where the mark is missing it does so again.
+        for module in self.model.modules():
+            module.__dict__.pop("_output_capturing_hooks_installed", None)
+            for key, hook in list(module._forward_hooks.items()):
+                if getattr(hook, "__module__", None) == "transformers.utils.output_capturing":
+                    del module._forward_hooks[key]
+        return self.__dict__
+
     def get_input_embeddings(self) -> nn.Module:
         """Return the model's word embeddings."""
         words: Any = self.model
