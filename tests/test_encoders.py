@@ -47,6 +47,15 @@ def llama():
     return transformers.LlamaForCausalLM(transformers.LlamaConfig(**STACK))
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _float64():
+    """Make float64 the default: older transformers build masks in it."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(before)
+
+
 MODELS = [bert, roberta, distilbert, bart, gpt2, llama]
 
 
@@ -54,7 +63,7 @@ MODELS = [bert, roberta, distilbert, bart, gpt2, llama]
 def model(request):
     """A small model in float64 whose attention is far from uniform, so that a wrong mask or position shows."""
     torch.manual_seed(0)
-    made = request.param().double().eval()
+    made = request.param().eval()
     with torch.no_grad():
         for name, parameter in made.named_parameters():
             if parameter.ndim > 1:
@@ -86,9 +95,9 @@ def test_hidden_states_of_embedded_ids_are_those_the_model_shows_for_the_ids(mod
 
 def test_features_and_gradient_are_those_through_the_models_own_forward(model):
     """Of soft embeddings, pooled by hand."""
-    soft = torch.randn(2, L, V, dtype=torch.float64).softmax(dim=-1) @ input_embedding(as_encoder(model))
+    soft = torch.randn(2, L, V).softmax(dim=-1) @ input_embedding(as_encoder(model))
     soft.requires_grad_()
-    upstream = torch.randn(2, 2 * D, dtype=torch.float64)
+    upstream = torch.randn(2, 2 * D)
     hidden = own_hidden_states(model, inputs_embeds=soft)
     expected = nn.functional.normalize(torch.cat([hidden[-2].mean(1), hidden[-1].mean(1)], dim=-1), dim=-1)
     (expected_grad,) = torch.autograd.grad(expected, soft, upstream)
@@ -103,12 +112,12 @@ def test_features_and_gradient_are_those_through_the_models_own_forward(model):
 
 @pytest.mark.parametrize("side", ["right", "left", "gaps"])
 def test_a_padded_row_has_the_features_and_gradient_of_the_row_alone(model, side):
-    text = torch.randn(1, 5, D, dtype=torch.float64, requires_grad=True)
+    text = torch.randn(1, 5, D, requires_grad=True)
     places = {"right": [0, 1, 2, 3, 4], "left": [3, 4, 5, 6, 7], "gaps": [0, 2, 3, 6, 7]}[side]
     mask = torch.zeros(1, L, dtype=torch.bool)
     mask[0, places] = True
-    padded = torch.full((1, L, D), 7.0, dtype=torch.float64).index_copy(1, torch.tensor(places), text)
-    features, upstream = PooledFeatures(model), torch.randn(1, 2 * D, dtype=torch.float64)
+    padded = torch.full((1, L, D), 7.0).index_copy(1, torch.tensor(places), text)
+    features, upstream = PooledFeatures(model), torch.randn(1, 2 * D)
     found = []
     for out in (features(text), features(padded, mask)):
         found.append((out, *torch.autograd.grad(out, text, upstream)))
@@ -117,13 +126,13 @@ def test_a_padded_row_has_the_features_and_gradient_of_the_row_alone(model, side
 
 
 def test_padding_matters_when_it_is_not_masked(model):
-    text = torch.randn(1, L, D, dtype=torch.float64)
+    text = torch.randn(1, L, D)
     features, mask = PooledFeatures(model), torch.arange(L)[None] < 5
     assert (features(text) - features(text, mask)).abs().max() > 1e-3
 
 
 def test_windows_of_a_padded_row_stand_at_its_own_positions(model):
-    text = torch.randn(1, L, D, dtype=torch.float64)
+    text = torch.randn(1, L, D)
     mask = torch.arange(L)[None] >= 4
     windows = PooledFeatures(model, window=2)(text, mask)
     assert not windows[0, :2].any()
@@ -131,7 +140,7 @@ def test_windows_of_a_padded_row_stand_at_its_own_positions(model):
 
 
 def test_a_row_of_padding_alone_is_finite_and_leaves_the_others_as_they_are(model):
-    embeds = torch.randn(2, L, D, dtype=torch.float64, requires_grad=True)
+    embeds = torch.randn(2, L, D, requires_grad=True)
     mask = torch.tensor([[True] * L, [False] * L])
     features = PooledFeatures(model)
     found = features(embeds, mask)
@@ -153,7 +162,7 @@ def test_the_head_is_not_copied():
 
 
 def test_dropout_and_training_of_the_original_do_not_reach_the_copy(model):
-    embeds = torch.randn(2, L, D, dtype=torch.float64)
+    embeds = torch.randn(2, L, D)
     features = PooledFeatures(model.train())
     try:
         assert model.training
@@ -176,7 +185,7 @@ def test_from_encoder_takes_a_transformers_model(model):
     gradients = []
     for loss in (TokenDriftLoss.from_encoder(model), TokenDriftLoss(table, by_hand)):
         torch.manual_seed(1)
-        logits = torch.randn(3, L, V, dtype=torch.float64).requires_grad_()
+        logits = torch.randn(3, L, V).requires_grad_()
         value = loss(logits, tokens(3))
         gradients.append((value, *torch.autograd.grad(value, logits)))
     torch.testing.assert_close(gradients[0], gradients[1], rtol=0, atol=1e-12)
