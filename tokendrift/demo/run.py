@@ -266,11 +266,10 @@ class Scorer:
         """Sample ``count`` sequences and measure them."""
         parts: list[Tensor] = []
         for start in range(0, count, ROWS_A_BATCH):
-            generator = torch.Generator().manual_seed(1_000_003 * self.seed + start)
             size = min(ROWS_A_BATCH, count - start)
 
-            def advance(calls: int, size: int = size) -> None:
-                self.done += calls * size
+            def advance(steps: int, size: int = size) -> None:
+                self.done += steps * size
                 self.on_step(self.done)
 
             found = sample(
@@ -279,7 +278,8 @@ class Scorer:
                 (size, LENGTH),
                 steps=nfe,
                 temperature=temperature,
-                generator=generator,
+                seed=self.seed,
+                first_row=start,
                 progress=advance,
             )
             parts.append(found.ids)

@@ -1,6 +1,30 @@
-"""Samplers with measured function evaluations."""
+"""Samplers with measured function evaluations: one loop, and laws of a step to plug into it."""
 
-from tokendrift.sampling.ancestral import Samples, sample
-from tokendrift.sampling.categorical import draw
+from tokendrift.sampling.ancestral import Analytic, Ancestral
+from tokendrift.sampling.categorical import Drawn, draw
+from tokendrift.sampling.chain import Chain, Sampler
+from tokendrift.sampling.first_hitting import FirstHitting
+from tokendrift.sampling.loop import Samples, sample
+from tokendrift.sampling.psi import Psi, psi_step, remasking_kappa
+from tokendrift.sampling.remdm import ReMDM, remdm_loop
+from tokendrift.sampling.semi_autoregressive import semi_autoregressive
+from tokendrift.sampling.shaping import Shaping
 
-__all__ = ["Samples", "draw", "sample"]
+__all__ = [
+    "Analytic",
+    "Ancestral",
+    "Chain",
+    "Drawn",
+    "FirstHitting",
+    "Psi",
+    "ReMDM",
+    "Sampler",
+    "Samples",
+    "Shaping",
+    "draw",
+    "psi_step",
+    "remasking_kappa",
+    "remdm_loop",
+    "sample",
+    "semi_autoregressive",
+]

@@ -1,0 +1,203 @@
+"""The state of a batch under way, and the one place where ids change."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from tokendrift._checks import check_count, check_tensor, fail
+from tokendrift.diffusion.process import Denoiser, Mixture, Process
+from tokendrift.sampling.categorical import draw, not_finite
+from tokendrift.sampling.noise import RowNoise
+from tokendrift.sampling.shaping import Shaping
+
+LAST_TIME = 1e-5  # upstream's grid ends here; noise removal is the call after it
+CPU_ELEMENTS, DEVICE_ELEMENTS = 2**20, 2**25  # logits that are widened at a time: 4 MiB stay in a CPU's cache
+
+
+class Sampler(Protocol):
+    """Anything that yields the law of one reverse step after another.
+
+    A sampler is called with the chain and the number of steps, and yields a `Mixture` for each of them; the loop
+    draws from it, and the next turn sees the new ``chain.ids``. Frozen dataclasses hold the options.
+
+    >>> def in_two_speeds(chain, steps):
+    ...     *times, end = chain.times(steps)
+    ...     times = [t**2 for t in times] + [end]
+    ...     for t, s in zip(times[:-1], times[1:]):
+    ...         yield chain.posterior(t, s)
+    """
+
+    def __call__(self, chain: Chain, steps: int | None, /) -> Iterator[Mixture]:
+        """Yield one law a step, float (B, L) each."""
+        ...
+
+
+class Chain:
+    """A batch under way: what a sampler reads.
+
+    Attributes:
+        process: The corruption process.
+        ids: Present tokens, int64 (B, L).
+        free: Positions that may change, bool (B, L); False where the user gave the token.
+        drawn_log_p: Log-probability that each token had when the denoiser drew it, float64 (B, L); 0 where none was.
+        end: Time that the last step goes to: 0, or 1e-5 where something else removes the last noise.
+        nfe: Forward calls so far.
+        row_nfe: Forward calls that each row took part in, int64 (B,).
+    """
+
+    def __init__(
+        self,
+        denoiser: Denoiser,
+        process: Process,
+        ids: Tensor,
+        free: Tensor,
+        noise: RowNoise,
+        *,
+        shaping: Shaping,
+        end: float,
+    ) -> None:
+        self.process, self.ids, self.free, self.end = process, ids, free, end
+        self.drawn_log_p = torch.zeros_like(ids, dtype=torch.float64)
+        self.nfe, self.row_nfe = 0, torch.zeros(len(ids), dtype=torch.int64)
+        self._denoiser, self._noise, self._shaping = denoiser, noise, shaping
+        self._sigma: Tensor | None = None
+        self._logits: Tensor | None = None  # of the present ids at the present sigma, all rows
+        self._log_p: Tensor | None = None
+        self._rows = max(1, (CPU_ELEMENTS if ids.device.type == "cpu" else DEVICE_ELEMENTS) // process.vocab_size)
+
+    # ------------------------------------------------------------------------------------------ for samplers
+
+    def times(self, steps: int | None) -> list[float]:
+        """Return the published grid of N + 1 times, from 1 to `end`."""
+        if steps is None:
+            raise fail("steps must be an integer of at least 1.", "Say how many reverse steps to take.", steps=steps)
+        check_count("steps", steps, least=1)
+        grid: list[float] = torch.linspace(1, LAST_TIME, steps + 1, dtype=torch.float64).tolist()
+        return [*grid[:-1], self.end]
+
+    def at(self, t: float) -> None:
+        """Say at which time the denoiser is asked from now on."""
+        self.at_sigma(torch.full((len(self.ids),), self.sigma_at(t), dtype=torch.float64))
+
+    def sigma_at(self, t: float) -> float:
+        """Return the noise level ``-log alpha_t`` of a time."""
+        return self.process.sigma(torch.tensor(t, dtype=torch.float64)).item()
+
+    def at_sigma(self, sigma: Tensor) -> None:
+        """Say at which noise levels ``-log alpha`` (B,) the denoiser is asked from now on."""
+        if self._sigma is None or not torch.equal(sigma, self._sigma):
+            self._sigma, self._logits, self._log_p = sigma, None, None
+
+    def posterior(self, t: float, s: float) -> Mixture:
+        """Return the process's own law of the step from t to s (0: alpha_s is 1), and ask the denoiser at t."""
+        self.at(t)
+        return self.process.mixture(self.log_p if self.process.mask_id is None else None, self.ids, t, s)
+
+    def uniform(self, *shape: int) -> Tensor:
+        """Return fresh float64 numbers in [0, 1) of shape (B, *shape), from the stream of each row."""
+        return self._noise.uniform(*shape)
+
+    @property
+    def log_p(self) -> Tensor:
+        """Log-probability of the present tokens under the denoiser, float (B, L).
+
+        Reading it costs a forward of the whole batch. Where a law does not need it, as in masked diffusion, who
+        moves is drawn first, and rows where nobody does skip the forward.
+        """
+        if self._log_p is None:
+            self._logits = self._forward(torch.arange(len(self.ids), device=self.ids.device))
+            flat, present = self._logits.flatten(0, 1), self.ids.flatten()
+            found, norm = [], []
+            for rows, tokens in zip(flat.split(self._rows), present.split(self._rows), strict=True):
+                shaped = self._shaping(self._closed(rows.clone() if self.process.mask_id is not None else rows))
+                found.append(shaped.gather(1, tokens[:, None])[:, 0])
+                norm.append(torch.logsumexp(shaped, dim=-1))
+            total = torch.cat(norm)
+            if not total.isfinite().all():
+                # Compared with NaN every chance is false: the chain would keep its noise without a word.
+                raise not_finite(self._logits)
+            self._log_p = (torch.cat(found) - total).view_as(self.ids)
+        return self._log_p
+
+    # ------------------------------------------------------------------------------------------ for the loop
+
+    def move(self, law: Mixture) -> None:
+        """Draw the next ids: some stay, some follow the denoiser, the others return to the prior."""
+        chance, token = self.uniform(2, self.ids.shape[1]).unbind(1)
+        denoised = self.free & (chance < law.denoise)
+        redrawn = self.free & ~denoised & (chance < 1 - law.stay)
+        ids = self.ids.clone()
+        if self.process.mask_id is not None:
+            ids[redrawn] = self.process.mask_id
+        else:
+            size = self.process.vocab_size
+            ids = torch.where(redrawn, (token * size).long().clamp_max_(size - 1), ids)
+        if denoised.any():
+            for where, logits in self._at(denoised):
+                found = draw(self._shaping(logits), uniform=token[where])
+                ids[where], self.drawn_log_p[where] = found.ids, found.log_p
+        if not torch.equal(ids, self.ids):
+            self._logits = self._log_p = None
+        self.ids = ids
+
+    def take_likeliest(self) -> None:
+        """Put the likeliest token at every free predicted position: the greedy tail."""
+        wanted = self.free & self.process.predicted(self.ids)
+        ids = self.ids.clone()
+        if wanted.any():
+            for where, logits in self._at(wanted):
+                ids[where] = self._shaping(logits).argmax(dim=-1)
+        self.ids, self._logits, self._log_p = ids, None, None
+
+    # ------------------------------------------------------------------------------------------ the denoiser
+
+    def _at(self, wanted: Tensor) -> Iterator[tuple[tuple[Tensor, Tensor], Tensor]]:
+        """Yield logits (K, V) at the wanted positions with their indices, a few rows of V at a time."""
+        row, column = wanted.nonzero(as_tuple=True)
+        index: tuple[Tensor, ...]
+        if self._logits is not None:
+            logits, index = self._logits, (row, column)
+        else:
+            rows = wanted.any(dim=1).nonzero()[:, 0]
+            head = getattr(self._denoiser, "logits_at", None)
+            if head is None:
+                logits, index = self._forward(rows), (torch.searchsorted(rows, row), column)
+            else:
+                logits, index = self._forward(rows, head, wanted[rows]), (torch.arange(len(row), device=row.device),)
+        for part in zip(
+            row.split(self._rows), column.split(self._rows), *(i.split(self._rows) for i in index), strict=True
+        ):
+            yield part[:2], self._closed(logits[part[2:]])
+
+    def _closed(self, logits: Tensor) -> Tensor:
+        """Close the mask entry of logits (K, V), in place: a denoiser never predicts the mask."""
+        if self.process.mask_id is not None:
+            logits[:, self.process.mask_id] = -torch.inf
+        return logits
+
+    def _forward(self, rows: Tensor, head: Callable[..., Tensor] | None = None, wanted: Tensor | None = None) -> Tensor:
+        """Return logits (R, L, V) of some rows, or by the head (K, V) at the wanted positions of theirs; counted."""
+        if self._sigma is None:
+            raise fail("the sampler has not said at which time the denoiser is asked.", "Call chain.at(t) first.")
+        ids = self.ids if len(rows) == len(self.ids) else self.ids[rows]
+        sigma = self._sigma.float()[rows.cpu()].to(ids.device)
+        shape: tuple[int, ...]
+        if head is not None and wanted is not None:
+            name, shape = "denoiser.logits_at(x_t, sigma, wanted)", (int(wanted.sum()), self.process.vocab_size)
+            logits = check_tensor(name, head(ids, sigma, wanted), ("K", "V"))
+        else:
+            name, shape = "denoiser(x_t, sigma)", (*ids.shape, self.process.vocab_size)
+            logits = check_tensor(name, self._denoiser(ids, sigma), ("B", "L", "V"))
+        if logits.shape != shape:
+            raise fail(
+                f"{name} must return logits {'(K, V)' if head else '(B, L, V)'} = {shape}.",
+                "Build the process with the vocabulary of the denoiser.",
+                logits=logits,
+            )
+        self.nfe += 1
+        self.row_nfe[rows.cpu()] += 1
+        return logits
