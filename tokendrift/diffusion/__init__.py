@@ -4,6 +4,14 @@ from tokendrift.diffusion.gaussian import GaussianCurriculum, GaussianDuality, G
 from tokendrift.diffusion.masked import MaskedDiffusion
 from tokendrift.diffusion.process import Corruption, Denoiser, Mixture, Process
 from tokendrift.diffusion.schedules import Cosine, DuoCosine, Geometric, Linear, LogLinear, Schedule, sample_times
+from tokendrift.diffusion.score import (
+    ScoreDenoiser,
+    log_probs_from_score,
+    log_score,
+    network_log_score,
+    score_entropy,
+    score_posterior,
+)
 from tokendrift.diffusion.uniform import UniformDiffusion
 
 __all__ = [
@@ -21,6 +29,12 @@ __all__ = [
     "Mixture",
     "Process",
     "Schedule",
+    "ScoreDenoiser",
     "UniformDiffusion",
+    "log_probs_from_score",
+    "log_score",
+    "network_log_score",
     "sample_times",
+    "score_entropy",
+    "score_posterior",
 ]

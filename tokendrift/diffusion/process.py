@@ -171,12 +171,14 @@ def wide(logits: Tensor) -> Tensor:
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
-def check_objective(vocab_size: int, logits: Tensor, x0: Tensor, x_t: Tensor, t: Tensor) -> None:
+def check_objective(
+    vocab_size: int, logits: Tensor, x0: Tensor, x_t: Tensor, t: Tensor, *, name: str = "logits"
+) -> None:
     """Apply the input rules that the objectives of all processes share."""
-    check_tensor("logits", logits, ("B", "L", "V"))
+    check_tensor(name, logits, ("B", "L", "V"))
     if logits.shape[-1] != vocab_size:
-        raise fail(f"logits must have V = {vocab_size} columns, that of the process.", logits=logits)
+        raise fail(f"{name} must have V = {vocab_size} columns, that of the process.", **{name: logits})
     check_ids("x0", x0, vocab_size, like=logits)
     check_ids("x_t", x_t, vocab_size, like=logits)
     if t.shape != logits.shape[:1]:
-        raise fail("t must have shape (B,): one time a row.", t=t, logits=logits)
+        raise fail("t must have shape (B,): one time a row.", t=t, **{name: logits})

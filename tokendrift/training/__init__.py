@@ -7,6 +7,7 @@ from tokendrift.training.objectives import (
     Denoising,
     Drift,
     Objective,
+    ScoreEntropy,
     StepLoss,
     validation_nelbo,
 )
@@ -18,6 +19,7 @@ __all__ = [
     "Drift",
     "LoopConfig",
     "Objective",
+    "ScoreEntropy",
     "StepLoss",
     "train",
     "validation_nelbo",

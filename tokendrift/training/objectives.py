@@ -8,7 +8,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-from tokendrift.diffusion import GaussianCurriculum, Process
+from tokendrift.diffusion import GaussianCurriculum, Process, network_log_score, score_entropy
 from tokendrift.loss import TokenDriftLoss
 
 
@@ -89,6 +89,26 @@ class Denoising:
         weight = corrupted.predicted.to(nll.dtype)
         loss = (nll * weight).sum() / weight.sum().clamp_min(1)
         return StepLoss(loss, {"cross_entropy": loss.detach()})
+
+
+@dataclass
+class ScoreEntropy:
+    """SEDD's objective: the mean denoising score entropy per token, nats. The model is the score network itself.
+
+    Attributes:
+        process: Corruption and rates.
+        generator: Source of times and noise.
+    """
+
+    process: Process
+    generator: torch.Generator | None = None
+
+    def __call__(self, model: nn.Module, x0: Tensor, *, log: bool = False) -> StepLoss:
+        corrupted = self.process.corrupt(x0, generator=self.generator)
+        output = corrupted.denoise(model)
+        log_s = network_log_score(self.process, output, corrupted.x_t, corrupted.sigma)
+        loss = score_entropy(self.process, log_s, x0, corrupted.x_t, corrupted.t).mean()
+        return StepLoss(loss, {"score_entropy": loss.detach()})
 
 
 @dataclass
