@@ -18,7 +18,15 @@ from sampling_laws import (
     states,
 )
 
-from tokendrift.diffusion import Cosine, LogLinear, MaskedDiffusion, UniformDiffusion
+from tokendrift import TokenDriftError
+from tokendrift.diffusion import (
+    Cosine,
+    LogLinear,
+    MaskedDiffusion,
+    UniformDiffusion,
+    network_log_score,
+    score_posterior,
+)
 from tokendrift.sampling import Analytic, Ancestral
 
 EVERY_PROCESS = pytest.mark.parametrize("process", PROCESSES.values(), ids=PROCESSES)
@@ -90,6 +98,26 @@ def test_a_step_is_tau_leaping_with_the_scores_of_the_denoiser(process):
     found = dense(process, next(iter(Analytic()(chain, 1))), p[:, None], ids)[:, 0]
     rows = ids[:, 0] == MASK if process.mask_id is not None else torch.ones(V, dtype=torch.bool)
     torch.testing.assert_close(found[rows], law[rows], rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize(("t", "s"), [(0.9, 0.7), (0.4, 0.3), (0.4, 0.0)])
+def test_raw_scores_leave_the_mask_as_often_as_their_total_says(t, s):
+    """The network's own scores, not normalised, in SEDD's dense analytic step."""
+    process, ids, logits = PROCESSES["masked"], states(2), Table(2)(states(2), None)
+    times = (torch.full((len(ids),), x, dtype=torch.float64) for x in (t, s))
+    t_rows, s_rows = times
+    log_s = network_log_score(process, logits, ids, process.sigma(t_rows))
+    law = score_posterior(process, log_s, ids, t_rows, s_rows)
+    chain = chain_of(process, lambda x, sigma: logits, ids)
+    chain.times = lambda steps: [t, s]
+    found = dense(process, next(iter(Analytic(raw_scores=True)(chain, 1))), law_of_x0(process, logits), ids)
+    torch.testing.assert_close(found, law, rtol=0, atol=1e-12)
+    assert not torch.allclose(found, process.posterior(logits, ids, t_rows, s_rows)) or s == 0
+
+
+def test_raw_scores_of_uniform_models_are_refused():
+    with pytest.raises(TokenDriftError, match="raw_scores belongs to masked models"):
+        next(Analytic(raw_scores=True)(chain_of(PROCESSES["uniform"], Table(2), states(2)), 2))
 
 
 @EVERY_PROCESS

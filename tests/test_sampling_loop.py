@@ -229,6 +229,15 @@ def test_a_head_is_asked_for_each_position_once():
     assert headed.positions == 20 * 6
 
 
+@pytest.mark.parametrize("time_conditioning", [False, True])
+def test_the_head_of_the_backbone_gives_the_logits_of_its_forward(backbone, time_conditioning):
+    model = backbone(vocab_size=13, time_conditioning=time_conditioning).double()
+    generator = torch.Generator().manual_seed(0)
+    ids, wanted = torch.randint(13, (4, 8), generator=generator), torch.rand(4, 8, generator=generator) < 0.4
+    sigma = torch.tensor([0.1, 0.5, 1.0, 3.0], dtype=torch.float64)
+    torch.testing.assert_close(model.logits_at(ids, sigma, wanted), model(ids, sigma)[wanted], rtol=0, atol=1e-12)
+
+
 @pytest.mark.parametrize("index", [0, 1, 2])
 def test_the_denoiser_sees_the_published_grid_of_times(golden, index):
     grid, process, denoiser = golden("transitions")[f"grid.{index}.timesteps"], PROCESSES["uniform"], Table(5)

@@ -264,6 +264,22 @@ class DiT(nn.Module):
         hidden = self._blocks(self.vocab_embed(self._checked(x_t, weights), weights), condition, None)
         return self.output_layer(hidden[-1], condition)
 
+    def logits_at(self, x_t: Tensor, sigma: Tensor | None, wanted: Tensor) -> Tensor:
+        """Return logits at some positions alone: the vocabulary head, a third of a small model, runs only there.
+
+        Args:
+            x_t: Noisy ids (B, L).
+            sigma: As in `forward`.
+            wanted: Positions, bool (B, L).
+
+        Returns:
+            Shape (K, V), row after row.
+        """
+        condition = self.condition(len(x_t), sigma)
+        hidden = self._blocks(self.vocab_embed(self._checked(x_t, None)), condition, None)[-1]
+        rows = wanted.nonzero()[:, 0]
+        return self.output_layer(hidden[wanted][:, None], condition[rows])[:, 0]
+
     def hidden_states(
         self, embeds: Tensor, sigma: Tensor | None = None, *, attention_mask: Tensor | None = None
     ) -> list[Tensor]:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 
+from tokendrift._checks import fail
 from tokendrift.diffusion.process import Mixture
 from tokendrift.sampling.chain import Chain
 
@@ -38,17 +39,29 @@ class Analytic:
     three-way mixture. A denoiser's scores are exact functions of its law, and then the step has the law of
     `Ancestral`; the last one, to time 0, is the denoising step.
 
+    Attributes:
+        raw_scores: The logits of a masked model are those of a score network, not normalised: SEDD's own sampler then
+            leaves a mask with :math:`C` times the chance, :math:`C = \sum_{j \ne m} e^{\ell_j}/(V-1)` being what the
+            network makes of the total score. It needs the network at every step. Uniform-state score networks come in
+            as `ScoreDenoiser`, which normalises.
+
     Source: SEDD (arXiv 2310.16834), Tweedie tau-leaping; MDLM (diffusion.py ``_analytic_update``).
     """
 
+    raw_scores: bool = False
+
     def __call__(self, chain: Chain, steps: int | None) -> Iterator[Mixture]:
         """Yield the tau-leaping law of each step."""
+        if self.raw_scores and chain.process.mask_id is None:
+            raise fail("raw_scores belongs to masked models.", "Wrap uniform-state score networks in ScoreDenoiser.")
         for t, s in pairwise(chain.times(steps)):
             now, then = (0.0 if not time else chain.sigma_at(time) for time in (t, s))
             grown = math.expm1(now - then)
             chain.at(t)
             if chain.process.mask_id is not None:
                 leave = chain.process.predicted(chain.ids).double() * (grown / math.expm1(now))
+                if self.raw_scores and s:  # the last step, SEDD's denoiser, leaves no mask whatever C is
+                    leave = (leave * chain.log_norm.double().exp() / (chain.process.vocab_size - 1)).clamp_max(1)
                 yield Mixture(1 - leave, leave)
                 continue
             level, size = math.exp(-now), chain.process.vocab_size

@@ -66,7 +66,7 @@ class Chain:
         self._denoiser, self._noise, self._shaping = denoiser, noise, shaping
         self._sigma: Tensor | None = None
         self._logits: Tensor | None = None  # of the present ids at the present sigma, all rows
-        self._log_p: Tensor | None = None
+        self._present: tuple[Tensor, Tensor] | None = None  # log_p and log_norm of the present ids
         self._rows = max(1, (CPU_ELEMENTS if ids.device.type == "cpu" else DEVICE_ELEMENTS) // process.vocab_size)
 
     # ------------------------------------------------------------------------------------------ for samplers
@@ -90,7 +90,8 @@ class Chain:
     def at_sigma(self, sigma: Tensor) -> None:
         """Say at which noise levels ``-log alpha`` (B,) the denoiser is asked from now on."""
         if self._sigma is None or not torch.equal(sigma, self._sigma):
-            self._sigma, self._logits, self._log_p = sigma, None, None
+            self._sigma = sigma
+            self._forget()
 
     def posterior(self, t: float, s: float) -> Mixture:
         """Return the process's own law of the step from t to s (0: alpha_s is 1), and ask the denoiser at t."""
@@ -108,20 +109,12 @@ class Chain:
         Reading it costs a forward of the whole batch. Where a law does not need it, as in masked diffusion, who
         moves is drawn first, and rows where nobody does skip the forward.
         """
-        if self._log_p is None:
-            self._logits = self._forward(torch.arange(len(self.ids), device=self.ids.device))
-            flat, present = self._logits.flatten(0, 1), self.ids.flatten()
-            found, norm = [], []
-            for rows, tokens in zip(flat.split(self._rows), present.split(self._rows), strict=True):
-                shaped = self._shaping(self._closed(rows.clone() if self.process.mask_id is not None else rows))
-                found.append(shaped.gather(1, tokens[:, None])[:, 0])
-                norm.append(torch.logsumexp(shaped, dim=-1))
-            total = torch.cat(norm)
-            if not total.isfinite().all():
-                # Compared with NaN every chance is false: the chain would keep its noise without a word.
-                raise not_finite(self._logits)
-            self._log_p = (torch.cat(found) - total).view_as(self.ids)
-        return self._log_p
+        return self._read()[0]
+
+    @property
+    def log_norm(self) -> Tensor:
+        """Logarithm of the sum of e^logit over all tokens but the mask, float (B, L); costs what log_p does."""
+        return self._read()[1]
 
     # ------------------------------------------------------------------------------------------ for the loop
 
@@ -141,7 +134,7 @@ class Chain:
                 found = draw(self._shaping(logits), uniform=token[where])
                 ids[where], self.drawn_log_p[where] = found.ids, found.log_p
         if not torch.equal(ids, self.ids):
-            self._logits = self._log_p = None
+            self._forget()
         self.ids = ids
 
     def take_likeliest(self) -> None:
@@ -151,9 +144,31 @@ class Chain:
         if wanted.any():
             for where, logits in self._at(wanted):
                 ids[where] = self._shaping(logits).argmax(dim=-1)
-        self.ids, self._logits, self._log_p = ids, None, None
+        self.ids = ids
+        self._forget()
 
     # ------------------------------------------------------------------------------------------ the denoiser
+
+    def _read(self) -> tuple[Tensor, Tensor]:
+        """Return log_p and log_norm of the present ids, computed a few rows of V at a time."""
+        if self._present is not None:
+            return self._present
+        self._logits = self._forward(torch.arange(len(self.ids), device=self.ids.device))
+        flat, present = self._logits.flatten(0, 1), self.ids.flatten()
+        found, norm = [], []
+        for rows, tokens in zip(flat.split(self._rows), present.split(self._rows), strict=True):
+            shaped = self._shaping(self._closed(rows.clone() if self.process.mask_id is not None else rows))
+            found.append(shaped.gather(1, tokens[:, None])[:, 0])
+            norm.append(torch.logsumexp(shaped, dim=-1))
+        log_norm = torch.cat(norm).view_as(self.ids)
+        if not log_norm.isfinite().all():
+            # Compared with NaN every chance is false: the chain would keep its noise without a word.
+            raise not_finite(self._logits)
+        self._present = torch.cat(found).view_as(self.ids) - log_norm, log_norm
+        return self._present
+
+    def _forget(self) -> None:
+        self._logits = self._present = None
 
     def _at(self, wanted: Tensor) -> Iterator[tuple[tuple[Tensor, Tensor], Tensor]]:
         """Yield logits (K, V) at the wanted positions with their indices, a few rows of V at a time."""
