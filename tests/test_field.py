@@ -18,7 +18,7 @@ from tokendrift.testing import (
     assert_antisymmetric,
     assert_rotation_equivariant,
     assert_translation_invariant,
-    assert_zero_on_coinciding_sets,
+    assert_equilibrium,
     check_field,
     clouds,
 )
@@ -144,8 +144,8 @@ def test_no_option_breaks_a_law(normalization, options):
 @pytest.mark.parametrize("normalization", NORMALIZATIONS)
 def test_unequal_pull_and_push_break_the_swap_and_nothing_else(normalization):
     field = DriftField(normalization=normalization, attraction=2.0)
-    check_field(field, skip=["antisymmetric", "zero_on_coinciding_sets"], max_examples=20)
-    for law in ("antisymmetric", "zero_on_coinciding_sets"):
+    check_field(field, skip=["antisymmetric", "equilibrium"], max_examples=20)
+    for law in ("antisymmetric", "equilibrium"):
         with pytest.raises(AssertionError, match=r"V\("):
             check_field(field, skip=[name for name in LAWS if name != law], max_examples=20)
 
@@ -180,8 +180,8 @@ def test_a_mask_left_in_the_negative_slot_breaks_the_swap(kernel, normalization)
 @EVERY_FORM
 def test_coinciding_sets_give_zero_unless_only_one_side_is_masked(kernel, normalization):
     field, anchors, own = raw_field(kernel, normalization), points(6, 3), torch.arange(6)
-    assert_zero_on_coinciding_sets(field, anchors, anchors, tolerance=1e-14)
-    assert_zero_on_coinciding_sets(field, anchors, anchors, exclude=own, tolerance=1e-14)
+    assert_equilibrium(field, anchors, anchors, tolerance=1e-14)
+    assert_equilibrium(field, anchors, anchors, exclude=own, tolerance=1e-14)
     twice = torch.cat([anchors, anchors])  # as a multiset of weights the same: Q = 2P
     torch.testing.assert_close(field(anchors, anchors, twice), torch.zeros_like(anchors), rtol=0, atol=1e-14)
     one_sided = field(anchors, anchors, anchors, exclude_negative=own)
@@ -203,7 +203,10 @@ def test_the_drift_turns_with_its_points(cloud, seed):
 
 
 @EVERY_FORM
-@given(cloud=clouds(offset=0.0, masked=False), seed=st.none() | st.integers(0, 99))
+@given(  # kernel values of an outlier underflow where the formula is written down without logarithms
+    cloud=clouds(offset=0.0, masked=False, shapes=("ball", "line", "sphere", "point")),
+    seed=st.none() | st.integers(0, 99),
+)
 def test_every_form_is_its_formula(kernel, normalization, cloud, seed):
     anchors, positives, negatives = cloud[:3]
     weights, sides = None, {}
