@@ -37,7 +37,9 @@ def sharded(module):
     return fully_shard(module, mesh=mesh)
 
 
-WRAPPERS = {"bare": lambda module: module, "ddp": nn.parallel.DistributedDataParallel, "fsdp2": sharded}
+WRAPPERS = {"bare": lambda module: module, "ddp": nn.parallel.DistributedDataParallel}
+if hasattr(torch.cpu.Stream, "record_event"):  # without it, FSDP2 runs on accelerators only
+    WRAPPERS["fsdp2"] = sharded
 
 
 def whole(tensor):
@@ -93,7 +95,7 @@ def main(rank, ranks, store, out):
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module")  # says how not to use its output; we do not
     if ranks > 1:
         distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=ranks)
-    wraps = ["bare"] if ranks == 1 else ["ddp", "fsdp2"]
+    wraps = ["bare"] if ranks == 1 else [name for name in WRAPPERS if name != "bare"]
     torch.save({(wrap, case): train(rank, ranks, wrap, case) for wrap in wraps for case in CASES}, out)
     if ranks > 1:
         distributed.destroy_process_group()
