@@ -26,7 +26,7 @@ except ImportError as error:
 
 from tokendrift.testing.check import LAWS, check_field
 from tokendrift.testing.claims import POTENTIALS, assert_score_identity, assert_unbiased_at_equilibrium
-from tokendrift.testing.clouds import Cloud, clouds
+from tokendrift.testing.strategies import Cloud, clouds
 from tokendrift.testing.form import assert_exclusion_is_removal, assert_no_gradient, assert_well_formed
 from tokendrift.testing.laws import (
     assert_antisymmetric,

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from tokendrift.testing.clouds import Cloud
+from tokendrift.testing.strategies import Cloud
 
 TOLERANCE = 1e-8  # float64 clouds a hundred units from the origin, at temperatures down to 0.02
 

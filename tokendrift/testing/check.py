@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from tokendrift._checks import check_choice
 from tokendrift.field import Field
 from tokendrift.testing._report import TOLERANCE
-from tokendrift.testing.clouds import Cloud, clouds
+from tokendrift.testing.strategies import Cloud, clouds
 from tokendrift.testing.form import assert_exclusion_is_removal, assert_no_gradient, assert_well_formed
 from tokendrift.testing.laws import (
     assert_antisymmetric,

@@ -10,7 +10,7 @@ from torch import Tensor
 from tokendrift._checks import check_count, check_positive, fail
 from tokendrift.field import Field
 from tokendrift.testing._report import TOLERANCE, Law, compare
-from tokendrift.testing.clouds import Cloud
+from tokendrift.testing.strategies import Cloud
 
 SCORE = Law(
     "score identity V = grad {potential}",

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from tokendrift.field import Field
 from tokendrift.testing._report import TOLERANCE, Law, compare
-from tokendrift.testing.clouds import Cloud
+from tokendrift.testing.strategies import Cloud
 
 ANTISYMMETRY = Law(
     "anti-symmetry V(x; P, N) = -V(x; N, P)",
