@@ -10,7 +10,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from tokendrift import PooledFeatures, TokenDriftError, soft_token_lift
+from tokendrift import (
+    ConcatenatedFeatures,
+    IdentityFeatures,
+    PooledFeatures,
+    TokenDriftError,
+    TokenDriftLoss,
+    soft_token_lift,
+)
 from tokendrift.features import masked_mean
 from tokendrift.models import DiT, DiTConfig
 
@@ -236,3 +243,126 @@ def test_windows_of_padded_rows_are_those_of_the_row_alone(backbone, lengths, wi
 
 def test_a_map_without_windows_has_none_to_leave_out(backbone):
     assert PooledFeatures(backbone()).present(torch.ones(2, 8, dtype=torch.bool)) is None
+
+
+def test_padding_need_not_be_finite():
+    """Where a map pools the embeddings themselves, what stands at padding is never read."""
+    embeds = torch.randn(2, 8, 3)
+    mask = torch.arange(8) < torch.tensor([[5], [8]])
+    broken = embeds.masked_fill(~mask[..., None], torch.nan).requires_grad_()
+    for features in (IdentityFeatures(), IdentityFeatures(window=3)):
+        found = features(broken, mask)
+        assert torch.equal(found, features(embeds, mask))
+        (grad,) = torch.autograd.grad(found.sum(), broken)
+        assert grad.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"window": 0}, "window must be an integer of at least 1"),
+        ({"window": (2, 0)}, "window must be an integer of at least 1"),
+        ({"window": ()}, "window must name at least one width"),
+        ({"sigma": 0.5}, "sigma was given, but the encoder is not conditioned on a noise level"),
+    ],
+)
+def test_bad_options_are_refused(arguments, message):
+    with pytest.raises(TokenDriftError, match=message):
+        PooledFeatures(Identity(), **arguments)
+
+
+# ------------------------------------------------------------------------------------- identity and concatenation
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_identity_features_are_the_unit_mean_of_the_embeddings(dtype):
+    embeds = torch.randn(2, 6, 3).to(dtype)
+    wide = embeds.to(torch.promote_types(dtype, torch.float32))
+    torch.testing.assert_close(IdentityFeatures(normalize=False)(embeds), wide.mean(1))
+    torch.testing.assert_close(IdentityFeatures()(embeds), nn.functional.normalize(wide.mean(1), dim=-1))
+    windows = IdentityFeatures(window=3, normalize=False)(embeds)
+    torch.testing.assert_close(windows, wide.unflatten(1, (2, 3)).mean(2))
+    assert not list(IdentityFeatures().parameters())
+
+
+@given(weights=st.lists(st.floats(0.1, 10), min_size=3, max_size=3), seed=st.integers(0, 2**31 - 1))
+def test_squared_distances_of_concatenated_maps_add_up(backbone, weights, seed):
+    maps = [IdentityFeatures(), PooledFeatures(backbone()), PooledFeatures(backbone(seed=1), layers=(0,))]
+    both = ConcatenatedFeatures(maps, weights=weights)
+    embeds = torch.randn(2, 8, 16, generator=torch.Generator().manual_seed(seed))
+    h = both(embeds)
+    torch.testing.assert_close(h.norm(dim=-1), torch.ones(2))
+    parts = [(each(embeds)[0] - each(embeds)[1]).square().sum() for each in maps]
+    expected = sum(w * part for w, part in zip(weights, parts, strict=True)) / sum(weights)
+    torch.testing.assert_close((h[0] - h[1]).square().sum(), expected, rtol=1e-4, atol=1e-6)
+
+
+def test_concatenated_maps_weigh_the_same_unless_told():
+    maps = [IdentityFeatures(), lambda embeds: embeds.amax(dim=1)]
+    embeds = torch.randn(2, 4, 3)
+    expected = torch.cat([each(embeds) for each in maps], dim=-1) / 2**0.5
+    torch.testing.assert_close(ConcatenatedFeatures(maps)(embeds), expected)
+
+
+def test_each_map_can_have_an_embedding_of_its_own(backbone):
+    """One lift of the matrices side by side gives every encoder the soft embeddings of its own space."""
+    encoders = [PooledFeatures(backbone()), PooledFeatures(backbone(seed=1), layers=(0, 1, 2))]
+    tables = [each.embedding for each in encoders]
+    both = ConcatenatedFeatures(encoders, widths=[16, 16])
+    logits = torch.randn(2, 8, 13, requires_grad=True)
+    expected = torch.cat([each(soft_token_lift(logits, e)) for each, e in zip(encoders, tables, strict=True)], dim=-1)
+    torch.testing.assert_close(both(soft_token_lift(logits, torch.cat(tables, dim=1))), expected / 2**0.5)
+    loss = TokenDriftLoss(torch.cat(tables, dim=1), both)
+    (grad,) = torch.autograd.grad(loss(logits, torch.randint(13, (2, 8))), logits)
+    assert grad.abs().sum() > 0
+
+
+def test_concatenated_windows_stay_windows(backbone):
+    maps = [PooledFeatures(backbone(), window=(2, 4)), IdentityFeatures(window=(2, 4))]
+    both = ConcatenatedFeatures(
+        [lambda e, attention_mask=None: IdentityFeatures(window=(2, 4))(e, attention_mask), *maps]
+    )
+    embeds, mask = torch.randn(2, 8, 16), torch.arange(8) < torch.tensor([[8], [3]])
+    found = both(embeds, mask)
+    assert found.shape == (2, 6, 16 + 32 + 16)
+    torch.testing.assert_close(found[..., 16:48] * 3**0.5, maps[0](embeds, mask))
+    assert torch.equal(both.present(mask), maps[0].present(mask))
+    assert ConcatenatedFeatures([IdentityFeatures(), lambda embeds: embeds]).present(mask) is None
+
+
+def test_concatenated_maps_stay_frozen_and_move_together(backbone):
+    both = ConcatenatedFeatures([PooledFeatures(backbone()), IdentityFeatures()])
+    nn.Sequential(both).train()
+    assert not any(module.training for module in both.modules())
+    assert both.train() is both
+    embeds = torch.randn(2, 8, 16)
+    before = both(embeds)
+    other = copy.deepcopy(both).double()
+    assert {parameter.dtype for parameter in other.parameters()} == {torch.float64}
+    torch.testing.assert_close(other(embeds.double()).float(), before)
+    assert torch.equal(both(embeds), before)
+
+
+@pytest.mark.parametrize(
+    ("maps", "options", "message"),
+    [
+        ([], {}, "maps must hold at least one feature map"),
+        ([IdentityFeatures()], {"weights": [1, 2]}, "weights must have one entry for each of the 1 maps"),
+        ([IdentityFeatures()], {"widths": []}, "widths must have one entry for each of the 1 maps"),
+        ([IdentityFeatures()], {"weights": [0]}, "weights must be a finite number above 0"),
+        ([IdentityFeatures()], {"widths": [0]}, "widths must be an integer of at least 1"),
+        ([nn.Linear(2, 2)], {}, r"maps\[0\] must be frozen, but it has 2 parameters that require grad"),
+        ([nn.Dropout()], {}, r"maps\[0\] must be frozen, but it has training mode"),
+    ],
+)
+def test_bad_concatenations_are_refused(maps, options, message):
+    with pytest.raises(TokenDriftError, match=message):
+        ConcatenatedFeatures(maps, **options)
+
+
+def test_maps_that_do_not_go_together_are_named():
+    embeds = torch.zeros(2, 8, 3)
+    with pytest.raises(TokenDriftError, match=r"number of windows: they gave \(2, 3\), \(2, 4, 3\)"):
+        ConcatenatedFeatures([IdentityFeatures(), IdentityFeatures(window=2)])(embeds)
+    with pytest.raises(TokenDriftError, match=r"widths \[2, 2\] must add up to D = 3"):
+        ConcatenatedFeatures([IdentityFeatures(), IdentityFeatures()], widths=[2, 2])(embeds)

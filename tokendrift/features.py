@@ -179,16 +179,18 @@ class ConcatenatedFeatures(nn.Module):
         widths: Sequence[int] | None = None,
     ) -> None:
         super().__init__()
-        weights = [1.0] * len(maps) if weights is None else [check_positive("weights", weight) for weight in weights]
+        if not maps:
+            raise fail("maps must hold at least one feature map.")
         for name, given in (("weights", weights), ("widths", widths)):
-            if not maps or (given is not None and len(given) != len(maps)):
-                raise fail(f"{name} must have one entry for each of the maps, of which there must be one.", maps=maps)
+            if given is not None and len(given) != len(maps):
+                raise fail(f"{name} must have one entry for each of the {len(maps)} maps.", **{name: given})
         for index, each in enumerate(maps):
             if isinstance(each, nn.Module):
                 check_frozen(f"maps[{index}]", each)
+        shares = [1.0] * len(maps) if weights is None else [check_positive("weights", weight) for weight in weights]
         self.maps = list(maps)
         self.frozen = nn.ModuleList(each for each in maps if isinstance(each, nn.Module))
-        self.scales = [(weight / sum(weights)) ** 0.5 for weight in weights]
+        self.scales = [(share / sum(shares)) ** 0.5 for share in shares]
         self.widths = None if widths is None else [check_count("widths", width, least=1) for width in widths]
         super().train(False)
 
