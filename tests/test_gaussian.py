@@ -10,7 +10,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tokendrift import TokenDriftError
-from tokendrift.diffusion import GaussianCurriculum, GaussianDuality, GaussianUniformDiffusion, UniformDiffusion
+from tokendrift.diffusion import (
+    GaussianCurriculum,
+    GaussianDuality,
+    GaussianUniformDiffusion,
+    SoftCorruption,
+    UniformDiffusion,
+)
+from tokendrift.diffusion._order_statistics import log_mean_exp_below
 from tokendrift.training import Continuation, CurriculumContinuation, train, validation_nelbo
 from tokendrift.training.loop import LoopConfig
 
@@ -113,6 +120,85 @@ def test_the_objective_is_that_of_the_hard_token_at_its_signal_level(generator):
     assert (loss >= 0).all()
 
 
+# ------------------------------------------------------------------------------------------------ the largest entries
+
+
+@pytest.mark.parametrize("top_k", [1, 3, V - 1])
+def test_the_largest_entries_are_different_tokens_with_their_weights(generator, top_k):
+    process = GaussianUniformDiffusion(V, 0.1, top_k=top_k)
+    x0 = torch.randint(V, (4, 6), generator=generator)
+    found = process.corrupt(x0, generator=generator)
+    assert found.soft.shape == found.weights.shape == (4, 6, top_k + 1)
+    assert found.soft.dtype == torch.int64
+    assert torch.equal(found.soft[..., 0], x0)
+    assert all(len(set(ids)) == top_k + 1 for ids in found.soft.flatten(0, 1).tolist())
+    assert torch.equal(found.soft.gather(-1, found.weights.argmax(-1, keepdim=True))[..., 0], found.x_t)
+    assert (found.weights[..., 1:].diff(dim=-1) <= 0).all()
+    total = found.weights.sum(-1)
+    assert (total <= 1 + 1e-6).all()
+    if top_k == V - 1:
+        torch.testing.assert_close(total, torch.ones(4, 6))
+    again = [process.corrupt(x0, generator=torch.Generator().manual_seed(seed)) for seed in (1, 1, 2)]
+    assert torch.equal(again[0].weights, again[1].weights)
+    assert not torch.equal(again[0].weights, again[2].weights)
+
+
+def test_a_backbone_reads_the_largest_entries_as_it_reads_all(backbone, generator):
+    model, process = backbone(time_conditioning=True), GaussianUniformDiffusion(13, 0.2, top_k=12)
+    found = process.corrupt(torch.randint(13, (3, 8), generator=generator), generator=generator)
+    dense = torch.zeros(3, 8, 13).scatter(-1, found.soft, found.weights.log())
+    torch.testing.assert_close(found.denoise(model), model(dense, found.sigma), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.statistical
+def test_both_forms_have_the_same_law(generator):
+    """Where the noisy token is, how heavy it weighs, and how heavy the clean one."""
+    x0, t = torch.full((2, 100_000), 2), torch.tensor([0.3, 0.9])
+    dense, sparse = (
+        GaussianUniformDiffusion(V, 0.3, gamma_min=-1.5, gamma_max=1.5, top_k=top_k).corrupt(x0, t, generator=generator)
+        for top_k in (None, V - 1)
+    )
+    weights = dense.soft.softmax(-1)
+    spread = torch.zeros_like(weights).scatter(-1, sparse.soft, sparse.weights)
+    for of_dense, of_sparse in (
+        (dense.x_t == 2, sparse.x_t == 2),
+        (dense.x_t == 5, sparse.x_t == 5),
+        (weights[..., 2], spread[..., 2]),
+        (weights[..., 5], spread[..., 5]),
+        (weights.square().sum(-1), spread.square().sum(-1)),
+        (weights.topk(2).values[..., 1], spread.topk(2).values[..., 1]),
+    ):
+        # Two means over 1e5 draws of what lies in [0, 1]: one deviation is 0.0022 at most.
+        torch.testing.assert_close(of_dense.float().mean(-1), of_sparse.float().mean(-1), rtol=0, atol=0.01)
+
+
+@pytest.mark.statistical
+def test_what_is_left_out_counts_with_its_mean_mass(generator):
+    x0, t = torch.full((1, 4000), 2), torch.tensor([0.5])
+    dense, sparse = (
+        GaussianUniformDiffusion(2000, 0.15, top_k=top_k).corrupt(x0, t, generator=generator) for top_k in (None, 20)
+    )
+    weights = dense.soft.softmax(-1)
+    heavy = weights[..., 2] + weights.index_fill(-1, torch.tensor(2), 0.0).topk(20).values.sum(-1)
+    share = sparse.weights.sum(-1)
+    assert 0.2 < share.mean() < 0.8
+    # The deviation of a share is about 0.2, so that of the difference of two means 0.2 * sqrt(2 / 4000) = 0.0045.
+    torch.testing.assert_close(heavy.mean(), share.mean(), rtol=0, atol=0.02)
+
+
+@given(bound=st.floats(-2, 6), scale=st.sampled_from([0.1, 1.0, 5.0, 30.0, 300.0, 3e9]))
+def test_the_mean_exponential_below_a_bound_is_its_integral(bound, scale):
+    found = log_mean_exp_below(torch.tensor(bound, dtype=torch.float64), torch.tensor(scale, dtype=torch.float64))
+    # z = bound - width u: the integrand at bound is split off, so that nothing overflows.
+    width = min(1.0, 1 / scale)
+    u = torch.linspace(0, 60, 600_001, dtype=torch.float64)
+    inside = torch.exp(-(scale + 0.0) * width * u + bound * width * u - (width * u) ** 2 / 2)
+    integral = torch.trapezoid(inside, u) * width
+    edge = scale * bound - bound**2 / 2 - math.log(math.sqrt(2 * math.pi))
+    expected = edge + integral.log() - torch.special.log_ndtr(torch.tensor(bound, dtype=torch.float64))
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-7)
+
+
 # ------------------------------------------------------------------------------------------------ curriculum
 
 
@@ -141,7 +227,7 @@ def test_a_hard_soft_input_is_the_token_to_the_backbone(backbone, generator):
     process, model = GaussianUniformDiffusion(13, 1e-10), backbone(time_conditioning=True)
     found = process.corrupt(torch.randint(13, (3, 8), generator=generator), generator=generator)
     torch.testing.assert_close(found.denoise(model), model(found.x_t, found.sigma))
-    softer = found._replace(soft=found.soft * 1e-9)
+    softer = SoftCorruption(found, found.soft * 1e-9)
     assert (softer.denoise(model) - model(found.x_t, found.sigma)).abs().max() > 1e-2
 
 
@@ -168,6 +254,9 @@ def test_training_follows_the_curriculum_and_counts_its_steps(backbone):
         (lambda: GaussianDuality(V, -1.0, -1.0), "gamma_max must lie above gamma_min"),
         (lambda: GaussianDuality(V, -1.0, math.inf), "gamma_max must lie above gamma_min"),
         (lambda: GaussianDuality(1), "vocab_size must be an integer of at least 2"),
+        (lambda: GaussianUniformDiffusion(V, 0.1, top_k=V), r"top_k must lie in \[1, V\) with V = 7"),
+        (lambda: GaussianUniformDiffusion(V, 0.1, top_k=0), "top_k must be an integer of at least 1"),
+        (lambda: GaussianCurriculum(UniformDiffusion(V), top_k=V), r"top_k must lie in \[1, V\)"),
         (lambda: GaussianUniformDiffusion(V, 0.0), "temperature must be a finite number above 0"),
         (lambda: GaussianCurriculum(UniformDiffusion(V), (0.1, -1)), "temperatures must be a finite number above 0"),
         (

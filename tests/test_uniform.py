@@ -176,8 +176,7 @@ def test_the_same_seed_gives_the_same_corruption():
     one, same, other = (
         UniformDiffusion(V).corrupt(clean, generator=torch.Generator().manual_seed(seed)) for seed in (1, 1, 2)
     )
-    assert all(torch.equal(a, b) for a, b in zip(one[:4], same[:4], strict=True))
-    assert one.soft is one.weights is None
+    assert all(torch.equal(a, b) for a, b in zip(one, same, strict=True))
     assert not torch.equal(one.x_t, other.x_t)
 
 

@@ -1,6 +1,7 @@
 """Corruption processes: masked (MDLM) and uniform-state (DUO), behind one protocol."""
 
-from tokendrift.diffusion.gaussian import GaussianCurriculum, GaussianDuality, GaussianUniformDiffusion
+from tokendrift.diffusion.curriculum import GaussianCurriculum
+from tokendrift.diffusion.gaussian import GaussianDuality, GaussianUniformDiffusion, SoftCorruption
 from tokendrift.diffusion.masked import MaskedDiffusion
 from tokendrift.diffusion.process import Corruption, Denoiser, Mixture, Process
 from tokendrift.diffusion.schedules import Cosine, DuoCosine, Geometric, Linear, LogLinear, Schedule, sample_times
@@ -30,6 +31,7 @@ __all__ = [
     "Process",
     "Schedule",
     "ScoreDenoiser",
+    "SoftCorruption",
     "UniformDiffusion",
     "log_probs_from_score",
     "log_score",

@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 
 from tokendrift._checks import check_count, check_positive, fail
-from tokendrift.diffusion.process import Corruption
+from tokendrift.diffusion._order_statistics import distinct_ids, largest_normals, log_mean_exp_below
+from tokendrift.diffusion.process import Corruption, Denoiser
 from tokendrift.diffusion.schedules import Schedule
 from tokendrift.diffusion.uniform import UniformDiffusion
 
-HARD = 1e-10  # temperature at and after the last step: softmax(w / 1e-10) is the argmax
 REACH, STEP = 10.0, 1 / 16  # the trapezoid rule: deviations left and right, and width
 
 
@@ -89,94 +89,104 @@ class GaussianDuality(Schedule):
         return largest.sum(-1), other.sum(-1), slope
 
 
+class SoftCorruption(Corruption):
+    """A corrupted batch whose denoiser reads more than x_t.
+
+    Attributes:
+        soft: Input logits (B, L, V), whose softmax is embedded; with weights, ids int64 (B, L, K).
+        weights: Softmax weights of those ids, float32 (B, L, K), or None.
+    """
+
+    soft: Tensor
+    weights: Tensor | None
+
+    def __new__(cls, hard: Corruption, soft: Tensor, weights: Tensor | None = None) -> SoftCorruption:
+        self = super().__new__(cls, *hard)
+        self.soft, self.weights = soft, weights
+        return self
+
+    def denoise(self, denoiser: Denoiser) -> Tensor:
+        """Return the denoiser's logits (B, L, V) for the soft input: ``denoiser(soft, sigma[, weights=weights])``."""
+        if self.weights is None:
+            return denoiser(self.soft, self.sigma)
+        return denoiser(self.soft, self.sigma, weights=self.weights)  # type: ignore[call-arg]
+
+
 class GaussianUniformDiffusion(UniformDiffusion):
     r"""Uniform-state diffusion whose corruption also gives the tempered softmax of the Gaussian behind x_t.
 
-    `corrupt` returns :math:`x_t = \arg\max w` and, as ``soft``, :math:`w/\tau`; `Corruption.denoise` hands the
-    latter to the denoiser, which embeds its softmax. Objective and posterior are those of the hard x_t.
+    `corrupt` returns a `SoftCorruption`: :math:`x_t = \arg\max w` and the softmax of :math:`w/\tau`, which
+    `SoftCorruption.denoise` hands to the denoiser. Objective and posterior are those of the hard x_t.
+
+    In the plain form, the paper's, w is a tensor (B, L, V). With ``top_k`` only the entries of the clean token and of
+    the k largest others are drawn, from the exact law of order statistics, and memory falls to (B, L, k). x_t keeps
+    its law, and these ids their weights in the softmax (of the other entries, the mean mass counts); what the others
+    would add to the embedding is left out. At V = 50258, :math:`\gamma = -2.5` and k = 32 that is 65 % of the mass for
+    :math:`\tau = 0.1`, 0.3 % for 0.03, and nothing to speak of from 0.01 on.
 
     Args:
         vocab_size: V.
         temperature: :math:`\tau` of the softmax.
         gamma_min: Log noise-to-signal ratio at t = 0.
         gamma_max: The same at t = 1.
+        top_k: k, or None for the plain form.
 
     Raises:
-        TokenDriftError: If the temperature is not above 0 or gamma_max not above gamma_min.
+        TokenDriftError: If the temperature is not above 0, gamma_max not above gamma_min, or top_k not in [1, V).
 
-    Source: DUO, section 4.2 (algo.py ``DUO.nll``). The noise is a tensor (B, L, V), as there.
+    Source: DUO, section 4.2 (algo.py ``DUO.nll``); the efficient form is that of its main branch
+    (``sample_tempered_softmax_topk``), where x_t is the clean token whenever that is among the k largest.
     """
 
+    schedule: GaussianDuality
+
     def __init__(
-        self, vocab_size: int, temperature: float, *, gamma_min: float = -3.5, gamma_max: float = -1.75
+        self,
+        vocab_size: int,
+        temperature: float,
+        *,
+        gamma_min: float = -3.5,
+        gamma_max: float = -1.75,
+        top_k: int | None = None,
     ) -> None:
         super().__init__(vocab_size, GaussianDuality(vocab_size, gamma_min, gamma_max))
         self.temperature = check_positive("temperature", temperature)
+        self.top_k = check_top_k(top_k, vocab_size)
 
     def _corrupted(self, x0: Tensor, t: Tensor, generator: torch.Generator | None) -> Corruption:
-        gamma = self.schedule.gamma(t)[:, None, None]  # type: ignore[attr-defined]
-        shape = (*x0.shape, self.vocab_size)
-        w = torch.randn(shape, generator=generator, device=x0.device).mul_(gamma.sigmoid().sqrt())
-        w.scatter_add_(-1, x0[..., None], (-gamma).sigmoid().sqrt().to(w.dtype).expand(*x0.shape, 1))
-        x_t = w.argmax(dim=-1)
-        return Corruption(x_t, self.predicted(x_t), t, self.sigma(t), w.div_(self.temperature))
+        draw = self._dense if self.top_k is None else self._sparse
+        gamma = self.schedule.gamma(t)[:, None, None]
+        x_t, soft, weights = draw(x0, gamma.neg().sigmoid().sqrt(), gamma.sigmoid().sqrt(), generator)
+        return SoftCorruption(Corruption(x_t, self.predicted(x_t), t, self.sigma(t)), soft, weights)
+
+    def _dense(
+        self, x0: Tensor, signal: Tensor, noise: Tensor, generator: torch.Generator | None
+    ) -> tuple[Tensor, Tensor, None]:
+        w = torch.randn((*x0.shape, self.vocab_size), generator=generator, device=x0.device).mul_(noise)
+        w.scatter_add_(-1, x0[..., None], signal.to(w.dtype).expand(*x0.shape, 1))
+        return w.argmax(dim=-1), w.div_(self.temperature), None
+
+    def _sparse(
+        self, x0: Tensor, signal: Tensor, noise: Tensor, generator: torch.Generator | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        others, top = self.vocab_size - 1, int(self.top_k or 0)
+        device = x0.device
+        largest = largest_normals(x0.shape, others, top, generator=generator, device=device)
+        ids = distinct_ids(x0.shape, others, top, generator=generator, device=device)
+        ids += ids >= x0[..., None]  # the clean token is none of the others
+        own = torch.randn((*x0.shape, 1), generator=generator, device=device, dtype=torch.float64) + signal / noise
+        x_t = torch.where(own > largest[..., :1], x0[..., None], ids[..., :1])[..., 0]
+        scale = noise.double() / self.temperature
+        log_weight = scale * torch.cat([own, largest], dim=-1)
+        if top < others:
+            log_rest = log_mean_exp_below(largest[..., -1:], scale) + math.log(others - top)
+            log_weight = torch.cat([log_weight, log_rest], dim=-1)
+        weights = torch.softmax(log_weight, dim=-1)[..., : top + 1].float()
+        return x_t, torch.cat([x0[..., None], ids], dim=-1), weights
 
 
-@dataclass(frozen=True)
-class GaussianCurriculum:
-    r"""Which process to train with at which step: soft inputs that harden, then the hard process itself.
-
-    The temperature stays at its first value until ``first_step``, falls geometrically until ``last_step``, and is
-    1e-10 from there on; after ``last_step`` training goes on with ``process``. Defaults are those of DUO's training.
-
-    Attributes:
-        process: The process of the end, and of validation and sampling.
-        temperatures: :math:`\tau` at first_step and the one it falls towards.
-        first_step: Where the temperature starts to fall.
-        last_step: Last step with a soft input.
-        gamma_min: Log noise-to-signal ratio at t = 0.
-        gamma_max: The same at t = 1.
-
-    Raises:
-        TokenDriftError: If a temperature is not above 0, or last_step lies before first_step.
-
-    Source: DUO, algo.py ``_compute_gumbel_tau_inverse``.
-
-    >>> curriculum = GaussianCurriculum(UniformDiffusion(50258), first_step=0, last_step=100)
-    >>> [round(curriculum.temperature(step), 4) for step in (0, 50, 99)]
-    [0.1, 0.0316, 0.0102]
-    >>> curriculum.at(101) is curriculum.process
-    True
-    """
-
-    process: UniformDiffusion
-    temperatures: tuple[float, float] = (0.1, 0.01)
-    first_step: int = 100_000
-    last_step: int = 200_000
-    gamma_min: float = -3.5
-    gamma_max: float = -1.75
-
-    def __post_init__(self) -> None:
-        for temperature in self.temperatures:
-            check_positive("temperatures", temperature)
-        check_count("first_step", self.first_step)
-        check_count("last_step", self.last_step, least=self.first_step)
-        GaussianDuality(self.process.vocab_size, self.gamma_min, self.gamma_max)  # its own checks, before training
-
-    def temperature(self, step: int) -> float:
-        """Return the temperature of the softmax at a step."""
-        if step >= self.last_step:
-            return HARD
-        first, last = self.temperatures
-        if step <= self.first_step:
-            return first
-        share = (step - self.first_step) / (self.last_step - self.first_step)
-        return float(first * (last / first) ** share)
-
-    def at(self, step: int) -> UniformDiffusion:
-        """Return the process to train with at a step (counted from 0)."""
-        if step > self.last_step:
-            return self.process
-        return GaussianUniformDiffusion(
-            self.process.vocab_size, self.temperature(step), gamma_min=self.gamma_min, gamma_max=self.gamma_max
-        )
+def check_top_k(top_k: int | None, vocab_size: int) -> int | None:
+    """Require None or an integer in [1, V)."""
+    if top_k is not None and check_count("top_k", top_k, least=1) >= vocab_size:
+        raise fail(f"top_k must lie in [1, V) with V = {vocab_size}.", top_k=top_k)
+    return top_k

@@ -32,23 +32,16 @@ class Corruption(NamedTuple):
         predicted: Positions the model has to predict (the paper's M), bool (B, L).
         t: Diffusion times, float (B,), in (0, 1].
         sigma: ``-log alpha_t``, float (B,): what denoisers take as their second argument.
-        soft: What the denoiser reads in place of x_t in DUO's curriculum: input logits (B, L, V), or with weights
-            the ids (B, L, K) of their largest entries. None for x_t itself.
-        weights: Softmax weights of those ids, float (B, L, K).
     """
 
     x_t: Tensor
     predicted: Tensor
     t: Tensor
     sigma: Tensor
-    soft: Tensor | None = None
-    weights: Tensor | None = None
 
     def denoise(self, denoiser: Denoiser) -> Tensor:
         """Return the denoiser's logits (B, L, V) for this batch."""
-        if self.weights is not None:
-            return denoiser(self.soft, self.sigma, weights=self.weights)  # type: ignore[call-arg, arg-type]
-        return denoiser(self.x_t if self.soft is None else self.soft, self.sigma)
+        return denoiser(self.x_t, self.sigma)
 
 
 class Mixture(NamedTuple):
