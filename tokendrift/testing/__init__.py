@@ -26,7 +26,6 @@ except ImportError as error:
 
 from tokendrift.testing.check import LAWS, check_field
 from tokendrift.testing.claims import POTENTIALS, assert_score_identity, assert_unbiased_at_equilibrium
-from tokendrift.testing.strategies import Cloud, clouds
 from tokendrift.testing.form import assert_exclusion_is_removal, assert_no_gradient, assert_well_formed
 from tokendrift.testing.laws import (
     assert_antisymmetric,
@@ -35,6 +34,7 @@ from tokendrift.testing.laws import (
     assert_rotation_equivariant,
     assert_translation_invariant,
 )
+from tokendrift.testing.strategies import Cloud, clouds
 
 __all__ = [
     "LAWS",

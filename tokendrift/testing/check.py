@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 from tokendrift._checks import check_choice
 from tokendrift.field import Field
 from tokendrift.testing._report import TOLERANCE
-from tokendrift.testing.strategies import Cloud, clouds
 from tokendrift.testing.form import assert_exclusion_is_removal, assert_no_gradient, assert_well_formed
 from tokendrift.testing.laws import (
     assert_antisymmetric,
@@ -19,6 +18,7 @@ from tokendrift.testing.laws import (
     assert_rotation_equivariant,
     assert_translation_invariant,
 )
+from tokendrift.testing.strategies import Cloud, clouds
 
 _CHECKS: dict[str, Callable[[Field, Cloud, float], None]] = {
     "well_formed": lambda field, cloud, _: assert_well_formed(field, *cloud),
