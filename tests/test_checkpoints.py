@@ -293,6 +293,7 @@ def test_a_folder_without_a_model_and_an_unknown_type_are_named(tmp_path, model)
         ("nowhere", {}, r"nowhere does not exist\.[\s\S]*hub id owner/name"),
         ("a/b/c", {}, r"does not exist"),
         (".", {"revision": "main"}, r"revision belongs to hub ids"),
+        ("model", {"device": "abacus"}, r"device 'abacus' cannot be used: [\s\S]*Pass a device of this machine"),
         ("model", {"config": {"heads": 3}}, r"config has unknown fields: heads\.[\s\S]*n_heads"),
         ("model", {"config": {"causal": True}}, r"unknown fields: causal"),
         ("model", {"config": {"schedule": {"name": "Sine"}}}, r"schedule in config.json must be one of LogLinear"),

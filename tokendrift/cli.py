@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -81,6 +82,40 @@ def demo(
         if seeds > 1:
             console.print(over_seeds(outcomes), highlight=False)
         console.print(f"report: {report}", highlight=False, soft_wrap=True)
+
+
+@app.command()
+def doctor(
+    checkpoint: Annotated[str, typer.Argument(help="Hub id, folder, safetensors file or Lightning .ckpt.")],
+    text: Annotated[
+        Path | None, typer.Option(help="UTF-8 text for the NELBO instead of Python's own documentation.")
+    ] = None,
+    tokenizer: Annotated[
+        str | None, typer.Option(help="tokenizer.json, folder or hub id; by default the checkpoint's, or GPT-2's.")
+    ] = None,
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.")] = None,
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens of text to measure the NELBO on.")] = 16_384,
+    device: Annotated[str, typer.Option(help="Where to measure.")] = "cpu",
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
+) -> None:
+    """Check a checkpoint: weights, vocabulary, tokenizer, mask id, and the NELBO on text.
+
+    Exit code 0 if nothing is wrong, 1 if something is, 2 if it cannot be examined.
+    """
+    with plain_errors():
+        from tokendrift.doctor import diagnose
+
+        options: dict[str, Any] = {"text": text, "tokenizer": tokenizer, "revision": revision, "tokens": tokens}
+        with Console(stderr=True).status("examining") as status:
+            report = diagnose(checkpoint, device=device, progress=status.update, **options)
+    if as_json:
+        typer.echo(json.dumps(report.as_dict(), indent=2))
+    else:
+        console = Console()
+        for table in report.tables():
+            console.print(table)
+    if not report.healthy:
+        raise typer.Exit(1)
 
 
 @contextmanager

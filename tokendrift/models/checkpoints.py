@@ -110,6 +110,7 @@ def build(
 ) -> tuple[DiT, Process]:
     """Make the network and the process of a checkpoint; arguments and errors as in `load_denoiser`."""
     config = complete_config(checkpoint)
+    device = _usable(device or "cpu")
     tensors = dict(checkpoint.tensors)
     with torch.device("meta"):  # no random initial values: quicker, and the caller's random state stays
         model = DiT(config).to(dtype=dtype or torch.float32)
@@ -117,7 +118,7 @@ def build(
     exact, stored = rotary_frequencies(config.hidden_dim // config.n_heads), tensors.get(lightning.BUFFER)
     if stored is None or stored.dtype.itemsize < 4:
         tensors[lightning.BUFFER] = exact  # a constant: half precision on disk must not shift positions
-    model.to_empty(device=device or "cpu")
+    model.to_empty(device=device)
     model.load_state_dict(tensors)
     return model.eval(), process_of(config, _make_schedule(checkpoint.config.get("schedule")))
 
@@ -250,6 +251,14 @@ def _shown(tensors: Mapping[str, Tensor]) -> dict[str, int]:
     if blocks:
         shown["n_blocks"] = max(blocks) + 1
     return shown
+
+
+def _usable(device: torch.device | str) -> torch.device:
+    try:
+        return torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError, NotImplementedError) as error:  # torch without CUDA asserts
+        reason = str(error).splitlines()[0]
+        raise fail(f"device {str(device)!r} cannot be used: {reason}", "Pass a device of this machine.") from None
 
 
 def _stored(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:

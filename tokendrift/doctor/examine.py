@@ -1,0 +1,276 @@
+"""Is this checkpoint what it says it is? Weights, vocabulary, tokenizer, mask, and the NELBO on text.
+
+Behind the command ``tokendrift doctor``. Every verdict names what was measured; where something is wrong, the
+assumption whose change gives the better NELBO is named.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tokendrift._checks import check_count, fail
+from tokendrift.diffusion import MaskedDiffusion, Process
+from tokendrift.doctor import probes
+from tokendrift.doctor.probes import Alternative, Estimate
+from tokendrift.doctor.report import Report, Verdict
+from tokendrift.errors import TokenDriftError
+from tokendrift.models import DiT, build, read_checkpoint
+from tokendrift.models.tokenizer import GPT2_VOCABULARY, find_tokenizer, load_tokenizer
+
+PUBLISHED = {"masked": ("MDLM", 23.2), "uniform": ("DUO", 25.2)}  # OpenWebText, MDLM and DUO papers
+NEAR = 0.10  # of the published perplexity
+ENOUGH = 2000  # tokens whose word counts say something
+
+
+def diagnose(
+    source: str | Path,
+    *,
+    text: Path | None = None,
+    tokenizer: str | Path | None = None,
+    revision: str | None = None,
+    tokens: int = 16_384,
+    device: torch.device | str | None = None,
+    progress: Callable[[str], object] = lambda _: None,
+) -> Report:
+    """Examine a checkpoint.
+
+    Args:
+        source: As for `load_denoiser`.
+        text: UTF-8 text for the NELBO; by default documentation that CPython carries.
+        tokenizer: A ``tokenizer.json``, folder or hub name; by default that of the checkpoint's folder, or GPT-2's
+            for a vocabulary of GPT-2's size.
+        revision: As for `load_denoiser`.
+        tokens: How much text to measure on.
+        device: Where to measure; the CPU by default.
+        progress: Told what is being done.
+
+    Raises:
+        TokenDriftError: If the checkpoint, text or tokenizer that was named cannot be read. What is wrong with a
+            checkpoint that can be read is a finding of the report.
+    """
+    check_count("tokens", tokens, least=1)
+    documents = None if text is None else [_read_text(text)]
+    named = None if tokenizer is None else (load_tokenizer(tokenizer), str(tokenizer))
+    progress("reading the checkpoint")
+    checkpoint = read_checkpoint(source, revision=revision)
+    facts: dict[str, Any] = {"source": str(source), "revision": checkpoint.revision, "weights": checkpoint.weights}
+    report = Report(facts)
+    try:
+        model, process = build(checkpoint, device=device)
+    except TokenDriftError as error:
+        report.add("weights fit the configuration", "fail", str(error))
+        return report
+    facts |= {"configuration": dataclasses.asdict(model.config), "process": repr(process)}
+    facts["parameters"] = sum(parameter.numel() for parameter in model.parameters())
+    report.add("weights fit the configuration", "ok", f"{facts['parameters']:,} parameters, every tensor in its place")
+    if not check_weights(report, model):
+        return report
+    fetch = checkpoint.revision is not None  # what came from the hub may bring its tokenizer from there
+    found = named or find_tokenizer(checkpoint.folder, process.vocab_size, fetch=fetch)
+    if found is None:
+        report.add("tokenizer", "note", "the folder has none: name one with --tokenizer to check it and the NELBO")
+        return report
+    if not check_tokenizer(report, process, *found):
+        return report
+    progress("reading text")
+    windows = _windows(documents or _default_documents(), found[0], process, model.config.model_length, tokens)
+    if windows is None:
+        report.add("NELBO", "note", "the text is too short to measure on: pass more with --text")
+        return report
+    check_nelbo(report, model, process, windows.to(device or "cpu"), found[0], progress)
+    return report
+
+
+def check_weights(report: Report, model: DiT) -> bool:
+    """Look for weights that cannot be those of a trained network."""
+    broken = [name for name, value in model.named_parameters() if not value.isfinite().all()]
+    if broken:
+        report.add("weights are finite", "fail", f"NaN or infinite: {', '.join(broken)}")
+    elif not model.output_layer.linear.weight.any():
+        report.add("weights are trained", "fail", "the output layer is all zeros, as before the first training step")
+    else:
+        report.add("weights are finite", "ok", "no NaN, no infinity")
+        return True
+    return False
+
+
+def check_tokenizer(report: Report, process: Process, tokenizer: Any, where: str) -> bool:
+    """Hold vocabulary and mask id against the tokenizer; return whether text can be encoded for the model."""
+    count, size = len(tokenizer), process.vocab_size
+    report.checkpoint["tokenizer"] = where
+    if count > size:
+        report.add(
+            "vocabulary", "fail", f"the tokenizer ({where}) has {count} entries, the model {size}: ids would not fit"
+        )
+        return False
+    # Released models have one entry more than GPT-2: MDLM's mask, DUO's [PAD].
+    verdict: Verdict = "ok" if size - count <= 1 else "note"
+    report.add("vocabulary", verdict, f"{size} entries, the tokenizer ({where}) {count}")
+    own_mask = getattr(tokenizer, "mask_token_id", None)
+    if process.mask_id is None:
+        return True
+    if own_mask is not None and own_mask != process.mask_id:
+        report.add("mask id", "fail", f"the model has {process.mask_id}, the tokenizer's mask token is {own_mask}")
+    elif process.mask_id < count and own_mask is None and process.mask_id not in tokenizer.all_special_ids:
+        word = tokenizer.convert_ids_to_tokens(process.mask_id)
+        report.add("mask id", "fail", f"{process.mask_id} is an ordinary token of the tokenizer, {word!r}")
+    else:
+        report.add("mask id", "ok", f"{process.mask_id}, an entry that text never has")
+    return True
+
+
+def check_nelbo(
+    report: Report, model: DiT, process: Process, windows: Tensor, tokenizer: Any, progress: Callable[[str], object]
+) -> None:
+    """Measure the NELBO on windows (n, L) and say what it means."""
+    progress("measuring the NELBO")
+    values = probes.window_nelbo(model, process, windows)
+    found = probes.estimate(values)
+    share = torch.bincount(windows.flatten().cpu(), minlength=process.vocab_size).double() / windows.numel()
+    unigram = torch.special.entr(share).sum().item()
+    report.figures = {
+        "nelbo": found.mean,
+        "nelbo_standard_error": found.error,
+        "perplexity": found.perplexity,
+        "unigram_perplexity": math.exp(unigram),
+        "tokens": windows.numel(),
+    }
+    measured = (
+        f"perplexity {_figure(found)} on {windows.numel():,} tokens; {math.exp(unigram):,.0f} for word counts alone"
+    )
+    known = (unigram if windows.numel() >= ENOUGH else math.log(process.vocab_size)) - 0.1
+    useless = found.mean > known
+    few = windows[: max(8, len(windows) // 2)]
+    progress("trying other assumptions")
+    alternatives = _alternatives(model, process, tokenizer, useless=useless)
+    better = _rescue(few, alternatives, known) if useless else _better(model, process, few, alternatives)
+    if better is not None:
+        report.figures["perplexity_otherwise"] = better[1].perplexity
+        report.add("NELBO", "fail", measured)
+        said = f"{better[0].diagnosis} (perplexity {_figure(better[1])} then)"
+        report.add("what is wrong", "fail", said)
+    elif useless:
+        report.add("NELBO", "fail", measured)
+        report.add("what is wrong", "fail", _useless(model, process, found, share, unigram, windows.shape[1]))
+    else:
+        report.add("NELBO", "ok", measured)
+        _compare(report, model, process, found)
+
+
+def _alternatives(model: DiT, process: Process, tokenizer: Any, *, useless: bool) -> Iterator[Alternative]:
+    yield from probes.sigma_alternatives(model, process)
+    if useless:  # a wrong process or mask leaves nothing that works; no need to try them on what does
+        named = (getattr(tokenizer, "mask_token_id", None), probes.unpredicted_id(model), process.vocab_size - 1)
+        yield from probes.process_alternatives(model, process, iter([name for name in named if name is not None]))
+
+
+def _rescue(windows: Tensor, alternatives: Iterator[Alternative], known: float) -> tuple[Alternative, Estimate] | None:
+    """Return the best alternative under which the network knows more than word counts."""
+    tried = [(each, probes.estimate(probes.window_nelbo(each.model, each.process, windows))) for each in alternatives]
+    useful = [(each, found) for each, found in tried if found.mean + 2 * found.error < known]
+    return min(useful, key=lambda pair: pair[1].mean, default=None)
+
+
+def _better(
+    model: DiT, process: Process, windows: Tensor, alternatives: Iterator[Alternative]
+) -> tuple[Alternative, Estimate] | None:
+    """Return the best alternative that is better beyond doubt than what works already, under the same noise."""
+    base = probes.window_nelbo(model, process, windows, counted=False)
+    best: tuple[Alternative, Estimate] | None = None
+    for each in alternatives:
+        values = probes.window_nelbo(each.model, each.process, windows, counted=False)
+        found, gain = probes.estimate(values), probes.estimate(base - values)
+        if gain.mean > max(4 * gain.error, 0.005) and (best is None or found.mean < best[1].mean):
+            best = each, found
+    return best
+
+
+def _useless(model: DiT, process: Process, found: Estimate, share: Tensor, unigram: float, length: int) -> str:
+    """Say why the network knows no more than word counts, from its predictions at pure noise."""
+    learned = probes.marginal(model, process, length)
+    entropy = torch.special.entr(learned).sum().item()
+    cost = -(share * learned.clamp_min(1e-12).log()).sum().item()
+    size = process.vocab_size
+    if entropy > math.log(size) - 0.3 or abs(found.mean - math.log(size)) < 0.2:
+        return (
+            f"weights not loaded: perplexity {found.perplexity:,.0f} is near the vocabulary of {size:,}, as of a "
+            f"network with fresh weights. Something went wrong before this file was written"
+        )
+    if cost > unigram + 0.7:
+        return (
+            f"wrong vocabulary, or weights not loaded: at pure noise the network expects {math.exp(entropy):,.0f} "
+            f"tokens, but not those of this text (perplexity {math.exp(cost):,.0f} of its word counts). Check that "
+            f"this tokenizer is the one of training"
+        )
+    return (
+        "the network has learned the word counts of such text but reads no context: some weights are damaged or "
+        "not those of this network, or it was trained too little"
+    )
+
+
+def _compare(report: Report, model: DiT, process: Process, found: Estimate) -> None:
+    """Hold the perplexity against the published one where there is one."""
+    released = model.config.vocab_size == GPT2_VOCABULARY + 1 and model.config.model_length == 1024
+    if not released:
+        report.add("published value", "note", "none for this vocabulary and length")
+        return
+    name, value = PUBLISHED["masked" if isinstance(process, MaskedDiffusion) else "uniform"]
+    said = f"{name} has {value} on OpenWebText with GPT-2 tokens"
+    report.figures["published_perplexity"] = value
+    if abs(found.perplexity - value) <= NEAR * value + 2 * found.error * value:
+        report.add("published value", "ok", f"near: {said}")
+        return
+    apart = f"{said}, to which only that text compares"
+    if "distill" in report.checkpoint["source"]:
+        apart += "; distilled models give up likelihood for few steps, so that a higher value is expected"
+    report.add("published value", "note", apart)
+
+
+def _figure(found: Estimate) -> str:
+    if not math.isfinite(found.perplexity) or found.perplexity > 1e6:
+        return "above a million"
+    places = ".1f" if found.perplexity < 1000 else ",.0f"
+    error = found.perplexity * found.error
+    return f"{found.perplexity:{places}}" + (f" +- {error:{places}}" if math.isfinite(error) else "")
+
+
+def _windows(documents: list[str], tokenizer: Any, process: Process, length: int, tokens: int) -> Tensor | None:
+    """Return consecutive windows (n, L) of the encoded documents, end-of-text between them, or None if too short."""
+    ends = getattr(tokenizer, "eos_token_id", None) is not None
+    end, gap = ([tokenizer.eos_token_id], "") if ends else ([], "\n\n")
+    stream: list[int] = []
+    wanted = max(tokens, length)
+    for document in documents:
+        # Twelve characters a token are more than any text has; what is beyond the need is not encoded.
+        stream += tokenizer(document[: 12 * wanted] + gap, add_special_tokens=False, verbose=False)["input_ids"] + end
+        if len(stream) >= wanted:
+            break
+    stream = stream[:wanted]
+    if max(stream, default=0) >= process.vocab_size:
+        raise fail(f"the tokenizer gives id {max(stream)}, the model has {process.vocab_size} entries.")
+    length = min(length, len(stream))
+    if length < 16:
+        return None
+    count = len(stream) // length
+    return torch.tensor(stream[: count * length]).view(count, length)
+
+
+def _default_documents() -> list[str]:
+    """Return prose of CPython's documentation that the demo's own models were not trained on."""
+    from tokendrift.demo.corpus import python_documents, split
+
+    return split(python_documents()).held_out
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise fail(f"--text {path} cannot be read as UTF-8 text: {error}.", "Pass a plain text file.") from None
