@@ -8,7 +8,18 @@ import torch
 from tokendrift import TokenDriftError, TokenDriftLoss
 from tokendrift.diffusion import MaskedDiffusion, UniformDiffusion
 from tokendrift.models import DiT, DiTConfig
-from tokendrift.training import Continuation, Denoising, Drift, LoopConfig, StepLoss, train, validation_nelbo, windows
+from tokendrift.training import (
+    Continuation,
+    Denoising,
+    Drift,
+    LoopConfig,
+    Optimization,
+    StepLoss,
+    train,
+    validation_nelbo,
+    windows,
+)
+from tokendrift.training.ranks import RowsOfRank
 
 VOCAB = 12
 
@@ -97,7 +108,10 @@ def test_drift_logs_its_diagnostics_only_when_asked():
     model = tiny()
     objective = Drift(MaskedDiffusion(VOCAB), TokenDriftLoss.from_encoder(model, mask_id=VOCAB - 1), 0.5)
     batch = next(windows(stream(), 8, 4, seed=1))
-    assert objective(model, batch, log=True).logs.keys() == {"token_entropy", "raw_drift_rms", "drift", "nelbo"}
+    logs = objective(model, batch, log=True).logs
+    assert {"token_entropy", "queue", "raw_drift_rms", "drift", "nelbo"} <= logs.keys()
+    for name in ("raw_drift_rms", "positive_mass", "effective_references", "pair_weight"):
+        assert {f"{name}/0.02", f"{name}/0.05", f"{name}/0.2"} <= logs.keys()
     assert objective(model, batch).logs.keys() == {"drift", "nelbo"}
 
 
@@ -121,6 +135,96 @@ def test_the_returned_weights_are_the_average_of_the_steps():
         decay = min(0.5, (1 + step) / (10 + step))
         average = decay * average + (1 - decay) * weight
     assert run(ema=0.5)[0] == pytest.approx(average, rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "rates"),
+    [("constant", [0.5, 1.0, 1.0, 1.0]), ("linear", [0.5, 0.75, 0.5, 0.25]), ("cosine", [0.5, 0.8565, 0.51, 0.1635])],
+)
+def test_the_rate_warms_up_and_then_follows_its_schedule(schedule, rates):
+    config = LoopConfig(4, learning_rate=1.0, warmup=2, schedule=schedule)
+    assert [config.rate(step) for step in range(4)] == pytest.approx(rates, abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"schedule": "sine"}, "schedule must be one of 'cosine', 'constant', 'linear'"),
+        ({"betas": (0.9,)}, r"betas must be two numbers in \[0, 1\)"),
+        ({"ema": 1.0}, r"ema must lie in \[0, 1\); 0 keeps no average"),
+        ({"weight_decay": -0.1}, "weight_decay must be 0 or above"),
+    ],
+)
+def test_a_loop_that_cannot_work_is_refused(changes, message):
+    with pytest.raises(TokenDriftError, match=message):
+        LoopConfig(4, **changes)
+
+
+def test_micro_batches_add_up_to_the_step_of_the_whole_batch():
+    process, batch = MaskedDiffusion(VOCAB), next(windows(stream(), 8, 6, seed=1))
+    corrupted = process.corrupt(batch, generator=torch.Generator().manual_seed(0))
+
+    def objective(model, rows, /, *, log=False):
+        own = slice(int(rows[0, 0]), int(rows[-1, 0]) + 1)
+        x_t, t = corrupted.x_t[own], corrupted.t[own]
+        loss = process.nelbo(model(x_t, corrupted.sigma[own]), batch[own], x_t, t).mean()
+        return StepLoss(loss, {"nelbo": loss.detach()})
+
+    def step(size):
+        torch.manual_seed(0)
+        optimization = Optimization(tiny(), LoopConfig(1, warmup=1))
+        rows = torch.arange(6)[:, None].split(size)
+        return optimization.step(0, objective, rows, count=len(rows), log=True)
+
+    assert step(2) == pytest.approx(step(6), rel=1e-5)
+
+
+@pytest.mark.parametrize("ema", [0.9, 0.0])
+def test_a_stored_state_goes_on_bit_for_bit(ema):
+    def run(steps, state=None):
+        model = DiT(DiTConfig(VOCAB, 8, hidden_dim=16, cond_dim=4, n_blocks=1, n_heads=2, dropout=0.1))
+        optimization = Optimization(model, LoopConfig(6, warmup=1, ema=ema, weight_decay=0.1))
+        if state is not None:
+            optimization.load_state(state)
+        for step in steps:
+            torch.manual_seed(step)
+            objective = Continuation(MaskedDiffusion(VOCAB), torch.Generator().manual_seed(step))
+            optimization.step(step, objective, [next(windows(stream(), 8, 4, seed=step))])
+        return optimization.state()
+
+    torch.manual_seed(0)
+    whole = run(range(6))
+    torch.manual_seed(0)
+    first = run(range(3))
+    torch.manual_seed(1)  # other initial weights: all must come from the state
+    resumed = run(range(3, 6), first)
+    assert whole.keys() == resumed.keys() == ({"model", "optimizer", "average"} if ema else {"model", "optimizer"})
+    for group, tensors in whole.items():
+        assert tensors.keys() == resumed[group].keys()
+        assert all(torch.equal(tensor, resumed[group][name]) for name, tensor in tensors.items())
+
+
+def test_autocast_is_for_the_network_alone_and_leaves_its_logits_narrow():
+    seen = []
+
+    def objective(model, rows, /, *, log=False):
+        logits = model(rows, torch.zeros(len(rows)))
+        seen.append((logits.dtype, (logits.float() @ torch.ones(VOCAB, 1)).dtype))
+        loss = logits.float().square().mean()
+        return StepLoss(loss, {"loss": loss.detach()})
+
+    Optimization(tiny(), LoopConfig(1), autocast=torch.bfloat16).step(0, objective, [torch.zeros(2, 8).long()])
+    assert seen == [(torch.bfloat16, torch.float32)]
+
+
+def test_noise_of_a_rank_is_that_of_its_rows_in_the_whole_batch():
+    process, batch = UniformDiffusion(VOCAB), next(windows(stream(), 8, 6, seed=1))
+    whole = RowsOfRank(process, 0, 1).corrupt(batch, generator=torch.Generator().manual_seed(3))
+    for rank in range(3):
+        rows = slice(2 * rank, 2 * rank + 2)
+        own = RowsOfRank(process, rank, 3).corrupt(batch[rows], generator=torch.Generator().manual_seed(3))
+        for field in ("x_t", "predicted", "t", "sigma"):
+            assert torch.equal(getattr(own, field), getattr(whole, field)[rows])
 
 
 def test_divergence_stops_with_the_step_and_a_remedy():

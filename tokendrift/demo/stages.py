@@ -7,7 +7,7 @@ import json
 import math
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -193,7 +193,7 @@ def train_judge(corpus: Corpus, steps: int, folder: Path, on_step: OnStep | None
     )
     model = GPT2LMHeadModel(sizes)
 
-    def next_token(model: nn.Module, ids: Tensor, /, *, log: bool = False) -> StepLoss:
+    def next_token(model: Callable[..., Any], ids: Tensor, /, *, log: bool = False) -> StepLoss:
         logits = model(ids).logits[:, :-1]
         loss = nn.functional.cross_entropy(logits.transpose(1, 2), ids[:, 1:])
         return StepLoss(loss, {"cross_entropy": loss.detach()})

@@ -1,6 +1,7 @@
-"""Training: the backbone's own objective, drift, and one loop for both."""
+"""Training: objectives, one optimiser step for all of them, and `refine`, which survives being killed."""
 
-from tokendrift.training.loop import LoopConfig, train, windows
+from tokendrift.training.config import PRESETS, RefineConfig, make_config
+from tokendrift.training.loop import LoopConfig, Optimization, train, windows
 from tokendrift.training.objectives import (
     Continuation,
     CurriculumContinuation,
@@ -11,16 +12,35 @@ from tokendrift.training.objectives import (
     StepLoss,
     validation_nelbo,
 )
+from tokendrift.training.packing import PackedText
+from tokendrift.training.records import read_log
+from tokendrift.training.refine import Refined, refine
+from tokendrift.training.text import DatasetRows, Documents, Piece, TextFiles
+from tokendrift.training.tokenizer import TextTokenizer, load_tokenizer
 
 __all__ = [
+    "PRESETS",
     "Continuation",
     "CurriculumContinuation",
+    "DatasetRows",
     "Denoising",
+    "Documents",
     "Drift",
     "LoopConfig",
     "Objective",
+    "Optimization",
+    "PackedText",
+    "Piece",
+    "RefineConfig",
+    "Refined",
     "ScoreEntropy",
     "StepLoss",
+    "TextFiles",
+    "TextTokenizer",
+    "load_tokenizer",
+    "make_config",
+    "read_log",
+    "refine",
     "train",
     "validation_nelbo",
     "windows",

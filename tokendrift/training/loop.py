@@ -1,16 +1,24 @@
-"""One training loop for bases, continuations and refinement."""
+"""One optimiser step and one loop, for bases, continuations and refinement."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from tokendrift._checks import check_count, check_positive, fail
+from tokendrift._checks import check_choice, check_count, check_positive, fail
 from tokendrift.training.objectives import Objective
+
+SCHEDULES = ("cosine", "constant", "linear")
+BETWEEN = "/"  # parameter and moment in the names of AdamW's tensors
+
+Record = dict[str, float]
+Tensors = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
@@ -20,12 +28,13 @@ class LoopConfig:
     Attributes:
         steps: Optimiser steps.
         batch_size: Sequences a step.
-        learning_rate: Peak rate of AdamW, reached after ``warmup`` steps, then a cosine down to 2 % of it.
+        learning_rate: Peak rate of AdamW, reached after ``warmup`` steps.
         warmup: Linear warm-up steps.
+        schedule: What follows: a ``"cosine"`` down to 2 % of the peak, a ``"linear"`` way to 0, or ``"constant"``.
         weight_decay: AdamW's decoupled decay.
         betas: AdamW's decay rates.
         clip: Largest gradient norm.
-        ema: Decay of the weight average that is returned; early steps use (1 + n) / (10 + n).
+        ema: Decay of the weight average that is returned; early steps use (1 + n) / (10 + n). 0 keeps no average.
         log_every: Steps between recorded diagnostics.
     """
 
@@ -33,24 +42,233 @@ class LoopConfig:
     batch_size: int = 64
     learning_rate: float = 3e-4
     warmup: int = 100
+    schedule: str = "cosine"
     weight_decay: float = 0.0
-    betas: tuple[float, float] = (0.9, 0.98)
+    betas: tuple[float, ...] = (0.9, 0.98)
     clip: float = 1.0
     ema: float = 0.99
     log_every: int = 25
 
     def __post_init__(self) -> None:
-        check_count("steps", self.steps, least=1)
-        check_count("batch_size", self.batch_size, least=1)
+        for name in ("steps", "batch_size", "log_every"):
+            check_count(name, getattr(self, name), least=1)
+        check_count("warmup", self.warmup)
         check_positive("learning_rate", self.learning_rate)
+        check_positive("clip", self.clip)
+        check_choice("schedule", self.schedule, SCHEDULES)
+        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
+            raise fail("betas must be two numbers in [0, 1).", betas=self.betas)
+        if not 0 <= self.ema < 1:
+            raise fail("ema must lie in [0, 1); 0 keeps no average.", ema=self.ema)
+        if self.weight_decay < 0:
+            raise fail("weight_decay must be 0 or above.", weight_decay=self.weight_decay)
 
     def rate(self, step: int) -> float:
         """Return the learning rate of a step."""
         warm = min(1.0, (step + 1) / max(1, self.warmup))
+        if self.schedule == "constant":
+            return self.learning_rate * warm
+        if self.schedule == "linear":
+            return self.learning_rate * warm * (1 - step / self.steps)
         return self.learning_rate * warm * (0.51 + 0.49 * math.cos(math.pi * step / self.steps))
 
 
-Record = dict[str, float]
+class WeightAverage:
+    """An exponential moving average of parameters, kept beside them.
+
+    Args:
+        parameters: What is averaged.
+        decay: Share that the average keeps a step; early steps use (1 + n) / (10 + n) where that is less.
+    """
+
+    def __init__(self, parameters: Iterable[nn.Parameter], decay: float) -> None:
+        self.parameters, self.decay = list(parameters), decay
+        self.values = [parameter.detach().clone() for parameter in self.parameters] if decay else []
+
+    @torch.no_grad()
+    def update(self, step: int) -> None:
+        """Take the weights in after the step of this number, from 0."""
+        if self.values:
+            decay = min(self.decay, (1 + step) / (10 + step))
+            torch._foreach_lerp_(self.values, [parameter.detach() for parameter in self.parameters], 1 - decay)
+
+    @torch.no_grad()
+    def take(self) -> None:
+        """Let the average be what the parameters are."""
+        for value, parameter in zip(self.values, self.parameters, strict=True):
+            value.copy_(parameter)
+
+    @torch.no_grad()
+    def swap(self) -> None:
+        """Exchange weights and average, bit by bit."""
+        for parameter, value in zip(self.parameters, self.values, strict=False):
+            kept = parameter.detach().clone()
+            parameter.copy_(value)
+            value.copy_(kept)
+
+    @contextmanager
+    def applied(self) -> Iterator[None]:
+        """Let the parameters hold the average inside the block."""
+        self.swap()
+        try:
+            yield
+        finally:
+            self.swap()
+
+
+class Optimization:
+    """A model with its AdamW, learning rate, clipping and weight average: losses of micro-batches in, a step out.
+
+    Args:
+        model: The denoiser.
+        config: Length, rate and averaging.
+        accelerator: Of the package ``accelerate``: places the model, wraps it for DDP or FSDP and reduces over
+            processes. None trains on the model's own device, alone.
+        autocast: Dtype of the network under autocast; None for none. Its logits keep that dtype: losses are made for
+            it, and widening would double the largest tensor of the step.
+    """
+
+    def __init__(
+        self, model: nn.Module, config: LoopConfig, *, accelerator: Any = None, autocast: torch.dtype | None = None
+    ) -> None:
+        self.config, self.accelerator, self.autocast = config, accelerator, autocast
+        optimizer: Any = torch.optim.AdamW(
+            [parameter for parameter in model.parameters() if parameter.requires_grad],
+            lr=config.learning_rate,
+            betas=(config.betas[0], config.betas[1]),
+            weight_decay=config.weight_decay,
+        )
+        if accelerator is not None:
+            model, optimizer = accelerator.prepare(model, optimizer)
+        self.model, self.optimizer = model, optimizer
+        # After `prepare`: sharding puts other parameters in the place of the old ones.
+        self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        self.device = self.parameters[0].device
+        self.average = WeightAverage(self.parameters, config.ema)
+
+    def network(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Call the model, under autocast where that was asked for."""
+        with torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None):
+            return self.model(*args, **kwargs)
+
+    def bare_network(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Call the model inside the wrapper of several processes, which then need not call together."""
+        model = self.model if self.accelerator is None else self.accelerator.unwrap_model(self.model)
+        with torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None):
+            return model(*args, **kwargs)
+
+    def step(
+        self, step: int, objective: Objective, batches: Iterable[Tensor], *, count: int = 1, log: bool = False
+    ) -> Record | None:
+        """Take the step of this number, from 0, on ``count`` micro-batches of clean ids (B, L).
+
+        Returns:
+            With ``log``: ``step``, ``learning_rate``, ``grad_norm`` and the means, over micro-batches and processes,
+            of what the objective logs.
+
+        Raises:
+            TokenDriftError: With ``log``, if a figure is not finite; the step is named.
+        """
+        self.model.train()
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.config.rate(step)
+        network = self.model if self.autocast is None else self.network
+        logs: dict[str, Tensor] = {}
+        for number, x0 in enumerate(batches):
+            with self._accumulating(last=number == count - 1):
+                loss, found = objective(network, x0.to(self.device), log=log)
+                self._backward(loss if count == 1 else loss / count)
+            for name, value in found.items():
+                logs[name] = logs.get(name, torch.zeros_like(value)) + value / count
+        norm = self._clip()
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.average.update(step)
+        return self._record(step, norm, logs) if log else None
+
+    def state(self) -> dict[str, Tensors]:
+        """Return weights, their average and AdamW's moments: whole, on the CPU, and the same however many processes.
+
+        Every process has to call; all but the main one may get nothing.
+        """
+        from torch.distributed.checkpoint import state_dict
+
+        whole: Any = state_dict  # its types admit more than tensors
+        options = self._whole(offload=True)
+
+        def weights() -> Tensors:
+            return {
+                name: tensor.clone() for name, tensor in whole.get_model_state_dict(self.model, options=options).items()
+            }
+
+        found = {"model": weights()}
+        if self.average.values:
+            with self.average.applied():
+                found["average"] = weights()
+        moments = whole.get_optimizer_state_dict(self.model, self._adamw, options=options).get("state", {})
+        found["optimizer"] = {
+            f"{name}{BETWEEN}{kind}": value for name, of_one in moments.items() for kind, value in of_one.items()
+        }
+        return found
+
+    def load_state(self, state: dict[str, Tensors]) -> None:
+        """Take up what `state` gave on the main process; every process has to call, each with all of it."""
+        from torch.distributed.checkpoint import state_dict
+
+        whole: Any = state_dict
+        options = self._whole()
+        groups = whole.get_optimizer_state_dict(self.model, self._adamw)["param_groups"]
+        moments: dict[str, Tensors] = {}
+        for key, value in state["optimizer"].items():
+            name, kind = key.split(BETWEEN)
+            moments.setdefault(name, {})[kind] = value
+        whole.set_optimizer_state_dict(
+            self.model, self._adamw, {"state": moments, "param_groups": groups}, options=options
+        )
+        if self.average.values:
+            whole.set_model_state_dict(self.model, state["average"], options=options)
+            self.average.take()
+        whole.set_model_state_dict(self.model, state["model"], options=options)
+
+    @property
+    def _adamw(self) -> torch.optim.Optimizer:
+        inner: torch.optim.Optimizer = getattr(self.optimizer, "optimizer", self.optimizer)
+        return inner
+
+    def _whole(self, *, offload: bool = False) -> Any:
+        from torch.distributed.checkpoint.state_dict import StateDictOptions
+
+        return StateDictOptions(full_state_dict=True, cpu_offload=offload)
+
+    def _accumulating(self, *, last: bool) -> AbstractContextManager[None]:
+        alone = last or self.accelerator is None
+        context: AbstractContextManager[None] = nullcontext() if alone else self.accelerator.no_sync(self.model)
+        return context
+
+    def _backward(self, loss: Tensor) -> None:
+        if self.accelerator is None:
+            loss.backward()
+        else:
+            self.accelerator.backward(loss)
+
+    def _clip(self) -> Tensor:
+        if self.accelerator is None:
+            return nn.utils.clip_grad_norm_(self.parameters, self.config.clip)
+        norm = self.accelerator.clip_grad_norm_(self.parameters, self.config.clip)
+        whole: Tensor = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+        return whole
+
+    def _record(self, step: int, norm: Tensor, logs: dict[str, Tensor]) -> Record:
+        if self.accelerator is not None and self.accelerator.num_processes > 1 and logs:
+            stacked = torch.stack([value.double().to(self.device) for value in logs.values()])
+            means = self.accelerator.reduce(stacked, "mean")
+            logs = dict(zip(logs, means, strict=True))
+        record = {"step": float(step), "learning_rate": self.config.rate(step), "grad_norm": float(norm)}
+        record |= {name: float(value) for name, value in logs.items()}
+        finite = {name: value for name, value in record.items() if not name.startswith("pair_weight")}
+        if not math.isfinite(sum(finite.values())):
+            raise fail(f"training diverged at step {step}: {record}.", "Lower the learning rate.")
+        return record
 
 
 def windows(stream: Tensor, length: int, batch_size: int, *, seed: int) -> Iterator[Tensor]:
@@ -76,7 +294,9 @@ def train(
     *,
     on_step: Callable[[int], object] | None = None,
 ) -> list[Record]:
-    """Train in place; the model ends with its averaged weights, in evaluation mode.
+    """Train in place and in memory; the model ends with its averaged weights, in evaluation mode.
+
+    For runs of minutes: what should survive being killed, or run on several devices, is `refine`.
 
     Args:
         model: The denoiser; its device decides where batches go.
@@ -86,39 +306,21 @@ def train(
         on_step: Called with the number of finished steps after each.
 
     Returns:
-        One record for every ``log_every`` steps: ``step``, ``grad_norm`` and what the objective logs.
+        One record for every ``log_every`` steps: ``step``, ``learning_rate``, ``grad_norm`` and what the objective
+        logs.
 
     Raises:
         TokenDriftError: If the loss stops being finite; the step and the rate are named.
     """
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    device = parameters[0].device
-    average = [parameter.detach().clone() for parameter in parameters]
-    optimizer = torch.optim.AdamW(
-        parameters, lr=config.learning_rate, betas=config.betas, weight_decay=config.weight_decay
-    )
+    optimization = Optimization(model, config)
     records: list[Record] = []
-    model.train()
     for step in range(config.steps):
         log = step % config.log_every == 0 or step == config.steps - 1
-        for group in optimizer.param_groups:
-            group["lr"] = config.rate(step)
-        loss, logs = objective(model, next(batches).to(device), log=log)
-        loss.backward()
-        norm = nn.utils.clip_grad_norm_(parameters, config.clip)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        decay = min(config.ema, (1 + step) / (10 + step))
-        torch._foreach_lerp_(average, [parameter.detach() for parameter in parameters], 1 - decay)
-        if log:
-            record = {"step": float(step), "grad_norm": float(norm)} | {name: float(v) for name, v in logs.items()}
-            if not math.isfinite(sum(record.values())):
-                raise fail(f"training diverged at step {step}: {record}.", "Lower the learning rate.")
+        record = optimization.step(step, objective, [next(batches)], log=log)
+        if record is not None:
             records.append(record)
         if on_step is not None:
             on_step(step + 1)
-    with torch.no_grad():
-        for parameter, value in zip(parameters, average, strict=True):
-            parameter.copy_(value)
+    optimization.average.swap()
     model.eval()
     return records

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from tokendrift.diffusion import GaussianCurriculum, Process, network_log_score, score_entropy
-from tokendrift.loss import TokenDriftLoss
+from tokendrift.loss import Diagnostics, MirrorTeacherLoss, TokenDriftLoss
+
+Network = Callable[..., Any]  # a denoiser; for other objectives whatever they can call
 
 
 class StepLoss(NamedTuple):
@@ -22,7 +25,7 @@ class StepLoss(NamedTuple):
 class Objective(Protocol):
     """Maps a model and clean ids (B, L) to a loss; ``log`` asks for diagnostics."""
 
-    def __call__(self, model: nn.Module, x0: Tensor, /, *, log: bool = False) -> StepLoss:
+    def __call__(self, model: Network, x0: Tensor, /, *, log: bool = False) -> StepLoss:
         """Return the loss of one batch."""
         ...
 
@@ -39,7 +42,7 @@ class Continuation:
     process: Process
     generator: torch.Generator | None = None
 
-    def __call__(self, model: nn.Module, x0: Tensor, *, log: bool = False) -> StepLoss:
+    def __call__(self, model: Network, x0: Tensor, *, log: bool = False) -> StepLoss:
         corrupted = self.process.corrupt(x0, generator=self.generator)
         logits = corrupted.denoise(model)
         loss = self.process.nelbo(logits, x0, corrupted.x_t, corrupted.t).mean()
@@ -60,7 +63,7 @@ class CurriculumContinuation:
     generator: torch.Generator | None = None
     step: int = 0
 
-    def __call__(self, model: nn.Module, x0: Tensor, *, log: bool = False) -> StepLoss:
+    def __call__(self, model: Network, x0: Tensor, *, log: bool = False) -> StepLoss:
         found = Continuation(self.curriculum.at(self.step), self.generator)(model, x0, log=log)
         self.step += 1
         return found
@@ -81,7 +84,7 @@ class Denoising:
     process: Process
     generator: torch.Generator | None = None
 
-    def __call__(self, model: nn.Module, x0: Tensor, *, log: bool = False) -> StepLoss:
+    def __call__(self, model: Network, x0: Tensor, *, log: bool = False) -> StepLoss:
         corrupted = self.process.corrupt(x0, generator=self.generator)
         logits = corrupted.denoise(model)
         log_p = self.process.log_probs(logits, corrupted.x_t)
@@ -103,7 +106,7 @@ class ScoreEntropy:
     process: Process
     generator: torch.Generator | None = None
 
-    def __call__(self, model: nn.Module, x0: Tensor, *, log: bool = False) -> StepLoss:
+    def __call__(self, model: Network, x0: Tensor, *, log: bool = False) -> StepLoss:
         corrupted = self.process.corrupt(x0, generator=self.generator)
         output = corrupted.denoise(model)
         log_s = network_log_score(self.process, output, corrupted.x_t, corrupted.sigma)
@@ -113,30 +116,28 @@ class ScoreEntropy:
 
 @dataclass
 class Drift:
-    """TokenDrift alone, or with a share of the backbone's own objective.
+    """A drifting loss alone, or with a share of the backbone's own objective.
 
     Attributes:
         process: Corruption and NELBO.
-        drift: The drifting loss.
+        drift: The drifting loss, or a mirror teacher.
         base_weight: Weight of the NELBO beside it; 0 as in the paper.
         generator: Source of times and noise.
     """
 
     process: Process
-    drift: TokenDriftLoss
+    drift: TokenDriftLoss | MirrorTeacherLoss
     base_weight: float = 0.0
     generator: torch.Generator | None = field(default=None)
 
-    def __call__(self, model: nn.Module, x0: Tensor, *, log: bool = False) -> StepLoss:
+    def __call__(self, model: Network, x0: Tensor, *, log: bool = False) -> StepLoss:
         corrupted = self.process.corrupt(x0, generator=self.generator)
         logits = corrupted.denoise(model)
         where = {"noisy_ids": corrupted.x_t, "predicted": corrupted.predicted}
         logs: dict[str, Tensor] = {}
         if log:
             loss, diagnostics = self.drift(logits, x0, **where, return_diagnostics=True)
-            logs["token_entropy"] = diagnostics.token_entropy
-            if diagnostics.field is not None:
-                logs["raw_drift_rms"] = diagnostics.field.rms.mean()
+            logs |= diagnostic_logs(diagnostics, getattr(self.drift.field, "temperatures", ()))
         else:
             loss = self.drift(logits, x0, **where)
         logs["drift"] = loss.detach()
@@ -145,6 +146,23 @@ class Drift:
             logs["nelbo"] = nelbo.detach()
             loss = loss + self.base_weight * nelbo
         return StepLoss(loss, logs)
+
+
+def diagnostic_logs(diagnostics: Diagnostics, temperatures: Sequence[float]) -> dict[str, Tensor]:
+    """Return the diagnostics as scalars: ``token_entropy``, ``queue``, ``raw_drift_rms`` (the mean over temperatures),
+    and of each temperature ``raw_drift_rms/0.02`` and the like.
+    """
+    entropy = diagnostics.token_entropy
+    logs = {"token_entropy": entropy, "queue": entropy.new_tensor(float(diagnostics.queue_generated))}
+    if diagnostics.field is not None:
+        of_field = diagnostics.field
+        logs["raw_drift_rms"] = of_field.rms.mean()
+        for number, tau in enumerate(temperatures):
+            logs[f"raw_drift_rms/{tau:g}"] = of_field.rms[number]
+            logs[f"positive_mass/{tau:g}"] = of_field.positive_mass[number]
+            logs[f"effective_references/{tau:g}"] = of_field.effective_references[number]
+            logs[f"pair_weight/{tau:g}"] = of_field.pair_weight[number]
+    return logs
 
 
 @torch.no_grad()

@@ -1,0 +1,103 @@
+"""The README of a refined model: how it was made, what was measured, what it is not good for."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from tokendrift import __version__
+from tokendrift.training.config import RefineConfig
+
+COLUMNS = {
+    "gen_ppl": "Gen.-PPL",
+    "sample_entropy": "sample entropy (nats)",
+    "unigram_entropy": "unigram entropy (nats)",
+    "distinct_3": "distinct 3-grams",
+    "repetition_4": "repeated 4-grams",
+}
+WAYS = {
+    "drift": "the drifting loss of TokenDrift (arXiv 2605.19470) alone, without the denoising loss",
+    "continuation": "its own denoising objective",
+    "combined": "the drifting loss of TokenDrift (arXiv 2605.19470) beside its own denoising objective",
+    "mirror-kl": "the KL mirror teacher of TokenDrift (arXiv 2605.19470)",
+    "mirror-mse": "the MSE mirror teacher of TokenDrift (arXiv 2605.19470)",
+}
+
+
+def model_card(config: RefineConfig, evaluations: Sequence[dict[str, Any]], *, steps: int, process: str) -> str:
+    """Return a model card in Markdown, with the front matter of the hub.
+
+    Args:
+        config: The run.
+        evaluations: Rows as `FewStep` measures them, each with ``step`` and ``nfe``; a row of real text has nfe None.
+        steps: Optimiser steps taken.
+        process: Name of the corruption process.
+    """
+    source = ", ".join(config.text) or config.dataset or "text of the caller"
+    tokens = "" if config.length is None else f" of {config.length} tokens"
+    return f"""---
+library_name: tokendrift
+base_model: {config.checkpoint}
+tags: [diffusion, discrete-diffusion, text-generation, tokendrift]
+---
+
+# {config.checkpoint}, refined
+
+A {process} diffusion language model: `{config.checkpoint}`, trained for {steps:,} more steps with
+{WAYS[config.objective]}.
+
+```python
+from tokendrift.models import load_denoiser
+from tokendrift.sampling import sample
+
+model, process = load_denoiser("path/of/this/folder")
+ids = sample(model, process, (4, model.config.model_length), steps=8).ids
+```
+
+The network runs with the unchanged samplers of its backbone. The weights are the moving average of those in training
+(decay {config.ema:g}).
+
+## What was measured
+
+{_table(config, evaluations)}
+
+## How it was trained
+
+Text: {source}. {steps:,} optimiser steps of {config.batch_size} sequences{tokens}, AdamW at {config.learning_rate:g}
+({config.schedule} after {config.warmup} steps of warm-up), {config.precision}, seed {config.seed}; tokendrift
+{__version__}. All of it:
+
+```toml
+{config.as_toml()}```
+
+## Limits
+
+- Gen.-PPL falls when samples lose variety. Read it with the entropies, and against the unrefined model sampled at
+  the temperature that gives the same entropy.
+- Refinement is for few steps. At many steps, and in likelihood, the unrefined model may be the better one.
+- Drifting does not train the likelihood bound; a NELBO of this model says little of its samples.
+- The model has the biases of its text, and nothing was done to make its output true, safe or polite.
+"""
+
+
+def _table(config: RefineConfig, rows: Sequence[dict[str, Any]]) -> str:
+    if not rows:
+        return "Nothing was measured."
+    columns = [name for name in COLUMNS if any(name in row for row in rows)]
+    judge = f"judge `{config.judge}`" if config.judge else "no judge, so no Gen.-PPL"
+    head = ["model", "step", "NFE", *(COLUMNS[name] for name in columns)]
+    lines = [
+        f"{config.evaluate_samples} samples a row, {judge}; NFE are function evaluations a sample.",
+        "Before is the unrefined checkpoint, continuation the same checkpoint trained as long by its own objective;",
+        "real text is of the training text.",
+        "",
+        "| " + " | ".join(head) + " |",
+        "|---|" + "---:|" * (len(head) - 1),
+    ]
+    for row in rows:
+        real = row.get("nfe") is None
+        name = "real text" if real else row.get("model", "refined" if row["step"] else "before")
+        cells = [name, "" if real else f"{row['step']:,}", "" if real else str(row["nfe"])]
+        cells += [f"{row[name]:.3g}" if name in row else "" for name in columns]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)

@@ -1,0 +1,158 @@
+"""What a run tells: lines of JSON, curves for TensorBoard and Weights & Biases, a progress bar, warnings."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from tokendrift.training.checkpointing import write_atomically
+
+LOG, CURVES = "log.jsonl", "tensorboard"
+
+
+class Records:
+    """The log of a run; silent on all processes but the main one.
+
+    Every line of ``log.jsonl`` is an object with ``kind`` (``"train"``, ``"evaluation"`` or ``"message"``) and
+    ``step``, the number of finished steps. Lines of steps that a resumed run takes again are cut off first.
+
+    Args:
+        folder: Folder of the run.
+        step: Finished steps.
+        steps: All steps.
+        main: Whether this process speaks.
+        tensorboard: Write curves where TensorBoard is installed.
+        wandb: Project of Weights & Biases.
+        config: What the run depends on, for Weights & Biases.
+        progress: Show a bar, where rich is installed.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        step: int,
+        steps: int,
+        *,
+        main: bool = True,
+        tensorboard: bool = False,
+        wandb: str | None = None,
+        config: Mapping[str, Any] | None = None,
+        progress: bool = True,
+    ) -> None:
+        self.path, self.main, self._failed = folder / LOG, main, False
+        self.curves = _tensorboard(folder / CURVES, step) if main and tensorboard else None
+        self.wandb = _wandb(wandb, folder, dict(config or {})) if main and wandb else None
+        self.bar = _bar(step, steps) if main and progress else None
+        if main:
+            self._cut(step)
+
+    def __enter__(self) -> Records:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self.bar is not None:
+            self.bar.stop()
+        if self.curves is not None:
+            self.curves.close()
+        if self.wandb is not None:
+            self.wandb.finish(exit_code=0 if kind is None else 1)
+
+    def figures(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
+        """Note the figures of a step."""
+        if not self.main:
+            return
+        self._line({"kind": kind, "step": step, **values})
+        group = f"{kind}_{values['nfe']}_nfe" if "nfe" in values else kind
+        scalars = {
+            f"{group}/{name}": value
+            for name, value in values.items()
+            if isinstance(value, (int, float)) and name not in ("step", "nfe")
+        }
+        if self.curves is not None:
+            for name, value in scalars.items():
+                self.curves.add_scalar(name, value, step)
+        if self.wandb is not None:
+            self.wandb.log(scalars, step=step)
+
+    def warn(self, step: int, message: str) -> None:
+        """Note a message and warn with it, once for all processes."""
+        if self.main:
+            self._line({"kind": "message", "step": step, "message": message})
+            warnings.warn(message, stacklevel=2)
+
+    def advance(self, step: int, shown: Mapping[str, float] | None = None) -> None:
+        """Move the bar to a number of finished steps."""
+        if self.bar is not None:
+            text = "" if shown is None else "  ".join(f"{name} {value:.4g}" for name, value in shown.items())
+            self.bar.update(self.bar.task_ids[0], completed=step, **({"shown": text} if text else {}))
+
+    def _line(self, entry: Mapping[str, Any]) -> None:
+        try:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(entry) + "\n")
+        except OSError as error:
+            if not self._failed:
+                warnings.warn(f"{self.path} cannot be written ({error}); training goes on.", stacklevel=3)
+            self._failed = True
+
+    def _cut(self, step: int) -> None:
+        """Drop lines beyond the step, and one that was cut off in the middle."""
+        if not self.path.exists():
+            return
+        kept = []
+        for line in self.path.read_text(encoding="utf-8").splitlines():
+            try:
+                entry = json.loads(line)
+            except ValueError:
+                continue
+            if entry["step"] <= step:
+                kept.append(line)
+        write_atomically(self.path, "".join(f"{line}\n" for line in kept))
+
+
+def read_log(folder: str | Path, kind: str | None = None) -> list[dict[str, Any]]:
+    """Return the lines of a run's log, those of one kind alone if named."""
+    lines = (Path(folder) / LOG).read_text(encoding="utf-8").splitlines()
+    entries = [json.loads(line) for line in lines]
+    return [entry for entry in entries if kind is None or entry["kind"] == kind]
+
+
+def _tensorboard(folder: Path, step: int) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        return None
+    return SummaryWriter(str(folder), purge_step=step + 1 if step else None)
+
+
+def _wandb(project: str, folder: Path, config: dict[str, Any]) -> Any:
+    try:
+        import wandb
+    except ImportError:
+        warnings.warn("wandb is not installed: no curves there. pip install wandb", stacklevel=3)
+        return None
+    # One run for one folder, also after an interruption.
+    return wandb.init(project=project, dir=str(folder), id=folder.resolve().name, resume="allow", config=config)
+
+
+def _bar(step: int, steps: int) -> Any:
+    try:
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    except ImportError:
+        return None
+    bar = Progress(
+        TextColumn("refine"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[shown]}"),
+    )
+    bar.add_task("", total=steps, completed=step, shown="")
+    bar.start()
+    return bar

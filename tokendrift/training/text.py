@@ -1,0 +1,188 @@
+"""Documents from text files, JSON lines and Hugging Face datasets, read as a stream from any place on."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from collections.abc import Callable, Iterator, Sequence
+from itertools import chain
+from pathlib import Path
+from typing import IO, Any, NamedTuple, Protocol, cast
+
+from tokendrift._checks import fail
+
+PIECE = 1 << 16  # bytes of a long document that are tokenised at a time
+SAVED = ("dataset_info.json", "dataset_dict.json")  # what `datasets` leaves in a folder that it has saved
+
+Place = dict[str, int]
+
+
+class Piece(NamedTuple):
+    """A document, or the next part of a long one.
+
+    Attributes:
+        text: The text, never empty.
+        ends: Whether the document ends with it.
+        start: Place from which reading gives this piece first.
+    """
+
+    text: str
+    ends: bool
+    start: Place
+
+
+class Documents(Protocol):
+    """A source of text that always gives the same pieces in the same order."""
+
+    def read(self, start: Place | None = None) -> Iterator[Piece]:
+        """Yield the pieces from a place on, to the end of the source; from its beginning by default."""
+        ...
+
+
+class TextFiles:
+    """Documents of text files and JSON lines, file after file.
+
+    Args:
+        paths: Files. ``.jsonl`` holds one JSON object a line, everything else is UTF-8 text; ``.gz`` after either is
+            unpacked on the way.
+        documents: What a document of a text file is: the ``"file"``, a ``"paragraph"`` (blank lines part them) or a
+            ``"line"``.
+        field: Field of the JSON objects that holds the text.
+
+    Raises:
+        TokenDriftError: If a file is missing; while reading, if it is not UTF-8, or a line is not such an object.
+    """
+
+    def __init__(self, paths: Sequence[str | Path], *, documents: str = "file", field: str = "text") -> None:
+        self.paths = [Path(path) for path in paths]
+        self.documents, self.field = documents, field
+        missing = [str(path) for path in self.paths if not path.is_file()]
+        if missing or not self.paths:
+            raise fail(f"no such text files: {', '.join(missing) or 'none were named'}.", "Pass text or JSON lines.")
+
+    def read(self, start: Place | None = None) -> Iterator[Piece]:
+        """Yield the pieces from a place on."""
+        start = start or {"file": 0, "byte": 0, "line": 0}
+        for number in range(start["file"], len(self.paths)):
+            place = start if number == start["file"] else {"file": number, "byte": 0, "line": 0}
+            lines = self._lines(number, place)
+            kind = Path(self.paths[number].name.removesuffix(".gz")).suffix
+            cut: Callable[[Iterator[_Line]], Iterator[Piece]]
+            if kind == ".jsonl":
+                cut = self._objects
+            else:
+                cut = {"file": _whole, "paragraph": _paragraphs, "line": _single}[self.documents]
+            yield from cut(lines)
+
+    def _lines(self, number: int, place: Place) -> Iterator[_Line]:
+        path, line = self.paths[number], place["line"]
+        with cast(IO[bytes], (gzip.open if path.suffix == ".gz" else open)(path, "rb")) as file:
+            file.seek(place["byte"])
+            byte = file.tell()
+            for raw in file:
+                at = {"file": number, "byte": byte, "line": line}
+                try:
+                    yield _Line(raw.decode("utf-8-sig" if byte == 0 else "utf-8"), at)
+                except UnicodeDecodeError as error:
+                    raise fail(f"{path}, line {line + 1} is not UTF-8: {error}.", "Convert the file.") from None
+                byte, line = byte + len(raw), line + 1
+
+    def _objects(self, lines: Iterator[_Line]) -> Iterator[Piece]:
+        for line in lines:
+            if not line.text.strip():
+                continue
+            try:
+                text = json.loads(line.text)[self.field]
+            except (ValueError, KeyError, TypeError):
+                text = None
+            if not isinstance(text, str):
+                where = f"{self.paths[line.at['file']]}, line {line.at['line'] + 1}"
+                raise fail(
+                    f"{where} is no JSON object with a text under {self.field!r}.",
+                    "Name the field with text_field.",
+                    line=line.text.rstrip(),
+                )
+            if text.strip():
+                yield Piece(text, True, line.at)
+
+
+class _Line(NamedTuple):
+    text: str
+    at: Place
+
+
+def _whole(lines: Iterator[_Line]) -> Iterator[Piece]:
+    """Yield a file in pieces of about `PIECE` bytes that end with a line; only the last one ends the document."""
+    held: list[_Line] = []
+    size = 0
+    for line in lines:
+        if size >= PIECE:
+            yield Piece("".join(part.text for part in held), False, held[0].at)
+            held, size = [], 0
+        held.append(line)
+        size += len(line.text)
+    if held and any(part.text for part in held):
+        yield Piece("".join(part.text for part in held), True, held[0].at)
+
+
+def _paragraphs(lines: Iterator[_Line]) -> Iterator[Piece]:
+    held: list[_Line] = []
+    for line in chain(lines, [None]):
+        if line is not None and line.text.strip():
+            held.append(line)
+        elif held:
+            yield Piece("".join(part.text for part in held).strip(), True, held[0].at)
+            held = []
+
+
+def _single(lines: Iterator[_Line]) -> Iterator[Piece]:
+    for line in lines:
+        if line.text.strip():
+            yield Piece(line.text.rstrip("\r\n"), True, line.at)
+
+
+class DatasetRows:
+    """Documents of a Hugging Face dataset, streamed; needs the package ``datasets``.
+
+    Args:
+        name: Name on the hub, a folder of data files, or a folder written by ``save_to_disk``.
+        config: Configuration of the dataset.
+        split: Split.
+        field: Column that holds the text.
+
+    Raises:
+        TokenDriftError: If ``datasets`` is missing, the dataset cannot be opened, or has no such split or column.
+    """
+
+    def __init__(self, name: str, config: str | None = None, *, split: str = "train", field: str = "text") -> None:
+        try:
+            import datasets
+        except ImportError as error:
+            raise fail(f"{error}; reading {name!r} needs it.", "Install it with pip install datasets.") from None
+        self.name, self.field = name, field
+        try:
+            if any((Path(name) / mark).is_file() for mark in SAVED):
+                rows: Any = datasets.load_from_disk(name)
+                rows = rows[split] if isinstance(rows, datasets.DatasetDict) else rows
+            else:
+                rows = datasets.load_dataset(name, config, split=split, streaming=True)
+        except Exception as error:  # whatever `datasets` and what it calls may raise
+            reason = str(error).strip().split("\n")[0] or type(error).__name__
+            raise fail(
+                f"the dataset {name!r}, split {split!r}, cannot be opened: {reason}",
+                "Check dataset, dataset_config and dataset_split; without a network, name a folder.",
+            ) from None
+        columns = rows.column_names
+        if columns is not None and field not in columns:
+            raise fail(f"the dataset {name!r} has no column {field!r}.", f"Its columns are {', '.join(columns)}.")
+        self.rows = rows
+
+    def read(self, start: Place | None = None) -> Iterator[Piece]:
+        """Yield the rows from a place on."""
+        first = start["row"] if start else 0
+        for number, row in enumerate(self.rows.skip(first), first):
+            text = row[self.field]
+            if not isinstance(text, str):
+                raise fail(f"row {number} of {self.name!r} has no text in column {self.field!r}.", **{self.field: text})
+            if text.strip():
+                yield Piece(text, True, {"row": number})
