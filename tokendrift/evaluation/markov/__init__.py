@@ -1,0 +1,22 @@
+"""A small language whose law is known, to measure few-step generation without a judge.
+
+`MarkovLanguage` makes real text; a denoiser learns it in minutes, or `ExactDenoiser` stands in for one that learned
+it perfectly. `few_step` samples any denoiser under any process and measures what came out against the truth. Every
+figure has its true value, and real text of the same size stands beside it.
+"""
+
+from tokendrift.evaluation.markov.few_step import FewStep, FewStepRow, few_step
+from tokendrift.evaluation.markov.language import MarkovLanguage
+from tokendrift.evaluation.markov.measures import MarkovMeasures, measure_ids, real_floor
+from tokendrift.evaluation.markov.oracle import ExactDenoiser
+
+__all__ = [
+    "ExactDenoiser",
+    "FewStep",
+    "FewStepRow",
+    "MarkovLanguage",
+    "MarkovMeasures",
+    "few_step",
+    "measure_ids",
+    "real_floor",
+]

@@ -1,0 +1,152 @@
+"""Generated sequences against the true law: validity, total variation, mode imbalance, entropies."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import isnan
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tokendrift._checks import check_count, check_ids, fail
+from tokendrift.evaluation.bootstrap import Interval, bootstrap_interval
+from tokendrift.evaluation.diversity import sample_entropy, unigram_entropy
+from tokendrift.evaluation.markov.language import MarkovLanguage
+
+
+@dataclass(frozen=True)
+class MarkovMeasures:
+    r"""What is known about generated sequences of a `MarkovLanguage`.
+
+    With :math:`\hat q_{ab}` the share of adjacent pairs that are (a, b), all positions together, and
+    :math:`p_{ab} = \pi_a P_{ab}`:
+
+    Attributes:
+        validity: Share of adjacent pairs that the language has, :math:`\sum_{ab:\,p_{ab}>0} \hat q_{ab}`.
+        sequence_validity: Share of sequences in which all pairs are valid.
+        total_variation: :math:`\tfrac12 \sum_{ab} |\hat q_{ab} - p_{ab}|`, 0 to 1. It cannot be gamed: what is too
+            rare costs as what is too frequent or impossible.
+        mode_imbalance: The same among valid pairs,
+            :math:`\tfrac12 \sum_{ab:\,p_{ab}>0} |\hat q_{ab} / \text{validity} - p_{ab}|`: what is wrong beside the
+            invalid pairs. NaN if there is no valid pair.
+        floor: What real text of the same size measures for the last two: the noise of counting.
+        unigram_entropy: Of all words together, nats (true: ``language.unigram_entropy``).
+        conditional_entropy: Of a word given the one before, from pair counts, nats.
+        sample_entropy: Mean entropy of the words within a sequence, nats.
+        samples: n.
+
+    Intervals are 95% bootstrap intervals over sequences. Those of the two distances hold the signs of
+    :math:`\hat q - p` fixed (a linearisation); near the floor, where signs are noise, they are too high.
+    """
+
+    validity: Interval
+    sequence_validity: Interval
+    total_variation: Interval
+    mode_imbalance: Interval
+    floor: float
+    unigram_entropy: float
+    conditional_entropy: float
+    sample_entropy: float
+    samples: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain numbers for JSON."""
+        return {
+            name: {end: None if isnan(x) else x for end, x in value._asdict().items()}
+            if isinstance(value, Interval)
+            else value
+            for name, value in vars(self).items()
+        }
+
+
+def measure_ids(
+    language: MarkovLanguage,
+    ids: Tensor,
+    *,
+    floor: float | None = None,
+    resamples: int = 1000,
+    seed: int = 0,
+) -> MarkovMeasures:
+    """Measure sequences, however they were made.
+
+    Args:
+        language: The language they should be of.
+        ids: Words, int (n, L) with n and L at least 2; L need not be that of the language.
+        floor: From `real_floor`, where many sets of one size are measured; by default it is computed here.
+        resamples: Of the bootstrap.
+        seed: Of the bootstrap and of the real text behind the floor.
+
+    Raises:
+        TokenDriftError: If ids are no words (a mask that was left, say), or too few.
+
+    >>> language = MarkovLanguage(torch.tensor([[0.0, 1.0], [0.5, 0.5]]))
+    >>> figures = measure_ids(language, torch.tensor([[0, 0, 1], [0, 1, 0]]))  # 00 is wrong; 01 twice; 10 once
+    >>> figures.validity.estimate, round(figures.total_variation.estimate, 4)
+    (0.75, 0.4167)
+    """
+    ids = check_ids("ids", ids, language.words).long().cpu()
+    n, length = ids.shape
+    if n < 2 or length < 2:
+        raise fail("ids must hold at least 2 sequences of at least 2 words.", ids=ids)
+    code = ids[:, :-1] * language.words + ids[:, 1:]
+    allowed, true = language.allowed.flatten(), language.pairs.flatten()
+    counts = torch.bincount(code.flatten(), minlength=len(true)).double()
+    valid = allowed[code].double()
+    shares = counts / counts.sum()
+    among = torch.where(allowed, counts, 0) / counts[allowed].sum()
+
+    def mean(values: Tensor) -> Interval:
+        return bootstrap_interval(lambda x: x.mean(dim=-1), values, resamples=resamples, seed=seed)
+
+    def distance(differences: Tensor, counted: Tensor) -> Interval:
+        """Return half the sum of |differences|, as the mean of their signs over pairs less what the truth has."""
+        sign = differences.sign()
+        spread = bootstrap_interval(
+            lambda signs, pairs: signs.sum(dim=-1) / pairs.sum(dim=-1) / 2,
+            (sign[code] * counted).sum(dim=1),
+            counted.sum(dim=1),
+            resamples=resamples,
+            seed=seed,
+        )
+        constant = float((sign * true).sum()) / 2
+        return Interval(*(torch.tensor(spread, dtype=torch.float64) - constant).clamp_min(0).tolist())
+
+    return MarkovMeasures(
+        validity=mean(valid.mean(dim=1)),
+        sequence_validity=mean(valid.min(dim=1).values),
+        total_variation=distance(shares - true, torch.ones_like(valid)),
+        mode_imbalance=distance(among - true, valid),
+        floor=real_floor(language, n, length=length, seed=seed) if floor is None else floor,
+        unigram_entropy=unigram_entropy(ids),
+        conditional_entropy=unigram_entropy(code) - unigram_entropy(ids[:, :-1]),
+        sample_entropy=float(sample_entropy(ids).mean()),
+        samples=n,
+    )
+
+
+def real_floor(
+    language: MarkovLanguage, n: int, *, length: int | None = None, repeats: int = 20, seed: int = 0
+) -> float:
+    """Return the total variation that n real sequences measure: the mean over ``repeats`` fresh sets.
+
+    All their pairs are valid, so that it is their mode imbalance, too.
+
+    Args:
+        language: The language.
+        n: Sequences of a set.
+        length: Words of a sequence; that of the language by default.
+        repeats: Sets.
+        seed: Of the sets.
+    """
+    check_count("n", n, least=1)
+    check_count("repeats", repeats, least=1)
+    source = language if length is None else MarkovLanguage(language.transitions, length)
+    generator = torch.Generator().manual_seed(check_count("seed", seed))
+    total = 0.0
+    for _ in range(repeats):
+        ids = source.sample(n, generator=generator)
+        code = (ids[:, :-1] * language.words + ids[:, 1:]).flatten()
+        shares = torch.bincount(code, minlength=language.words**2).double() / len(code)
+        total += float((shares - language.pairs.flatten()).abs().sum()) / 2
+    return total / repeats

@@ -1,0 +1,38 @@
+r"""Structure probes: what a denoiser predicts far from its context, and what parallel draws break.
+
+Both append k positions of noise to clean prompts: masks, or uniformly random tokens. The denoiser is told the noise
+level of exactly that picture, k noisy positions out of L: the time at which
+:math:`1 - \alpha_t = k / L`. (At t = 1 a time-conditioned denoiser would rightly ignore the prompt as well.)
+A masked denoiser predicts :math:`p(x_0^i \mid \text{what is not masked})`. A uniform-state denoiser at the optimum of
+its bound predicts :math:`p(x_0^i \mid x_t^{j},\ j \ne i)`: the noise token at i itself has no say, so that the two read
+alike. What the other noise tokens say is averaged over several draws of the noise.
+
+Source: the two analyses of "On the Role of Discreteness in Diffusion LLMs" (arXiv 2512.22630), which shows predictions
+turn into frequent words with distance, and defines the marginal trap.
+"""
+
+from tokendrift.evaluation.probes.information_decay import InformationDecay, Share, information_decay, unigram_law
+from tokendrift.evaluation.probes.marginal_trap import MarginalTrap, marginal_trap, matched_temperature, trap_change
+from tokendrift.evaluation.probes.views import (
+    decay_table,
+    heat_map,
+    plot_decay,
+    plot_trap,
+    trap_table,
+)
+
+__all__ = [
+    "InformationDecay",
+    "MarginalTrap",
+    "Share",
+    "decay_table",
+    "heat_map",
+    "information_decay",
+    "marginal_trap",
+    "matched_temperature",
+    "plot_decay",
+    "plot_trap",
+    "trap_change",
+    "trap_table",
+    "unigram_law",
+]

@@ -1,0 +1,198 @@
+"""Information decay: predictions at growing distance from the prompt."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from tokendrift._checks import check_count, check_ids, check_positive, check_tensor, fail
+from tokendrift.diffusion.process import Denoiser, Process
+from tokendrift.evaluation.bootstrap import Interval
+from tokendrift.evaluation.judge import scoring
+from tokendrift.evaluation.probes.setting import Setting, interval_of_means
+
+TOP = 3  # likeliest tokens kept for each distance
+
+
+class Share(NamedTuple):
+    """A token and its mean probability over prompts."""
+
+    token: int
+    probability: float
+
+
+@dataclass(frozen=True)
+class InformationDecay:
+    """What is predicted at each distance from the prompt; lists run over distances 1, 2, ..., K.
+
+    Attributes:
+        entropy: Mean entropy of the prediction, nats.
+        divergence: Mean KL divergence of the prediction from the unigram law of the corpus, nats.
+        top: The three tokens of largest mean probability.
+        corpus_entropy: Entropy of the unigram law, nats: what the first figure tends to where the second vanishes.
+        prompts: n, number of prompts.
+        prompt_length: Tokens of a prompt.
+        draws: Noise patterns averaged for each prompt; 1 with masks.
+        level: Share of the bootstrap inside the intervals, over prompts.
+    """
+
+    entropy: list[Interval]
+    divergence: list[Interval]
+    top: list[list[Share]]
+    corpus_entropy: float
+    prompts: int
+    prompt_length: int
+    draws: int
+    level: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain numbers for JSON."""
+        named = {"entropy": self.entropy, "divergence": self.divergence}
+        return vars(self) | {
+            "distance": list(range(1, len(self.entropy) + 1)),
+            "top": [[share._asdict() for share in shares] for shares in self.top],
+            **{name: [interval._asdict() for interval in intervals] for name, intervals in named.items()},
+        }
+
+    def table(self, decode: Callable[[int], str] = str) -> Any:
+        """Return a `rich` table (extra ``cli``), a row for each distance; ``decode`` gives the text of one token."""
+        from tokendrift.evaluation.probes.views import decay_table
+
+        return decay_table({"": self}, decode)
+
+    def plot(self) -> tuple[Any, Any]:
+        """Draw entropy and divergence over distance with their intervals; returns matplotlib's (fig, ax)."""
+        from tokendrift.evaluation.probes.views import plot_decay
+
+        return plot_decay({"": self})
+
+    def heat_map(self, decode: Callable[[int], str] = str) -> tuple[Any, Any]:
+        """Draw the mean probability of every token that is among the first three somewhere; returns (fig, ax)."""
+        from tokendrift.evaluation.probes.views import heat_map
+
+        return heat_map(self, decode)
+
+
+def information_decay(
+    denoiser: Denoiser,
+    process: Process,
+    prompts: Tensor,
+    unigram: Tensor,
+    *,
+    positions: int = 16,
+    draws: int = 8,
+    temperature: float = 1.0,
+    batch_size: int = 64,
+    seed: int = 0,
+    resamples: int = 1000,
+    level: float = 0.95,
+) -> InformationDecay:
+    r"""Append noise to prompts and read the predictions at each distance from the prompt.
+
+    .. math:: H_d = -\sum_v p_{dv}\log p_{dv}, \qquad D_d = \sum_v p_{dv}\log\frac{p_{dv}}{u_v}
+
+    Args:
+        denoiser: Maps ids (B, L) and sigma (B,) to raw logits (B, L, V); asked in evaluation mode.
+        process: Its process.
+        prompts: Clean ids (n, P), n at least 2.
+        unigram: u, the corpus' law of single tokens (V,), as `unigram_law` counts it; nowhere 0 but at the mask.
+        positions: K, noisy positions appended.
+        draws: Noise patterns for each prompt; with masks there is only one.
+        temperature: Divides the logits.
+        batch_size: Sequences a forward call.
+        seed: Of the noise.
+        resamples: Of the bootstrap over prompts.
+        level: Share of it inside the intervals.
+
+    Raises:
+        TokenDriftError: If prompts, unigram or an option do not fit.
+
+    >>> from tokendrift.diffusion import MaskedDiffusion
+    >>> blind = lambda ids, sigma: torch.zeros(*ids.shape, 5)  # knows nothing: every token but the mask alike
+    >>> alike = torch.tensor([0.25, 0.25, 0.25, 0.25, 0])
+    >>> probe = information_decay(blind, MaskedDiffusion(5), torch.zeros(2, 3).long(), alike)
+    >>> round(probe.entropy[0].estimate, 4), abs(round(probe.divergence[0].estimate, 4))
+    (1.3863, 0.0)
+    """
+    draws = draws if process.mask_id is None else min(draws, 1)  # masks are all alike
+    setting = Setting(denoiser, process, prompts, draws, batch_size, seed)
+    interval = interval_of_means(resamples, level)
+    check_count("positions", positions, least=1)
+    check_positive("temperature", temperature)
+    law = _checked_law(unigram, process)
+    noise, rows = setting.noise(positions), len(setting.rows)
+    entropy, divergence = (torch.zeros(rows, positions, dtype=torch.float64) for _ in range(2))
+    mean = torch.zeros(positions, process.vocab_size, dtype=torch.float64)
+    with scoring(denoiser):
+        for span in setting.batches():
+            ids = torch.cat([setting.rows[span], noise[span]], dim=1)
+            log_p = setting.predict(ids, noisy=positions, temperature=temperature)
+            for d in range(positions):  # one distance at a time: float64 of the whole would be large
+                p = log_p[:, d].double().exp().cpu()
+                entropy[span, d] = torch.special.entr(p).sum(dim=-1)
+                divergence[span, d] = torch.special.xlogy(p, p).sum(dim=-1) - torch.special.xlogy(p, law).sum(dim=-1)
+                mean[d] += p.sum(dim=0)
+    probability, token = (mean / rows).topk(min(TOP, process.vocab_size), dim=-1)
+    return InformationDecay(
+        entropy=[interval(column) for column in entropy.view(-1, draws, positions).mean(dim=1).T],
+        divergence=[interval(column) for column in divergence.view(-1, draws, positions).mean(dim=1).T],
+        top=[
+            [Share(int(v), float(p)) for v, p in zip(tokens, shares, strict=True)]
+            for tokens, shares in zip(token, probability, strict=True)
+        ],
+        corpus_entropy=float(torch.special.entr(law).sum()),
+        prompts=len(prompts),
+        prompt_length=prompts.shape[1],
+        draws=draws,
+        level=level,
+    )
+
+
+def unigram_law(ids: Tensor | Sequence[int], process: Process, *, smoothing: float = 0.5) -> Tensor:
+    r"""Return the law of single tokens of a corpus, float64 (V,), zero at the mask alone.
+
+    .. math:: u_v = \frac{c_v + s}{N + sV}
+
+    with V the entries that are no mask. Smoothing keeps divergences finite where the corpus lacks a token; s = 1/2 is
+    the estimator of Krichevsky and Trofimov.
+
+    Args:
+        ids: Tokens of any shape, or a list of them.
+        process: Whose vocabulary it is.
+        smoothing: s, above 0.
+
+    Raises:
+        TokenDriftError: If there is no token, or one outside the vocabulary.
+
+    >>> from tokendrift.diffusion import MaskedDiffusion
+    >>> unigram_law([0, 0, 0, 1], MaskedDiffusion(3))
+    tensor([0.7000, 0.3000, 0.0000], dtype=torch.float64)
+    """
+    check_positive("smoothing", smoothing)
+    flat = torch.as_tensor(ids, device="cpu").flatten()
+    if flat.numel() == 0:
+        raise fail("ids is empty: there is no corpus to count.")
+    check_ids("ids", flat[None], process.vocab_size)
+    counts = torch.bincount(flat.long(), minlength=process.vocab_size).double() + smoothing
+    if process.mask_id is not None:
+        counts[process.mask_id] = 0
+    return counts / counts.sum()
+
+
+def _checked_law(unigram: Tensor, process: Process) -> Tensor:
+    """Require a law over the vocabulary that is positive on every token that can be predicted."""
+    law = check_tensor("unigram", unigram, ("V",)).detach().cpu().double()
+    open_entries = torch.arange(len(law)) != (-1 if process.mask_id is None else process.mask_id)
+    fits = len(law) == process.vocab_size and bool((law[open_entries] > 0).all()) and bool((law >= 0).all())
+    if not fits or not math.isclose(float(law.sum()), 1, abs_tol=1e-4):
+        raise fail(
+            f"unigram must be a law over V = {process.vocab_size} tokens, nowhere 0 but at the mask.",
+            "Count it with unigram_law(corpus_ids, process).",
+            unigram=unigram,
+        )
+    return law

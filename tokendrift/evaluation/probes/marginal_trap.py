@@ -1,0 +1,280 @@
+"""The marginal trap: right marginals drawn in parallel make an inconsistent whole."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tokendrift._checks import check_count, check_positive, fail
+from tokendrift.diffusion.process import Denoiser, Process
+from tokendrift.evaluation.bootstrap import Interval
+from tokendrift.evaluation.diversity import unigram_entropy
+from tokendrift.evaluation.generative_perplexity import GenerativePerplexity
+from tokendrift.evaluation.judge import scoring
+from tokendrift.evaluation.probes.setting import Setting, entropies, interval_of_means
+from tokendrift.sampling.categorical import draw
+
+BISECTIONS = 12  # of a temperature: to 1/4096
+PROTOCOL = "all"  # every token counts, an end of text too: log-likelihoods of wholes are compared
+
+
+@dataclass(frozen=True)
+class MarginalTrap:
+    r"""What drawing k tokens in one step costs against drawing them one after another; lists run over k.
+
+    The gap for a judge J, prompt c and the denoiser's tokens x:
+
+    .. math::
+        \frac1k\Big(\mathbb E_{\text{in turn}}\log p_J(x \mid c) - \mathbb E_{\text{at once}}\log p_J(x \mid c)\Big)
+
+    It is zero at k = 1. With the true law p as judge and as denoiser it is
+    :math:`(\mathrm{KL}(\prod_i p_i \,\|\, p) + \mathrm{TC}) / k`, with the total correlation
+    :math:`\mathrm{TC} = \sum_i H(p_i) - H(p)`: a property of the language. A uniform-state denoiser can close it like
+    a generator: predictions that are sharp and depend on the noise, which all positions read. A masked one has no
+    noise in its input and can only commit to fewer continuations. ``entropy`` is that of the predictions,
+    ``drawn_entropy`` that of the outcome: where the second falls too, the gap was paid for in variety.
+
+    Attributes:
+        sizes: The k.
+        gap: Log-likelihood per position that the parallel draw lacks, nats.
+        sequential: Mean log-likelihood per position of tokens drawn one after another, nats.
+        parallel: The same of tokens drawn in one step.
+        entropy: Mean entropy of the predictions that the parallel draw was made from, nats.
+        drawn_entropy: Entropy of all tokens of the parallel draws together, nats.
+        less_likely: Share of parallel draws that the judge finds less likely than their sequential twin; ties half.
+        prompt_gaps: The gap of each prompt, float64 (n, number of sizes).
+        draws: Draws averaged for each prompt.
+        temperature: Sampling temperature of both.
+        judge: Name of the judge.
+        level: Share of the bootstrap inside the intervals, over prompts.
+    """
+
+    sizes: tuple[int, ...]
+    gap: list[Interval]
+    sequential: list[float]
+    parallel: list[float]
+    entropy: list[float]
+    drawn_entropy: list[float]
+    less_likely: list[float]
+    prompt_gaps: Tensor
+    draws: int
+    temperature: float
+    judge: str
+    level: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain numbers for JSON, those of each prompt included."""
+        plain = vars(self) | {"sizes": list(self.sizes), "prompt_gaps": self.prompt_gaps.tolist()}
+        return plain | {"gap": [interval._asdict() for interval in self.gap]}
+
+    def table(self) -> Any:
+        """Return a `rich` table (extra ``cli``), a row for each k."""
+        from tokendrift.evaluation.probes.views import trap_table
+
+        return trap_table({"": self})
+
+    def plot(self) -> tuple[Any, Any]:
+        """Draw the gap over k with its interval; returns matplotlib's (fig, ax)."""
+        from tokendrift.evaluation.probes.views import plot_trap
+
+        return plot_trap({"": self})
+
+
+def marginal_trap(
+    denoiser: Denoiser,
+    process: Process,
+    prompts: Tensor,
+    judge: GenerativePerplexity,
+    *,
+    decode: Callable[[Tensor], Sequence[str]] | None = None,
+    sizes: Sequence[int] = (1, 2, 4, 8, 16),
+    draws: int = 4,
+    temperature: float = 1.0,
+    batch_size: int = 64,
+    seed: int = 0,
+    resamples: int = 1000,
+    level: float = 0.95,
+) -> MarginalTrap:
+    """Draw k tokens after prompts, at once and one after another from left to right, and let a judge compare.
+
+    Both draws take the same noise and the same uniform numbers, position by position: they differ by what the later
+    predictions were told, and their first tokens are one and the same. Drawing one after another, the denoiser is told
+    the noise level of the positions still open.
+
+    Args:
+        denoiser: As for `information_decay`.
+        process: Its process.
+        prompts: Clean ids (n, P), n at least 2.
+        judge: Scores log-likelihoods; of protocol ``"all"``.
+        decode: Texts of ids (m, L), where the judge has another vocabulary. Both draws are then retokenised whole, and
+            the prompt, which is the same in both, falls out of the gap.
+        sizes: The k.
+        draws: Pairs of draws for each prompt.
+        temperature: Divides the logits of both.
+        batch_size: Sequences a forward call.
+        seed: Of noise and draws. The same seed gives two denoisers the same numbers.
+        resamples: Of the bootstrap over prompts.
+        level: Share of it inside the intervals.
+
+    Raises:
+        TokenDriftError: If prompts, judge or an option do not fit.
+    """
+    setting = Setting(denoiser, process, prompts, draws, batch_size, seed)
+    interval = interval_of_means(resamples, level)
+    if not sizes:
+        raise fail("sizes is empty.", "Name at least one number of positions, such as sizes=(1, 2, 4, 8).")
+    for k in sizes:
+        check_count("sizes", k, least=1)
+    check_positive("temperature", temperature)
+    if judge.protocol != PROTOCOL:
+        raise fail(
+            f"judge must score every token, but its protocol is {judge.protocol!r}.",
+            f"Build it as GenerativePerplexity(model, protocol={PROTOCOL!r}).",
+        )
+    noise, uniform = setting.noise(max(sizes)), setting.uniform(max(sizes))
+    pairs, entropy = [], []
+    with scoring(denoiser):
+        for k in sizes:
+            found = [
+                _draw_twice(setting, span, noise[span, :k], uniform[span, :k], temperature)
+                for span in setting.batches()
+            ]
+            at_once, in_turn, spread = (torch.cat(part).cpu() for part in zip(*found, strict=True))
+            pairs.append((at_once, in_turn))
+            entropy.append(float(spread.mean()))
+    prompt_nll, pair_nll = _score(judge, decode, setting.prompts, pairs)
+
+    before, gaps, likelihood, less_likely = prompt_nll.repeat_interleave(draws), [], [], []
+    for k, (at_once, in_turn), (cost_at_once, cost_in_turn) in zip(sizes, pairs, pair_nll, strict=True):
+        # Equal ids are equally likely; what a judge makes of them differs by the rounding of two batches.
+        same = (at_once == in_turn).all(dim=1)
+        gap = torch.where(same, 0.0, (cost_at_once - cost_in_turn) / k)
+        gaps.append(gap.view(-1, draws).mean(dim=1))
+        likelihood.append([float((before - cost).mean()) / k for cost in (cost_in_turn, cost_at_once)])
+        less_likely.append(float(((gap > 0).double() + (gap == 0).double() / 2).mean()))
+    return MarginalTrap(
+        sizes=tuple(sizes),
+        gap=[interval(gap) for gap in gaps],
+        sequential=[pair[0] for pair in likelihood],
+        parallel=[pair[1] for pair in likelihood],
+        entropy=entropy,
+        drawn_entropy=[unigram_entropy(at_once[:, -k:]) for k, (at_once, _) in zip(sizes, pairs, strict=True)],
+        less_likely=less_likely,
+        prompt_gaps=torch.stack(gaps, dim=1),
+        draws=draws,
+        temperature=temperature,
+        judge=judge.judge.name,
+        level=level,
+    )
+
+
+def trap_change(before: MarginalTrap, after: MarginalTrap, *, resamples: int = 1000) -> list[Interval]:
+    """Return by how much the gap of each size fell, nats per position, with paired intervals over prompts.
+
+    A trap is closed in part where an interval lies above 0. Compare the entropies too: see `MarginalTrap`.
+
+    Args:
+        before: Of one denoiser.
+        after: Of another, on the same prompts, with the same seed.
+        resamples: Of the bootstrap.
+
+    Raises:
+        TokenDriftError: If sizes, draws, judge or the number of prompts differ.
+    """
+    for name in ("sizes", "draws", "judge", "level"):
+        ours, theirs = getattr(before, name), getattr(after, name)
+        if ours != theirs:
+            raise fail(f"before has {name} {ours!r} and after {theirs!r}; they do not compare.", "Probe both alike.")
+    if before.prompt_gaps.shape != after.prompt_gaps.shape:
+        raise fail(
+            "before and after were probed on different numbers of prompts.",
+            "Use the same prompts for both.",
+            before=before.prompt_gaps,
+            after=after.prompt_gaps,
+        )
+    interval = interval_of_means(resamples, before.level)
+    return [interval(column) for column in (before.prompt_gaps - after.prompt_gaps).T]
+
+
+def matched_temperature(
+    denoiser: Denoiser,
+    process: Process,
+    prompts: Tensor,
+    entropy: float,
+    *,
+    positions: int,
+    draws: int = 4,
+    batch_size: int = 64,
+    seed: int = 0,
+) -> float:
+    """Return the temperature, 1 at most, at which predictions at noisy positions have a mean entropy.
+
+    A denoiser with sharper predictions has a smaller trap. Whether it does more than that is seen against the other
+    denoiser at this temperature.
+
+    Args:
+        denoiser: As for `marginal_trap`.
+        process: Its process.
+        prompts: Clean ids (n, P).
+        entropy: The mean entropy wanted, nats: ``MarginalTrap.entropy`` of the other denoiser.
+        positions: The k that it belongs to.
+        draws: As for `marginal_trap`, and so the others.
+        batch_size: Sequences a forward call.
+        seed: Of the noise.
+
+    Raises:
+        TokenDriftError: If prompts or an option do not fit.
+    """
+    setting = Setting(denoiser, process, prompts, draws, batch_size, seed)
+    noise = setting.noise(check_count("positions", positions, least=1))
+
+    def mean_entropy(temperature: float) -> float:
+        with scoring(denoiser):
+            rows = (torch.cat([setting.rows[span], noise[span]], dim=1) for span in setting.batches())
+            laws = (setting.predict(ids, noisy=positions, temperature=temperature) for ids in rows)
+            return float(torch.cat([entropies(log_p) for log_p in laws]).mean())
+
+    if mean_entropy(1.0) <= entropy:
+        return 1.0
+    low, high = 0.0, 1.0
+    for _ in range(BISECTIONS):
+        middle = (low + high) / 2
+        low, high = (middle, high) if mean_entropy(middle) < entropy else (low, middle)
+    return (low + high) / 2
+
+
+def _draw_twice(
+    setting: Setting, span: slice, noise: Tensor, uniform: Tensor, temperature: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return rows (R, P + k) with k tokens drawn at once and in turn, and the entropies (R, k) of the former's laws."""
+    prompts, k = setting.rows[span], noise.shape[1]
+    ids = torch.cat([prompts, noise], dim=1)
+    log_p = setting.predict(ids, noisy=k, temperature=temperature)
+    tokens = draw(log_p.flatten(0, 1), uniform=uniform.flatten()).ids.view(noise.shape)
+    at_once, entropy = torch.cat([prompts, tokens], dim=1), entropies(log_p)
+    first = prompts.shape[1]
+    ids[:, first] = tokens[:, 0]
+    for i in range(1, k):
+        log_p = setting.predict(ids, noisy=k - i, temperature=temperature)
+        ids[:, first + i] = draw(log_p[:, 0], uniform=uniform[:, i].contiguous()).ids
+    return at_once, ids, entropy
+
+
+def _score(
+    judge: GenerativePerplexity,
+    decode: Callable[[Tensor], Sequence[str]] | None,
+    prompts: Tensor,
+    pairs: list[tuple[Tensor, Tensor]],
+) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
+    """Return the NLL of the prompts (n,), and of both members of each pair (R,), from one pass of the judge."""
+    pieces = [prompts.cpu(), *(ids for pair in pairs for ids in pair)]
+    if prompts.shape[1] == 1 and decode is None:
+        pieces[0] = pieces[0].new_zeros(len(prompts), 2)  # a first token is no target: it costs nothing
+    rows = [row for piece in pieces for row in (piece if decode is None else decode(piece))]
+    found = judge.score(rows).sample_nll.split([len(piece) for piece in pieces])
+    before = torch.zeros_like(found[0]) if prompts.shape[1] == 1 and decode is None else found[0]
+    return before, list(zip(found[1::2], found[2::2], strict=True))

@@ -1,0 +1,77 @@
+"""What the probes share: prompts followed by noise, and a denoiser that is told how much of it there is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor, nn
+
+from tokendrift._checks import check_count, check_ids, check_tensor, fail
+from tokendrift.diffusion.process import Denoiser, Process
+from tokendrift.evaluation.bootstrap import Interval, bootstrap_interval, check_resampling
+
+
+class Setting:
+    """Denoiser, prompts and noise of a probe: the arguments that the probes share, checked."""
+
+    def __init__(
+        self,
+        denoiser: Denoiser,
+        process: Process,
+        prompts: Tensor,
+        draws: int,
+        batch_size: int,
+        seed: int,
+    ) -> None:
+        check_ids("prompts", prompts, process.vocab_size)
+        if process.mask_id is not None and bool((prompts == process.mask_id).any()):
+            raise fail("prompts hold the mask.", "Pass clean ids; the probe appends the masks itself.")
+        if len(prompts) < 2:
+            raise fail("a probe averages over prompts and needs at least 2 of them.", prompts=prompts)
+        check_count("draws", draws, least=1)
+        self.batch_size = check_count("batch_size", batch_size, least=1)
+        self.denoiser, self.process = denoiser, process
+        weights = next(denoiser.parameters(), None) if isinstance(denoiser, nn.Module) else None
+        self.device = prompts.device if weights is None else weights.device
+        self.prompts = prompts.long()
+        self.rows = self.prompts.to(self.device).repeat_interleave(draws, dim=0)
+        self.generator = torch.Generator().manual_seed(check_count("seed", seed))
+
+    def noise(self, positions: int) -> Tensor:
+        """Return ids at t = 1 for every row, (R, K)."""
+        return self.process.prior((len(self.rows), positions), generator=self.generator).to(self.device)
+
+    def uniform(self, positions: int) -> Tensor:
+        """Return numbers in [0, 1) for every row, float64 (R, K)."""
+        numbers = torch.rand(len(self.rows), positions, generator=self.generator, dtype=torch.float64)
+        return numbers.to(self.device)
+
+    def batches(self) -> Iterator[slice]:
+        """Yield the rows of one forward call after another."""
+        return (slice(start, start + self.batch_size) for start in range(0, len(self.rows), self.batch_size))
+
+    def predict(self, ids: Tensor, *, noisy: int, temperature: float) -> Tensor:
+        """Return log p at the last ``noisy`` positions of ids (B, L), the others being clean, (B, noisy, V)."""
+        rows, length = ids.shape
+        alpha = torch.tensor(1 - noisy / length, dtype=torch.float64)
+        sigma = self.process.sigma(self.process.schedule.time(alpha)).float().expand(rows).to(self.device)
+        logits = check_tensor("denoiser(x_t, sigma)", self.denoiser(ids, sigma), ("B", "L", "V"))
+        if logits.shape != (rows, length, self.process.vocab_size):
+            raise fail(
+                f"the denoiser must return logits (B, L, V) = {(rows, length, self.process.vocab_size)}.",
+                "Build the process with the vocabulary of the denoiser.",
+                logits=logits,
+            )
+        return self.process.log_probs(logits[:, -noisy:] / temperature, ids[:, -noisy:])
+
+
+def entropies(log_p: Tensor) -> Tensor:
+    """Return the entropies of log-probabilities (B, K, V), float64 (B, K) on the CPU."""
+    return torch.special.entr(log_p.exp()).sum(dim=-1, dtype=torch.float64).cpu()
+
+
+def interval_of_means(resamples: int, level: float) -> Callable[[Tensor], Interval]:
+    """Return what maps one value a prompt (n,) to their mean and its bootstrap interval."""
+    check_resampling(level, resamples)
+    return lambda values: bootstrap_interval(lambda x: x.mean(dim=-1), values, resamples=resamples, level=level)
