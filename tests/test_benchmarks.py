@@ -22,3 +22,14 @@ def test_the_lift_benchmark_names_its_baselines_its_spread_and_its_machine():
         assert baseline in rows[0]
     assert all("3 runs" in row for row in rows)
     assert "torch" in machine
+
+
+@pytest.mark.slow
+def test_the_objectives_benchmark_names_its_baseline_its_spread_and_its_machine():
+    command = [sys.executable, str(BENCHMARKS / "objectives.py"), "--quick"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    *rows, machine = done.stdout.splitlines()
+    assert [row.split()[0] for row in rows] == ["MaskedDiffusion", "UniformDiffusion"] * 2
+    assert all("x published form (" in row and "3 runs" in row and "workspace" in row for row in rows)
+    assert "torch" in machine
