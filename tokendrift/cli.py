@@ -85,6 +85,58 @@ def demo(
 
 
 @app.command()
+def refine(
+    checkpoint: Annotated[
+        str | None, typer.Argument(help="Hub id, folder or file; may stand in --config or come with --preset.")
+    ] = None,
+    text: Annotated[list[str] | None, typer.Option(help="Text or JSON-lines file; repeatable.")] = None,
+    dataset: Annotated[str | None, typer.Option(help="Hugging Face dataset: name or folder.")] = None,
+    output: Annotated[str | None, typer.Option(help="Folder of the refined model and its checkpoints.")] = None,
+    preset: Annotated[str | None, typer.Option(help="mdlm-owt or duo-owt: the paper's values.")] = None,
+    config: Annotated[Path | None, typer.Option(help="TOML file of settings.")] = None,
+    objective: Annotated[
+        str | None, typer.Option(help="drift, continuation, combined, mirror-kl or mirror-mse.")
+    ] = None,
+    steps: Annotated[int | None, typer.Option(help="Optimiser steps.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Sequences a step, over all devices.")] = None,
+    micro_batch: Annotated[int | None, typer.Option(help="Sequences a forward call on one device.")] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="Peak rate of AdamW.")] = None,
+    judge: Annotated[str | None, typer.Option(help="Causal language model behind Gen.-PPL.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Of order, noise, dropout and evaluation.")] = None,
+    baseline: Annotated[
+        bool | None, typer.Option("--baseline", help="Also train the matched continuation, and show both.")
+    ] = None,
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any other setting; repeatable.")
+    ] = None,
+    show: Annotated[bool, typer.Option("--show", help="Print the settings as TOML and stop.")] = False,
+) -> None:
+    """Train a released or saved checkpoint further, with TokenDrift or its own objective.
+
+    Run the same command again to go on after an interruption. For several devices: accelerate launch -m
+    tokendrift.cli refine ...
+    """
+    with plain_errors("run the same command again to go on from the last checkpoint"):
+        from tokendrift.training import evaluation_table, make_config, parse_settings
+        from tokendrift.training import refine as train
+
+        flags = {
+            "checkpoint": checkpoint, "text": text, "dataset": dataset, "output": output, "objective": objective,
+            "steps": steps, "batch_size": batch_size, "micro_batch": micro_batch, "learning_rate": learning_rate,
+            "judge": judge, "seed": seed, "baseline": baseline,
+        }  # fmt: skip
+        values = {name: value for name, value in flags.items() if value is not None}
+        made = make_config(preset=preset, file=config, values=values | parse_settings(settings or []))
+        if show:
+            typer.echo(made.as_toml(), nl=False)
+            return
+        refined = train(made)
+        if refined.evaluations:  # on the main process alone
+            Console().print(evaluation_table(refined.evaluations))
+            typer.echo(f"refined model: {refined.folder}")
+
+
+@app.command()
 def doctor(
     checkpoint: Annotated[str, typer.Argument(help="Hub id, folder, safetensors file or Lightning .ckpt.")],
     text: Annotated[
@@ -119,7 +171,7 @@ def doctor(
 
 
 @contextmanager
-def plain_errors() -> Iterator[None]:
+def plain_errors(hint: str = "finished stages are kept: run the same command again to go on") -> Iterator[None]:
     """Turn bad input into one message without a traceback, and Ctrl-C into a hint."""
     try:
         yield
@@ -127,7 +179,7 @@ def plain_errors() -> Iterator[None]:
         typer.echo(f"tokendrift: {error}", err=True)
         raise typer.Exit(2) from None
     except KeyboardInterrupt:
-        typer.echo("\ninterrupted; finished stages are kept: run the same command again to go on", err=True)
+        typer.echo(f"\ninterrupted; {hint}", err=True)
         raise typer.Exit(130) from None
 
 

@@ -1,6 +1,7 @@
 """Training: objectives, one optimiser step for all of them, and `refine`, which survives being killed."""
 
-from tokendrift.training.config import PRESETS, RefineConfig, make_config
+from tokendrift.training.card import evaluation_table
+from tokendrift.training.config import PRESETS, RefineConfig, make_config, parse_settings
 from tokendrift.training.loop import LoopConfig, Optimization, train, windows
 from tokendrift.training.objectives import (
     Continuation,
@@ -37,8 +38,10 @@ __all__ = [
     "StepLoss",
     "TextFiles",
     "TextTokenizer",
+    "evaluation_table",
     "load_tokenizer",
     "make_config",
+    "parse_settings",
     "read_log",
     "refine",
     "train",

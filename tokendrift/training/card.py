@@ -80,24 +80,50 @@ Text: {source}. {steps:,} optimiser steps of {config.batch_size} sequences{token
 """
 
 
+def evaluation_table(rows: Sequence[dict[str, Any]]) -> Any:
+    """Return the figures as a table of rich: real text, the model before, and the last of each model."""
+    from rich.table import Table
+
+    last = {name: max(row["step"] for row in rows if _name(row) == name) for name in map(_name, rows)}
+    head, lines = _cells([row for row in rows if row["step"] == last[_name(row)]])
+    table = Table(title="few-step generation")
+    for number, name in enumerate(head):
+        table.add_column(name, justify="right" if number else "left")
+    for cells in lines:
+        table.add_row(*cells)
+    return table
+
+
+def _name(row: dict[str, Any]) -> str:
+    if row.get("nfe") is None:
+        return "real text"
+    return str(row.get("model", "refined" if row["step"] else "before"))
+
+
+def _cells(rows: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
+    """Return the head of a table and its lines."""
+    columns = [name for name in COLUMNS if any(name in row for row in rows)]
+    lines = []
+    for row in rows:
+        real = row.get("nfe") is None
+        cells = [_name(row), "" if real else f"{row['step']:,}", "" if real else str(row["nfe"])]
+        lines.append(cells + [f"{row[name]:.3g}" if name in row else "" for name in columns])
+    return ["model", "step", "NFE", *(COLUMNS[name] for name in columns)], lines
+
+
 def _table(config: RefineConfig, rows: Sequence[dict[str, Any]]) -> str:
     if not rows:
         return "Nothing was measured."
-    columns = [name for name in COLUMNS if any(name in row for row in rows)]
     judge = f"judge `{config.judge}`" if config.judge else "no judge, so no Gen.-PPL"
-    head = ["model", "step", "NFE", *(COLUMNS[name] for name in columns)]
-    lines = [
-        f"{config.evaluate_samples} samples a row, {judge}; NFE are function evaluations a sample.",
-        "Before is the unrefined checkpoint, continuation the same checkpoint trained as long by its own objective;",
-        "real text is of the training text.",
-        "",
-        "| " + " | ".join(head) + " |",
-        "|---|" + "---:|" * (len(head) - 1),
-    ]
-    for row in rows:
-        real = row.get("nfe") is None
-        name = "real text" if real else row.get("model", "refined" if row["step"] else "before")
-        cells = [name, "" if real else f"{row['step']:,}", "" if real else str(row["nfe"])]
-        cells += [f"{row[name]:.3g}" if name in row else "" for name in columns]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+    head, lines = _cells(rows)
+    return "\n".join(
+        [
+            f"{config.evaluate_samples} samples a row, {judge}; NFE are function evaluations a sample.",
+            "Before is the unrefined checkpoint, continuation the same checkpoint trained as long by its own",
+            "objective; real text is of the training text.",
+            "",
+            "| " + " | ".join(head) + " |",
+            "|---|" + "---:|" * (len(head) - 1),
+            *("| " + " | ".join(cells) + " |" for cells in lines),
+        ]
+    )

@@ -8,7 +8,7 @@ import json
 import sys
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -294,6 +294,19 @@ def known(values: Mapping[str, Any]) -> Mapping[str, Any]:
             hint = f"; the nearest is {near[0]!r}." if near else f"; known are {', '.join(names)}."
             raise fail(f"unknown key {name!r}{hint}")
     return values
+
+
+def parse_settings(settings: Iterable[str]) -> dict[str, Any]:
+    """Return the values of settings written ``KEY=VALUE``; see `parse_value`.
+
+    >>> parse_settings(["wrap=false", "evaluate_nfe=4,16"])
+    {'wrap': False, 'evaluate_nfe': (4, 16)}
+    """
+    pairs = [setting.partition("=") for setting in settings]
+    for name, sign, _ in pairs:
+        if not sign:
+            raise fail(f"a setting must have the form KEY=VALUE, and {name!r} has not.")
+    return {name.strip(): parse_value(name.strip(), text.strip()) for name, _, text in pairs}
 
 
 def parse_value(name: str, text: str) -> Any:
