@@ -33,3 +33,21 @@ def test_the_objectives_benchmark_names_its_baseline_its_spread_and_its_machine(
     assert [row.split()[0] for row in rows] == ["MaskedDiffusion", "UniformDiffusion"] * 2
     assert all("x published form (" in row and "3 runs" in row and "workspace" in row for row in rows)
     assert "torch" in machine
+
+
+@pytest.mark.slow
+def test_the_sampling_benchmark_names_its_baseline_its_spread_and_its_machine():
+    done = subprocess.run(
+        [sys.executable, str(BENCHMARKS / "sampling.py"), "--quick"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    *rows, machine = done.stdout.splitlines()
+    assert [row.split()[:2] for row in rows] == [
+        ["ancestral", "masked"],
+        ["head", "masked"],
+        ["ReMDM", "masked"],
+        ["ancestral", "uniform"],
+    ]
+    assert all("overhead" in row and "dense   whole run" in row and "2 runs" in row for row in rows)
+    assert "x logits (dense" in rows[0]
+    assert "torch" in machine
