@@ -157,9 +157,23 @@ def test_discrete_times_are_the_ends_of_their_intervals(count, levels):
     assert (discrete * levels - (discrete * levels).round()).abs().max() < 1e-9
 
 
-def test_discrete_time_needs_a_level():
-    with pytest.raises(TokenDriftError, match="levels must be an integer of at least 1"):
-        sample_times(3, levels=0)
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda: sample_times(3, levels=0), "levels must be an integer of at least 1"),
+        (lambda: sample_times(0), "count must be an integer of at least 1"),
+        (lambda: sample_times(3, smallest=1.0), r"smallest must lie in \[0, 1\)"),
+        (lambda: LogLinear(eps=1.0), r"eps, the signal left at t = 1, must lie in \[0, 1\)"),
+        (lambda: Cosine(eps=-0.1), r"eps, the signal left at t = 1, must lie in \[0, 1\)"),
+        (lambda: Cosine(power=0), "power must be an integer of at least 1"),
+        (lambda: DuoCosine(eps=2), r"eps, the signal left at t = 1, must lie in \[0, 1\)"),
+        (lambda: Linear(3.0, 2.0), "sigma_min must be at least 0 and below sigma_max"),
+        (lambda: Geometric(0.0, 2.0), "sigma_min must be above 0 and below sigma_max"),
+    ],
+)
+def test_impossible_schedules_and_times_are_refused(build, message):
+    with pytest.raises(TokenDriftError, match=message):
+        build()
 
 
 @pytest.mark.parametrize("antithetic", [True, False])

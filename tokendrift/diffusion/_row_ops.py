@@ -1,7 +1,8 @@
 """The passes over the vocabulary behind the objectives: `torch.library` operators over rows, without checks.
 
 A loss needs one or three numbers of each row of logits. Forward and backward run on tiles of rows that stay in the
-cache, in float32 or wider, so that beside the gradient of the logits nothing of their size is ever held.
+cache, in float32 or wider, so that beside the gradient of the logits nothing of their size is ever held. First
+derivatives only.
 """
 
 from __future__ import annotations

@@ -83,10 +83,10 @@ class MaskedDiffusion(Process):
         ``t`` and ``s`` have shape (B,); ``s = 0`` means alpha_s = 1. Source: MDLM, equation 7.
         """
         p = self.log_probs(logits, x_t).exp()
-        alpha_t = self.schedule.alpha(t)[:, None, None]
-        alpha_s = torch.where(s == 0, 1.0, self.schedule.alpha(s))[:, None, None]
+        noise_t = self.schedule.noise(t)[:, None, None]
+        noise_s = torch.where(s == 0, 0.0, self.schedule.noise(s))[:, None, None]
         stay = torch.nn.functional.one_hot(x_t.long(), self.vocab_size).to(p.dtype)
-        moved = (stay * (1 - alpha_s) + p * (alpha_s - alpha_t)) / (1 - alpha_t)
+        moved = (stay * noise_s + p * (noise_t - noise_s)) / noise_t
         return torch.where(self.predicted(x_t)[..., None], moved, stay)
 
     def mixture(self, log_p: Tensor | None, x_t: Tensor, t: float, s: float) -> Mixture:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tokendrift._checks import check_count
+from tokendrift._checks import check_count, fail
 
 BISECTIONS = 60  # halvings of [0, 1]: to the last bit of float64
 
@@ -71,6 +71,9 @@ class LogLinear(Schedule):
 
     eps: float = 1e-3
 
+    def __post_init__(self) -> None:
+        _check_eps(self.eps)
+
     def alpha(self, t: Tensor) -> Tensor:
         return (1 - t) + self.eps * t  # 1 - t is exact in the second half, where alpha is small
 
@@ -90,6 +93,10 @@ class Cosine(Schedule):
 
     eps: float = 1e-3
     power: int = 1
+
+    def __post_init__(self) -> None:
+        _check_eps(self.eps)
+        check_count("power", self.power, least=1)
 
     def alpha(self, t: Tensor) -> Tensor:
         return self.eps + (1 - self.eps) * self._cosine(t) ** self.power
@@ -122,6 +129,9 @@ class DuoCosine(Schedule):
     eps: float = 1e-3
     strict_upstream: bool = False
 
+    def __post_init__(self) -> None:
+        _check_eps(self.eps)
+
     def alpha(self, t: Tensor) -> Tensor:
         return 2 * torch.sin(math.pi / 4 * ((1 - t) + self.eps * t)) ** 2  # 1 - cos, without its cancellation
 
@@ -142,6 +152,9 @@ class Linear(Schedule):
 
     sigma_min: float = 0.0
     sigma_max: float = 10.0
+
+    def __post_init__(self) -> None:
+        _check_range(self.sigma_min, self.sigma_max, above=False)
 
     def alpha(self, t: Tensor) -> Tensor:
         return torch.exp(-self.sigma(t))
@@ -168,6 +181,9 @@ class Geometric(Schedule):
 
     sigma_min: float = 1e-3
     sigma_max: float = 1.0
+
+    def __post_init__(self) -> None:
+        _check_range(self.sigma_min, self.sigma_max, above=True)
 
     def alpha(self, t: Tensor) -> Tensor:
         return torch.exp(-self.sigma(t))
@@ -216,10 +232,13 @@ def sample_times(
         Shape ``(n,)``, in ``[smallest, 1]``.
 
     Raises:
-        TokenDriftError: If levels is below 1.
+        TokenDriftError: If count or levels is below 1, or smallest not in [0, 1).
 
     Source: MDLM, diffusion.py ``_sample_t``.
     """
+    check_count("count", count, least=1)
+    if not 0 <= smallest < 1:
+        raise fail("smallest must lie in [0, 1).", smallest=smallest)
     draw = torch.rand(count, generator=generator, device=device, dtype=dtype)
     times = stratify(draw, smallest) if antithetic else (1 - smallest) * draw + smallest
     if levels is None:
@@ -233,3 +252,14 @@ def stratify(uniform: Tensor, smallest: float = 1e-3) -> Tensor:
     count = len(uniform)
     offset = torch.arange(count, device=uniform.device, dtype=uniform.dtype) / count
     return (1 - smallest) * ((uniform / count + offset) % 1) + smallest
+
+
+def _check_eps(eps: float) -> None:
+    if not 0 <= eps < 1:
+        raise fail("eps, the signal left at t = 1, must lie in [0, 1).", eps=eps)
+
+
+def _check_range(sigma_min: float, sigma_max: float, *, above: bool) -> None:
+    least = "above 0" if above else "at least 0"
+    if sigma_min < 0 or (above and sigma_min == 0) or not sigma_min < sigma_max < math.inf:
+        raise fail(f"sigma_min must be {least} and below sigma_max.", sigma_min=sigma_min, sigma_max=sigma_max)

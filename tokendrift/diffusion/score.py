@@ -185,8 +185,9 @@ def score_posterior(process: Process, log_s: Tensor, x_t: Tensor, t: Tensor, s: 
     _check_rows(process, "log_s", log_s, x_t, t)
     score, here = wide(log_s).exp(), x_t.long()[..., None]
     last = (s == 0)[:, None, None]
-    delta = process.sigma(t) - torch.where(s == 0, 0.0, process.sigma(s))
-    growth = torch.expm1(delta).to(score.dtype)[:, None, None]
+    noise_s = torch.where(s == 0, 0.0, process.schedule.noise(s))
+    growth = (process.schedule.noise(t) - noise_s) / process.schedule.alpha(t)  # e^Delta - 1 = alpha_s / alpha_t - 1
+    growth = growth.to(score.dtype)[:, None, None]
     if process.mask_id is None:
         way = (growth / (1 + growth) / process.vocab_size).expand_as(score)
         law = (score * (1 + growth) - growth / process.vocab_size * score.sum(dim=-1, keepdim=True)) * way.scatter_add(

@@ -80,14 +80,15 @@ class UniformDiffusion(Process):
         """
         size = self.vocab_size
         p = self.log_probs(logits, x_t).exp()
-        alpha_t = self.schedule.alpha(t)[:, None, None]
-        alpha_s = torch.where(s == 0, 1.0, self.schedule.alpha(s))[:, None, None]
-        ratio = alpha_t / alpha_s
+        alpha_t, noise_t = (level[:, None, None] for level in (self.schedule.alpha(t), self.schedule.noise(t)))
+        noise_s = torch.where(s == 0, 0.0, self.schedule.noise(s))[:, None, None]
+        gained = noise_t - noise_s  # alpha_s - alpha_t
+        alpha_s = alpha_t + gained
         here = torch.nn.functional.one_hot(x_t.long(), size).to(p.dtype)
         p_here = p.gather(-1, x_t.long()[..., None])
-        top = (alpha_t * size * p + ratio - alpha_t) * here
-        top = top + (alpha_s - alpha_t) * p + (1 - ratio) * (1 - alpha_s) / size
-        return top / (alpha_t * size * p_here + 1 - alpha_t)
+        top = alpha_t * (size * p + noise_s / alpha_s) * here  # alpha_t / alpha_s - alpha_t
+        top = top + gained * p + gained / alpha_s * noise_s / size
+        return top / (alpha_t * size * p_here + noise_t)
 
     def mixture(self, log_p: Tensor | None, x_t: Tensor, t: float, s: float) -> Mixture:
         r"""Return the exact three-way form of the posterior, which needs only p at the present token.
