@@ -18,6 +18,7 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 
 import torch
 from lift import machine, synchronize
@@ -126,7 +127,6 @@ def rows(process: Process, options: argparse.Namespace) -> list[str]:
     model = model.to(options.device, DTYPES[options.dtype]).eval()
     shape, steps = (options.rows, options.length), options.steps
     forwards: dict[str, float] = {}
-    bytes_held: dict[str, float] = {}
 
     def ours(name: str, watch: type[Timed], **settings: object) -> Form:
         def run() -> tuple[float, float]:
@@ -146,7 +146,7 @@ def rows(process: Process, options: argparse.Namespace) -> list[str]:
         times = torch.linspace(1, 1e-5, steps + 1).tolist()
         synchronize(options.device)
         start = time.perf_counter()
-        for t, s in zip(times[: options.dense_steps], times[1:], strict=False):
+        for t, s in pairwise(times[: options.dense_steps + 1]):
             sigma = process.sigma(torch.full(shape[:1], t)).to(options.device)
             x = dense_step(process, timed(x, sigma), x, t, s)
         synchronize(options.device)
@@ -157,20 +157,6 @@ def rows(process: Process, options: argparse.Namespace) -> list[str]:
     if masked:
         forms["head"] = ours("head", TimedHead)
         forms["ReMDM"] = ours("ReMDM", Timed, sampler=ReMDM())
-
-    # Bytes of one step: a fixed tensor plays the network, so that nothing but the sampler's own is counted.
-    logits = model(process.prior(shape, device=options.device), torch.ones(shape[0], device=options.device))
-    with LiveBytes() as count:
-        dense_step(process, logits, process.prior(shape, device=options.device), 1.0, 1 - 1 / steps)
-    bytes_held["dense"] = count.peak / logits.nbytes
-
-    def first_step(chain: Chain, steps: int | None) -> Iterator[Mixture]:
-        yield chain.posterior(1.0, 1 - 1 / options.steps)
-
-    with LiveBytes() as count:
-        sample(lambda x, sigma: logits, process, shape, sampler=first_step, seed=0, device=options.device)
-    bytes_held["ancestral"] = count.peak / logits.nbytes
-    del logits
 
     took: dict[str, list[tuple[float, float]]] = {name: [] for name in forms}
     names = list(forms)
@@ -189,10 +175,28 @@ def rows(process: Process, options: argparse.Namespace) -> list[str]:
         whole = ratios([a / c for (a, _), (c, _) in pairs])
         line = f"{name:10s} {what}   overhead {overhead} dense   whole run {whole} dense   "
         line += f"{forwards[name]:.1f} forwards a row   {options.runs} runs"
-        if name in bytes_held:
-            line += f"   one step holds {bytes_held[name]:.2f}x logits (dense {bytes_held['dense']:.1f}x)"
+        if name == "ancestral":
+            mine, theirs = bytes_of_a_step(process, model, shape, steps, options.device)
+            line += f"   one step holds {mine:.2f}x logits (dense {theirs:.1f}x)"
         lines.append(line)
     return lines
+
+
+def bytes_of_a_step(
+    process: Process, model: DiT, shape: tuple[int, int], steps: int, device: str
+) -> tuple[float, float]:
+    """Return what one step holds at most, as a multiple of the logits: the sampler's, and that of the dense form."""
+    x, times = process.prior(shape, device=device), (1.0, 1 - 1 / steps)
+    logits = model(x, torch.ones(shape[0], device=device))  # plays the network: nothing but the sampler's own counts
+
+    def first_step(chain: Chain, steps: int | None) -> Iterator[Mixture]:
+        yield chain.posterior(*times)
+
+    with LiveBytes() as mine:
+        sample(lambda x, sigma: logits, process, shape, sampler=first_step, seed=0, device=device)
+    with LiveBytes() as theirs:
+        dense_step(process, logits, x, *times)
+    return mine.peak / logits.nbytes, theirs.peak / logits.nbytes
 
 
 def ratios(values: list[float]) -> str:
