@@ -24,6 +24,7 @@ from tokendrift.diffusion import (
     score_entropy,
     score_posterior,
 )
+from tokendrift.sampling import Analytic, Ancestral, sample
 from tokendrift.training import Drift, LoopConfig, ScoreEntropy, train
 
 V, MASK = 7, 4
@@ -245,6 +246,22 @@ def test_a_score_network_becomes_a_denoiser_of_the_same_law(process, backbone):
 
     one, other = (ScoreDenoiser(net, process)(x_t, sigma.float()) for net in (raw, scaled))
     torch.testing.assert_close(process.log_probs(one, x_t), process.log_probs(other, x_t), rtol=1e-5, atol=1e-5)
+
+
+@BOTH
+@pytest.mark.parametrize("law", [Ancestral(), Analytic()], ids=["ancestral", "analytic"])
+def test_scores_and_probabilities_of_one_model_give_the_same_samples(process, law, backbone):
+    model = backbone(vocab_size=V, length=6, time_conditioning=True).double()
+
+    def network(x_t, sigma):
+        return log_score(process, process.log_probs(model(x_t, sigma), x_t), x_t, sigma.double())
+
+    one, other = (
+        sample(denoiser, process, (16, 6), steps=5, sampler=law, seed=7, device="cpu")
+        for denoiser in (model, ScoreDenoiser(network, process))
+    )
+    assert torch.equal(one.ids, other.ids)
+    assert len(one.ids.unique()) > 2
 
 
 def test_whether_a_denoiser_of_scores_depends_on_time_is_told(backbone):
