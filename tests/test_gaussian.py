@@ -62,6 +62,13 @@ def test_the_slope_is_the_derivative_of_the_signal(t, size):
     torch.testing.assert_close(schedule.time(schedule.alpha(t)), t, rtol=1e-10, atol=0)
 
 
+@pytest.mark.parametrize("size", [2, 1024, 50258])
+def test_a_range_of_signal_levels_gives_its_range_of_gamma(size):
+    schedule = GaussianDuality.between(size, 0.9, 0.05)
+    ends = schedule.alpha(torch.tensor([0.0, 1.0], dtype=torch.float64))
+    torch.testing.assert_close(ends, torch.tensor([0.9, 0.05], dtype=torch.float64), rtol=1e-10, atol=0)
+
+
 def test_levels_keep_shape_and_dtype():
     t = torch.rand(3, 1)
     for value in (GaussianDuality(V).alpha(t), GaussianDuality(V).dalpha(t), GaussianDuality(V).sigma(t)):
@@ -253,6 +260,7 @@ def test_training_follows_the_curriculum_and_counts_its_steps(backbone):
     [
         (lambda: GaussianDuality(V, -1.0, -1.0), "gamma_max must lie above gamma_min"),
         (lambda: GaussianDuality(V, -1.0, math.inf), "gamma_max must lie above gamma_min"),
+        (lambda: GaussianDuality.between(V, 0.1, 0.9), "signal levels with 0 < last < first < 1"),
         (lambda: GaussianDuality(1), "vocab_size must be an integer of at least 2"),
         (lambda: GaussianUniformDiffusion(V, 0.1, top_k=V), r"top_k must lie in \[1, V\) with V = 7"),
         (lambda: GaussianUniformDiffusion(V, 0.1, top_k=0), "top_k must be an integer of at least 1"),

@@ -23,7 +23,7 @@ class GaussianCurriculum:
         temperatures: :math:`\tau` at first_step and the one it falls towards.
         first_step: Where the temperature starts to fall.
         last_step: Last step with a soft input.
-        gamma_min: Log noise-to-signal ratio at t = 0.
+        gamma_min: Log noise-to-signal ratio at t = 0; see `GaussianDuality.between` for small vocabularies.
         gamma_max: The same at t = 1.
         top_k: See `GaussianUniformDiffusion`; None for the plain form.
 

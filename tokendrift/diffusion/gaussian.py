@@ -60,6 +60,22 @@ class GaussianDuality(Schedule):
         if not -math.inf < self.gamma_min < self.gamma_max < math.inf:
             raise fail("gamma_max must lie above gamma_min.", gamma_min=self.gamma_min, gamma_max=self.gamma_max)
 
+    @classmethod
+    def between(cls, vocab_size: int, first: float, last: float) -> GaussianDuality:
+        """Return the schedule whose signal level falls from ``first`` at t = 0 to ``last`` at t = 1.
+
+        The default range of gamma takes 50,000 tokens from 0.93 to 0.04; fewer tokens need more noise.
+
+        >>> schedule = GaussianDuality.between(1024, 0.93, 0.04)
+        >>> round(schedule.gamma_min, 2), round(schedule.gamma_max, 2)
+        (-3.14, -0.69)
+        """
+        if not 0 < last < first < 1:
+            raise fail("first and last must be signal levels with 0 < last < first < 1.", first=first, last=last)
+        anywhere = cls(vocab_size, -20.0, 20.0)
+        ends = anywhere.gamma(anywhere.time(torch.tensor([first, last], dtype=torch.float64)))
+        return cls(vocab_size, *ends.tolist())
+
     def gamma(self, t: Tensor) -> Tensor:
         """Return the log noise-to-signal ratio of the Gaussian diffusion."""
         return self.gamma_min + t * (self.gamma_max - self.gamma_min)
