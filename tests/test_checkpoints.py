@@ -55,6 +55,8 @@ def test_a_saved_model_loads_to_the_same_function_and_process(tmp_path, model, p
     assert type(found) is type(process) and found.mask_id == process.mask_id and found.vocab_size == 13
     assert sorted(path.name for path in (tmp_path / "model").iterdir()) == ["config.json", "model.safetensors"]
     assert list(tmp_path.iterdir()) == [tmp_path / "model"]
+    modes = {path.stat().st_mode for path in (tmp_path / "model").iterdir()}
+    assert len(modes) == 1, "who may read the configuration may read the weights"
 
 
 @pytest.mark.parametrize("mask_id", [4, None])

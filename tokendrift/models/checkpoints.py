@@ -191,6 +191,7 @@ def save_denoiser(model: DiT, folder: str | Path, process: Process, *, dtype: to
         made.mkdir()
         save_file(tensors, made / WEIGHTS, metadata={"format": "pt"})
         (made / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        (made / WEIGHTS).chmod((made / CONFIG).stat().st_mode)  # safetensors writes for the owner alone
         if beside is not folder:
             made.replace(folder)
             return
