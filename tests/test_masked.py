@@ -147,6 +147,17 @@ def test_float32_objectives_are_close_to_float64():
     torch.testing.assert_close(half, process.nelbo(logits.bfloat16().float(), clean, x_t, t.float()), rtol=0, atol=0)
 
 
+@given(seed=st.integers(0, 2**31 - 1))
+def test_the_surprise_is_that_of_the_log_probabilities(seed):
+    logits, clean, x_t, _ = batch(seed)
+    process = MaskedDiffusion(V, MASK)
+    expected = -process.log_probs(logits, x_t).gather(-1, clean[..., None])[..., 0]
+    found = process.nll(logits, clean, x_t)
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-14)
+    assert torch.equal(found[~process.predicted(x_t)], torch.zeros_like(found[~process.predicted(x_t)]))
+    assert torch.autograd.gradcheck(lambda x: process.nll(x, clean, x_t), logits.requires_grad_())
+
+
 def test_the_gradient_of_the_objective_is_that_of_finite_differences():
     logits, clean, x_t, t = batch(rows=2, length=3)
     process = MaskedDiffusion(V, MASK)

@@ -138,6 +138,17 @@ def test_the_mixture_needs_the_chance_of_the_present_token():
         UniformDiffusion(V).mixture(None, torch.zeros(1, 1, dtype=torch.int64), 0.5, 0.4)
 
 
+@given(seed=st.integers(0, 2**31 - 1))
+def test_the_surprise_is_that_of_the_log_probabilities(seed):
+    logits, clean, x_t, _ = batch(seed)
+    process = UniformDiffusion(V)
+    expected = -process.log_probs(logits, x_t).gather(-1, clean[..., None])[..., 0]
+    found = process.nll(logits, clean, x_t)
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-14)
+    assert torch.equal(found[~process.predicted(x_t)], torch.zeros_like(found[~process.predicted(x_t)]))
+    assert torch.autograd.gradcheck(lambda x: process.nll(x, clean, x_t), logits.requires_grad_())
+
+
 def test_the_gradient_of_the_objective_is_that_of_finite_differences():
     logits, clean, x_t, t = batch(rows=2, length=3)
     assert torch.autograd.gradcheck(lambda x: UniformDiffusion(V).nelbo(x, clean, x_t, t), logits.requires_grad_())

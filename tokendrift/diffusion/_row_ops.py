@@ -27,11 +27,12 @@ def _tiles(count: int, logits: Tensor) -> Iterator[slice]:
 
 
 def log_prob_rows(logits: Tensor, ids: Tensor, index: Tensor, closed: int) -> Tensor:
-    """Return log p of token ids[i] in row index[i] of logits (N, V), (K,); the logit of column ``closed`` is -1e6."""
+    """Return log p of token ids[i] in row index[i] of logits (N, V), (K,); column ``closed`` is -1e6, -1 for none."""
     out = logits.new_empty(len(index), dtype=wide_dtype(logits.dtype))
     for span in _tiles(len(index), logits):
         part = logits.index_select(0, index[span]).to(out.dtype)
-        part[:, closed] = EXCLUDED
+        if closed >= 0:
+            part[:, closed] = EXCLUDED
         out[span] = part.gather(1, ids[span, None])[:, 0] - torch.logsumexp(part, dim=1)
     return out
 
@@ -41,7 +42,8 @@ def log_prob_rows_backward(grad: Tensor, logits: Tensor, ids: Tensor, index: Ten
     out = torch.zeros_like(logits)
     for span in _tiles(len(index), logits):
         part = logits.index_select(0, index[span]).to(grad.dtype)
-        part[:, closed] = EXCLUDED
+        if closed >= 0:
+            part[:, closed] = EXCLUDED
         slope = torch.softmax(part, dim=1).mul_(-grad[span, None])
         slope.scatter_add_(1, ids[span, None], grad[span, None])
         out.index_copy_(0, index[span], slope.to(out.dtype))

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from tokendrift._checks import check_mask_id
-from tokendrift.diffusion._row_ops import EXCLUDED, log_prob_at
+from tokendrift.diffusion._row_ops import EXCLUDED
 from tokendrift.diffusion.process import Mixture, Process, check_objective, wide
 from tokendrift.diffusion.schedules import Schedule
 
@@ -59,9 +59,8 @@ class MaskedDiffusion(Process):
         .. math:: \ell_{bl} = \frac{-\alpha'_t}{1-\alpha_t}\,(-\log p(x_0))
 
         on masked positions and exactly 0 elsewhere. For the log-linear schedule the weight is 1/t. The mean
-        over all positions bounds the negative log-likelihood per token. Only rows of masked positions are
-        read, and beside their gradient nothing of the size of the logits is made. A clean id that is the mask
-        itself costs 1e6 nats: multiply such positions (padding) by 0. Source: MDLM, equation 10.
+        over all positions bounds the negative log-likelihood per token. See `nll` for what it reads and holds.
+        Source: MDLM, equation 10.
 
         Args:
             logits: Raw denoiser output (B, L, V).
@@ -70,12 +69,10 @@ class MaskedDiffusion(Process):
             t: Times (B,) in (0, 1].
         """
         check_objective(self.vocab_size, logits, x0, x_t, t)
-        index = self.predicted(x_t).flatten().nonzero()[:, 0]
-        log_p = log_prob_at(logits.flatten(0, 1), x0.long().flatten()[index], index, self.mask_id)
-        t = t.to(torch.promote_types(t.dtype, log_p.dtype))
+        nll = self.nll(logits, x0, x_t)
+        t = t.to(torch.promote_types(t.dtype, nll.dtype))
         weight = -self.schedule.dalpha(t) / self.schedule.noise(t)
-        weighted = -log_p * weight.to(log_p.dtype)[index // x_t.shape[1]]
-        return log_p.new_zeros(x_t.numel()).index_copy(0, index, weighted).view(x_t.shape)
+        return weight.to(nll.dtype)[:, None] * nll
 
     def posterior(self, logits: Tensor, x_t: Tensor, t: Tensor, s: Tensor) -> Tensor:
         r"""Return q(x_s | x_t): a mask stays with (1-alpha_s)/(1-alpha_t), else draws from p.

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from tokendrift._checks import check_count, check_ids, check_tensor, fail
+from tokendrift.diffusion._row_ops import log_prob_at
 from tokendrift.diffusion.schedules import LogLinear, Schedule, sample_times
 
 
@@ -133,6 +134,26 @@ class Process(ABC):
     def log_probs(self, logits: Tensor, x_t: Tensor) -> Tensor:
         """Return the model's log p(x0 | x_t) in nats, (B, L, V), in float32 or wider."""
 
+    def nll(self, logits: Tensor, x0: Tensor, x_t: Tensor) -> Tensor:
+        """Return -log p(x0 | x_t) in nats, (B, L), at predicted positions and exactly 0 elsewhere.
+
+        Only rows of predicted positions are read, and beside their gradient nothing of the size of the logits is made.
+        A clean id that is the mask itself costs 1e6 nats: multiply such positions (padding) by 0.
+
+        Args:
+            logits: Raw denoiser output (B, L, V).
+            x0: Clean ids (B, L).
+            x_t: Noisy ids (B, L).
+
+        Raises:
+            TokenDriftError: If the shapes do not belong together or ids are out of range.
+        """
+        check_objective(self.vocab_size, logits, x0, x_t)
+        index = self.predicted(x_t).flatten().nonzero()[:, 0]
+        closed = -1 if self.mask_id is None else self.mask_id
+        log_p = log_prob_at(logits.flatten(0, 1), x0.long().flatten()[index], index, closed)
+        return log_p.new_zeros(x_t.numel()).index_copy(0, index, -log_p).view(x_t.shape)
+
     @abstractmethod
     def nelbo(self, logits: Tensor, x0: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
         """Return the negative evidence lower bound per token in nats, (B, L), in float32 or wider."""
@@ -165,7 +186,7 @@ def wide(logits: Tensor) -> Tensor:
 
 
 def check_objective(
-    vocab_size: int, logits: Tensor, x0: Tensor, x_t: Tensor, t: Tensor, *, name: str = "logits"
+    vocab_size: int, logits: Tensor, x0: Tensor, x_t: Tensor, t: Tensor | None = None, *, name: str = "logits"
 ) -> None:
     """Apply the input rules that the objectives of all processes share."""
     check_tensor(name, logits, ("B", "L", "V"))
@@ -173,5 +194,5 @@ def check_objective(
         raise fail(f"{name} must have V = {vocab_size} columns, that of the process.", **{name: logits})
     check_ids("x0", x0, vocab_size, like=logits)
     check_ids("x_t", x_t, vocab_size, like=logits)
-    if t.shape != logits.shape[:1]:
+    if t is not None and t.shape != logits.shape[:1]:
         raise fail("t must have shape (B,): one time a row.", t=t, **{name: logits})

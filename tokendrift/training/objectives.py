@@ -87,10 +87,8 @@ class Denoising:
     def __call__(self, model: Network, x0: Tensor, *, log: bool = False) -> StepLoss:
         corrupted = self.process.corrupt(x0, generator=self.generator)
         logits = corrupted.denoise(model)
-        log_p = self.process.log_probs(logits, corrupted.x_t)
-        nll = -log_p.gather(-1, x0[..., None])[..., 0]
-        weight = corrupted.predicted.to(nll.dtype)
-        loss = (nll * weight).sum() / weight.sum().clamp_min(1)
+        nll = self.process.nll(logits, x0, corrupted.x_t)
+        loss = nll.sum() / corrupted.predicted.sum().clamp_min(1)
         return StepLoss(loss, {"cross_entropy": loss.detach()})
 
 
