@@ -5,7 +5,7 @@
 #   make test-slow   the slow and statistical tests, which `make test` leaves out
 #   make lint        ruff and mypy only
 #   make docs        build the documentation into site/
-#   make examples    run the three examples
+#   make examples    run the examples
 #   make clean       remove .venv and everything that was built
 #
 # Variables, each set on the command line as in `make demo PYTHON=python3.12`:
