@@ -313,6 +313,25 @@ def test_bad_sources_are_refused(tmp_path, model, monkeypatch, source, options, 
         load_denoiser(source, **options)
 
 
+@pytest.mark.parametrize("index", ["{}", '{"weight_map": []}', '{"weight_map": {}}'])
+def test_an_index_without_shards_is_named(tmp_path, model, index):
+    save_denoiser(model, tmp_path, UniformDiffusion(13))
+    (tmp_path / "model.safetensors").unlink()
+    (tmp_path / "model.safetensors.index.json").write_text(index)
+    with pytest.raises(TokenDriftError, match=r"index\.json names no shards"):
+        load_denoiser(tmp_path)
+
+
+def test_an_index_cannot_reach_outside_its_folder(tmp_path, official):
+    numbers, weights, _ = official
+    folder = write_hub_layout(tmp_path / "model", numbers, weights)
+    (folder / "model.safetensors").rename(tmp_path / "outside.safetensors")
+    placed = dict.fromkeys(weights, "../outside.safetensors")
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": placed}))
+    with pytest.raises(TokenDriftError, match=r"shards that are not there: outside\.safetensors"):
+        load_denoiser(folder)
+
+
 @pytest.mark.parametrize("text", ["{", "[]"])
 def test_a_damaged_configuration_is_named(tmp_path, model, text):
     save_denoiser(model, tmp_path, UniformDiffusion(13))

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from tokendrift import TokenDriftError
 from tokendrift.models import DiT, DiTConfig
-from tokendrift.models.dit import LayerNorm
+from tokendrift.models.layers import LayerNorm
 
 CASES = [
     ("dit_mdlm", "no_time", False),

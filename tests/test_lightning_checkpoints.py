@@ -128,6 +128,21 @@ def test_a_reference_to_another_field_is_no_size(lightning):
 
 
 @pytest.mark.parametrize(
+    "settings",
+    [
+        omegaconf.OmegaConf.create({"config": mdlm_config()}),  # hyper_parameters that are OmegaConf's own
+        {"config": omegaconf.OmegaConf.create(mdlm_config(model="${elsewhere}"))},
+        {"config": mdlm_config(), "tokenizer": None},  # plain data
+    ],
+)
+def test_settings_are_read_from_whatever_holds_them(lightning, settings):
+    path, numbers = lightning({}, hyper_parameters=settings)
+    model, process = load_denoiser(path)
+    numbers.assert_matches(model(numbers["input_ids"], numbers["sigma"]), "no_time.logits")
+    assert isinstance(process, MaskedDiffusion)
+
+
+@pytest.mark.parametrize(
     ("config", "schedule"),
     [
         (mdlm_config(noise={"type": "cosine"}), Cosine()),

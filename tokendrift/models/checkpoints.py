@@ -19,7 +19,8 @@ from tokendrift import diffusion
 from tokendrift._checks import fail
 from tokendrift.diffusion import MaskedDiffusion, Process, UniformDiffusion
 from tokendrift.models import hub, lightning
-from tokendrift.models.dit import DiT, DiTConfig, rotary_frequencies
+from tokendrift.models.dit import DiT, DiTConfig
+from tokendrift.models.layers import rotary_frequencies
 from tokendrift.models.weight_files import CONFIG, INDEX, WEIGHTS, read_file, read_folder
 
 SCHEDULES = ("LogLinear", "Cosine", "DuoCosine", "Linear", "Geometric")
@@ -244,11 +245,12 @@ def _shown(tensors: Mapping[str, Tensor]) -> dict[str, int]:
     )
     if embedding is not None and embedding.ndim == 2:
         shown |= {"vocab_size": embedding.shape[0], "hidden_dim": embedding.shape[1]}
-        if frequencies is not None and len(frequencies):
-            shown["n_heads"] = embedding.shape[1] // (2 * len(frequencies))
-    if bias is not None:
+        if frequencies is not None and frequencies.numel():
+            shown["n_heads"] = embedding.shape[1] // (2 * frequencies.numel())
+    if bias is not None and bias.ndim == 1:
         shown["cond_dim"] = len(bias)
-    blocks = {int(name.split(".")[1]) for name in tensors if name.startswith("blocks.")}
+    numbers = (name.split(".")[1] for name in tensors if name.startswith("blocks."))
+    blocks = {int(number) for number in numbers if number.isdigit()}
     if blocks:
         shown["n_blocks"] = max(blocks) + 1
     return shown

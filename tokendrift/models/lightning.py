@@ -100,20 +100,20 @@ def weights(checkpoint: dict[str, Any], *, ema: bool) -> tuple[dict[str, Tensor]
     """
     stored = {
         name.removeprefix(PREFIX).replace("_orig_mod.", ""): value
-        for name, value in checkpoint["state_dict"].items()
-        if name.startswith(PREFIX)
+        for name, value in _section(checkpoint, "state_dict").items()
+        if name.startswith(PREFIX) and isinstance(value, Tensor)
     }
     if not stored:
         raise fail(
             "the checkpoint's state_dict has no entry that starts with 'backbone.'.",
             "Pass a checkpoint of the MDLM or DUO repository.",
-            entries=list(checkpoint["state_dict"])[:3],
+            entries=list(_section(checkpoint, "state_dict"))[:3],
         )
     step = checkpoint.get("global_step", "unknown")
-    average = checkpoint.get("ema")
-    if not ema or not average:
+    shadows = _section(checkpoint, "ema").get("shadow_params")
+    if not ema or not shadows:
         return stored, f"raw weights of step {step}"
-    names, shadows = [name for name in stored if name != BUFFER], average["shadow_params"]
+    names = [name for name in stored if name != BUFFER]
     apart = [
         f"{name} {tuple(stored[name].shape)} against {tuple(shadow.shape)}"
         for name, shadow in zip(names, shadows, strict=False)
@@ -136,8 +136,8 @@ def hub_config(checkpoint: dict[str, Any]) -> dict[str, Any]:
     Raises:
         TokenDriftError: If it says that the network is not a bidirectional DiT of MDLM or DUO.
     """
-    config = _plain((checkpoint.get("hyper_parameters") or {}).get("config")) or {}
-    algo = config.get("algo") or {}
+    config = _section(_plain(checkpoint.get("hyper_parameters")), "config")
+    algo = _section(config, "algo")
     name = algo.get("name", config.get("parameterization"))
     backbone = algo.get("backbone", config.get("backbone", "dit"))
     if not config:
@@ -147,8 +147,7 @@ def hub_config(checkpoint: dict[str, Any]) -> dict[str, Any]:
             f"the checkpoint holds a {backbone!r} network trained as {name!r}; "
             f"supported are 'dit' networks trained as {', '.join(sorted(ALGORITHMS))}.",
         )
-    sizes = config.get("model") or {}
-    data = config.get("data") or {}
+    sizes = _section(config, "model")
     found = {
         "model_type": ALGORITHMS[name],
         "model_length": sizes.get("length"),
@@ -158,9 +157,9 @@ def hub_config(checkpoint: dict[str, Any]) -> dict[str, Any]:
         "n_heads": sizes.get("n_heads"),
         "dropout": sizes.get("dropout"),
         "time_conditioning": algo.get("time_conditioning", config.get("time_conditioning")),
-        "schedule": _schedule(config.get("noise") or {}, duo_repository=bool(algo)),
+        "schedule": _schedule(_section(config, "noise"), duo_repository=bool(algo)),
     }
-    if found["model_type"] == "mdlm" and "bert" in str(data.get("tokenizer_name_or_path")):
+    if found["model_type"] == "mdlm" and "bert" in str(_section(config, "data").get("tokenizer_name_or_path")):
         found["mask_id"] = BERT_MASK  # its tokenizer has a mask token; otherwise one is added behind the vocabulary
     # A string where a size belongs is an unresolved reference to another field.
     return {
@@ -186,6 +185,12 @@ def _schedule(noise: dict[str, Any], *, duo_repository: bool) -> dict[str, Any] 
         "geometric": {"name": "Geometric", **ends},
     }
     return known.get(kind)
+
+
+def _section(config: Any, name: str) -> dict[str, Any]:
+    """Return a part of a configuration, empty where there is none or it is a reference to another."""
+    found = config.get(name) if isinstance(config, dict) else None
+    return found if isinstance(found, dict) else {}
 
 
 def _plain(value: Any) -> Any:

@@ -57,10 +57,13 @@ def _read_weights(path: Path) -> tuple[dict[str, Tensor], str]:
         return _named_tensors(path, lightning.read_pickle(path))
     shards = [path]
     if path.name == INDEX:
-        names = sorted(set(_read_json(path).get("weight_map", {}).values()))
+        placed = _read_json(path).get("weight_map")
+        names = sorted({str(name) for name in placed.values()}) if isinstance(placed, dict) else []
         shards = [path.parent / Path(name).name for name in names]  # never outside the folder
     gone = [shard.name for shard in shards if not shard.is_file()]
-    if gone or not shards:
+    if not shards:
+        raise fail(f"{path} names no shards.", "Fetch the file again.")
+    if gone:
         raise fail(f"{path} names shards that are not there: {', '.join(gone)}.", "Fetch the whole checkpoint.")
     try:
         parts = [load_file(shard) for shard in shards]
