@@ -137,6 +137,54 @@ def refine(
 
 
 @app.command()
+def sample(
+    checkpoint: Annotated[str, typer.Argument(help="Hub id, folder, safetensors file or Lightning .ckpt.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="JSONL file; an unfinished one is gone on with.")],
+    n: Annotated[int, typer.Option("-n", min=1, help="Samples.")] = 64,
+    steps: Annotated[int | None, typer.Option(min=1, help="Reverse steps; not with first-hitting.")] = None,
+    sampler: Annotated[
+        str,
+        typer.Option(help="ancestral, analytic, first-hitting, remdm-cap|rescale|conf|loop or psi:HIGH,MIDDLE,LOW."),
+    ] = "ancestral",
+    eta: Annotated[float, typer.Option(help="Chance of remasking (ReMDM).")] = 0.02,
+    temperature: Annotated[float, typer.Option(help="Divides the logits.")] = 1.0,
+    top_p: Annotated[float, typer.Option(help="Draw within the nucleus of this probability.")] = 1.0,
+    nucleus: Annotated[str, typer.Option(help="keep or drop the token that crosses top-p.")] = "keep",
+    top_k: Annotated[int | None, typer.Option(min=1, help="Draw among the likeliest k tokens.")] = None,
+    noise_removal: Annotated[str, typer.Option(help="ancestral, greedy or none.")] = "ancestral",
+    prefix: Annotated[str | None, typer.Option(help="Text that every sample begins with.")] = None,
+    length: Annotated[int | None, typer.Option(min=1, help="Tokens a sample; the model's own by default.")] = None,
+    stride: Annotated[
+        int | None, typer.Option(min=1, help="New tokens a window, past the model's length; half of it by default.")
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Of the run; sample i has its own numbers.")] = 0,
+    batch_size: Annotated[int, typer.Option(min=1, help="Samples drawn together.")] = 32,
+    tokenizer: Annotated[
+        str | None, typer.Option(help="tokenizer.json, folder or hub id; by default the checkpoint's, or GPT-2's.")
+    ] = None,
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.")] = None,
+    dtype: Annotated[str, typer.Option(help="Of the parameters: float32, bfloat16, float16 or float64.")] = "float32",
+    device: Annotated[str, typer.Option(help="Where to sample.")] = "cpu",
+) -> None:
+    """Draw samples from a checkpoint into a file.
+
+    Batches are written as they come. After an interruption the same command goes on, and ends with the same bytes.
+    """
+    options = {name: value for name, value in locals().items() if name != "output"}
+    with plain_errors("finished batches are kept: run the same command again to go on"):
+        from rich.progress import Progress
+
+        from tokendrift.sampling.run import SampleConfig, sample_to_file
+
+        with Progress(console=Console(stderr=True), transient=True) as bar:
+            task = bar.add_task("sampling", total=n)
+            file = sample_to_file(
+                SampleConfig(**options), output, progress=lambda done: bar.update(task, completed=done)
+            )
+    typer.echo(f"{file.count} samples in {output}, {file.nfe['mean']:.1f} function evaluations each")
+
+
+@app.command()
 def doctor(
     checkpoint: Annotated[str, typer.Argument(help="Hub id, folder, safetensors file or Lightning .ckpt.")],
     text: Annotated[

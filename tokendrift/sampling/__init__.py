@@ -5,6 +5,7 @@ from tokendrift.sampling.categorical import Drawn, draw
 from tokendrift.sampling.chain import Chain, Sampler
 from tokendrift.sampling.first_hitting import FirstHitting
 from tokendrift.sampling.loop import Samples, sample
+from tokendrift.sampling.named import named_sampler
 from tokendrift.sampling.psi import Psi, psi_step, remasking_kappa
 from tokendrift.sampling.remdm import ReMDM, remdm_loop
 from tokendrift.sampling.semi_autoregressive import semi_autoregressive
@@ -22,6 +23,7 @@ __all__ = [
     "Samples",
     "Shaping",
     "draw",
+    "named_sampler",
     "psi_step",
     "remasking_kappa",
     "remdm_loop",

@@ -49,20 +49,17 @@ def semi_autoregressive(
 
     Source: MDLM (semi-autoregressive sampling), whose last window is always a whole stride.
     """
-    check_count("window", window, least=2)
-    stride = window // 2 if stride is None else check_count("stride", stride, least=1)
-    if stride >= window:
-        raise fail("stride must be below window: each window needs a prefix.", stride=stride, window=window)
     if options.get("trajectory"):
         raise fail("trajectory belongs to one window.", "Call sample for each window yourself.", trajectory=True)
-    seed = int(torch.randint(2**62, ())) if seed is None else seed
     rows, length = shape
+    starts = window_starts(length, window, stride)
+    seed = int(torch.randint(2**62, ())) if seed is None else seed
     if given is None and given_mask is None:
         given, given_mask = torch.zeros(shape, dtype=torch.int64), torch.zeros(shape, dtype=torch.bool)
     ids, known = checked_given(given, given_mask, shape, process)
     ids, known = ids.clone(), known.clone()  # both grow by what is drawn
     steps, nfe, row_nfe, place = 0, 0, torch.zeros(rows, dtype=torch.int64), ids.device
-    for index, start in enumerate([*range(0, length - window, stride), max(length - window, 0)]):
+    for index, start in enumerate(starts):
         view = slice(start, start + window)
         found = sample(
             denoiser,
@@ -78,3 +75,16 @@ def semi_autoregressive(
         known[:, view] = True if process.mask_id is None else ids[:, view] != process.mask_id
         steps, nfe, row_nfe = steps + found.steps, nfe + found.nfe, row_nfe + found.row_nfe
     return Samples(ids.to(place), steps, nfe, row_nfe)
+
+
+def window_starts(length: int, window: int, stride: int | None = None) -> list[int]:
+    """Return where each window begins; the last one ends with the sequence.
+
+    >>> window_starts(10, 4, 3)
+    [0, 3, 6]
+    """
+    check_count("window", window, least=2)
+    stride = window // 2 if stride is None else check_count("stride", stride, least=1)
+    if stride >= window:
+        raise fail("stride must be below window: each window needs a prefix.", stride=stride, window=window)
+    return [*range(0, length - window, stride), max(length - window, 0)]

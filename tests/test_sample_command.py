@@ -1,0 +1,235 @@
+"""``tokendrift sample``: a file that says what it is, grows batch by batch, and is gone on with."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+import tokendrift
+from tokendrift import TokenDriftError, cli
+from tokendrift.demo.stages import PRETRAINED
+from tokendrift.diffusion import MaskedDiffusion, UniformDiffusion
+from tokendrift.evaluation.files import read_samples
+from tokendrift.models import DiT, save_denoiser
+from tokendrift.sampling import FirstHitting, Psi, ReMDM, named_sampler, remdm_loop, sample
+from tokendrift.sampling.run import SampleConfig, sample_to_file
+from tokendrift.sampling.sample_file import SampleFile
+
+TOKENIZER = PRETRAINED / "tokenizer.json"
+KINDS = {"masked": MaskedDiffusion, "uniform": UniformDiffusion}
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def checkpoint(request, backbone, tmp_path_factory):
+    """Write a small checkpoint of each process with the vocabulary of the demo's tokenizer."""
+    vocab = 1025 if request.param == "masked" else 1024
+    folder = tmp_path_factory.mktemp(request.param)
+    model = backbone(vocab_size=vocab, time_conditioning=request.param == "uniform")
+    save_denoiser(model, folder, KINDS[request.param](vocab))
+    return folder
+
+
+@pytest.fixture
+def run():
+    """Call the command; returns exit code and both outputs."""
+    return lambda *arguments: CliRunner().invoke(
+        cli.app, ["sample", *map(str, arguments)], env={"COLUMNS": "200", "TERM": "dumb"}
+    )
+
+
+def test_the_file_holds_what_sample_draws_and_says_how(run, checkpoint, tmp_path):
+    path = tmp_path / "deep" / "samples.jsonl"
+    result = run(
+        checkpoint, "--steps", 3, "-n", 5, "--batch-size", 2, "--seed", 7, "--tokenizer", TOKENIZER, "-o", path
+    )
+    assert result.exit_code == 0, result.output
+    header, *lines = (json.loads(line) for line in path.read_text(encoding="utf-8").splitlines())
+    settings = header["tokendrift"]
+    assert settings["version"] == tokendrift.__version__ and settings["torch"] == torch.__version__
+    assert (settings["seed"], settings["steps"], settings["n"], settings["length"]) == (7, 3, 5, 8)
+    assert settings["checkpoint"] == str(checkpoint) and settings["revision"] is None and settings["complete"] is True
+    assert len(settings["weights"]) == 16
+    assert settings["nfe"] == {"mean": sum(x["nfe"] for x in lines) / 5, "max": max(x["nfe"] for x in lines)}
+
+    model, process = tokendrift.models.load_denoiser(checkpoint)
+    drawn = sample(model, process, (5, 8), steps=3, seed=7)
+    assert [line["ids"] for line in lines] == drawn.ids.tolist()
+    assert [line["nfe"] for line in lines] == drawn.row_nfe.tolist()
+    assert all(isinstance(line["text"], str) for line in lines)
+    read = read_samples(path)
+    assert read.metadata == settings and read.nfe == settings["nfe"]["max"]
+    assert [list(ids) for ids in read.ids] == drawn.ids.tolist()
+    assert f"5 samples in {path}" in result.output
+
+
+def test_without_a_tokenizer_there_are_ids_alone(run, checkpoint, tmp_path):
+    result = run(checkpoint, "--steps", 2, "-n", 2, "-o", tmp_path / "s.jsonl")
+    assert result.exit_code == 0, result.output
+    assert set(json.loads((tmp_path / "s.jsonl").read_text().splitlines()[1])) == {"ids", "nfe"}
+
+
+@pytest.mark.parametrize("options", [[], ["--length", "20", "--stride", "3"]])
+def test_every_sample_begins_with_the_prefix(run, checkpoint, tmp_path, options):
+    path = tmp_path / "s.jsonl"
+    result = run(checkpoint, "--steps", 2, "-n", 3, "--prefix", "the", "--tokenizer", TOKENIZER, "-o", path, *options)
+    assert result.exit_code == 0, result.output
+    header, *lines = (json.loads(line) for line in path.read_text().splitlines())
+    assert 0 < len(header["tokendrift"]["prefix_ids"]) < 8
+    assert all(line["text"].startswith("the") for line in lines)
+    assert all(len(line["ids"]) == (20 if options else 8) for line in lines)
+
+
+OPTIONS = {
+    "shaping": ["--temperature", "0.7", "--top-p", "0.9", "--nucleus", "drop", "--top-k", "50", "--steps", "2"],
+    "greedy": ["--noise-removal", "greedy", "--steps", "2"],
+    "psi": ["--sampler", "psi:pure-pc,constant-0.5,pure-posterior", "--steps", "4"],
+    "bfloat16": ["--dtype", "bfloat16", "--steps", "2"],
+}
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_options_reach_the_sampler(run, checkpoint, tmp_path, name):
+    path = tmp_path / "s.jsonl"
+    result = run(checkpoint, *OPTIONS[name], "-n", 2, "-o", path)
+    assert result.exit_code == 0, result.output
+    assert run(checkpoint, "--steps", 2, "-n", 2, "-o", tmp_path / "plain.jsonl").exit_code == 0
+    written, plain = (read_samples(tmp_path / name).ids for name in ("s.jsonl", "plain.jsonl"))
+    changed = list(map(list, written)) != list(map(list, plain))
+    assert changed or (name == "greedy" and "masked" in str(checkpoint))  # no mask is left for it to fill
+
+
+@pytest.mark.parametrize("stop", [1, 4, 6])
+@pytest.mark.parametrize("left", ["nothing", "half a line", "half a batch"])
+def test_an_interrupted_run_goes_on_and_ends_with_the_same_bytes(monkeypatch, checkpoint, tmp_path, stop, left):
+    """Ctrl-C in the middle of a batch, and what a crash may leave of the next one."""
+    config = SampleConfig(str(checkpoint), n=7, steps=2, batch_size=3)
+    whole, broken = tmp_path / "whole.jsonl", tmp_path / "broken.jsonl"
+    sample_to_file(config, whole)
+    calls = 0
+
+    for name in ("forward", "logits_at"):
+        method = getattr(DiT, name)
+
+        def counted(model, *arguments, method=method, **options):
+            nonlocal calls
+            calls += 1
+            if calls == stop:
+                raise KeyboardInterrupt
+            return method(model, *arguments, **options)
+
+        monkeypatch.setattr(DiT, name, counted)
+    with pytest.raises(KeyboardInterrupt):
+        sample_to_file(config, broken)
+    written = broken.read_bytes()
+    assert written.count(b"\n") in (1, 4, 7) and not json.loads(written.splitlines()[0])["tokendrift"]["complete"]
+    next_line = whole.read_bytes().splitlines(keepends=True)[written.count(b"\n")]
+    broken.write_bytes(written + {"nothing": b"", "half a line": next_line[:-9], "half a batch": next_line}[left])
+    file = sample_to_file(config, broken)
+    assert file.complete and file.count == 7
+    assert broken.read_bytes() == whole.read_bytes()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["broken.jsonl", "whole.jsonl"]
+
+
+def test_a_finished_file_is_left_as_it_is(checkpoint, tmp_path):
+    config, path = SampleConfig(str(checkpoint), n=3, steps=2), tmp_path / "s.jsonl"
+    sample_to_file(config, path)
+    before = path.stat().st_mtime_ns, path.read_bytes()
+    assert sample_to_file(config, path).nfe["max"] <= 2
+    assert before == (path.stat().st_mtime_ns, path.read_bytes())
+
+
+def test_other_settings_and_other_weights_are_refused(run, backbone, tmp_path):
+    folder, path, process = tmp_path / "model", tmp_path / "s.jsonl", UniformDiffusion(9)
+    save_denoiser(backbone(vocab_size=9, time_conditioning=True), folder, process)
+    assert run(folder, "--steps", 2, "-n", 2, "-o", path).exit_code == 0
+    before = path.read_bytes()
+    result = run(folder, "--steps", 3, "-n", 4, "-o", path)
+    assert result.exit_code == 2
+    assert "was begun with other settings" in result.stderr
+    assert "steps: 2 there, 3 now" in result.stderr and "n: 2 there, 4 now" in result.stderr
+    save_denoiser(backbone(vocab_size=9, time_conditioning=True, seed=1), folder, process)
+    result = run(folder, "--steps", 2, "-n", 2, "-o", path)
+    assert result.exit_code == 2 and "weights: " in result.stderr
+    assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize("content", [b"text\n", b"[1]\n", b'{"ids": [1]}\n', b'{"tokendrift": 3}\n', b"\xff\xfe\n"])
+def test_a_file_of_another_kind_is_not_touched(checkpoint, tmp_path, content):
+    path = tmp_path / "s.jsonl"
+    path.write_bytes(content)
+    with pytest.raises(TokenDriftError, match="holds no samples of this kind"):
+        sample_to_file(SampleConfig(str(checkpoint), steps=2), path)
+    assert path.read_bytes() == content
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ([], "steps belongs to every sampler but first-hitting"),
+        (["--steps", "2", "--sampler", "first-hitting"], "steps belongs to every sampler but first-hitting"),
+        (["--steps", "2", "--sampler", "ddpm"], "sampler must be one of ancestral"),
+        (["--steps", "2", "--dtype", "int8"], "dtype must be one of"),
+        (["--steps", "2", "--temperature", "0"], "temperature must be a finite number above 0"),
+        (["--steps", "2", "--prefix", "the"], "the checkpoint has no tokenizer"),
+        (["--steps", "2", "--prefix", "the " * 9, "--tokenizer", str(TOKENIZER)], "a sample 8"),
+        (["--steps", "2", "--length", "20", "--stride", "8"], "stride must be below window"),
+    ],
+)
+def test_bad_options_are_one_message_and_no_file(run, checkpoint, tmp_path, options, message):
+    result = run(checkpoint, "-n", 2, "-o", tmp_path / "s.jsonl", *options)
+    assert result.exit_code == 2 and message in result.stderr and "Traceback" not in result.output
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_samplers_have_names():
+    assert named_sampler("first-hitting") == FirstHitting()
+    assert named_sampler("remdm-conf") == ReMDM("conf")
+    assert named_sampler("remdm-loop", eta=0.1) == remdm_loop(0.1)
+    assert named_sampler("psi:pure-pc,constant-0.3,pure-posterior,linear-constant-linear-0.5") == Psi(
+        "pure-pc", "constant-0.3", "pure-posterior", profile="linear-constant-linear-0.5"
+    )
+    for name in ("psi", "psi:pure-pc", "remdm"):
+        with pytest.raises(TokenDriftError, match="sampler must be one of"):
+            named_sampler(name)
+
+
+def test_appending_and_keeping(tmp_path):
+    file = SampleFile(tmp_path / "s.jsonl", {"seed": 0})
+    file.append([{"ids": [1], "nfe": 1}, {"ids": [2], "nfe": 3}, {"ids": [3], "nfe": 2}])
+    file.keep(2)
+    file.finish()
+    again = SampleFile(tmp_path / "s.jsonl", {"seed": 0})
+    assert (again.count, again.complete, again.nfe) == (2, True, {"mean": 2.0, "max": 3})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["masked", "uniform"])
+def test_control_c_on_a_shipped_model(name, tmp_path):
+    """The real command, a real signal: what is written stays, and the second call ends with the same bytes."""
+    path, whole = tmp_path / "s.jsonl", tmp_path / "whole.jsonl"
+    arguments = [str(PRETRAINED / name), "--steps", "16", "-n", "120", "--batch-size", "8", "--prefix", "Return the"]
+    # A shell may start background commands with SIGINT ignored; the handler is the one of an interactive run.
+    handler = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
+    code = f"{handler}; from tokendrift import cli; cli.main()"
+    command = [sys.executable, "-c", code, "sample", *arguments, "--tokenizer", str(TOKENIZER), "-o"]
+    process = subprocess.Popen([*command, str(path)], stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 300
+    while not (path.exists() and path.read_bytes().count(b"\n") > 8) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    os.kill(process.pid, signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130 and "finished batches are kept" in errors and "Traceback" not in errors
+    assert 8 < path.read_bytes().count(b"\n") < 121
+    for target in (path, whole):
+        subprocess.run([*command, str(target)], check=True, capture_output=True)
+    assert path.read_bytes() == whole.read_bytes()
+    assert len(Path(path).read_text(encoding="utf-8").splitlines()) == 121

@@ -1,0 +1,106 @@
+"""Samples in a JSONL file that grows batch by batch and can be gone on with."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from tokendrift._checks import fail
+
+HEADER = "tokendrift"
+MEASURED = ("nfe", "complete")  # what the header learns at the end; the rest must not change
+
+
+class SampleFile:
+    """One header line, then one object a sample: ``ids``, ``text`` where there is a tokenizer, ``nfe``.
+
+    The header is ``{"tokendrift": {...}}``: everything that the samples depend on, and at the end their NFE. Until
+    then ``complete`` is false. What a crash leaves of a last line is dropped when the file is opened again.
+
+    Args:
+        path: The file; folders above it are made.
+        settings: What the samples depend on, JSON-like. A file that has others is refused.
+
+    Attributes:
+        count: Samples that stand in the file.
+        complete: Whether the run was finished.
+        nfe: ``{"mean": ..., "max": ...}`` of the samples' forward calls, once it was; empty until then.
+
+    Raises:
+        TokenDriftError: If the file is there and is none of this kind, or belongs to other settings.
+    """
+
+    def __init__(self, path: Path, settings: Mapping[str, Any]) -> None:
+        self.path, self.settings = path, json.loads(json.dumps(settings))
+        self.count, self.complete = 0, False
+        self.nfe: dict[str, float] = {}
+        if path.exists() and path.stat().st_size:
+            self._read()
+        else:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(_line(self._header()))
+
+    def keep(self, count: int) -> None:
+        """Drop all samples after the first ``count``, and whatever a crash left of a line."""
+        with self.path.open("r+b") as file:
+            for _ in range(1 + count):
+                file.readline()
+            file.truncate(file.tell())
+        self.count = count
+
+    def append(self, samples: Sequence[Mapping[str, Any]]) -> None:
+        """Write some samples, all or, if something stops it, a part that is mended later."""
+        with self.path.open("ab") as file:
+            file.write(b"".join(_line(sample) for sample in samples))
+        self.count += len(samples)
+
+    def finish(self) -> None:
+        """Put the measured NFE into the header: the file is replaced by one that has it, whole or not at all."""
+        nfe = [sample["nfe"] for sample in self._samples()]
+        self.nfe, self.complete = {"mean": sum(nfe) / len(nfe), "max": max(nfe)}, True
+        part = self.path.with_name(f".{self.path.name}.part")
+        try:
+            with self.path.open("rb") as file, part.open("wb") as new:
+                file.readline()
+                new.write(_line(self._header()))
+                new.writelines(file)
+            part.replace(self.path)
+        finally:
+            part.unlink(missing_ok=True)
+
+    def _header(self) -> dict[str, Any]:
+        return {HEADER: self.settings | {"nfe": self.nfe or None, "complete": self.complete}}
+
+    def _samples(self) -> Iterator[dict[str, Any]]:
+        """Yield the samples of whole lines."""
+        with self.path.open("rb") as file:
+            file.readline()
+            for line in file:
+                if not line.endswith(b"\n"):
+                    return
+                try:
+                    yield json.loads(line)
+                except ValueError:
+                    return
+
+    def _read(self) -> None:
+        try:
+            with self.path.open("rb") as file:
+                header = json.loads(file.readline())[HEADER]
+            before = {name: value for name, value in header.items() if name not in MEASURED}
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise fail(f"{self.path} is there and holds no samples of this kind.", "Choose another output.") from None
+        changed = [name for name in self.settings | before if self.settings.get(name) != before.get(name)]
+        if changed:
+            shown = "\n".join(f"    {n}: {before.get(n)!r} there, {self.settings.get(n)!r} now" for n in changed)
+            raise fail(
+                f"{self.path} was begun with other settings:\n{shown}",
+                "Go on with the same settings, or choose another output.",
+            )
+        self.count, self.complete, self.nfe = sum(1 for _ in self._samples()), header["complete"], header["nfe"] or {}
+
+
+def _line(value: Mapping[str, Any]) -> bytes:
+    return (json.dumps(value, ensure_ascii=False) + "\n").encode()
