@@ -9,10 +9,13 @@ import math
 import pytest
 import torch
 from torch import nn
+from typer.testing import CliRunner
 
-from tokendrift import TokenDriftError
+from tokendrift import TokenDriftError, cli
+from tokendrift.demo.stages import PRETRAINED
 from tokendrift.diffusion import MaskedDiffusion, UniformDiffusion
 from tokendrift.evaluation import GenerativePerplexity
+from tokendrift.evaluation.bootstrap import Interval
 from tokendrift.evaluation.markov import ExactDenoiser, MarkovLanguage
 from tokendrift.evaluation.probes import (
     decay_table,
@@ -21,10 +24,13 @@ from tokendrift.evaluation.probes import (
     matched_temperature,
     plot_decay,
     plot_trap,
+    probe_checkpoints,
     trap_change,
     trap_table,
     unigram_law,
 )
+from tokendrift.evaluation.probes.checkpoints import _moved
+from tokendrift.models import load_denoiser, save_denoiser
 
 A, B, C, D, MASK = range(5)
 RIGHT, WRONG = math.log(0.9), math.log(0.1)
@@ -113,7 +119,7 @@ def test_the_gap_of_an_exact_denoiser_is_what_enumeration_gives():
     assert expected > 0.1 and trap.gap[0].estimate == pytest.approx(expected, abs=4 * error)
 
 
-def test_a_lower_temperature_closes_the_trap_for_nothing():
+def test_a_low_temperature_closes_the_trap_at_the_price_of_variety():
     process = LANGUAGE.process("masked")
     denoiser, prompts = ExactDenoiser(LANGUAGE, process), LANGUAGE.sample(64, seed=1)[:, :2]
     options = {"prompts": prompts, "judge": language_judge(), "sizes": (4,)}
@@ -225,8 +231,6 @@ def shown(table):
 
 
 def test_tables_json_and_plots_hold_the_same_numbers():
-    from matplotlib import pyplot
-
     decay = information_decay(two_words, PAIRS, PROMPTS, ALIKE, positions=4)
     trap = marginal_trap(two_words, PAIRS, PROMPTS, JUDGE, sizes=(1, 2, 4), draws=2)
     text = shown(decay.table("abcd?".__getitem__))
@@ -250,8 +254,8 @@ def test_tables_json_and_plots_hold_the_same_numbers():
     assert grid.shape == (len(ax.get_yticklabels()), 4)
     assert grid[0, 0] == pytest.approx(decay.top[0][0].probability)
     plot_trap({"base": trap})
-    decay.plot()
-    pyplot.close("all")
+    figure, ax = decay.plot()
+    assert decay.plot(ax) == (figure, ax)
 
 
 # ------------------------------------------------------------------------------------------------ bad input
@@ -293,3 +297,109 @@ UNIFORM = UniformDiffusion(4)
 def test_what_cannot_be_probed_is_named(call, says):
     with pytest.raises(TokenDriftError, match=says):
         call()
+
+
+# ------------------------------------------------------------------------------------------------ checkpoints
+
+UNIFORM_BASE, MASKED_BASE, JUDGE_FOLDER = (str(PRETRAINED / name) for name in ("uniform", "masked", "judge"))
+SHIPPED = {"tokenizer": PRETRAINED / "tokenizer.json", "judge": JUDGE_FOLDER, "judge_reads_ids": True}
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    from pydoc_data.topics import topics
+
+    path = tmp_path_factory.mktemp("text") / "topics.txt"
+    path.write_text("\n\n".join(topics.values())[:40_000], encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="module")
+def sharper(tmp_path_factory):
+    """The shipped base with doubled logits: what it is at temperature 1/2, as a checkpoint of its own."""
+    model, process = load_denoiser(UNIFORM_BASE)
+    with torch.no_grad():
+        for parameter in model.output_layer.linear.parameters():
+            parameter.mul_(2)
+    folder = tmp_path_factory.mktemp("sharper") / "model"
+    save_denoiser(model, folder, process)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def report(text, sharper):
+    return probe_checkpoints(UNIFORM_BASE, text, compare=sharper, prompts=16, positions=4, draws=2, **SHIPPED)
+
+
+def test_a_model_that_is_only_sharper_is_the_first_at_a_temperature(report):
+    (name,) = (name for name in report.trap if name not in ("before", "after"))
+    assert name == "before, T = 0.50"
+    matched, after = report.trap[name], report.trap["after"]
+    assert matched.entropy == pytest.approx(after.entropy, abs=5e-3)
+    # The temperature is found to 1/4096: hardly a draw falls on another token.
+    same = (matched.prompt_gaps - after.prompt_gaps).abs().amax(dim=1) < 1e-6
+    assert same.double().mean() >= 0.8
+    assert "'before, T = 0.50', which is as sharp" in list(report.sentences())[2]
+
+
+def test_a_change_is_said_in_words():
+    assert _moved(Interval(1.0, 0.5, 1.5)) == "smaller by 1.00 (0.50 to 1.50), beyond chance"
+    assert _moved(Interval(-1.0, -1.5, -0.5)) == "larger by 1.00 (0.50 to 1.50), beyond chance"
+    assert _moved(Interval(0.1, -0.1, 0.3)) == "smaller by 0.10 (-0.10 to 0.30), not beyond chance"
+
+
+def test_the_shipped_base_falls_into_the_trap_and_forgets_the_prompt(report):
+    trap, decay = report.trap["before"], report.decay["before"]
+    assert trap.sizes == (1, 2, 4) and trap.gap[0] == (0, 0, 0) and trap.gap[-1].low > 0
+    assert decay.divergence[0].estimate > decay.divergence[-1].estimate
+    assert decay.prompt_length == 28 and trap.judge == JUDGE_FOLDER
+
+
+def test_a_report_holds_everything_as_json_and_tables(report):
+    plain = json.loads(json.dumps(report.to_dict()))
+    assert plain["settings"]["compare"] and plain["settings"]["positions"] == 4
+    assert list(plain["marginal_trap"]) == ["before", "before, T = 0.50", "after"]
+    assert plain["change"][0] == {"estimate": 0.0, "low": 0.0, "high": 0.0}
+    share = plain["information_decay"]["after"]["top"][0][0]
+    assert isinstance(share["text"], str) and 0 < share["probability"] < 1
+    decays, traps = map(shown, report.tables())
+    assert "entropy, before" in decays and "entropy, after" in decays
+    assert "before, T = 0.50" in traps
+
+
+def test_the_command_prints_both_probes_and_writes_all_numbers(text, tmp_path):
+    output = tmp_path / "probe.json"
+    done = CliRunner().invoke(
+        cli.app,
+        ["probe", MASKED_BASE, "--text", str(text), "--tokenizer", str(PRETRAINED / "tokenizer.json"),
+         "--judge", JUDGE_FOLDER, "--judge-reads-ids", "--prompts", "4", "--positions", "2", "-o", str(output)],
+        env={"COLUMNS": "200", "TERM": "dumb"},
+    )  # fmt: skip
+    assert done.exit_code == 0, done.output
+    for part in ("Information decay", "likeliest tokens", "Marginal trap", "Drawn at once, 2 tokens are"):
+        assert part in done.stdout
+    assert set(json.loads(output.read_text())["marginal_trap"]) == {"before"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--text", "none.txt"], "cannot be read as UTF-8 text"),
+        (["--compare", MASKED_BASE], "the checkpoints have V = 1024 and V = 1025"),
+        (["--prompts", "100000"], "too few for 100000 prompts of 16"),
+        (["--positions", "20", "--prompt-length", "20"], "do not fit into the model's 32"),
+        (["--tokenizer", __file__], "no tokenizer can be read from"),
+    ],
+)
+def test_the_command_says_in_one_message_what_does_not_fit(arguments, says, text):
+    known = {"--text": str(text), "--tokenizer": str(PRETRAINED / "tokenizer.json"), "--judge": JUDGE_FOLDER}
+    known |= dict(zip(arguments[::2], arguments[1::2], strict=True))
+    options = [part for pair in known.items() for part in pair]
+    done = CliRunner().invoke(cli.app, ["probe", UNIFORM_BASE, "--judge-reads-ids", *options], env={"TERM": "dumb"})
+    assert done.exit_code == 2 and done.stderr.startswith("tokendrift: ") and says in done.stderr
+    assert "Traceback" not in done.output
+
+
+def test_a_checkpoint_without_a_tokenizer_asks_for_one(text):
+    with pytest.raises(TokenDriftError, match="has no tokenizer"):
+        probe_checkpoints(UNIFORM_BASE, text, judge=two_words_judge)

@@ -218,6 +218,61 @@ def doctor(
         raise typer.Exit(1)
 
 
+@app.command()
+def probe(
+    checkpoint: Annotated[str, typer.Argument(help="Hub id, folder, safetensors file or Lightning .ckpt.")],
+    text: Annotated[Path, typer.Option(help="UTF-8 text for prompts and unigrams.")],
+    compare: Annotated[str | None, typer.Option(help="A refined checkpoint, probed side by side.")] = None,
+    judge: Annotated[str, typer.Option(help="Causal LM of transformers: hub name or folder.")] = "gpt2-large",
+    judge_reads_ids: Annotated[
+        bool, typer.Option("--judge-reads-ids", help="The judge has the denoiser's vocabulary: nothing is decoded.")
+    ] = False,
+    tokenizer: Annotated[
+        str | None, typer.Option(help="tokenizer.json, folder or hub id; by default the checkpoint's, or GPT-2's.")
+    ] = None,
+    prompts: Annotated[int, typer.Option(min=2, help="Prompts, spread over the text.")] = 64,
+    prompt_length: Annotated[int | None, typer.Option(min=1, help="Tokens of a prompt.")] = None,
+    positions: Annotated[int | None, typer.Option(min=1, help="Noisy positions appended.")] = None,
+    draws: Annotated[int, typer.Option(min=1, help="Draws for each prompt.")] = 4,
+    seed: Annotated[int, typer.Option(min=0, help="Of noise and draws.")] = 0,
+    device: Annotated[str, typer.Option(help="Where to run.")] = "cpu",
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Write all numbers to this JSON file.")] = None,
+) -> None:
+    """Probe what a denoiser predicts far from its context, and what drawing in parallel breaks.
+
+    With --compare: does refinement close the trap, beyond what a lower temperature does?
+    """
+    with plain_errors():
+        from tokendrift.evaluation.files import write_atomically
+        from tokendrift.evaluation.probes import probe_checkpoints
+
+        with Console(stderr=True).status("probing") as status:
+            report = probe_checkpoints(
+                checkpoint,
+                text,
+                compare=compare,
+                judge=judge,
+                judge_reads_ids=judge_reads_ids,
+                tokenizer=tokenizer,
+                prompts=prompts,
+                prompt_length=prompt_length,
+                positions=positions,
+                draws=draws,
+                seed=seed,
+                device=device,
+                progress=status.update,
+            )
+        if output is not None:
+            write_atomically(output, json.dumps(report.to_dict(), indent=2) + "\n")
+        console = Console()
+        if not console.is_terminal:
+            console = Console(width=130)  # the tables are wider than the 80 columns that rich assumes for a pipe
+        for table in report.tables():
+            console.print(table)
+        for sentence in report.sentences():
+            console.print(sentence, highlight=False, markup=False)
+
+
 @contextmanager
 def plain_errors(hint: str = "finished stages are kept: run the same command again to go on") -> Iterator[None]:
     """Turn bad input into one message without a traceback, and Ctrl-C into a hint."""

@@ -11,6 +11,7 @@ Source: the two analyses of "On the Role of Discreteness in Diffusion LLMs" (arX
 turn into frequent words with distance, and defines the marginal trap.
 """
 
+from tokendrift.evaluation.probes.checkpoints import ProbeReport, probe_checkpoints
 from tokendrift.evaluation.probes.information_decay import InformationDecay, Share, information_decay, unigram_law
 from tokendrift.evaluation.probes.marginal_trap import MarginalTrap, marginal_trap, matched_temperature, trap_change
 from tokendrift.evaluation.probes.views import (
@@ -24,6 +25,7 @@ from tokendrift.evaluation.probes.views import (
 __all__ = [
     "InformationDecay",
     "MarginalTrap",
+    "ProbeReport",
     "Share",
     "decay_table",
     "heat_map",
@@ -32,6 +34,7 @@ __all__ = [
     "matched_temperature",
     "plot_decay",
     "plot_trap",
+    "probe_checkpoints",
     "trap_change",
     "trap_table",
     "unigram_law",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,6 +15,11 @@ from tokendrift.diffusion.process import Denoiser, Process
 from tokendrift.evaluation.bootstrap import Interval
 from tokendrift.evaluation.judge import scoring
 from tokendrift.evaluation.probes.setting import Setting, interval_of_means
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+    from rich.table import Table
 
 TOP = 3  # likeliest tokens kept for each distance
 
@@ -59,23 +64,23 @@ class InformationDecay:
             **{name: [interval._asdict() for interval in intervals] for name, intervals in named.items()},
         }
 
-    def table(self, decode: Callable[[int], str] = str) -> Any:
+    def table(self, decode: Callable[[int], str] = str) -> Table:
         """Return a `rich` table (extra ``cli``), a row for each distance; ``decode`` gives the text of one token."""
         from tokendrift.evaluation.probes.views import decay_table
 
         return decay_table({"": self}, decode)
 
-    def plot(self) -> tuple[Any, Any]:
+    def plot(self, axes: Axes | None = None) -> tuple[Figure, Axes]:
         """Draw entropy and divergence over distance with their intervals; returns matplotlib's (fig, ax)."""
         from tokendrift.evaluation.probes.views import plot_decay
 
-        return plot_decay({"": self})
+        return plot_decay({"": self}, axes)
 
-    def heat_map(self, decode: Callable[[int], str] = str) -> tuple[Any, Any]:
+    def heat_map(self, decode: Callable[[int], str] = str, axes: Axes | None = None) -> tuple[Figure, Axes]:
         """Draw the mean probability of every token that is among the first three somewhere; returns (fig, ax)."""
         from tokendrift.evaluation.probes.views import heat_map
 
-        return heat_map(self, decode)
+        return heat_map(self, decode, axes)
 
 
 def information_decay(

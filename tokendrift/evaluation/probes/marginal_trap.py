@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -17,6 +17,11 @@ from tokendrift.evaluation.generative_perplexity import GenerativePerplexity
 from tokendrift.evaluation.judge import scoring
 from tokendrift.evaluation.probes.setting import Setting, entropies, interval_of_means
 from tokendrift.sampling.categorical import draw
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+    from rich.table import Table
 
 BISECTIONS = 12  # of a temperature: to 1/4096
 PROTOCOL = "all"  # every token counts, an end of text too: log-likelihoods of wholes are compared
@@ -35,8 +40,9 @@ class MarginalTrap:
     :math:`(\mathrm{KL}(\prod_i p_i \,\|\, p) + \mathrm{TC}) / k`, with the total correlation
     :math:`\mathrm{TC} = \sum_i H(p_i) - H(p)`: a property of the language. A uniform-state denoiser can close it like
     a generator: predictions that are sharp and depend on the noise, which all positions read. A masked one has no
-    noise in its input and can only commit to fewer continuations. ``entropy`` is that of the predictions,
-    ``drawn_entropy`` that of the outcome: where the second falls too, the gap was paid for in variety.
+    noise in its input and can only commit to fewer continuations. Sharper predictions alone move the gap as well,
+    either way, since tokens drawn in turn gain from them, too: compare at equal ``entropy``. ``drawn_entropy`` is
+    that of the outcome: where it falls, a smaller gap was paid for in variety.
 
     Attributes:
         sizes: The k.
@@ -71,17 +77,17 @@ class MarginalTrap:
         plain = vars(self) | {"sizes": list(self.sizes), "prompt_gaps": self.prompt_gaps.tolist()}
         return plain | {"gap": [interval._asdict() for interval in self.gap]}
 
-    def table(self) -> Any:
+    def table(self) -> Table:
         """Return a `rich` table (extra ``cli``), a row for each k."""
         from tokendrift.evaluation.probes.views import trap_table
 
         return trap_table({"": self})
 
-    def plot(self) -> tuple[Any, Any]:
+    def plot(self, axes: Axes | None = None) -> tuple[Figure, Axes]:
         """Draw the gap over k with its interval; returns matplotlib's (fig, ax)."""
         from tokendrift.evaluation.probes.views import plot_trap
 
-        return plot_trap({"": self})
+        return plot_trap({"": self}, axes)
 
 
 def marginal_trap(
@@ -213,8 +219,8 @@ def matched_temperature(
 ) -> float:
     """Return the temperature, 1 at most, at which predictions at noisy positions have a mean entropy.
 
-    A denoiser with sharper predictions has a smaller trap. Whether it does more than that is seen against the other
-    denoiser at this temperature.
+    Sharper predictions alone move the gap. Whether a denoiser does more than that is seen against the other one at
+    this temperature.
 
     Args:
         denoiser: As for `marginal_trap`.

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from tokendrift.evaluation._plots import canvas
 from tokendrift.evaluation.bootstrap import Interval
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
     from rich.table import Table
 
     from tokendrift.evaluation.probes.information_decay import InformationDecay
@@ -79,11 +82,9 @@ def trap_table(probes: Mapping[str, MarginalTrap]) -> Table:
     return table
 
 
-def plot_decay(probes: Mapping[str, InformationDecay]) -> tuple[Any, Any]:
+def plot_decay(probes: Mapping[str, InformationDecay], axes: Axes | None = None) -> tuple[Figure, Axes]:
     """Draw entropy (solid) and divergence (dashed) over distance, with intervals; returns matplotlib's (fig, ax)."""
-    from matplotlib import pyplot
-
-    fig, ax = pyplot.subplots(figsize=(6.4, 4.0), layout="constrained")
+    figure, ax = canvas(axes)
     for number, (name, probe) in enumerate(probes.items()):
         distance = range(1, len(probe.entropy) + 1)
         for label, intervals, style in (("entropy", probe.entropy, "-"), ("KL", probe.divergence, "--")):
@@ -91,14 +92,12 @@ def plot_decay(probes: Mapping[str, InformationDecay]) -> tuple[Any, Any]:
     ax.axhline(next(iter(probes.values())).corpus_entropy, color="grey", linewidth=0.8, label="entropy of unigrams")
     ax.set(xlabel="distance from the prompt (tokens)", ylabel="nats", ylim=(0, None))
     ax.legend()
-    return fig, ax
+    return figure, ax
 
 
-def plot_trap(probes: Mapping[str, MarginalTrap]) -> tuple[Any, Any]:
+def plot_trap(probes: Mapping[str, MarginalTrap], axes: Axes | None = None) -> tuple[Figure, Axes]:
     """Draw the gap over k with intervals; returns matplotlib's (fig, ax)."""
-    from matplotlib import pyplot
-
-    fig, ax = pyplot.subplots(figsize=(6.4, 4.0), layout="constrained")
+    figure, ax = canvas(axes)
     for number, (name, probe) in enumerate(probes.items()):
         _band(ax, probe.sizes, probe.gap, f"C{number}", "o-", name or "gap")
     ax.axhline(0, color="grey", linewidth=0.8)
@@ -107,32 +106,34 @@ def plot_trap(probes: Mapping[str, MarginalTrap]) -> tuple[Any, Any]:
     ax.xaxis.set_major_formatter("{x:g}")
     ax.set(xlabel="tokens drawn in one step", ylabel="gap (nats per position)")
     ax.legend()
-    return fig, ax
+    return figure, ax
 
 
-def heat_map(probe: InformationDecay, decode: Callable[[int], str] = str) -> tuple[Any, Any]:
+def heat_map(
+    probe: InformationDecay, decode: Callable[[int], str] = str, axes: Axes | None = None
+) -> tuple[Figure, Axes]:
     """Draw the mean probability of the three likeliest tokens of each distance; returns matplotlib's (fig, ax).
 
     Rows are tokens in the order of their first appearance, columns distances; blank where a token is not among the
     three.
     """
-    from matplotlib import pyplot
-
     tokens = list(dict.fromkeys(share.token for shares in probe.top for share in shares))
     grid = [[float("nan")] * len(probe.top) for _ in tokens]
     for column, shares in enumerate(probe.top):
         for share in shares:
             grid[tokens.index(share.token)][column] = share.probability
-    fig, ax = pyplot.subplots(figsize=(1.5 + 0.3 * len(probe.top), 1.5 + 0.22 * len(tokens)), layout="constrained")
+    figure, ax = canvas(axes)
+    if axes is None:
+        figure.set_size_inches(1.8 + 0.3 * len(probe.top), 1.5 + 0.22 * len(tokens))
     image = ax.imshow(grid, aspect="auto", vmin=0, cmap="viridis")
     ax.set_yticks(range(len(tokens)), [repr(decode(token)) for token in tokens])
     ax.set_xticks(range(len(probe.top)), [str(d) for d in range(1, len(probe.top) + 1)])
     ax.set(xlabel="distance from the prompt (tokens)", ylabel="token")
-    fig.colorbar(image, ax=ax, label="mean probability")
-    return fig, ax
+    figure.colorbar(image, ax=ax, label="mean probability")
+    return figure, ax
 
 
-def _band(ax: Any, x: Sequence[int], intervals: list[Interval], colour: str, style: str, label: str) -> None:
+def _band(ax: Axes, x: Sequence[int], intervals: list[Interval], colour: str, style: str, label: str) -> None:
     """Draw estimates as a line and their intervals as a band."""
     ax.plot(x, [interval.estimate for interval in intervals], style, color=colour, label=label)
     low, high = [interval.low for interval in intervals], [interval.high for interval in intervals]
