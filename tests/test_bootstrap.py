@@ -11,6 +11,7 @@ from torch import Tensor
 
 from tokendrift import TokenDriftError
 from tokendrift.evaluation import bootstrap_interval, perplexity_interval, perplexity_ratio_interval
+from tokendrift.evaluation.bootstrap import halves, interval_from
 
 
 class Corpus(NamedTuple):
@@ -50,6 +51,23 @@ def test_intervals_cover_the_truth_as_often_as_they_say(level):
         covered += interval.low <= 0 <= interval.high
     # Four standard errors of a rate, and 2% for the known shortness of percentile intervals at n = 60.
     assert abs(covered / trials - level) < 4 * math.sqrt(level * (1 - level) / trials) + 0.02
+
+
+def test_the_spread_over_halves_is_that_of_a_draw_of_all():
+    values = torch.randn(400, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    half = halves(400, 4000, torch.Generator().manual_seed(1))
+    assert (half.sum(dim=1) == 200).all()
+    means = (half.double() @ values) / 200
+    # A standard deviation from 4000 values is known to 1.1 %; two of them.
+    assert means.std().item() == pytest.approx(values.std().item() / 20, rel=0.025)
+
+
+def test_centring_moves_the_interval_to_the_estimate_and_keeps_its_width():
+    replicates = torch.randn(999, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    bare, centred = interval_from(5.0, replicates), interval_from(5.0, replicates, centred=True)
+    assert bare.excludes(5.0)
+    assert not centred.excludes(5.0)
+    assert centred.high - centred.low == pytest.approx(bare.high - bare.low, rel=1e-12)
 
 
 def test_same_seed_same_interval_and_the_global_state_stays():

@@ -16,7 +16,7 @@ from tokendrift.demo import run as demo_run
 from tokendrift.demo.cache import cached
 from tokendrift.demo.corpus import docstrings, file_documents, prose, python_documents, split
 from tokendrift.demo.report import over_seeds, table, write
-from tokendrift.demo.run import MATCHED, Demo, temperature_at
+from tokendrift.demo.run import MATCHED, Demo
 from tokendrift.demo.stages import PRETRAINED, Corpus, DemoConfig, check_base, make_denoiser, make_process
 
 WORDS = "the model reads a long sentence and writes another one about fields"
@@ -90,13 +90,6 @@ def test_an_interrupted_stage_leaves_nothing_behind(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         cached(tmp_path, "stage", {}, make)
     assert list(tmp_path.iterdir()) == []
-
-
-def test_temperature_is_interpolated_and_held_at_the_ends():
-    curve = [(1.0, 3.0), (0.5, 2.0), (0.8, 2.8)]
-    assert temperature_at(curve, 2.9) == pytest.approx(0.9)
-    assert temperature_at(curve, 2.4) == pytest.approx(0.65)
-    assert temperature_at(curve, 3.5) == 1.0 and temperature_at(curve, 1.0) == 0.5
 
 
 def test_a_base_that_knows_only_unigrams_is_refused():

@@ -12,12 +12,14 @@ from hypothesis import strategies as st
 
 from tokendrift import TokenDriftError
 from tokendrift.evaluation import (
+    copied_share,
     distinct_n,
     duplicate_share,
+    longest_repeat,
     most_frequent_share,
-    repetition,
     sample_entropy,
     sample_repetition,
+    self_bleu,
     unigram_entropy,
 )
 
@@ -61,7 +63,6 @@ def test_corpus_entropy_sees_what_sample_entropy_does_not():
 def test_examples_by_hand():
     assert distinct_n([[1, 2, 1, 2], [1, 2]], 2) == 2 / 4  # 12, 21, 12, 12
     assert sample_repetition([[1, 1, 1, 1, 1, 1], [1, 2, 3, 4, 5, 6]]).tolist() == [2 / 3, 0]
-    assert repetition([[1, 1, 1, 1, 1, 1], [1, 2, 3, 4, 5, 6]]) == pytest.approx(1 / 3)
     assert most_frequent_share([[1, 1, 2], [3]]) == 0.5
     assert duplicate_share([[1], [1, 1], [1], [1]]) == 0.5
 
@@ -106,11 +107,53 @@ def test_neither_names_of_tokens_nor_order_of_samples_matter(ids, data):
     assert sorted(sample_entropy(shuffled).tolist()) == pytest.approx(sorted(sample_entropy(ids).tolist()), abs=1e-12)
 
 
+def bleu(sequence, references):
+    """BLEU-4 without smoothing, straight from its definition."""
+    log = 0.0
+    for n in range(1, 5):
+        own = Counter(grams(sequence, n))
+        clipped = sum(min(count, max(Counter(grams(r, n))[gram] for r in references)) for gram, count in own.items())
+        if clipped == 0:
+            return 0.0
+        log += math.log(clipped / own.total()) / 4
+    nearest = min((abs(len(r) - len(sequence)), len(r)) for r in references)[1]
+    return math.exp(log + min(0.0, 1 - nearest / len(sequence)))
+
+
+short_corpora = st.lists(st.lists(st.sampled_from([0, 1, HUGE]), min_size=1, max_size=12), min_size=2, max_size=6)
+
+
+@given(ids=short_corpora)
+def test_self_bleu_is_bleu_against_all_others(ids):
+    expected = [bleu(s, ids[:i] + ids[i + 1 :]) for i, s in enumerate(ids)]
+    assert self_bleu(ids).tolist() == pytest.approx(expected, abs=1e-12)
+
+
+@given(ids=short_corpora)
+def test_the_longest_repeat_agrees_with_trying_every_length(ids):
+    def longest(s):
+        return max((n for n in range(1, len(s)) if max(Counter(grams(s, n)).values()) > 1), default=0)
+
+    assert longest_repeat(ids).tolist() == [longest(s) for s in ids]
+
+
+@given(ids=short_corpora, corpus=short_corpora, n=orders)
+def test_copied_share_agrees_with_a_set_of_ngrams(ids, corpus, n):
+    known = {gram for document in corpus for gram in grams(document, n)}
+    expected = [sum(g in known for g in grams(s, n)) / max(1, len(grams(s, n))) for s in ids]
+    assert copied_share(ids, corpus, n).tolist() == pytest.approx(expected, abs=1e-15)
+
+
+def test_no_ngram_reaches_from_one_document_into_the_next():
+    assert copied_share([[1, 2, 3, 4]], [[1, 2], [3, 4]], n=3).tolist() == [0]
+    assert copied_share([[1, 2, 3, 4]], [[1, 2, 3, 4]], n=3).tolist() == [1]
+
+
 def test_tensors_and_lists_agree():
     ids = torch.randint(7, (5, 9), generator=torch.Generator().manual_seed(0))
     for figure in (sample_entropy, sample_repetition):
         assert torch.equal(figure(ids), figure(ids.tolist()))
-    for figure in (unigram_entropy, most_frequent_share, duplicate_share, repetition):
+    for figure in (unigram_entropy, most_frequent_share, duplicate_share):
         assert figure(ids.int()) == figure(ids.tolist())
 
 
@@ -135,6 +178,11 @@ def test_entropy_lies_between_nothing_and_that_of_all_different():
 def test_what_has_no_diversity_is_named(ids, says):
     with pytest.raises(TokenDriftError, match=says):
         sample_entropy(ids)
+
+
+def test_one_sample_has_no_self_bleu():
+    with pytest.raises(TokenDriftError, match="it needs at least 2"):
+        self_bleu([[1, 2, 3, 4]])
 
 
 def test_an_order_without_ngrams_is_named():

@@ -14,15 +14,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tokendrift import TokenDriftError
-from tokendrift.evaluation import (
-    GenerativePerplexity,
-    Measures,
-    generative_perplexity,
-    measure,
-    perplexity_interval,
-)
+from tokendrift.evaluation import GenerativePerplexity, SampleSet, decode, generative_perplexity
 from tokendrift.evaluation.judge import Judge, token_nll
 from tokendrift.evaluation.protocols import log_perplexity, plan_windows, scored_targets
+from tokendrift.evaluation.samples import cleaned
 
 CASES = ("plain", "padded", "chunked")
 V = 20
@@ -311,7 +306,7 @@ def test_a_judge_is_shown_what_is_padding():
     seen = []
     judge = lambda ids, mask: seen.append(mask.tolist()) or bigram(ids)  # noqa: E731
     generative_perplexity([[1, 2, 3, 4], [5, 6]], judge, protocol="all")
-    assert seen == [[[1, 1, 0, 0], [1, 1, 1, 1]]]
+    assert seen == [[[1, 1, 1, 1], [1, 1, 0, 0]]]
 
 
 def test_a_certain_judge_gives_one_and_a_uniform_one_gives_v():
@@ -347,10 +342,59 @@ def test_dropout_is_off_while_scoring_and_back_afterwards():
     assert not model.transformer.h.training
 
 
-def test_progress_counts_the_windows():
-    seen = []
-    generative_perplexity(texts_of([4] * 5), bigram, protocol="all", batch_size=2, progress=seen.append)
-    assert seen == [2, 2, 1]
+def test_a_call_reads_as_many_tokens_whatever_the_length_and_progress_counts_its_windows():
+    seen, shapes = [], []
+    judge = lambda ids, mask: shapes.append(tuple(ids.shape)) or bigram(ids)  # noqa: E731
+    samples = texts_of([16] * 3 + [4] * 9)
+    generative_perplexity(samples, judge, protocol="all", max_length=16, batch_size=2, progress=seen.append)
+    assert seen == [2, 2, 8]
+    assert shapes == [(2, 16), (2, 16), (8, 4)]  # the third long one takes a short one with it
+
+
+def test_a_judge_by_name_is_recorded_with_its_precision_and_revision(tiny_gpt2, tmp_path):
+    tiny_gpt2(torch.float32).save_pretrained(tmp_path)
+    exact = generative_perplexity(texts_of([9]), tmp_path, word_tokenizer())
+    rough = generative_perplexity(texts_of([9]), str(tmp_path), word_tokenizer(), precision="bfloat16", revision="main")
+    assert (exact.judge, exact.precision, exact.revision) == (str(tmp_path), "float32", None)
+    assert (rough.precision, rough.revision) == ("bfloat16", "main")
+    # Eight bits of mantissa: logits of size 1 are off by up to 1/256, and so is a mean of NLL.
+    assert math.isclose(math.log(rough.perplexity), math.log(exact.perplexity), abs_tol=0.02)
+    assert json.loads(json.dumps(exact.to_dict()))["sample_nll"] == exact.sample_nll.tolist()
+
+
+def test_weights_come_from_safetensors_alone(tiny_gpt2, tmp_path):
+    tiny_gpt2(torch.float32).save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    torch.save({}, tmp_path / "pytorch_model.bin")
+    with pytest.raises(TokenDriftError, match="could not be loaded"):
+        generative_perplexity(texts_of([9]), tmp_path, word_tokenizer())
+
+
+def test_sample_sets_are_read_by_their_text_if_they_have_it():
+    by_text = generative_perplexity(
+        SampleSet(ids=[[9, 9, 9]], texts=["a b c"]), bigram, word_tokenizer(), protocol="all"
+    )
+    by_ids = generative_perplexity(SampleSet(ids=[[1, 2, 3]]), bigram, protocol="all")
+    assert by_text.nll == by_ids.nll
+
+
+@pytest.mark.parametrize("clean_up_spaces", [True, False])
+def test_decoding_is_the_same_for_both_kinds_of_tokenizer_and_keeps_special_tokens(clean_up_spaces):
+    transformers, tokenizer = pytest.importorskip("transformers"), word_tokenizer()
+    wrapped = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|endoftext|>")
+    own, theirs = (decode(t, [[1, 2, 0], [3]], clean_up_spaces=clean_up_spaces) for t in (tokenizer, wrapped))
+    assert own == theirs == ["a b <|endoftext|>", "c"]
+
+
+def test_clean_up_closes_the_gaps_that_transformers_closed():
+    transformers = pytest.importorskip("transformers")
+    text = "Is n't it ? I 'm , you 've : ' we 're ' . It 's so !"
+    rule = transformers.PreTrainedTokenizerBase.clean_up_tokenization
+    try:
+        expected = rule(text)
+    except TypeError:  # a method since transformers 5
+        expected = rule(None, text)
+    assert cleaned(text) == expected != text
 
 
 def word_tokenizer():
@@ -394,30 +438,6 @@ def test_importing_the_evaluation_loads_no_transformers():
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
 
 
-# ------------------------------------------------------------------------------------------------ measures
-
-
-def test_measures_stand_together_and_go_into_json():
-    ids = torch.stack(texts_of([32] * 12))
-    judge = GenerativePerplexity(bigram, word_tokenizer(), protocol="all")
-    figures = measure(ids, judge, nfe=4, resamples=200)
-    assert isinstance(figures, Measures)
-    assert figures.gen_ppl == perplexity_interval(figures.perplexity, resamples=200)
-    assert figures.gen_ppl.low <= figures.gen_ppl.estimate <= figures.gen_ppl.high
-    assert (figures.samples, figures.tokens, figures.nfe) == (12, 384, 4)
-    plain = json.loads(json.dumps(figures.as_dict()))
-    assert plain["gen_ppl"]["estimate"] == figures.gen_ppl.estimate
-    assert {"sample_entropy", "unigram_entropy", "distinct_3", "repetition_4", "most_frequent_share"} <= set(plain)
-    assert (plain["protocol"], plain["precision"], plain["scored_tokens"]) == ("all", "float64", 12 * 31)
-
-
-def test_measure_scores_the_decoded_text_when_told_how():
-    judge = GenerativePerplexity(bigram, word_tokenizer(), protocol="all")
-    letters = lambda rows: [" ".join(chr(ord("a") + token) for token in row) for row in rows]  # noqa: E731
-    shifted = measure([[0, 1, 2], [3, 4, 5]], judge, decode=letters, resamples=10)
-    assert shifted.perplexity.nll == generative_perplexity([[1, 2, 3], [4, 5, 6]], bigram, protocol="all").nll
-
-
 # ------------------------------------------------------------------------------------------------ bad input
 
 
@@ -455,6 +475,7 @@ def test_ids_outside_the_judges_vocabulary_are_named(tiny_gpt2):
     [
         ({"protocol": "ppl"}, "protocol must be one of 'mdlm', 'sedd', 'sdtt', 'bd3', 'all'"),
         ({}, "Pass eos_id, or take protocol='all'"),
+        ({"protocol": "all", "precision": "float32"}, "precision and revision are for a judge loaded by name"),
         ({"protocol": "all", "batch_size": 0}, "batch_size must be an integer of at least 1"),
         ({"protocol": "all", "max_length": 1}, "max_length must be an integer of at least 2"),
         ({"protocol": "all", "max_length": 8, "stride": 8}, "stride must be below max_length = 8"),

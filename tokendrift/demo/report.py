@@ -12,8 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from tokendrift.demo.run import Outcome, Row, entropy
+from tokendrift.demo.run import Outcome, Row
 from tokendrift.demo.stages import DemoConfig
+from tokendrift.evaluation import write_atomically
+from tokendrift.evaluation.matching import entropy
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -35,8 +37,8 @@ def cells(row: Row) -> tuple[str, ...]:
         f"{m.gen_ppl.estimate:.1f}",
         f"{m.gen_ppl.low:.1f} to {m.gen_ppl.high:.1f}",
         f"{m.sample_entropy.estimate:.3f}",
-        f"{m.unigram_entropy:.3f}",
-        f"{m.distinct_3:.3f}",
+        f"{m.unigram_entropy.estimate:.3f}",
+        f"{m.distinct_3.estimate:.3f}",
         f"{m.repetition_4.estimate:.3f}",
     )
 
@@ -113,7 +115,7 @@ def as_json(config: DemoConfig, outcomes: Sequence[Outcome]) -> dict[str, Any]:
     import dataclasses
 
     def rows(found: Sequence[Row]) -> list[dict[str, Any]]:
-        return [{"model": r.model, "nfe": r.nfe, "temperature": r.temperature, **r.measures.as_dict()} for r in found]
+        return [{"model": r.model, "nfe": r.nfe, "temperature": r.temperature, **r.measures.summary()} for r in found]
 
     return {
         "config": dataclasses.asdict(config),
@@ -136,8 +138,7 @@ def write(folder: Path, config: DemoConfig, outcomes: Sequence[Outcome]) -> Path
     """Write ``results.json`` and ``report.html``; each appears whole or not at all. Returns the report's path."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
-    folder.mkdir(parents=True, exist_ok=True)
-    replace(folder / "results.json", json.dumps(as_json(config, outcomes), indent=2))
+    write_atomically(folder / "results.json", json.dumps(as_json(config, outcomes), indent=2))
     environment = Environment(
         loader=PackageLoader("tokendrift.demo", "templates"), autoescape=True, undefined=StrictUndefined
     )
@@ -157,15 +158,8 @@ def write(folder: Path, config: DemoConfig, outcomes: Sequence[Outcome]) -> Path
             for outcome in outcomes
         ],
     )
-    replace(folder / "report.html", page)
+    write_atomically(folder / "report.html", page)
     return folder / "report.html"
-
-
-def replace(path: Path, text: str) -> None:
-    """Write a file through a neighbour, so that a reader never sees half of it."""
-    place = path.with_name(f".{path.name}.part")
-    place.write_text(text, encoding="utf-8")
-    place.replace(path)
 
 
 def examples(outcome: Outcome) -> dict[str, Any]:
@@ -213,11 +207,11 @@ def frontier(axes: Axes, outcome: Outcome, kind: str) -> None:
     for nfe, line in ((nfes[0], "-"), (nfes[-1], ":")):
         for model in ("continuation", "TokenDrift"):
             points = [r.measures for r in outcome.frontier if r.model == model and r.nfe == nfe]
-            places = [entropy(m, kind) for m in points], [m.gen_ppl.estimate for m in points]
+            places = [entropy(m, kind).estimate for m in points], [m.gen_ppl.estimate for m in points]
             axes.plot(*places, line, color=COLOURS[model], marker="o", markersize=4, label=f"{model}, {nfe} NFE")
     real = outcome.rows[0].measures
     star: dict[str, Any] = {"color": COLOURS["real text"], "markersize": 14, "label": "real text"}
-    axes.plot(entropy(real, kind), real.gen_ppl.estimate, "*", **star)
+    axes.plot(entropy(real, kind).estimate, real.gen_ppl.estimate, "*", **star)
     axes.set_yscale("log")
     axes.set_xlabel(f"{kind} entropy (nats); temperature falls to the left")
     axes.set_ylabel("Gen.-PPL")

@@ -7,7 +7,6 @@ import math
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -35,7 +34,8 @@ from tokendrift.demo.stages import (
     train_tokenizer,
 )
 from tokendrift.diffusion import Process
-from tokendrift.evaluation import GenerativePerplexity, Interval, Measures, measure, perplexity_ratio_interval
+from tokendrift.evaluation import GenerativePerplexity, Measures, decode, matched_entropy, measure, temperature_at
+from tokendrift.evaluation.matching import TEMPERATURES, entropy
 from tokendrift.models import DiT, load_denoiser, save_denoiser
 from tokendrift.sampling import sample
 from tokendrift.training import validation_nelbo
@@ -45,7 +45,6 @@ if TYPE_CHECKING:
 
 ROWS_A_BATCH = 128
 MATCHED = {"sample": "  = H sample", "unigram": "  = H unigram"}  # the temperature-matched rows of the continuation
-TEMPERATURES = (1.0, 0.85, 0.7, 0.55, 0.4, 0.25, 0.1)  # of the continuation: the frontier and the matching
 OWN_TEMPERATURES = (1.0, 0.7, 0.4)  # of TokenDrift, for the plot
 FRONTIER_SAMPLES = 256
 
@@ -237,10 +236,13 @@ class Demo:
                 rows += found.values()
                 curve = [scorer.row("continuation", continued.model, nfe, t, grid) for t in TEMPERATURES]
                 frontier += curve
-                frontier += [scorer.row("TokenDrift", drifted.model, nfe, t, grid) for t in OWN_TEMPERATURES]
+                own = [scorer.row("TokenDrift", drifted.model, nfe, t, grid) for t in OWN_TEMPERATURES]
+                frontier += own
                 for kind in ("sample", "unigram"):
-                    target = entropy(found["TokenDrift"].measures, kind)
-                    at = temperature_at([(r.temperature, entropy(r.measures, kind)) for r in curve], target)
+                    # Both sides of the match from sets of one size, on which the entropy of all tokens depends.
+                    target = entropy(own[0].measures, kind).estimate
+                    levels = [entropy(row.measures, kind).estimate for row in curve]
+                    at = temperature_at(list(zip(TEMPERATURES, levels, strict=True)), target)
                     rows.append(scorer.row(MATCHED[kind], continued.model, nfe, at, count))
         nelbo = {name: validation_nelbo(model, self.process, corpus.held_out) for name, model in models.items()}
         curves = {"continuation": continued.records, "drift": drifted.records}
@@ -291,30 +293,9 @@ class Scorer:
 
     def measured(self, name: str, ids: Tensor, nfe: int | None, temperature: float | None) -> Row:
         """Decode, retokenise and score ids (n, L)."""
-
-        def decode(rows: list[list[int]]) -> list[str]:
-            return list(self.corpus.tokenizer.decode_batch(rows, skip_special_tokens=False))
-
-        return Row(name, nfe, temperature, measure(ids, self.judge, decode=decode, nfe=nfe), decode(ids[:12].tolist()))
-
-
-def entropy(measures: Measures, kind: str) -> float:
-    """Return the mean entropy of a sample, or that of all tokens together, in nats."""
-    return measures.sample_entropy.estimate if kind == "sample" else measures.unigram_entropy
-
-
-def temperature_at(curve: Sequence[tuple[float | None, float]], entropy: float) -> float:
-    """Return the temperature at which a curve of (temperature, entropy) reaches an entropy.
-
-    Linear between neighbours; the ends of the curve where the entropy lies outside it.
-    """
-    points = sorted((t, h) for t, h in curve if t is not None)
-    if entropy >= points[-1][1]:
-        return points[-1][0]
-    for (cold, low), (warm, high) in reversed(list(pairwise(points))):
-        if low <= entropy <= high:
-            return cold if high == low else cold + (warm - cold) * (entropy - low) / (high - low)
-    return points[0][0]
+        tokenizer = self.corpus.tokenizer
+        figures = measure(ids, self.judge, tokenizer=tokenizer, nfe=nfe)
+        return Row(name, nfe, temperature, figures, decode(tokenizer, ids[:12]))
 
 
 def headline(rows: Sequence[Row], nfe: int) -> dict[str, float]:
@@ -332,11 +313,12 @@ def headline(rows: Sequence[Row], nfe: int) -> dict[str, float]:
         "nfe": float(nfe),
         "relative_change": drift.gen_ppl.estimate / continued.gen_ppl.estimate - 1,
         "log_gap_closed": (logs["c"] - logs["d"]) / (logs["c"] - logs["r"]),
-        "entropy_below_real": entropy(real, "sample") - entropy(drift, "sample"),
+        "entropy_below_real": real.sample_entropy.estimate - drift.sample_entropy.estimate,
     }
+    temperatures = {row.model: row.temperature or 1.0 for row in rows if row.nfe == nfe}
     for kind in ("sample", "unigram"):
         matched = found[MATCHED[kind]]
-        ratio: Interval = perplexity_ratio_interval(drift.perplexity, matched.perplexity)
+        ratio = matched_entropy(drift, matched, real, kind=kind, temperature=temperatures[MATCHED[kind]]).ratio
         out |= {f"over_matched_{kind}": ratio.estimate}
         out |= {f"over_matched_{kind}_low": ratio.low, f"over_matched_{kind}_high": ratio.high}
     return out

@@ -6,39 +6,96 @@ from tokendrift.evaluation.bootstrap import (
     perplexity_interval,
     perplexity_ratio_interval,
 )
+from tokendrift.evaluation.comparison import Comparison, compare
 from tokendrift.evaluation.diversity import (
     distinct_n,
     duplicate_share,
     most_frequent_share,
-    repetition,
     sample_entropy,
-    sample_repetition,
     unigram_entropy,
 )
+from tokendrift.evaluation.draws import DrawSamples, MeasureSamples, Setting, denoiser_samples
+from tokendrift.evaluation.evaluator import Evaluation, Row, evaluate
+from tokendrift.evaluation.files import read_samples, write_atomically
+from tokendrift.evaluation.frontier import Frontier, Point, sweep
 from tokendrift.evaluation.generative_perplexity import (
     GenerativePerplexity,
     PerplexityResult,
     generative_perplexity,
 )
+from tokendrift.evaluation.guard import CHECKS, Finding, Verdict, check_samples
+from tokendrift.evaluation.matching import (
+    MatchedEntropy,
+    at_matched_entropy,
+    matched_entropy,
+    temperature_at,
+)
 from tokendrift.evaluation.measures import Measures, measure
+from tokendrift.evaluation.nelbo import nelbo_interval, sequence_nelbo
+from tokendrift.evaluation.overlap import copied_share, self_bleu
 from tokendrift.evaluation.protocols import PROTOCOLS
+from tokendrift.evaluation.repetition import longest_repeat, sample_repetition
+from tokendrift.evaluation.samples import BadLine, SampleSet, decode
+from tokendrift.evaluation.two_sample import (
+    KernelDistance,
+    Mauve,
+    encoder_features,
+    judge_features,
+    kernel_distance,
+    mauve,
+)
 
 __all__ = [
+    "CHECKS",
     "PROTOCOLS",
+    "BadLine",
+    "Comparison",
+    "DrawSamples",
+    "Evaluation",
+    "Finding",
+    "Frontier",
     "GenerativePerplexity",
     "Interval",
+    "KernelDistance",
+    "MatchedEntropy",
+    "Mauve",
+    "MeasureSamples",
     "Measures",
     "PerplexityResult",
+    "Point",
+    "Row",
+    "SampleSet",
+    "Setting",
+    "Verdict",
+    "at_matched_entropy",
     "bootstrap_interval",
+    "check_samples",
+    "compare",
+    "copied_share",
+    "decode",
+    "denoiser_samples",
     "distinct_n",
     "duplicate_share",
+    "encoder_features",
+    "evaluate",
     "generative_perplexity",
+    "judge_features",
+    "kernel_distance",
+    "longest_repeat",
+    "matched_entropy",
+    "mauve",
     "measure",
     "most_frequent_share",
+    "nelbo_interval",
     "perplexity_interval",
     "perplexity_ratio_interval",
-    "repetition",
+    "read_samples",
     "sample_entropy",
     "sample_repetition",
+    "self_bleu",
+    "sequence_nelbo",
+    "sweep",
+    "temperature_at",
     "unigram_entropy",
+    "write_atomically",
 ]

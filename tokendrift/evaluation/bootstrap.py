@@ -1,8 +1,17 @@
-"""Percentile bootstrap over samples: how far a figure would move with another draw of as many samples."""
+"""Resampling over samples: how far a figure would move with another draw of as many samples.
+
+What averages over samples is resampled by the percentile bootstrap. Figures that count what occurs in the corpus at
+all (distinct n-grams, duplicates) would take a sample drawn twice for a repetition; they are computed on random halves
+instead, in which no sample stands twice. The variance of a mean over halves of n samples is that of a draw of n. The
+level of these figures depends on how many samples there are, and is set back to the estimate (``centred``).
+
+Source: Efron and Tibshirani, An Introduction to the Bootstrap (1993); Shao and Wu, A General Theory for Jackknife
+Variance Estimation (Annals of Statistics 1989), for the halves.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NamedTuple, Protocol
 
 import torch
@@ -26,6 +35,10 @@ class Interval(NamedTuple):
     estimate: float
     low: float
     high: float
+
+    def excludes(self, value: float) -> bool:
+        """Return whether a value lies outside."""
+        return not self.low <= value <= self.high
 
 
 class Scored(Protocol):
@@ -73,7 +86,7 @@ def bootstrap_interval(
     >>> bootstrap_interval(lambda x: x.mean(dim=-1), torch.full((5,), 2.0))
     Interval(estimate=2.0, low=2.0, high=2.0)
     """
-    _check(level, resamples)
+    check_resampling(level, resamples)
     arrays = _check_arrays(per_sample)
     generator = torch.Generator().manual_seed(seed)
     return _interval(_estimate(statistic, arrays), _replicates(statistic, arrays, resamples, generator), level)
@@ -117,7 +130,7 @@ def perplexity_ratio_interval(
     Raises:
         TokenDriftError: If the protocols differ, or, when paired, the numbers of samples.
     """
-    _check(level, resamples)
+    check_resampling(level, resamples)
     if a.protocol != b.protocol:
         raise fail(
             f"a was scored under protocol {a.protocol!r} and b under {b.protocol!r}; they do not compare.",
@@ -139,14 +152,42 @@ def perplexity_ratio_interval(
     return _exponentiated(_interval(_estimate(log, first) - _estimate(log, second), replicates, level))
 
 
+def redraws(n: int, resamples: int, generator: torch.Generator) -> Iterator[Tensor]:
+    """Yield indices of redrawn samples, int64 (r, n), in blocks that make ``resamples`` rows in all."""
+    block = max(1, BLOCK // n)
+    for start in range(0, resamples, block):
+        yield torch.randint(n, (min(block, resamples - start), n), generator=generator)
+
+
+def halves(n: int, resamples: int, generator: torch.Generator) -> Tensor:
+    """Return random halves of n samples, none of them twice, bool (R, n) with n // 2 true in each row."""
+    chance = torch.rand(resamples, n, generator=generator)
+    return chance.argsort(dim=1).argsort(dim=1) < n // 2
+
+
+def interval_from(estimate: float, replicates: Tensor, level: float = 0.95, *, centred: bool = False) -> Interval:
+    """Return the interval that holds a share ``level`` of the replicates.
+
+    Args:
+        estimate: The figure on all samples.
+        replicates: The figure on resampled ones, (R,).
+        level: Share inside.
+        centred: Shift the replicates to the estimate first: for figures that depend on how many samples differ.
+
+    >>> interval_from(2.0, torch.tensor([0.0, 1.0, 2.0]), level=0.5, centred=True)
+    Interval(estimate=2.0, low=1.5, high=2.5)
+    """
+    if centred:
+        replicates = replicates - replicates.mean() + estimate
+    return _interval(estimate, replicates, level)
+
+
 def _replicates(
     statistic: Callable[..., Tensor], arrays: tuple[Tensor, ...], resamples: int, generator: torch.Generator
 ) -> Tensor:
     """Return the statistic on ``resamples`` redrawn corpora, (R,)."""
-    n, parts = len(arrays[0]), []
-    block = max(1, BLOCK // n)
-    for start in range(0, resamples, block):
-        index = torch.randint(n, (min(block, resamples - start), n), generator=generator)
+    parts = []
+    for index in redraws(len(arrays[0]), resamples, generator):
         parts.append(_checked(statistic(*(array[index] for array in arrays)), len(index)))
     return torch.cat(parts)
 
@@ -167,7 +208,7 @@ def _checked(values: Tensor, resamples: int) -> Tensor:
 
 def _interval(estimate: float, replicates: Tensor, level: float) -> Interval:
     tails = torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.float64)
-    low, high = torch.quantile(replicates, tails).tolist()
+    low, high = torch.quantile(replicates.double(), tails).tolist()
     return Interval(estimate, low, high)
 
 
@@ -179,7 +220,8 @@ def _exponentiated(log: Interval) -> Interval:
     return Interval(*torch.tensor(log, dtype=torch.float64).exp().tolist())
 
 
-def _check(level: float, resamples: int) -> None:
+def check_resampling(level: float, resamples: int) -> None:
+    """Require a level between 0 and 1 and at least one redraw."""
     check_count("resamples", resamples, least=1)
     if not 0 < level < 1:
         raise fail("level must lie between 0 and 1, both excluded.", level=level)

@@ -5,17 +5,12 @@ All take ids as generated, before decoding: int64 (n, L), or a list of sequences
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TypeAlias
-
 import torch
 from torch import Tensor
 
-from tokendrift._checks import check_count, fail
-from tokendrift.evaluation.samples import id_sequences
-
-Ids: TypeAlias = Tensor | Sequence[Tensor] | Sequence[Sequence[int]]
-NONE = -1  # fills the rows of ragged sequences; no id is negative
+from tokendrift._checks import fail
+from tokendrift.evaluation._ngrams import NONE, ngrams, rows_of, runs
+from tokendrift.evaluation.samples import Ids
 
 
 def sample_entropy(ids: Ids) -> Tensor:
@@ -37,8 +32,8 @@ def sample_entropy(ids: Ids) -> Tensor:
     >>> sample_entropy(torch.tensor([[1, 1, 2, 2], [1, 2, 3, 4]])).mean()
     tensor(1.0397, dtype=torch.float64)
     """
-    rows, lengths = _rows(ids)
-    owners, counts = _runs(rows)
+    rows, lengths = rows_of(ids)
+    owners, counts = runs(rows)
     spread = torch.zeros(len(rows), dtype=torch.float64).index_add_(0, owners, counts * counts.log())
     return (lengths.log() - spread / lengths).clamp_min_(0)
 
@@ -55,7 +50,7 @@ def unigram_entropy(ids: Ids) -> float:
     >>> unigram_entropy([[1, 1], [2, 2]]) == sample_entropy([[1, 1, 2, 2]]).item()
     True
     """
-    rows, _ = _rows(ids)
+    rows, _ = rows_of(ids)
     return float(sample_entropy(rows[rows != NONE][None]))
 
 
@@ -76,45 +71,11 @@ def distinct_n(ids: Ids, n: int) -> float:
     >>> distinct_n([[1, 2, 1, 2]], 2)  # 12, 21, 12
     0.6666666666666666
     """
-    grams = _ngrams(_rows(ids)[0], n)
+    grams = ngrams(rows_of(ids)[0], n)
     grams = grams[grams != NONE]
     if grams.numel() == 0:
         raise fail(f"no sequence has {n} tokens, so there is no {n}-gram.", "Take a smaller n.")
     return len(grams.unique()) / len(grams)
-
-
-def sample_repetition(ids: Ids, n: int = 4) -> Tensor:
-    r"""Return the share of n-grams of each sequence that repeat an earlier one of it (seq-rep-n), float64 (n,).
-
-    .. math:: 1 - \frac{|\text{distinct n-grams}|}{|\text{n-grams}|}
-
-    A sequence shorter than n repeats nothing: 0.
-
-    Args:
-        ids: (n, L), or a list of sequences.
-        n: Tokens of an n-gram.
-
-    Source: Welleck et al., Neural Text Generation with Unlikelihood Training (arXiv 1908.04319), equation 10.
-
-    >>> sample_repetition([[1, 2, 1, 2, 1], [1, 2, 3, 4, 5]], n=2)
-    tensor([0.5000, 0.0000], dtype=torch.float64)
-    """
-    grams = _ngrams(_rows(ids)[0], n)
-    total = (grams != NONE).sum(dim=1)
-    if grams.shape[1] == 0:
-        return total.double()
-    owners, _ = _runs(grams)
-    distinct = owners.bincount(minlength=len(grams))
-    return (total - distinct).double() / total.clamp_min(1)
-
-
-def repetition(ids: Ids, n: int = 4) -> float:
-    """Return the mean over sequences of `sample_repetition`.
-
-    >>> repetition([[1, 2, 1, 2, 1], [1, 2, 3, 4, 5]], n=2)
-    0.25
-    """
-    return float(sample_repetition(ids, n).mean())
 
 
 def most_frequent_share(ids: Ids) -> float:
@@ -123,8 +84,8 @@ def most_frequent_share(ids: Ids) -> float:
     >>> most_frequent_share([[1, 1, 2], [1]])
     0.75
     """
-    rows, lengths = _rows(ids)
-    _, counts = _runs(rows[rows != NONE][None])
+    rows, lengths = rows_of(ids)
+    _, counts = runs(rows[rows != NONE][None])
     return float(counts.max() / lengths.sum())
 
 
@@ -134,56 +95,5 @@ def duplicate_share(ids: Ids) -> float:
     >>> duplicate_share([[1, 2], [1, 2], [1, 2], [3]])
     0.5
     """
-    rows, _ = _rows(ids)
+    rows, _ = rows_of(ids)
     return 1 - len(set(map(tuple, rows.tolist()))) / len(rows)
-
-
-def _rows(ids: Ids) -> tuple[Tensor, Tensor]:
-    """Return ids as a rectangle int64 (n, L) filled up with `NONE`, and the lengths, float64 (n,)."""
-    if isinstance(ids, Sequence) and any(isinstance(sequence, str) for sequence in ids):
-        raise fail("ids must be token ids (n, L) or a list of id sequences, not texts.", "Tokenise the texts first.")
-    sequences, _ = id_sequences(ids)
-    lengths = torch.tensor([len(sequence) for sequence in sequences])
-    if int(lengths.min()) == 0:
-        raise fail(f"sequence {int(lengths.argmin())} is empty.", "Leave empty sequences out.")
-    rows = torch.nn.utils.rnn.pad_sequence(sequences, batch_first=True, padding_value=NONE)
-    real = torch.arange(rows.shape[1]) < lengths[:, None]
-    if bool((rows[real] < 0).any()):
-        raise fail("ids must not be negative.", "Labels of -100 mark padding: pass a list of unpadded sequences.")
-    return rows, lengths.double()
-
-
-def _runs(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Return for every distinct value of every row the row and how often it occurs there, `NONE` left out."""
-    rows = rows.sort(dim=1).values
-    new = torch.ones_like(rows, dtype=torch.bool)
-    new[:, 1:] = rows[:, 1:] != rows[:, :-1]
-    starts = new.flatten().nonzero()[:, 0]
-    counts = starts.diff(append=torch.tensor([rows.numel()]))
-    real = rows.flatten()[starts] != NONE
-    return torch.div(starts, max(rows.shape[1], 1), rounding_mode="floor")[real], counts[real].double()
-
-
-def _ngrams(rows: Tensor, n: int) -> Tensor:
-    """Return one number for every n-gram, (n, L - n + 1), the same for the same n-gram; `NONE` past the end."""
-    check_count("n", n, least=1)
-    width = rows.shape[1] - n + 1
-    if width < 1:
-        return rows[:, :0]
-    if int(rows.max()) >= 1 << 31:
-        rows, _ = _renumbered(rows)
-    codes, size = rows, int(rows.max()) + 1
-    span = size
-    for k in range(1, n):
-        if span > (1 << 63) // size:  # the next digit would overflow
-            codes, span = _renumbered(codes)
-        tails = rows[:, k : k + codes.shape[1] - 1]
-        codes = torch.where(tails == NONE, NONE, codes[:, :-1] * size + tails)
-        span *= size
-    return codes
-
-
-def _renumbered(codes: Tensor) -> tuple[Tensor, int]:
-    """Return codes numbered afresh from 0, equal ones alike and `NONE` kept, and a bound above them."""
-    fresh, ranks = codes.unique(return_inverse=True)
-    return torch.where(codes == NONE, NONE, ranks), len(fresh)

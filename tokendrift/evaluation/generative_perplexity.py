@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, distributed
 
 from tokendrift._checks import check_choice, check_count, fail
-from tokendrift.evaluation.judge import Judge, check_range, scoring, token_nll
+from tokendrift.evaluation.judge import DEFAULT_JUDGE, Judge, check_range, scoring, token_nll
 from tokendrift.evaluation.protocols import (
     NEED_EOS,
     PROTOCOLS,
@@ -22,6 +22,7 @@ from tokendrift.evaluation.protocols import (
     scored_targets,
 )
 from tokendrift.evaluation.samples import Samples, id_sequences
+from tokendrift.references import rank_count
 
 
 class PerplexityResult(NamedTuple):
@@ -34,6 +35,8 @@ class PerplexityResult(NamedTuple):
         samples: n.
         protocol: Convention, one of `PROTOCOLS`.
         precision: Dtype in which the judge ran.
+        judge: Its name or folder.
+        revision: Commit or branch of its weights, None if unknown.
         sample_nll: What each sample adds to ``nll``, float64 (n,), in the order given.
         sample_tokens: What each sample adds to ``tokens``, int64 (n,).
     """
@@ -44,28 +47,42 @@ class PerplexityResult(NamedTuple):
     samples: int
     protocol: str
     precision: str
+    judge: str
+    revision: str | None
     sample_nll: Tensor
     sample_tokens: Tensor
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain numbers and texts for JSON, those of each sample included."""
+        plain = self._asdict()
+        plain["perplexity"] = self.perplexity if math.isfinite(self.perplexity) else None
+        return plain | {"sample_nll": self.sample_nll.tolist(), "sample_tokens": self.sample_tokens.tolist()}
 
 
 class GenerativePerplexity:
     """Score samples under a judge: `update` with each lot, `compute` over all of them.
 
     Every sample is scored whatever the batch size, and nothing depends on batch size, order or padding beyond
-    the rounding of the judge. Log-probabilities are float32 or wider, sums float64.
+    the rounding of the judge. Log-probabilities are float32 or wider, sums float64. Windows of like length are
+    read together, as many a call as make ``batch_size * max_length`` tokens.
+
+    Where a process group is initialised, every rank scores samples of its own; only `compute` communicates.
 
     Args:
         judge: A transformers causal LM; any callable (ids (B, L) int64, attention_mask (B, L) int64) -> logits
-            (B, L, V); or the name or folder of a transformers model, loaded in float32.
+            (B, L, V); or the name or folder of a transformers model (safetensors; its own code is never run).
         tokenizer: The judge's, for texts: of transformers, or a ``tokenizers.Tokenizer``. Texts are encoded
             without added special tokens.
         protocol: ``"mdlm"`` (also DUO's and ReMDM's), ``"sedd"``, ``"sdtt"``, ``"bd3"``, or ``"all"``: every token
             but the first, with context across windows. See `tokendrift.evaluation.protocols`.
         max_length: Tokens the judge reads at once; by default its own window, else 1024. Longer samples are
             split, never cut; ``"sedd"`` and ``"sdtt"`` refuse them.
-        batch_size: Windows a forward call.
+        batch_size: Windows of full length a forward call; of shorter ones as many more as they are shorter.
         stride: Step of the sliding windows of ``"bd3"`` and ``"all"``; by default half of ``max_length``.
         device: Where ids are sent; by default where the judge's parameters are.
+        precision: ``"float32"`` or ``"bfloat16"`` for a judge loaded by name, by default float32; any other judge
+            keeps its own. What it ran in is recorded in the result.
+        revision: Branch, tag or commit of a judge loaded by name.
         eos_id: End of text, for ``"mdlm"`` and ``"bd3"``; by default the tokenizer's or the judge's.
         truncate: Keep only the first so many tokens of a sample, as MDLM's evaluation does at the model length.
         pad_eos: For parity with MDLM and DUO, which pad a call to its longest sample with EOS and count the first
@@ -88,7 +105,7 @@ class GenerativePerplexity:
 
     def __init__(
         self,
-        judge: object,
+        judge: object = DEFAULT_JUDGE,
         tokenizer: Any = None,
         *,
         protocol: str = "mdlm",
@@ -96,6 +113,8 @@ class GenerativePerplexity:
         batch_size: int = 8,
         stride: int | None = None,
         device: torch.device | str | None = None,
+        precision: str | None = None,
+        revision: str | None = None,
         eos_id: int | None = None,
         truncate: int | None = None,
         pad_eos: bool = False,
@@ -104,7 +123,7 @@ class GenerativePerplexity:
         check_choice("protocol", protocol, PROTOCOLS)
         self.batch_size = check_count("batch_size", batch_size, least=1)
         self.truncate = truncate if truncate is None else check_count("truncate", truncate, least=2)
-        self.judge = Judge(judge, tokenizer, device=device)
+        self.judge = Judge(judge, tokenizer, device=device, precision=precision, revision=revision)
         self.protocol, self.pad_eos, self.drop_remainder = protocol, pad_eos, drop_remainder
         self.max_length = _window(max_length, self.judge.window)
         if stride is not None and protocol not in SLIDING:
@@ -125,7 +144,7 @@ class GenerativePerplexity:
 
         Args:
             samples: Texts; or ids of the judge's vocabulary, int64 (n, L) or a list of sequences, then nothing
-                is tokenised.
+                is tokenised; or a `SampleSet`, of which the texts are read if it has them.
             attention_mask: With ids (n, L): 0 on padding, on whichever side. Padding is never scored.
             progress: Called after each forward call with the number of windows it scored; a sample is one
                 window unless it is longer than ``max_length``.
@@ -139,14 +158,32 @@ class GenerativePerplexity:
         self._precision = scored.precision
 
     def compute(self) -> PerplexityResult:
-        """Return Gen.-PPL over everything given since the start or the last `reset`.
+        """Return Gen.-PPL over everything given since the start or the last `reset`, on all ranks.
+
+        With several processes every rank has to call, and each gets the result over the samples of all, those of
+        rank 0 first. A rank may have had no samples.
 
         Raises:
-            TokenDriftError: If nothing was scored, or the protocol counts no token of it.
+            TokenDriftError: If nothing was scored, the protocol counts no token of it, or ranks differ in
+                protocol or precision.
         """
-        if not self._nll:
+        nll, tokens = torch.zeros(0, dtype=torch.float64), torch.zeros(0, dtype=torch.int64)
+        if self._nll:
+            nll, tokens = torch.cat(self._nll), torch.cat(self._tokens)
+        parts: list[Any] = [(nll, tokens, self.protocol, self._precision)]
+        if rank_count() > 1:
+            parts *= rank_count()
+            distributed.all_gather_object(parts, (nll, tokens, self.protocol, self._precision))
+        found = [part for part in parts if len(part[0])]
+        if not found:
             raise fail("compute has nothing to work on.", "Call update(samples) first.")
-        return _result(torch.cat(self._nll), torch.cat(self._tokens), self.protocol, self._precision)
+        conventions = {part[2:] for part in found}
+        if len(conventions) > 1:
+            shown = ", ".join(sorted(f"{protocol} in {precision}" for protocol, precision in conventions))
+            raise fail(f"the ranks did not score alike: {shown}.", "Build the same evaluator on every rank.")
+        precision = conventions.pop()[1]
+        nll, tokens = (torch.cat([part[i] for part in found]) for i in range(2))
+        return self._result(nll, tokens, precision)
 
     def reset(self) -> None:
         """Forget all samples."""
@@ -168,14 +205,11 @@ class GenerativePerplexity:
             for owner, ids in enumerate(sequences)
             for window in plan_windows(len(ids), self.max_length, self.stride)
         ]
-        # Equal lengths together: hardly any padding, and no dependence on the order given.
-        pieces.sort(key=lambda piece: piece[1].end - piece[1].start)
         nll = torch.zeros(len(sequences), dtype=torch.float64)
         tokens = torch.zeros(len(sequences), dtype=torch.int64)
         precision = ""
         with scoring(self.judge.model):
-            for i in range(0, len(pieces), self.batch_size):
-                batch = pieces[i : i + self.batch_size]
+            for batch in self._batches(pieces):
                 owners = torch.tensor([owner for owner, _ in batch])
                 ids, mask, counted = self._collate(sequences, batch)
                 logits = self.judge.logits(ids, mask)
@@ -184,7 +218,20 @@ class GenerativePerplexity:
                 tokens.index_add_(0, owners, counted.sum(dim=1))
                 if progress is not None:
                     progress(len(batch))
-        return _result(nll, tokens, self.protocol, precision)
+        return self._result(nll, tokens, precision)
+
+    def _batches(self, pieces: list[tuple[int, Window]]) -> Iterator[list[tuple[int, Window]]]:
+        """Yield windows of like length together: hardly any padding, and no dependence on the order given.
+
+        The longest come first, so that what does not fit into memory shows at once.
+        """
+        pieces = sorted(pieces, key=lambda piece: piece[1].start - piece[1].end)
+        first = 0
+        while first < len(pieces):
+            window = pieces[first][1]
+            count = max(1, self.batch_size * self.max_length // (window.end - window.start))
+            yield pieces[first : first + count]
+            first += count
 
     def _prepare(self, samples: Samples, attention_mask: Tensor | None) -> list[Tensor]:
         """Return one tensor of ids a sample: cut, dropped or closed as the options ask, and checked."""
@@ -221,6 +268,21 @@ class GenerativePerplexity:
         fresh = position >= torch.tensor([window.first - window.start for _, window in batch])[:, None]
         return ids, real.long(), scored_targets(ids, self.protocol, self.eos_id) & real & fresh
 
+    def _result(self, nll: Tensor, tokens: Tensor, precision: str) -> PerplexityResult:
+        total, count = float(nll.sum()), int(tokens.sum())
+        if count == 0:
+            raise fail(
+                f"protocol {self.protocol!r} counts no token of these {len(nll)} samples: they hold nothing but end "
+                "of text.",
+                "Look at the samples.",
+            )
+        log = float(log_perplexity(nll, tokens, self.protocol))
+        perplexity = math.exp(log) if log < 709 else math.inf
+        judge = self.judge
+        return PerplexityResult(
+            perplexity, total, count, len(nll), self.protocol, precision, judge.name, judge.revision, nll, tokens
+        )
+
     def _end_of_text(self, eos_id: int | None) -> int | None:
         """Return the EOS that the protocol needs, None if it needs none."""
         if self.protocol not in NEED_EOS:
@@ -242,7 +304,7 @@ class GenerativePerplexity:
 
 def generative_perplexity(
     samples: Samples,
-    judge: object,
+    judge: object = DEFAULT_JUDGE,
     tokenizer: Any = None,
     *,
     attention_mask: Tensor | None = None,
@@ -265,18 +327,6 @@ def generative_perplexity(
     """
     metric = GenerativePerplexity(judge, tokenizer, **options)
     return metric.score(samples, attention_mask=attention_mask, progress=progress)
-
-
-def _result(nll: Tensor, tokens: Tensor, protocol: str, precision: str) -> PerplexityResult:
-    total, count = float(nll.sum()), int(tokens.sum())
-    if count == 0:
-        raise fail(
-            f"protocol {protocol!r} counts no token of these {len(nll)} samples: they hold nothing but end of text.",
-            "Look at the samples.",
-        )
-    log = float(log_perplexity(nll, tokens, protocol))
-    perplexity = math.exp(log) if log < 709 else math.inf
-    return PerplexityResult(perplexity, total, count, len(nll), protocol, precision, nll, tokens)
 
 
 def _window(max_length: int | None, window: int | None) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import os
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -10,9 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tokendrift._checks import fail
+from tokendrift._checks import check_choice, fail
 from tokendrift.errors import TokenDriftError
 
+DEFAULT_JUDGE = "gpt2-large"  # that of the literature
+PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 BLOCK = 1 << 25  # logits turned into log-probabilities at a time
 
 
@@ -25,16 +28,39 @@ class Judge:
         tokenizer: A transformers tokenizer or a ``tokenizers.Tokenizer``; with a name or folder the model's own.
         device: Where ids are sent; by default where the model's parameters are. A model loaded by name moves
             there, any other stays where it is.
+        precision: ``"float32"`` or ``"bfloat16"`` for a model loaded by name; any other keeps its own.
+        revision: Branch, tag or commit of a model loaded by name.
 
     Attributes:
+        name: Name or folder; for an object that of its configuration or else its class.
+        revision: Commit of the loaded weights where the hub names one, else as given, else None.
         window: Positions that the model knows, None if it does not say.
         vocab_size: V, None if the model does not say.
         eos_id: End-of-text token of the tokenizer or else of the model, None if neither has exactly one.
     """
 
-    def __init__(self, model: object, tokenizer: Any = None, *, device: torch.device | str | None = None) -> None:
-        if isinstance(model, str):
-            model, tokenizer = load_judge(model, tokenizer, device)
+    def __init__(
+        self,
+        model: object,
+        tokenizer: Any = None,
+        *,
+        device: torch.device | str | None = None,
+        precision: str | None = None,
+        revision: str | None = None,
+    ) -> None:
+        named_by = str(model) if isinstance(model, (str, os.PathLike)) else None
+        if named_by is not None:
+            model, tokenizer = load_judge(
+                named_by, tokenizer, device, precision=precision or "float32", revision=revision
+            )
+        elif precision is not None or revision is not None:
+            raise fail(
+                "precision and revision are for a judge loaded by name; an object is taken as it is.",
+                "Convert the model yourself, with .float() or .bfloat16().",
+                judge=model,
+                precision=precision,
+                revision=revision,
+            )
         if not callable(model):
             raise fail(
                 "judge must be a causal LM, a callable (ids, attention_mask) -> logits (B, L, V), or the name of one.",
@@ -46,6 +72,9 @@ class Judge:
         here = self.weights.device if self.weights is not None else torch.device("cpu")
         self.device = torch.device(device) if device is not None else here
         config = getattr(model, "config", None)
+        own_name = getattr(config, "_name_or_path", "") or getattr(model, "__name__", "") or type(model).__name__
+        self.name = named_by if named_by is not None else str(own_name)
+        self.revision: str | None = getattr(config, "_commit_hash", None) or revision
         self.window = _count(getattr(config, "max_position_embeddings", None))
         self.vocab_size = _count(getattr(config, "vocab_size", None))
         own = _count(getattr(tokenizer, "eos_token_id", None))
@@ -54,13 +83,29 @@ class Judge:
         self._keywords = {"use_cache": False} if "use_cache" in named else {}
         self._by_name = "input_ids" in named and "attention_mask" in named
 
-    def logits(self, ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """Return logits (B, L, V) for ids and mask (B, L)."""
+    def _call(self, ids: Tensor, attention_mask: Tensor, **more: Any) -> Any:
         ids, attention_mask = ids.to(self.device), attention_mask.to(self.device)
         if self._by_name:
-            out = self.model(input_ids=ids, attention_mask=attention_mask, **self._keywords)
-        else:
-            out = self.model(ids, attention_mask)
+            return self.model(input_ids=ids, attention_mask=attention_mask, **self._keywords, **more)
+        return self.model(ids, attention_mask, **more)
+
+    def hidden(self, ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """Return the last hidden states (B, L, M) for ids and mask (B, L); a transformers model shows them."""
+        states = None
+        if hasattr(self.model, "config"):  # a model of transformers; other callables know no such option
+            states = getattr(self._call(ids, attention_mask, output_hidden_states=True), "hidden_states", None)
+        if not states:
+            raise fail(
+                "the judge shows no hidden states, so it gives no features.",
+                "Take a transformers causal LM, or pass features of your own.",
+                judge=self.model,
+            )
+        last: Tensor = states[-1]
+        return last
+
+    def logits(self, ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """Return logits (B, L, V) for ids and mask (B, L)."""
+        out = self._call(ids, attention_mask)
         logits = getattr(out, "logits", out)
         if not isinstance(logits, Tensor) or logits.ndim != 3 or logits.shape[:2] != ids.shape:
             raise fail(
@@ -124,12 +169,29 @@ def check_range(ids: Tensor, vocab_size: int | None) -> None:
         )
 
 
-def load_judge(name: str, tokenizer: Any = None, device: torch.device | str | None = None) -> tuple[nn.Module, Any]:
-    """Return a causal LM of transformers in float32 by hub name or folder, with its tokenizer.
+def load_judge(
+    name: str,
+    tokenizer: Any = None,
+    device: torch.device | str | None = None,
+    *,
+    precision: str = "float32",
+    revision: str | None = None,
+) -> tuple[nn.Module, Any]:
+    """Return a causal LM of transformers by hub name or folder, with its tokenizer.
+
+    Weights come from safetensors files alone, and no code that ships with them is run.
+
+    Args:
+        name: Hub name or folder.
+        tokenizer: Instead of the model's own.
+        device: Where the model goes.
+        precision: ``"float32"`` or ``"bfloat16"``.
+        revision: Branch, tag or commit.
 
     Raises:
         TokenDriftError: If transformers is missing, or neither folder, cache nor network has the model.
     """
+    check_choice("precision", precision, tuple(PRECISIONS))
     try:
         from transformers import AutoModelForCausalLM, AutoTokenizer
     except ImportError as error:
@@ -137,15 +199,21 @@ def load_judge(name: str, tokenizer: Any = None, device: torch.device | str | No
             f"loading the judge {name!r} needs transformers.\n"
             "  pip install 'tokendrift[eval]', or pass a model object or a callable as judge."
         ) from error
+    source: dict[str, Any] = {"revision": revision} if revision is not None else {}
     try:
-        model: nn.Module = AutoModelForCausalLM.from_pretrained(name)
-        tokenizer = tokenizer if tokenizer is not None else AutoTokenizer.from_pretrained(name)
+        model: nn.Module = AutoModelForCausalLM.from_pretrained(
+            name, use_safetensors=True, trust_remote_code=False, **source
+        )
+        if tokenizer is None:
+            tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False, **source)
     except (OSError, ValueError) as error:
+        at = "" if revision is None else f" at revision {revision!r}"
         raise TokenDriftError(
-            f"the judge {name!r} could not be loaded: {str(error).splitlines()[0]}\n"
+            f"the judge {name!r}{at} could not be loaded: {str(error).splitlines()[0]}\n"
             "  Without network pass a local folder (config.json, model.safetensors, tokenizer.json), or a model object."
         ) from error
-    return model.to(device=device, dtype=torch.float32).eval(), tokenizer
+    # Widened or narrowed after loading: releases of transformers differ in what they load a checkpoint as.
+    return model.to(device=device, dtype=PRECISIONS[precision]).eval(), tokenizer
 
 
 @contextmanager

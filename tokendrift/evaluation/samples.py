@@ -1,17 +1,71 @@
-"""What can be scored: texts or ids, brought to one sequence of ids a sample."""
+"""What can be scored: texts or ids, brought to one sequence of ids a sample; and ids of a denoiser back to text."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, TypeAlias
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 
 from tokendrift._checks import INTEGER_DTYPES, check_mask, check_tensor, fail
 
-Samples: TypeAlias = Sequence[str] | Tensor | Sequence[Tensor] | Sequence[Sequence[int]]
-"""Texts; or ids of the judge's vocabulary, (n, L) or one sequence a sample."""
+# The replacements of transformers' clean_up_tokenization, in its order.
+CLEAN_UP = (
+    (" .", "."), (" ?", "?"), (" !", "!"), (" ,", ","), (" ' ", "'"),
+    (" n't", "n't"), (" 'm", "'m"), (" 's", "'s"), (" 've", "'ve"), (" 're", "'re"),
+)  # fmt: skip
+
+
+class BadLine(NamedTuple):
+    """A line that holds no sample.
+
+    Attributes:
+        number: Its number in the file, from 1.
+        reason: What is wrong with it.
+    """
+
+    number: int
+    reason: str
+
+
+@dataclass(frozen=True)
+class SampleSet:
+    """Samples of one model, or real text; ids or texts of each, or both.
+
+    Attributes:
+        ids: Ids of each sample as generated, None if they are not known.
+        texts: Text of each sample, None if it is not known.
+        nfe: Forward calls of the denoiser that a sample cost, None for real text or where it is not known.
+        metadata: What the file says about its making.
+        bad_lines: Lines left out, by number and reason.
+    """
+
+    ids: list[list[int]] | None = None
+    texts: list[str] | None = None
+    nfe: int | None = None
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+    bad_lines: tuple[BadLine, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.ids is None and self.texts is None:
+            raise fail("a SampleSet needs ids or texts, and has neither.")
+        if self.ids is not None and self.texts is not None and len(self.ids) != len(self.texts):
+            raise fail(f"a SampleSet has {len(self.ids)} sequences of ids but {len(self.texts)} texts.")
+
+    def __len__(self) -> int:
+        return len(self.scored())
+
+    def scored(self) -> list[str] | list[list[int]]:
+        """Return what a judge reads: the texts, or the ids where there are none."""
+        return self.texts if self.texts is not None else self.ids or []
+
+
+Ids: TypeAlias = Tensor | Sequence[Tensor] | Sequence[Sequence[int]]
+"""Ids, (n, L) or one sequence a sample."""
+Samples: TypeAlias = Sequence[str] | Ids | SampleSet
+"""Texts; ids of the judge's vocabulary; or a `SampleSet`, as `read_samples` returns it."""
 
 
 def id_sequences(
@@ -33,6 +87,8 @@ def id_sequences(
     >>> id_sequences(torch.tensor([[0, 0, 7, 8]]), attention_mask=torch.tensor([[0, 0, 1, 1]]))
     ([tensor([7, 8])], 4)
     """
+    if isinstance(samples, SampleSet):
+        samples = samples.scored()
     if isinstance(samples, str) or not isinstance(samples, (Tensor, Sequence)):
         raise fail(
             "samples must be a list of texts, ids (n, L), or a list of id sequences.",
@@ -93,3 +149,38 @@ def tokenize(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
         raise fail("tokenizer must be a transformers tokenizer or a tokenizers.Tokenizer.", tokenizer=tokenizer)
     out = tokenizer(list(texts), add_special_tokens=False, padding=False, truncation=False, verbose=False)
     return [list(ids) for ids in out["input_ids"]]
+
+
+def decode(tokenizer: Any, ids: Ids, *, clean_up_spaces: bool = False) -> list[str]:
+    """Return the text of each sequence of ids, special tokens written out, the same with every release.
+
+    Args:
+        tokenizer: The denoiser's: of transformers (``batch_decode``) or a ``tokenizers.Tokenizer``
+            (``decode_batch``).
+        ids: (n, L), or a list of sequences.
+        clean_up_spaces: Close the gap before punctuation and contractions (" ." becomes "."). False keeps the text
+            as generated. True is what the published evaluations of MDLM and DUO did without saying so: the
+            default of transformers 4.38, which they pin; later releases changed it.
+
+    Raises:
+        TokenDriftError: If the tokenizer is of another kind.
+    """
+    rows = [list(map(int, sequence)) for sequence in (ids.tolist() if isinstance(ids, Tensor) else ids)]
+    if hasattr(tokenizer, "batch_decode"):
+        texts = tokenizer.batch_decode(rows, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    elif hasattr(tokenizer, "decode_batch"):
+        texts = tokenizer.decode_batch(rows, skip_special_tokens=False)
+    else:
+        raise fail("tokenizer must be a transformers tokenizer or a tokenizers.Tokenizer.", tokenizer=tokenizer)
+    return [cleaned(text) for text in texts] if clean_up_spaces else list(texts)
+
+
+def cleaned(text: str) -> str:
+    """Return a text without the gaps before punctuation and contractions, as transformers 4.38 closed them.
+
+    >>> cleaned("It 's late . Is n't it ?")
+    "It's late. Isn't it?"
+    """
+    for gap, closed in CLEAN_UP:
+        text = text.replace(gap, closed)
+    return text

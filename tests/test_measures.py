@@ -1,0 +1,281 @@
+"""The figures of a set together, two sets beside each other, and several beside real text."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+
+import pytest
+import torch
+
+from tokendrift import TokenDriftError
+from tokendrift.diffusion import MaskedDiffusion
+from tokendrift.evaluation import (
+    GenerativePerplexity,
+    Interval,
+    SampleSet,
+    compare,
+    copied_share,
+    distinct_n,
+    duplicate_share,
+    evaluate,
+    generative_perplexity,
+    longest_repeat,
+    measure,
+    most_frequent_share,
+    nelbo_interval,
+    perplexity_interval,
+    perplexity_ratio_interval,
+    sample_entropy,
+    sample_repetition,
+    self_bleu,
+    sequence_nelbo,
+    unigram_entropy,
+)
+
+V = 20
+
+
+def bigram(ids, attention_mask=None):
+    """Judge by the last token only."""
+    return torch.randn(V, V, generator=torch.Generator().manual_seed(0), dtype=torch.float64)[ids]
+
+
+class Letters:
+    """A tokenizer of single letters behind the interface of ``tokenizers``; id i is the i-th letter."""
+
+    truncation = None
+
+    def decode_batch(self, rows, skip_special_tokens):
+        assert not skip_special_tokens
+        return ["".join(chr(ord("a") + token) for token in row) for row in rows]
+
+    def encode_batch(self, texts, add_special_tokens):
+        assert not add_special_tokens
+        ids = [[ord(letter) - ord("a") for letter in text] for text in texts]
+        return [type("Encoding", (), {"ids": row, "attention_mask": [1] * len(row)}) for row in ids]
+
+
+@pytest.fixture
+def judge():
+    return GenerativePerplexity(bigram, Letters(), protocol="all")
+
+
+def random_ids(n=40, length=24, *, seed=0, size=V):
+    return torch.randint(size, (n, length), generator=torch.Generator().manual_seed(seed))
+
+
+def test_every_figure_is_that_of_its_function(judge):
+    ids = torch.cat([random_ids(), random_ids()[20:22]])
+    found = measure(ids, judge, nfe=4, training=ids[:5], resamples=200)
+    values = {name: interval.estimate for name, interval in found.intervals().items()}
+    assert values == pytest.approx(
+        {
+            "gen_ppl": generative_perplexity(ids, bigram, protocol="all").perplexity,
+            "sample_entropy": sample_entropy(ids).mean().item(),
+            "unigram_entropy": unigram_entropy(ids),
+            **{f"distinct_{n}": distinct_n(ids, n) for n in range(1, 5)},
+            "repetition_4": sample_repetition(ids, 4).mean().item(),
+            "longest_repeat": longest_repeat(ids).double().mean().item(),
+            "most_frequent_share": most_frequent_share(ids),
+            "duplicate_share": duplicate_share(ids),
+            "self_bleu": self_bleu(ids).mean().item(),
+            "length": 24,
+            "copied_share": copied_share(ids, ids[:5]).mean().item(),
+        },
+        rel=1e-12,
+    )
+    assert values["duplicate_share"] == pytest.approx(2 / 42)
+    assert values["copied_share"] == pytest.approx(5 / 42)
+    assert (found.samples, found.tokens, found.nfe, found.skipped) == (42, 42 * 24, 4, 0)
+    assert found.gen_ppl == pytest.approx(perplexity_interval(found.perplexity, resamples=200), rel=1e-12)
+    for value in found.intervals().values():
+        assert value.low - 1e-12 <= value.estimate <= value.high + 1e-12
+
+
+def test_intervals_of_the_whole_set_move_as_new_draws_do(judge):
+    """The spread that resampling predicts from one set is the spread over independent sets."""
+    weights = 1 / torch.arange(1.0, V + 1)
+    generator = torch.Generator().manual_seed(0)
+    sets = [torch.multinomial(weights, 60 * 12, True, generator=generator).view(60, 12) for _ in range(240)]
+    found = [measure(ids, judge, resamples=200).replicates for ids in sets[:12]]
+    # A standard deviation from 240 sets is known to 5 %. Halves of a small vocabulary are less saturated than the
+    # whole, so the interval of distinct n-grams is too wide there, never too narrow.
+    for name, figure, most in (
+        ("unigram_entropy", unigram_entropy, 1.2),
+        ("most_frequent_share", most_frequent_share, 1.2),
+        ("distinct_2", lambda ids: distinct_n(ids, 2), 1.8),
+    ):
+        spread = torch.tensor([figure(ids) for ids in sets]).std().item()
+        predicted = sum(replicates[name].std().item() for replicates in found) / len(found)
+        assert 0.8 < predicted / spread < most, name
+
+
+def test_measures_go_into_json_with_all_that_a_gen_ppl_needs(judge):
+    found = measure(random_ids(), judge, nfe=8, nelbo=Interval(3.0, 2.9, 3.1), resamples=50)
+    plain = json.loads(json.dumps(found.to_dict()))
+    assert plain["gen_ppl"]["estimate"] == found.gen_ppl.estimate
+    assert plain["nelbo"] == {"estimate": 3.0, "low": 2.9, "high": 3.1}
+    assert (plain["protocol"], plain["precision"], plain["judge"], plain["nfe"]) == ("all", "float64", "bigram", 8)
+    assert (plain["vocabulary"], plain["retokenised"], plain["clean_up_spaces"]) == ("generated", False, None)
+    assert plain["scored_tokens"] == 40 * 23
+    assert all(len(values) == 40 for values in plain["per_sample"].values())
+    assert plain["copied_share"] is None and "replicates" not in plain and "per_sample" not in found.summary()
+
+
+def test_what_is_not_defined_becomes_null(judge):
+    plain = measure([[1, 2], [3, 4]], judge, resamples=10).to_dict()
+    assert plain["distinct_3"] == {"estimate": None, "low": None, "high": None}
+    assert plain["distinct_2"]["estimate"] == 1.0
+
+
+def test_the_judge_reads_the_decoded_text_and_diversity_the_ids(judge):
+    class Shifted(Letters):
+        def decode_batch(self, rows, skip_special_tokens):
+            return super().decode_batch([[token + 1 for token in row] for row in rows], skip_special_tokens)
+
+    ids = [[0, 1, 2], [3, 4, 4]]
+    found = measure(ids, judge, tokenizer=Shifted(), resamples=10)
+    assert found.perplexity.nll == generative_perplexity([[1, 2, 3], [4, 5, 5]], bigram, protocol="all").nll
+    assert found.per_sample["sample_entropy"].tolist() == sample_entropy(ids).tolist()
+    assert (found.retokenised, found.vocabulary, found.clean_up_spaces) == (True, "generated", False)
+    in_judge = measure(ids, judge, tokenizer=Shifted(), vocabulary="judge", resamples=10)
+    assert in_judge.vocabulary == "judge"
+    from_text = measure(["bcd", "eff"], judge, resamples=10)
+    assert from_text.perplexity.nll == found.perplexity.nll and from_text.vocabulary == "judge"
+    with pytest.raises(TokenDriftError, match="vocabulary='generated' needs the ids as generated"):
+        measure(["bcd", "eff"], judge, vocabulary="generated")
+
+
+def test_samples_too_short_to_score_are_an_error_or_counted(judge):
+    texts = ["abc", "a", "def", "", "ghi"]
+    with pytest.raises(TokenDriftError, match="sample 1 has 1 token; the judge predicts each token from"):
+        measure(texts, judge)
+    found = measure(texts, judge, skip_bad=True, resamples=10)
+    assert (found.samples, found.skipped) == (3, 2)
+    with pytest.raises(TokenDriftError, match="at least 2 samples, and there are 1 to score"):
+        measure(["abc", "a"], judge, skip_bad=True)
+
+
+def test_training_text_without_a_tokenizer_is_named(judge):
+    with pytest.raises(TokenDriftError, match="training is text, and there is no tokenizer for it"):
+        measure(random_ids(), judge, training=["abc"])
+    texts = ["abcdefghij", "jihgfedcba"]
+    copies = measure(texts, judge, training=["xabcdefghijx"], resamples=10)
+    assert copies.per_sample["copied_share"].tolist() == [1, 0]
+
+
+# ------------------------------------------------------------------------------------------------ comparison
+
+
+def test_a_set_does_not_differ_from_itself_and_differences_turn_round(judge):
+    a, b = (measure(random_ids(seed=seed), judge, resamples=200) for seed in (0, 1))
+    same = compare(a, a)
+    assert same.gen_ppl_ratio == (1, 1, 1)
+    assert all(value == (0, 0, 0) for value in same.differences.values())
+    forth, back = compare(a, b), compare(b, a)
+    assert forth.gen_ppl_ratio.low == pytest.approx(1 / back.gen_ppl_ratio.high, rel=1e-9)
+    assert forth.differences["sample_entropy"].low == pytest.approx(-back.differences["sample_entropy"].high, abs=1e-12)
+    paired = perplexity_ratio_interval(a.perplexity, b.perplexity, paired=True, resamples=200)
+    assert forth.gen_ppl_ratio == pytest.approx(paired, rel=1e-12)
+    assert forth.paired
+
+
+def test_a_difference_is_claimed_only_beyond_its_interval(judge):
+    usual, other, dull = (
+        measure(random_ids(seed=s, size=z), judge, resamples=400) for s, z in ((0, V), (1, V), (2, 5))
+    )
+    assert compare(dull, usual).verdict("sample_entropy") == "lower"
+    assert compare(usual, dull).verdict("sample_entropy") == "higher"
+    assert compare(other, usual).verdict("sample_entropy") == "not distinguishable"
+    plain = json.loads(json.dumps(compare(dull, usual).to_dict()))
+    assert plain["sample_entropy"]["verdict"] == "lower" and plain["gen_ppl_ratio"]["verdict"] in {"lower", "higher"}
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"protocol": "sdtt"}, "protocol is 'all' for one and 'sdtt' for the other"),
+        ({"judge": lambda ids, mask: bigram(ids).float()}, "precision is 'float64' for one and 'float32'"),
+        ({"vocabulary": "judge"}, "vocabulary is 'generated' for one and 'judge'"),
+        ({"resamples": 20}, "resamples is 10 for one and 20"),
+        ({"level": 0.9}, "level is 0.95 for one and 0.9"),
+    ],
+)
+def test_sets_measured_differently_do_not_compare(judge, change, says):
+    a = measure(random_ids(), judge, resamples=10)
+    model, protocol = change.pop("judge", bigram), change.pop("protocol", "all")
+    b = measure(random_ids(), GenerativePerplexity(model, Letters(), protocol=protocol), **{"resamples": 10, **change})
+    with pytest.raises(TokenDriftError, match=says):
+        compare(a, b)
+
+
+# ------------------------------------------------------------------------------------------------ evaluation
+
+
+def test_real_text_is_cut_to_the_samples(judge):
+    short, long = random_ids(10, 8), random_ids(30, 16, seed=1)
+    found = evaluate({"short": short, "long": long}, judge, real=random_ids(64, 24, seed=2), resamples=50)
+    sizes = {row.name: (row.real.samples, row.real.length.estimate) for row in found.rows}
+    assert sizes == {"short": (10, 8), "long": (30, 16)}
+    assert found["short"].measures.samples == 10
+    with pytest.raises(KeyError):
+        found["other"]
+
+
+def test_no_gen_ppl_is_printed_without_what_belongs_to_it(judge):
+    ids = SampleSet(ids=random_ids(30, 16).tolist(), nfe=4)
+    found = evaluate({"model": ids}, judge, real=random_ids(40, 16, seed=1), resamples=50)
+    text = str(found)
+    heading, real, model, caption, *_ = text.splitlines()
+    for label in ("NFE", "n", "Gen.-PPL", "H sample", "H unigram"):
+        assert label in heading
+    assert real.startswith("real text") and model.split()[:3] == ["model", "4", "30"]
+    assert f"{found['model'].measures.gen_ppl.estimate:.1f}" in model
+    assert "float64" in caption and "protocol all" in caption
+    plain = json.loads(json.dumps(found.to_dict()))
+    assert {"gen_ppl", "sample_entropy", "nfe", "samples", "precision", "real_text", "guard"} <= set(plain["rows"][0])
+
+
+def test_figures_are_counted_in_one_vocabulary_for_all(judge):
+    ids = random_ids(30, 16)
+    texts = Letters().decode_batch(random_ids(40, 16, seed=1).tolist(), skip_special_tokens=False)
+    in_judge = evaluate({"ids": SampleSet(ids=ids.tolist(), texts=texts[:30])}, judge, real=texts, resamples=20)
+    assert in_judge["ids"].measures.vocabulary == in_judge["ids"].real.vocabulary == "judge"
+    own = evaluate({"ids": ids}, judge, real=texts, tokenizer=Letters(), resamples=20)
+    assert own["ids"].measures.vocabulary == own["ids"].real.vocabulary == "generated"
+    assert own["ids"].real.retokenised
+
+
+def test_ragged_samples_are_judged_beside_real_text_of_their_lengths(judge):
+    rows = [row[: 6 + i % 10] for i, row in enumerate(random_ids(40, 16).tolist())]
+    found = evaluate({"ragged": rows}, judge, real=random_ids(60, 16, seed=1), resamples=20)["ragged"]
+    assert sorted(found.real.per_sample["length"].tolist()) == sorted(map(len, rows))
+
+
+def test_an_evaluation_of_nothing_is_refused(judge):
+    with pytest.raises(TokenDriftError, match="evaluate needs at least one set"):
+        evaluate({}, judge, real=random_ids())
+    with pytest.raises(TokenDriftError, match=r"samples is empty"):
+        evaluate({"none": []}, judge, real=random_ids())
+
+
+# ------------------------------------------------------------------------------------------------ NELBO
+
+
+def test_the_nelbo_of_a_denoiser_that_knows_only_the_uniform_law_is_log_v():
+    process = MaskedDiffusion(V + 1)
+    denoiser = lambda x_t, sigma: torch.zeros(*x_t.shape, V + 1)  # noqa: E731
+    ids = random_ids(64, 24)
+    values = sequence_nelbo(denoiser, process, ids, batch_size=64)
+    found = nelbo_interval(denoiser, process, ids, batch_size=64)
+    # 1/t weights: the mean over 64 stratified times of a ratio of mean 1.
+    assert found.low < math.log(V) < found.high
+    assert found.estimate == pytest.approx(values.mean().item(), abs=1e-12)
+    assert torch.equal(values, sequence_nelbo(denoiser, process, ids, batch_size=64))
+
+
+def test_measures_are_frozen(judge):
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        measure(random_ids(), judge, resamples=10).nfe = 1

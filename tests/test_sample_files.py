@@ -1,0 +1,126 @@
+"""Samples from files and reports into files: what is read, what is named, and what a full disk leaves behind."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+
+import pytest
+
+from tokendrift import TokenDriftError
+from tokendrift.evaluation import BadLine, read_samples, write_atomically
+
+
+@pytest.fixture
+def jsonl(tmp_path):
+    """Write lines, objects as JSON and strings as they are, into a file."""
+
+    def write(*lines):
+        path = tmp_path / "samples.jsonl"
+        path.write_text("".join((x if isinstance(x, str) else json.dumps(x)) + "\n" for x in lines), encoding="utf-8")
+        return path
+
+    return write
+
+
+def test_a_header_ids_texts_and_cost_are_read(jsonl):
+    path = jsonl(
+        {"tokendrift": {"model": "m", "temperature": 0.9}},
+        {"ids": [1, 2], "text": "a b", "nfe": 4},
+        "",
+        {"ids": [3], "text": "c\u2028d", "nfe": 4},
+    )
+    found = read_samples(path)
+    assert (found.ids, found.texts, found.nfe) == ([[1, 2], [3]], ["a b", "c\u2028d"], 4)
+    assert found.metadata == {"model": "m", "temperature": 0.9}
+    assert (len(found), found.scored(), found.bad_lines) == (2, ["a b", "c\u2028d"], ())
+
+
+def test_plain_texts_and_plain_ids_are_enough(jsonl):
+    assert read_samples(jsonl({"text": "a"}, {"text": ""})).texts == ["a", ""]
+    ids = read_samples(jsonl({"ids": [1]}, {"ids": [2, 3]}))
+    assert (ids.ids, ids.texts, ids.nfe, ids.scored()) == ([[1], [2, 3]], None, None, [[1], [2, 3]])
+
+
+def test_rows_of_one_run_may_have_cost_less_than_the_batch(jsonl):
+    header, rows = {"tokendrift": {"steps": 8}}, [{"ids": [1], "nfe": 7}, {"ids": [1], "nfe": 8}]
+    assert read_samples(jsonl(header, *rows)).nfe == 8
+    with pytest.raises(TokenDriftError, match=r"mixes samples of different NFE \(7, 8\)"):
+        read_samples(jsonl(*rows))
+
+
+def test_paragraphs_of_a_text_file_are_samples(tmp_path):
+    path = tmp_path / "samples.txt"
+    path.write_text("\n\none\nstill one\n\n \n\ntwo\n")
+    assert read_samples(path).texts == ["one\nstill one", "two"]
+
+
+BAD = [
+    ("{broken", "no JSON"),
+    ("[1]", "a JSON object was expected, not list"),
+    ("{}", 'it has neither "text" nor "ids"'),
+    ('{"text": 3}', '"text" must be a string'),
+    ('{"ids": [1, -1]}', '"ids" must be a list of integers of at least 0'),
+    ('{"ids": [true]}', '"ids" must be a list of integers of at least 0'),
+    ('{"text": "a", "nfe": "4"}', '"nfe" must be an integer of at least 0'),
+    ("[" * 100_000, "no JSON"),
+]
+
+
+@pytest.mark.parametrize(("line", "says"), BAD)
+def test_a_bad_line_is_named_by_number_or_left_out_on_request(jsonl, line, says):
+    path = jsonl({"text": "good"}, "", line, {"text": "also good"})
+    with pytest.raises(TokenDriftError, match=r"line 3 of .*samples.jsonl holds no sample") as error:
+        read_samples(path)
+    assert says in str(error.value) and "skip_bad" in str(error.value)
+    found = read_samples(path, skip_bad=True)
+    assert found.texts == ["good", "also good"]
+    (bad,) = found.bad_lines
+    assert isinstance(bad, BadLine) and bad.number == 3 and says in bad.reason
+
+
+def test_a_header_counts_as_such_in_the_first_line_only(jsonl):
+    with pytest.raises(TokenDriftError, match=r'line 2 .* it has neither "text" nor "ids"'):
+        read_samples(jsonl({"text": "a"}, {"tokendrift": {}}))
+    with pytest.raises(TokenDriftError, match=r'line 1 .* the value of "tokendrift" must be an object, not list'):
+        read_samples(jsonl({"tokendrift": []}))
+
+
+def test_files_without_samples_are_named(jsonl, tmp_path):
+    with pytest.raises(TokenDriftError, match=r"samples.jsonl holds no sample\."):
+        read_samples(jsonl())
+    with pytest.raises(TokenDriftError, match=r"holds no sample \(1 lines were left out, the first is line 2: no JSON"):
+        read_samples(jsonl("", "x"), skip_bad=True)
+    with pytest.raises(TokenDriftError, match=r"none.txt cannot be read: No such file"):
+        read_samples(tmp_path / "none.txt")
+    (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
+    with pytest.raises(TokenDriftError, match=r"latin.txt is not UTF-8 text"):
+        read_samples(tmp_path / "latin.txt")
+    with pytest.raises(TokenDriftError, match="mixes lines with text alone and lines with ids alone"):
+        read_samples(jsonl({"text": "a"}, {"ids": [1]}))
+
+
+def test_a_report_is_written_whole_with_the_rights_of_any_new_file(tmp_path):
+    path = tmp_path / "new" / "report.html"
+    write_atomically(path, "caf\u00e9\n")
+    assert path.read_bytes() == b"caf\xc3\xa9\n"
+    plain = tmp_path / "plain"
+    plain.touch()
+    assert path.stat().st_mode == plain.stat().st_mode
+    assert list(path.parent.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("place", ["fsync", "replace"])
+def test_a_full_disk_leaves_the_old_report_and_nothing_else(tmp_path, monkeypatch, place):
+    path = tmp_path / "report.html"
+    write_atomically(path, "old")
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, place, full)
+    with pytest.raises(TokenDriftError, match=r"No space left on device\. The older file is unchanged"):
+        write_atomically(path, "new")
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]

@@ -1,0 +1,175 @@
+"""Samples from files, and reports into files: JSONL, text, and writing that leaves no half-written file behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from tokendrift._checks import fail
+from tokendrift.errors import TokenDriftError
+from tokendrift.evaluation.samples import BadLine, SampleSet
+
+HEADER = "tokendrift"  # key of the metadata object that may stand in the first line
+
+
+class _Line(NamedTuple):
+    ids: list[int] | None
+    text: str | None
+    nfe: int | None
+
+
+def read_samples(path: str | os.PathLike[str], *, skip_bad: bool = False) -> SampleSet:
+    """Read samples from a file.
+
+    ``.jsonl``: one object a line with ``"ids"`` (a list of integers), ``"text"``, or both, and ``"nfe"`` if it is
+    known. The first line may instead be ``{"tokendrift": {...}}``, whose object becomes the metadata; then all lines
+    are of one run, and its NFE is the largest of theirs. Any other ending: UTF-8 text, whose paragraphs, between blank
+    lines, are the samples.
+
+    Args:
+        path: The file.
+        skip_bad: Leave out lines that cannot be read and name them in ``bad_lines``; otherwise the first is an error.
+
+    Raises:
+        TokenDriftError: If the file cannot be read, holds no sample, has a bad line, or mixes what does not go
+            together (lines with and without ids or text, several NFE).
+    """
+    place = Path(path)
+    try:
+        content = place.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        why = "is not UTF-8 text" if isinstance(error, UnicodeDecodeError) else f"cannot be read: {error.strerror}"
+        raise TokenDriftError(f"samples file {place} {why}.\n  Pass a .jsonl or .txt file.") from error
+    if place.suffix != ".jsonl":
+        texts = list(_paragraphs(content))
+        if not texts:
+            raise _empty(place, ())
+        return SampleSet(texts=texts)
+    metadata: dict[str, Any] = {}
+    lines: list[_Line] = []
+    bad: list[BadLine] = []
+    for number, line in enumerate(content.split("\n"), start=1):  # splitlines would also break at U+2028 within a text
+        if not line.strip():
+            continue
+        try:
+            entry = _object(line)
+            if HEADER in entry and not lines and not bad:
+                metadata = _header(entry[HEADER])
+            else:
+                lines.append(_sample(entry))
+        except ValueError as error:
+            if not skip_bad:
+                raise TokenDriftError(
+                    f"line {number} of {place} holds no sample: {error}.\n"
+                    "  Mend the line, or leave such lines out with skip_bad (the rest is scored, the lines are named)."
+                ) from None
+            bad.append(BadLine(number, str(error)))
+    if not lines:
+        raise _empty(place, tuple(bad))
+    return _together(place, lines, metadata, tuple(bad))
+
+
+def write_atomically(path: str | os.PathLike[str], text: str) -> None:
+    """Write a UTF-8 file whole or not at all: where writing fails, an older file of that name stays as it was.
+
+    Raises:
+        TokenDriftError: If the folder cannot be written to or the disk is full.
+    """
+    place = Path(path)
+    part: str | None = None
+    try:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        handle, part = tempfile.mkstemp(prefix=f".{place.name}.", dir=place.parent)
+        with os.fdopen(handle, "w", encoding="utf-8", newline="\n") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())  # a full disk may show only here
+        os.chmod(part, 0o666 & ~_umask())  # noqa: PTH101  # mkstemp makes it private
+        os.replace(part, place)  # noqa: PTH105
+    except OSError as error:
+        older = " The older file is unchanged." if place.exists() else ""
+        raise TokenDriftError(
+            f"{place} could not be written: {error.strerror or error}.{older}\n  Free some space, or write elsewhere."
+        ) from error
+    finally:
+        if part is not None:
+            Path(part).unlink(missing_ok=True)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def _object(line: str) -> dict[str, Any]:
+    try:
+        entry = json.loads(line)
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise ValueError(f"no JSON ({error})") from None
+    if not isinstance(entry, dict):
+        raise ValueError(f"a JSON object was expected, not {type(entry).__name__}")
+    return entry
+
+
+def _header(metadata: object) -> dict[str, Any]:
+    if not isinstance(metadata, dict):
+        raise ValueError(f'the value of "{HEADER}" must be an object, not {type(metadata).__name__}')
+    return metadata
+
+
+def _sample(entry: dict[str, Any]) -> _Line:
+    ids, text, nfe = entry.get("ids"), entry.get("text"), entry.get("nfe")
+    if ids is None and text is None:
+        raise ValueError('it has neither "text" nor "ids"')
+    if text is not None and not isinstance(text, str):
+        raise ValueError('"text" must be a string')
+    if ids is not None and not (isinstance(ids, list) and all(type(token) is int and token >= 0 for token in ids)):
+        raise ValueError('"ids" must be a list of integers of at least 0')
+    if nfe is not None and (type(nfe) is not int or nfe < 0):
+        raise ValueError('"nfe" must be an integer of at least 0')
+    return _Line(ids, text, nfe)
+
+
+def _together(place: Path, lines: Sequence[_Line], metadata: dict[str, Any], bad: tuple[BadLine, ...]) -> SampleSet:
+    have_ids, have_text = ([line[i] is not None for line in lines] for i in range(2))
+    if not (all(have_ids) or all(have_text)):
+        raise TokenDriftError(
+            f"{place} mixes lines with text alone and lines with ids alone.\n  Give every line the same of the two."
+        )
+    costs = {line.nfe for line in lines}
+    if metadata and None not in costs:
+        # One run, whose header says so: rows may have taken part in fewer calls than the batch had.
+        costs = {max(nfe for nfe in costs if nfe is not None)}
+    if len(costs) > 1:
+        shown = ", ".join(map(str, sorted(costs, key=lambda nfe: (nfe is None, nfe or 0))))
+        raise TokenDriftError(
+            f"{place} mixes samples of different NFE ({shown}); their figures do not belong into one row.\n"
+            "  Split the file by NFE."
+        )
+    return SampleSet(
+        ids=[line.ids for line in lines if line.ids is not None] if all(have_ids) else None,
+        texts=[line.text for line in lines if line.text is not None] if all(have_text) else None,
+        nfe=costs.pop(),
+        metadata=metadata,
+        bad_lines=bad,
+    )
+
+
+def _empty(place: Path, bad: tuple[BadLine, ...]) -> TokenDriftError:
+    lines = f" ({len(bad)} lines were left out, the first is line {bad[0].number}: {bad[0].reason})" if bad else ""
+    return fail(f"{place} holds no sample{lines}.", "A .jsonl file has one object with text or ids a line.")
+
+
+def _paragraphs(content: str) -> Iterator[str]:
+    part: list[str] = []
+    for line in [*content.split("\n"), ""]:
+        if line.strip():
+            part.append(line)
+        elif part:
+            yield "\n".join(part)
+            part = []

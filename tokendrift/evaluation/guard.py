@@ -1,0 +1,172 @@
+"""The gaming guard: which figures of a set of samples betray that its Gen.-PPL was bought, read against real text.
+
+The judge likes dull text. What makes text dull shows in a figure beside Gen.-PPL, each with a side on which it is
+suspicious. A figure is flagged where it lies on that side of real text's by more than `DEVIATIONS` standard errors of
+the difference (both sets resampled, so real text's own variation counts) and by more than a margin, so that a
+difference of no consequence is not flagged only because there are many samples:
+
+| figure | suspicious | margin | what it betrays |
+|---|---|---|---|
+| ``gen_ppl`` | below real text | none | nothing is to be won there; without a flag it is still commented on |
+| ``sample_entropy`` | below | 2 % | samples that go round in circles |
+| ``unigram_entropy`` | below | 2 % | frequent words only; low temperature |
+| ``distinct_1`` to ``distinct_4`` | below | 10 % | few words or phrases over the whole set |
+| ``repetition_4`` | above | 0.02 | phrases repeated within a sample |
+| ``longest_repeat`` | above | 25 % | long passages repeated within a sample |
+| ``most_frequent_share`` | above | 25 % | one token over and over |
+| ``duplicate_share`` | above | 0.02 | the same sample again |
+| ``self_bleu`` | above | 0.05 | samples that say the same things |
+| ``copied_share`` | above | 0.1 | training text by heart |
+
+With 3.5 standard errors, one-sided, 13 figures of real text beside real text give a flag in about 3 of 1,000 cases,
+for sets large enough that the figures are nearly normal (a hundred samples and more).
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+from tokendrift.evaluation.comparison import check_alike
+from tokendrift.evaluation.measures import Measures
+
+DEVIATIONS = 3.5
+SAME_SIZE = 0.05  # relative difference up to which sets count as of one size
+
+
+class Check(NamedTuple):
+    """A figure that betrays dull text.
+
+    Attributes:
+        figure: Its name in `Measures`.
+        side: On which side of real text's it is suspicious, -1 below and 1 above.
+        margin: Difference without consequence.
+        relative: Whether the margin is a share of real text's figure.
+        whole_set: Whether the figure depends on the number of samples.
+        meaning: What it betrays.
+    """
+
+    figure: str
+    side: int
+    margin: float
+    relative: bool
+    whole_set: bool
+    meaning: str
+
+
+CHECKS = (
+    Check("gen_ppl", -1, 0.0, True, False, "likelier to the judge than what people write: dull, or known to it"),
+    Check("sample_entropy", -1, 0.02, True, False, "few different tokens within a sample"),
+    Check("unigram_entropy", -1, 0.02, True, True, "frequent tokens preferred, as low temperature does"),
+    *(Check(f"distinct_{n}", -1, 0.1, True, True, f"few different {n}-grams over the whole set") for n in (1, 2, 3, 4)),
+    Check("repetition_4", 1, 0.02, False, False, "phrases repeated within a sample"),
+    Check("longest_repeat", 1, 0.25, True, False, "long passages repeated within a sample"),
+    Check("most_frequent_share", 1, 0.25, True, True, "one token over and over"),
+    Check("duplicate_share", 1, 0.02, False, True, "the same sample again"),
+    Check("self_bleu", 1, 0.05, False, True, "samples that say the same things"),
+    Check("copied_share", 1, 0.1, False, False, "training text by heart"),
+)  # fmt: skip
+
+
+class Finding(NamedTuple):
+    """What the guard says of one figure.
+
+    Attributes:
+        figure: Its name in `Measures`; ``"samples"`` or ``"length"`` where the sets are not of one size.
+        level: ``"flag"``, or ``"comment"`` where there is something to say short of that.
+        value: The figure of the samples.
+        real: That of real text.
+        threshold: Where the flag begins.
+        meaning: What it betrays.
+    """
+
+    figure: str
+    level: str
+    value: float
+    real: float
+    threshold: float
+    meaning: str
+
+    def __str__(self) -> str:
+        side = "below" if self.value < self.real else "above"
+        if self.figure in {"samples", "length"}:
+            return f"{self.figure} {self.value:.4g} against {self.real:.4g} of real text: {self.meaning}"
+        beyond = f"{side} {self.threshold:.4g}" if self.level == "flag" else f"{side} real text within its variation"
+        return f"{self.figure} {self.value:.4g} is {beyond} (real text {self.real:.4g}): {self.meaning}"
+
+
+class Verdict(NamedTuple):
+    """All that the guard has to say of a set of samples.
+
+    Attributes:
+        findings: Flags and comments, in the order of the table.
+        unchecked: Figures that could not be judged: not measured in both sets, or sets of different size.
+    """
+
+    findings: tuple[Finding, ...]
+    unchecked: tuple[str, ...]
+
+    @property
+    def flags(self) -> tuple[str, ...]:
+        """Names of the flagged figures."""
+        return tuple(finding.figure for finding in self.findings if finding.level == "flag")
+
+    @property
+    def passed(self) -> bool:
+        """Whether nothing was flagged."""
+        return not self.flags
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain numbers and texts for JSON."""
+        findings = [{**finding._asdict(), "sentence": str(finding)} for finding in self.findings]
+        return {"passed": self.passed, "findings": findings, "unchecked": list(self.unchecked)}
+
+
+def check_samples(generated: Measures, real: Measures, *, deviations: float = DEVIATIONS) -> Verdict:
+    """Look for figures that betray a Gen.-PPL bought with dull or copied text.
+
+    Args:
+        generated: Of the samples.
+        real: Of real text that neither denoiser nor judge was trained on, as many samples of the same length,
+            measured in the same way.
+        deviations: Standard errors that a flag needs.
+
+    Raises:
+        TokenDriftError: If the two were not measured alike.
+    """
+    check_alike(generated, real)
+    findings, unchecked = list(_sizes(generated, real)), []
+    same_number = abs(generated.samples - real.samples) <= SAME_SIZE * real.samples
+    values, expected = generated.intervals(), real.intervals()
+    for check in CHECKS:
+        name = check.figure
+        measured = (
+            name in values and name in expected and math.isfinite(values[name].estimate + expected[name].estimate)
+        )
+        if not measured or (check.whole_set and not same_number):
+            unchecked.append(name)
+            continue
+        value, level = values[name].estimate, expected[name].estimate
+        error = float((generated.replicates[name] - real.replicates[name]).std())
+        if name == "gen_ppl":  # compared as a ratio
+            threshold = level * math.exp(check.side * deviations * error)
+        else:
+            allowed = max(deviations * error, check.margin * (level if check.relative else 1))
+            threshold = level + check.side * allowed
+        if check.side * (value - threshold) > 0:
+            findings.append(Finding(name, "flag", value, level, threshold, check.meaning))
+        elif name == "gen_ppl" and value < level:
+            findings.append(Finding(name, "comment", value, level, threshold, check.meaning))
+    return Verdict(tuple(findings), tuple(unchecked))
+
+
+def _sizes(generated: Measures, real: Measures) -> list[Finding]:
+    """Return comments where the two sets are not of one size."""
+    found = []
+    for name, value, level, meaning in (
+        ("samples", generated.samples, real.samples, "figures of the whole set depend on it and were not judged"),
+        ("length", generated.length.estimate, real.length.estimate, "entropy and repetition depend on it"),
+    ):
+        if abs(value - level) > SAME_SIZE * level:
+            found.append(Finding(name, "comment", float(value), float(level), math.nan, meaning))
+    return found

@@ -1,0 +1,175 @@
+"""Two models at one entropy: the comparison that sampling colder cannot win.
+
+Lowering the temperature lowers Gen.-PPL and entropy together and needs no training. So the baseline is sampled at the
+temperature that gives it the other model's entropy, and the ratio of Gen.-PPL is taken there, for both kinds of
+entropy: temperature moves that of the whole set long before that of a single sample.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+from tokendrift._checks import check_choice, check_count, check_positive, fail
+from tokendrift.evaluation.bootstrap import Interval
+from tokendrift.evaluation.comparison import check_alike, compare
+from tokendrift.evaluation.draws import DrawSamples, MeasureSamples, Setting
+from tokendrift.evaluation.measures import Measures
+
+KINDS = ("sample", "unigram")
+TOLERANCE = 0.02  # nats up to which entropies agree for any purpose
+TEMPERATURES = (1.0, 0.85, 0.7, 0.55, 0.4, 0.25, 0.1)
+
+
+class MatchedEntropy(NamedTuple):
+    """Gen.-PPL of a model over that of a baseline sampled at the temperature that gives it the same entropy.
+
+    Attributes:
+        ratio: Gen.-PPL of the model over the baseline's; below 1 the model's text is likelier at the same entropy.
+        kind: Which entropy was matched, ``"sample"`` or ``"unigram"``.
+        temperature: Of the baseline.
+        entropy_difference: The model's entropy minus the baseline's, nats: what is left of the mismatch.
+        model: Figures of the model.
+        baseline: Figures of the baseline at that temperature.
+        real: Figures of real text.
+    """
+
+    ratio: Interval
+    kind: str
+    temperature: float
+    entropy_difference: Interval
+    model: Measures
+    baseline: Measures
+    real: Measures
+
+    @property
+    def matched(self) -> bool:
+        """Whether the entropies agree, within `TOLERANCE` or chance; no temperature may reach the model's."""
+        return abs(self.entropy_difference.estimate) <= TOLERANCE or not self.entropy_difference.excludes(0.0)
+
+    def verdict(self) -> str:
+        """Return ``"better"`` or ``"worse"`` where the interval leaves out 1, else ``"not distinguishable"``.
+
+        Where the entropies could not be matched nothing is claimed: ``"not matched"``.
+        """
+        if not self.matched:
+            return "not matched"
+        if not self.ratio.excludes(1.0):
+            return "not distinguishable"
+        return "better" if self.ratio.estimate < 1 else "worse"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain numbers and texts for JSON."""
+        plain = {name: value for name, value in self._asdict().items() if not isinstance(value, Measures)}
+        plain |= {"ratio": self.ratio._asdict(), "entropy_difference": self.entropy_difference._asdict()}
+        sets = {name: getattr(self, name).summary() for name in ("model", "baseline", "real")}
+        return {**plain, **sets, "matched": self.matched, "verdict": self.verdict()}
+
+    def __str__(self) -> str:
+        model, baseline, real = self.model, self.baseline, self.real
+        return (
+            f"Gen.-PPL ratio at equal {self.kind} entropy {self.ratio.estimate:.3f} ({self.ratio.low:.3f} to "
+            f"{self.ratio.high:.3f}), {self.verdict()}: {_told(model)} against {_told(baseline)} at temperature "
+            f"{self.temperature:.2f}; real text {_told(real)}; entropy differs by "
+            f"{self.entropy_difference.estimate:+.3f} nats; {model.samples} samples, {model.perplexity.precision}, "
+            f"protocol {model.perplexity.protocol}"
+        )
+
+
+def at_matched_entropy(
+    model: Measures,
+    baseline: DrawSamples,
+    measure: MeasureSamples,
+    *,
+    real: Measures,
+    steps: int,
+    count: int | None = None,
+    kind: str = "sample",
+    temperatures: Sequence[float] = TEMPERATURES,
+    curve: Sequence[tuple[float, float]] | None = None,
+) -> MatchedEntropy:
+    """Compare a model with a baseline at the temperature that gives the baseline the model's entropy.
+
+    The one number to compare two models by: it cannot be had by sampling colder.
+
+    Args:
+        model: Figures of the model, sampled as it is meant to be.
+        baseline: Draws from the baseline.
+        measure: Measures a set, as the model was measured.
+        real: Figures of real text, shown beside.
+        steps: Steps of the baseline's sampler, those of the model.
+        count: Samples of the baseline; by default as many as the model has, which makes the bootstrap paired.
+        kind: ``"sample"`` or ``"unigram"``.
+        temperatures: Grid on which the temperature is looked for; its ends bound what can be matched.
+        curve: Known (temperature, entropy) of the baseline for sets of this size, instead of sampling the grid.
+
+    Raises:
+        TokenDriftError: For an unknown kind, an empty grid, or sets not measured alike.
+    """
+    check_choice("kind", kind, KINDS)
+    count = model.samples if count is None else check_count("count", count, least=2)
+    if curve is None:
+        grid = [check_positive("temperatures", t) for t in temperatures]
+        curve = [(t, entropy(measure(baseline(Setting(steps, t), count)), kind).estimate) for t in grid]
+    target = entropy(model, kind).estimate
+    temperature = temperature_at(curve, target)
+    matched = measure(baseline(Setting(steps, temperature), count))
+    return matched_entropy(model, matched, real, kind=kind, temperature=temperature)
+
+
+def matched_entropy(
+    model: Measures, baseline: Measures, real: Measures, *, kind: str, temperature: float
+) -> MatchedEntropy:
+    """Return the comparison of a model with a baseline already sampled at the matching temperature.
+
+    Args:
+        model: Figures of the model.
+        baseline: Of the baseline at ``temperature``.
+        real: Of real text.
+        kind: Which entropy was matched.
+        temperature: Of the baseline.
+    """
+    check_alike(model, real)
+    found = compare(model, baseline)
+    difference = found.differences[f"{check_kind(kind)}_entropy"]
+    return MatchedEntropy(found.gen_ppl_ratio, kind, temperature, difference, model, baseline, real)
+
+
+def temperature_at(curve: Sequence[tuple[float, float]], entropy: float) -> float:
+    """Return the temperature at which a curve of (temperature, entropy) reaches an entropy.
+
+    Linear between neighbours; the ends of the curve where the entropy lies outside it.
+
+    >>> temperature_at([(1.0, 3.0), (0.5, 2.0), (0.8, 2.8)], 2.9)
+    0.9
+    """
+    points = sorted(curve)
+    if not points:
+        raise fail("the curve of temperatures and entropies is empty.", "Sample the baseline at some temperatures.")
+    if entropy >= points[-1][1]:
+        return points[-1][0]
+    for (cold, low), (warm, high) in reversed(list(pairwise(points))):
+        if low <= entropy <= high:
+            return cold if high == low else cold + (warm - cold) * (entropy - low) / (high - low)
+    return points[0][0]
+
+
+def entropy(measures: Measures, kind: str) -> Interval:
+    """Return the mean entropy of a sample, or that of all tokens together, in nats."""
+    return measures.sample_entropy if check_kind(kind) == "sample" else measures.unigram_entropy
+
+
+def check_kind(kind: str) -> str:
+    """Require one of the two kinds of entropy."""
+    check_choice("kind", kind, KINDS)
+    return kind
+
+
+def _told(measures: Measures) -> str:
+    """Return the figures without which no Gen.-PPL is told."""
+    nfe = "" if measures.nfe is None else f", {measures.nfe} NFE"
+    return (
+        f"{measures.gen_ppl.estimate:.1f} (entropy {measures.sample_entropy.estimate:.3f} in a sample, "
+        f"{measures.unigram_entropy.estimate:.3f} over all{nfe})"
+    )

@@ -1,0 +1,312 @@
+"""Distances between generated and real text as sets of feature vectors: kernel distance with its test, and MAUVE."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from tokendrift._checks import check_count, check_floating, check_ids, check_positive, check_tensor, fail
+from tokendrift.errors import TokenDriftError
+from tokendrift.evaluation.bootstrap import Interval, check_resampling, interval_from, redraws
+from tokendrift.evaluation.judge import Judge, check_range, scoring
+from tokendrift.evaluation.samples import Samples, id_sequences
+
+PERMUTATIONS_AT_ONCE = 64
+
+
+class KernelDistance(NamedTuple):
+    """Kernel two-sample distance between generated and real features.
+
+    Attributes:
+        distance: Unbiased squared maximum mean discrepancy, with its bootstrap interval; around 0, also below it,
+            where the two sets have one law.
+        p_value: Share of permutations that give at least this distance: small where the laws differ.
+        bandwidth: Of the Gaussian kernel, in feature units.
+        generated: Number of generated vectors.
+        real: Number of real ones.
+        permutations: Number of permutations.
+    """
+
+    distance: Interval
+    p_value: float
+    bandwidth: float
+    generated: int
+    real: int
+    permutations: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain numbers for JSON."""
+        return {**self._asdict(), "distance": self.distance._asdict()}
+
+
+def kernel_distance(
+    generated: Tensor,
+    real: Tensor,
+    *,
+    bandwidth: float | None = None,
+    permutations: int = 999,
+    resamples: int = 1000,
+    level: float = 0.95,
+    seed: int = 0,
+) -> KernelDistance:
+    r"""Return the kernel two-sample distance (MMD) between two sets of features, with a permutation test.
+
+    .. math:: \widehat{\mathrm{MMD}}^2 = \frac1{n(n-1)}\sum_{i\ne j}k(x_i,x_j) + \frac1{m(m-1)}\sum_{i\ne j}k(y_i,y_j)
+        - \frac2{nm}\sum_{ij}k(x_i,y_j), \qquad k(x,y) = e^{-\lVert x-y\rVert^2/2s^2}
+
+    The p-value permutes which vector came from where, and is exact for samples that are independent.
+
+    Args:
+        generated: (n, M), one vector a sample; n at least 2.
+        real: (m, M), of real text of the same length.
+        bandwidth: s; by default the median distance between all vectors.
+        permutations: Of the test; the smallest p-value is 1 / (permutations + 1).
+        resamples: Redraws for the interval; pairs of a vector with itself are left out.
+        level: Confidence of the interval.
+        seed: Of permutations and redraws.
+
+    Raises:
+        TokenDriftError: If widths differ, or a set has fewer than 2 vectors.
+
+    Source: Gretton et al., A Kernel Two-Sample Test (JMLR 2012), lemma 6 and section 8.
+
+    >>> points = torch.randn(200, 3, generator=torch.Generator().manual_seed(0))
+    >>> kernel_distance(points[:100], points[100:] + 2, permutations=99).p_value
+    0.01
+    """
+    check_resampling(level, resamples)
+    check_count("permutations", permutations, least=1)
+    x, y = _clouds(generated, real)
+    n, m = len(x), len(y)
+    both = torch.cat([x, y])
+    squared = torch.cdist(both, both, compute_mode="donot_use_mm_for_euclid_dist").square_()
+    if bandwidth is None:
+        upper = squared[torch.ones_like(squared, dtype=torch.bool).triu_(1)]
+        bandwidth = math.sqrt(float(upper.median())) or 1.0  # equal points: any width gives zero distance
+    check_positive("bandwidth", bandwidth)
+    kernel = squared.div_(-2 * bandwidth**2).exp_().fill_diagonal_(0)
+    generator = torch.Generator().manual_seed(seed)
+    place = torch.cat([torch.ones(n), torch.zeros(m)]).double()
+    observed = float(_mmd(kernel, place[None])[0])
+    permuted = []
+    for start in range(0, permutations, PERMUTATIONS_AT_ONCE):
+        count = min(PERMUTATIONS_AT_ONCE, permutations - start)
+        order = torch.rand(count, n + m, generator=generator).argsort(dim=1)
+        permuted.append(_mmd(kernel, place[order]))
+    # Rounding must not tell equal arrangements apart.
+    at_least = int((torch.cat(permuted) >= observed - 1e-12).sum())
+    counts = [_counts(torch.cat(list(redraws(size, resamples, generator))), size) for size in (n, m)]
+    interval = interval_from(observed, _resampled_mmd(kernel, *counts), level)
+    return KernelDistance(interval, (1 + at_least) / (1 + permutations), bandwidth, n, m, permutations)
+
+
+class Mauve(NamedTuple):
+    """MAUVE between generated and real features.
+
+    Attributes:
+        score: Near 1 where the two sets fall into the same clusters alike, near 0 where they do not; its interval
+            resamples the vectors and holds the clusters.
+        buckets: Number of clusters.
+        scaling_factor: c of the paper.
+        seed_spread: Standard deviation over seeds of the clustering.
+        generated: Number of generated vectors.
+        real: Number of real ones.
+    """
+
+    score: Interval
+    buckets: int
+    scaling_factor: float
+    seed_spread: float
+    generated: int
+    real: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain numbers for JSON."""
+        return {**self._asdict(), "score": self.score._asdict()}
+
+
+def mauve(
+    generated: Tensor,
+    real: Tensor,
+    *,
+    buckets: int | None = None,
+    scaling_factor: float = 5.0,
+    seeds: int = 5,
+    resamples: int = 1000,
+    level: float = 0.95,
+    seed: int = 25,
+) -> Mauve:
+    """Return MAUVE of generated against real features, computed by the package ``mauve-text`` (extra ``mauve``).
+
+    The score is the mean over several clusterings; it needs thousands of samples to be told from 1 finely, depends on
+    features, number of samples and buckets, and compares only where all of them agree.
+
+    Args:
+        generated: (n, M), for example of `judge_features`.
+        real: (m, M).
+        buckets: Number of clusters; by default a tenth of the smaller set.
+        scaling_factor: c of the paper.
+        seeds: Clusterings.
+        resamples: Redraws for the interval.
+        level: Confidence of the interval.
+        seed: Of the first clustering; the others follow.
+
+    Raises:
+        TokenDriftError: If ``mauve-text`` is missing, widths differ, or a set has fewer than 2 vectors.
+
+    Source: Pillutla et al., MAUVE (arXiv 2102.01454) and MAUVE Scores for Generative Models (arXiv 2212.14578).
+    """
+    check_resampling(level, resamples)
+    check_count("seeds", seeds, least=1)
+    x, y = (cloud.numpy() for cloud in _clouds(generated, real))
+    try:
+        from mauve import compute_mauve
+    except ImportError as error:
+        raise TokenDriftError("MAUVE needs the package mauve-text.\n  pip install 'tokendrift[mauve]'") from error
+    found = [
+        compute_mauve(
+            p_features=y,
+            q_features=x,
+            num_buckets="auto" if buckets is None else check_count("buckets", buckets, least=2),
+            mauve_scaling_factor=scaling_factor,
+            seed=seed + offset,
+            verbose=False,
+        )
+        for offset in range(seeds)
+    ]
+    scores = torch.tensor([float(one.mauve) for one in found], dtype=torch.float64)
+    generator = torch.Generator().manual_seed(seed)
+    share = math.ceil(resamples / seeds)
+    replicates = [
+        _mauve_score(
+            _redrawn(one.p_hist, len(y), share, generator),
+            _redrawn(one.q_hist, len(x), share, generator),
+            scaling_factor,
+        )
+        for one in found
+    ]
+    estimate = min(float(scores.mean()), 1.0)  # the area is summed with rounding
+    # Redrawn histograms lie further apart than those they come from, so the replicates are set back to the estimate.
+    interval = interval_from(estimate, torch.cat(replicates), level, centred=True)
+    bounded = Interval(estimate, max(interval.low, 0.0), min(interval.high, 1.0))
+    spread = float(scores.std()) if seeds > 1 else 0.0
+    return Mauve(bounded, int(found[0].num_buckets), scaling_factor, spread, len(x), len(y))
+
+
+@torch.no_grad()
+def encoder_features(
+    embedding: Tensor, feature_map: Callable[[Tensor], Tensor], ids: Tensor, *, batch_size: int = 64
+) -> Tensor:
+    """Return features of ids (n, L) in a frozen encoder, (n, M) on the CPU; windows are averaged.
+
+    Args:
+        embedding: Token embeddings (V, D).
+        feature_map: Frozen map (B, L, D) to (B, M) or (B, W, M), such as `PooledFeatures`.
+        ids: Generated or real ids (n, L).
+        batch_size: Sequences a call.
+    """
+    ids = check_ids("ids", ids, len(check_tensor("embedding", embedding, ("V", "D"))))
+    parts = []
+    for batch in ids.to(embedding.device).split(check_count("batch_size", batch_size, least=1)):
+        found = feature_map(nn.functional.embedding(batch, embedding))
+        parts.append((found.mean(dim=1) if found.ndim == 3 else found).cpu())
+    return torch.cat(parts)
+
+
+def judge_features(samples: Samples, judge: Judge, *, batch_size: int = 64, truncate: int | None = None) -> Tensor:
+    """Return the judge's last hidden state at the last token of each sample, float32 (n, M): what MAUVE is made for.
+
+    Args:
+        samples: Texts, or ids of the judge's vocabulary.
+        judge: A transformers causal LM, `GenerativePerplexity.judge` for one.
+        batch_size: Samples a call, of like length.
+        truncate: Read the first so many tokens only; by default what the judge can.
+
+    Raises:
+        TokenDriftError: If the judge shows no hidden states, a sample is empty, or ids are outside its vocabulary.
+    """
+    sequences, _ = id_sequences(samples, None, judge.tokenizer)
+    check_count("batch_size", batch_size, least=1)
+    limit = truncate if truncate is not None else judge.window
+    sequences = [ids[:limit] for ids in sequences]
+    for i, ids in enumerate(sequences):
+        if len(ids) == 0:
+            raise fail(f"sample {i} is empty and has no features.", "Leave empty samples out.")
+    check_range(torch.cat(sequences), judge.vocab_size)
+    order = sorted(range(len(sequences)), key=lambda i: -len(sequences[i]))
+    rows: dict[int, Tensor] = {}
+    with scoring(judge.model):
+        for start in range(0, len(order), batch_size):
+            chosen = order[start : start + batch_size]
+            parts = [sequences[i] for i in chosen]
+            lengths = torch.tensor([len(part) for part in parts])
+            ids = nn.utils.rnn.pad_sequence(parts, batch_first=True)
+            mask = (torch.arange(ids.shape[1]) < lengths[:, None]).long()
+            hidden = judge.hidden(ids, mask)
+            last = hidden[torch.arange(len(parts)), lengths.to(hidden.device) - 1].float().cpu()
+            rows |= dict(zip(chosen, last, strict=True))
+    return torch.stack([rows[i] for i in range(len(sequences))]).clone()
+
+
+def _clouds(generated: Tensor, real: Tensor) -> tuple[Tensor, Tensor]:
+    for name, cloud in (("generated", generated), ("real", real)):
+        check_floating(name, check_tensor(name, cloud, ("n", "M")))
+        if len(cloud) < 2:
+            raise fail(f"{name} needs at least 2 feature vectors.", **{name: cloud})
+    if generated.shape[1] != real.shape[1]:
+        raise fail("generated and real must have one width M.", "Use one feature map.", generated=generated, real=real)
+    return generated.detach().cpu().double(), real.detach().cpu().double()
+
+
+def _mmd(kernel: Tensor, place: Tensor) -> Tensor:
+    """Return unbiased MMD^2 for assignments (R, N), 1 where a vector counts as generated; the diagonal is 0."""
+    n, m = place[0].sum(), (1 - place[0]).sum()
+    rows = place @ kernel
+    within = (rows * place).sum(dim=1)
+    across = (rows * (1 - place)).sum(dim=1)
+    rest = kernel.sum() - within - 2 * across
+    return within / (n * (n - 1)) + rest / (m * (m - 1)) - 2 * across / (n * m)
+
+
+def _resampled_mmd(kernel: Tensor, first: Tensor, second: Tensor) -> Tensor:
+    """Return MMD^2 for redrawn counts (R, n) and (R, m), without pairs of a vector with itself."""
+    n, m = first.shape[1], second.shape[1]
+    upper, lower, across = kernel[:n, :n], kernel[n:, n:], kernel[:n, n:]
+
+    def within(counts: Tensor, block: Tensor, size: int) -> Tensor:
+        return ((counts @ block) * counts).sum(dim=1) / (size**2 - counts.square().sum(dim=1))
+
+    return within(first, upper, n) + within(second, lower, m) - 2 * ((first @ across) * second).sum(dim=1) / (n * m)
+
+
+def _counts(index: Tensor, n: int) -> Tensor:
+    ones = torch.ones(index.shape, dtype=torch.float64)
+    return torch.zeros(len(index), n, dtype=torch.float64).scatter_add_(1, index, ones)
+
+
+def _redrawn(histogram: Any, count: int, resamples: int, generator: torch.Generator) -> Tensor:
+    """Return histograms of ``count`` draws from one, (R, K)."""
+    share = torch.as_tensor(histogram, dtype=torch.float64)
+    drawn = torch.multinomial(share, resamples * count, replacement=True, generator=generator)
+    return _counts(drawn.view(resamples, count), len(share)) / count
+
+
+def _mauve_score(p: Tensor, q: Tensor, scaling_factor: float, points: int = 25) -> Tensor:
+    """Return the area under the divergence curve of histograms (R, K), (R,), with the package's 25 mixtures."""
+
+    def divergence(a: Tensor, mixture: Tensor) -> Tensor:
+        return (torch.xlogy(a, a) - torch.xlogy(a, mixture)).sum(dim=-1)
+
+    curve = []
+    for weight in torch.linspace(1e-6, 1 - 1e-6, points, dtype=torch.float64):
+        mixture = weight * p + (1 - weight) * q
+        curve.append(torch.stack([divergence(q, mixture), divergence(p, mixture)]))
+    x, y = (-scaling_factor * torch.stack(curve, dim=-1)).exp()  # (R, points) each
+    ends = torch.zeros(len(p), 1, dtype=torch.float64), torch.ones(len(p), 1, dtype=torch.float64)
+    x, y = torch.cat([ends[1], x, ends[0]], dim=1), torch.cat([ends[0], y, ends[1]], dim=1)
+    forward, order = x.sort(dim=1)
+    return torch.trapezoid(y.gather(1, order), forward, dim=1)
