@@ -16,9 +16,9 @@ from tokendrift.kernels import exact_matmul, squared_distances
 from tokendrift.testing import (
     LAWS,
     assert_antisymmetric,
+    assert_equilibrium,
     assert_rotation_equivariant,
     assert_translation_invariant,
-    assert_equilibrium,
     check_field,
     clouds,
 )
@@ -376,7 +376,7 @@ def test_the_block_size_changes_nothing(kernel, normalization, block_size, scale
             rms_normalize=False,
             block_size=size,
         )
-        for size in (8192, block_size)
+        for size in (None, block_size)
     )
     expected, diagnostics = whole.diagnose(*cloud[:3], **options)
     actual, streamed = blocks.diagnose(*cloud[:3], **options)
@@ -405,6 +405,17 @@ def test_one_anchor_doubles_the_temperature_of_the_two_sided_form():
     joint = raw_field(normalization="joint", tau=1.0)(anchors, positives, negatives)
     cosine = torch.nn.functional.cosine_similarity(two_sided, joint)
     torch.testing.assert_close(cosine, torch.ones_like(cosine), rtol=0, atol=1e-14)
+
+
+@pytest.mark.parametrize(("count", "width", "block"), [(2, 16, 8192), (8, 1536, 672), (512, 4096, 256)])
+def test_a_block_by_default_stays_in_the_cache_of_a_cpu(count, width, block):
+    """About a million numbers, references and weights, between 256 references and 8192."""
+    references, peaks = torch.zeros(3 * block, width), []
+    for size in (None, block):
+        with LiveBytes() as memory:
+            DriftField(block_size=size)(torch.zeros(count, width), references, references)
+        peaks.append(memory.peak)
+    assert peaks[0] == peaks[1]
 
 
 @EVERY_FORM

@@ -77,6 +77,7 @@ class FieldDiagnostics(NamedTuple):
 
 NORMALIZATIONS = ("joint", "separate", "two_sided", "sinkhorn")
 JOINT = ("joint", "two_sided")  # both sides share one sum
+CENTRE_FROM = 256  # references of either side
 
 
 @dataclass(frozen=True)
@@ -110,7 +111,8 @@ class DriftField:
         aggregate: ``"mean"`` over temperatures, or ``"sum"`` as arXiv 2602.04770.
         eps: Added inside the root of s. A temperature with a mean square below eps contributes zero instead of
             amplified rounding.
-        block_size: References handled at a time; memory grows with it and not with the number of references.
+        block_size: References handled at a time; memory grows with it and not with the number of references. By default
+            a block stays in the cache of a CPU (about a million numbers), or fills an accelerator (8192 references).
         attraction, repulsion: Factors on the pull to the positives and on the push from the negatives, as differences
             to the anchor. Only equal factors make the field anti-symmetric.
         subtract_noise: Multiply each temperature's drift by the share of its mean square that is not sampling noise,
@@ -143,7 +145,7 @@ class DriftField:
     rms_normalize: bool = True
     aggregate: Literal["mean", "sum"] = "mean"
     eps: float = 1e-12
-    block_size: int = 8192
+    block_size: int | None = None
     attraction: float = 1.0
     repulsion: float = 1.0
     subtract_noise: bool = False
@@ -161,7 +163,8 @@ class DriftField:
         check_choice("normalization", self.normalization, NORMALIZATIONS)
         check_choice("aggregate", self.aggregate, ("mean", "sum"))
         check_positive("eps", self.eps)
-        check_count("block_size", self.block_size, least=1)
+        if self.block_size is not None:
+            check_count("block_size", self.block_size, least=1)
         check_count("sinkhorn_iterations", self.sinkhorn_iterations, least=1)
         for name in ("attraction", "repulsion"):
             if getattr(self, name) != 0:
@@ -257,6 +260,14 @@ class DriftField:
     def _kernel(self) -> Kernel:
         return KERNELS[self.kernel] if isinstance(self.kernel, str) else self.kernel
 
+    def _block_for(self, anchors: Tensor) -> int:
+        if self.block_size is not None:
+            return self.block_size
+        if anchors.device.type != "cpu" or torch.compiler.is_compiling():
+            return 8192
+        numbers = anchors.shape[1] + len(anchors) * len(self.temperatures)  # for each reference: itself, its weights
+        return min(8192, max(256, 2**20 // numbers))
+
     def combine(self, raw: Tensor, sums: FieldSums) -> Tensor:
         """Return the drift (N, M) from the raw drifts (T, N, M): scales of the temperatures, then aggregation."""
         mean_square = raw.square().sum(-1).mean(-1)
@@ -289,12 +300,14 @@ class DriftField:
         dtype = torch.promote_types(anchors.dtype, torch.float32)
         with exact_matmul(anchors.device):
             # Distances by products cancel badly far from the origin, so all clouds are centred first. Any point
-            # among them will do: where there are very many, the mean of some.
-            some = [cloud[: self.block_size] for cloud in (positives, negatives)]
+            # among them will do: the mean of some.
+            some = [cloud[:CENTRE_FROM] for cloud in (positives, negatives)]
             centre = (some[0].sum(0, dtype=dtype) + some[1].sum(0, dtype=dtype)) / (len(some[0]) + len(some[1]))
             # Near zero the root of a product-form distance is all rounding, and only the Gaussian takes no root.
             refine = self.kernel != "gaussian" or self.feature_scaling
-            view = View(anchors.to(dtype) - centre, centre, self._kernel, self.temperatures, self.block_size, refine)
+            view = View(
+                anchors.to(dtype) - centre, centre, self._kernel, self.temperatures, self._block_for(anchors), refine
+            )
             sides = (
                 Side(positives, exclude_positive, positive_weights, pairs),
                 Side(negatives, exclude_negative, negative_weights),

@@ -73,7 +73,8 @@ def squared_distances(x: Tensor, y: Tensor, *, refine: bool = False) -> Tensor:
     One matrix product; ``refine`` computes the pairs that nearly coincide from their difference, some at a time: in
     tight clusters these are nearly all pairs.
     """
-    size = x.square().sum(-1, keepdim=True) + y.square().sum(-1)
+    # Norms, unlike squares, need no second copy of the references.
+    size = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square() + torch.linalg.vector_norm(y, dim=-1).square()
     squared = torch.addmm(size, x, y.T, alpha=-2).clamp_min_(0)
     if refine:
         for pairs in (squared < 1e-3 * size).nonzero().split(max(1, REFINED_NUMBERS // x.shape[1])):
