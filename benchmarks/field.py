@@ -17,8 +17,8 @@ common direction, as pooled features are.
 from __future__ import annotations
 
 import argparse
-import resource
 import statistics
+import sys
 from collections.abc import Callable
 
 import torch
@@ -50,11 +50,11 @@ def main() -> None:
     clouds = unit_vectors(*sizes, options.device)
     for kernel, normalization in FORMS[: options.forms]:
         print(measure(kernel, normalization, clouds, 3 if options.quick else options.runs, options.device), flush=True)
-    if options.device == "cpu":
-        resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-        print(
-            f"peak resident memory of the process {resident:.1f} GiB, the references {clouds[0].nbytes / 2**30:.2f} GiB"
-        )
+    if sys.platform == "linux":
+        import resource
+
+        resident, held = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, clouds[0].nbytes / 2**30
+        print(f"peak resident memory {resident:.1f} GiB with the copies of the dense form, references {held:.1f} GiB")
     print(machine(options.device))
 
 
