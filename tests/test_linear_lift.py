@@ -181,8 +181,8 @@ def test_the_operators_keep_the_contract_of_torch_library(biased):
     leaves = [None if x is None else x.clone().requires_grad_() for x in (hidden, weight, bias, table)]
     torch.library.opcheck(linear_lift, (*leaves, 1, 64, 2))
     lifted, scale = linear_lift(hidden, weight, bias, table, 1, 64, 2)
-    need = [True, False, biased, True]
-    arguments = (torch.ones_like(lifted), hidden, weight, bias, table, lifted, scale, 1, 64, 2, need)
+    need = (True, False, biased, True)
+    arguments = (torch.ones_like(lifted), hidden, weight, bias, table, lifted, scale, 1, 64, 2, *need)
     torch.library.opcheck(linear_lift_backward, arguments)
 
 

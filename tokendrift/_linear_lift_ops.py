@@ -67,12 +67,14 @@ def linear_lift_rows_backward(
     mask_column: int,
     tokens: int,
     block: int,
-    need: list[bool],
+    need_hidden: bool,
+    need_weight: bool,
+    need_bias: bool,
+    need_table: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return the gradients to hidden, weight, bias and table; those not needed are empty."""
     dtype, wide = product_dtype(hidden.dtype, weight.dtype), wide_dtype(hidden.dtype)
     lift_dtype = product_dtype(hidden.dtype, table.dtype)
-    need_hidden, need_weight, need_bias, need_table = need
     need_logits = need_hidden or need_weight or need_bias
 
     def empty_or(needed: bool, like: Tensor | None) -> Tensor:
@@ -145,15 +147,20 @@ def _(
     mask_column: int,
     tokens: int,
     block: int,
-    need: list[bool],
+    need_hidden: bool,
+    need_weight: bool,
+    need_bias: bool,
+    need_table: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    inputs = (hidden, weight, bias, table)
-    gradients = (
-        hidden.new_empty(0) if like is None or not needed else like.new_empty(like.shape)
-        for needed, like in zip(need, inputs, strict=True)
+    def empty_or(needed: bool, like: Tensor | None) -> Tensor:
+        return hidden.new_empty(0) if like is None or not needed else like.new_empty(like.shape)
+
+    return (
+        empty_or(need_hidden, hidden),
+        empty_or(need_weight, weight),
+        empty_or(need_bias, bias),
+        empty_or(need_table, table),
     )
-    grad_hidden, grad_weight, grad_bias, grad_table = gradients
-    return grad_hidden, grad_weight, grad_bias, grad_table
 
 
 def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
@@ -165,8 +172,8 @@ def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
 
 def _backward(ctx, grad: Tensor, _: Tensor | None):  # type: ignore[no-untyped-def]
     hidden, weight, bias, table, lifted, scale = ctx.saved_tensors
-    need = list(ctx.needs_input_grad[:4])
-    gradients = linear_lift_backward(grad.contiguous(), hidden, weight, bias, table, lifted, scale, *ctx.options, need)
+    need = ctx.needs_input_grad[:4]
+    gradients = linear_lift_backward(grad.contiguous(), hidden, weight, bias, table, lifted, scale, *ctx.options, *need)
     return *(gradient if needed else None for gradient, needed in zip(gradients, need, strict=True)), None, None, None
 
 
