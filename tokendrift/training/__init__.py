@@ -15,7 +15,7 @@ from tokendrift.training.objectives import (
 )
 from tokendrift.training.packing import PackedText
 from tokendrift.training.records import read_log
-from tokendrift.training.refine import Refined, refine
+from tokendrift.training.refinement import Refined, refine
 from tokendrift.training.text import DatasetRows, Documents, Piece, TextFiles
 from tokendrift.training.tokenizer import TextTokenizer, load_tokenizer
 

@@ -102,7 +102,9 @@ class FewStep:
             own = isinstance(self._judge, GenerativePerplexity)
             options: dict[str, Any] = {"device": self.device, "batch_size": self.batch}
             self._metric = self._judge if own else GenerativePerplexity(self._judge, **options)
-        found = measure(ids, self._metric, tokenizer=self.tokenizer.tokenizer, skip_bad=True)
+        # A judge without a tokenizer reads the ids as they are: it shares their vocabulary.
+        tokenizer = None if self._metric.judge.tokenizer is None else self.tokenizer.tokenizer
+        found = measure(ids, self._metric, tokenizer=tokenizer, skip_bad=True)
         return {name: interval.estimate for name, interval in found.intervals().items()}
 
     def real_row(self) -> Row:

@@ -102,7 +102,7 @@ class Records:
             self._failed = True
 
     def _cut(self, step: int) -> None:
-        """Drop lines beyond the step, and one that was cut off in the middle."""
+        """Drop lines beyond the step, all of them at the start, and one that was cut off in the middle."""
         if not self.path.exists():
             return
         kept = []
@@ -111,7 +111,7 @@ class Records:
                 entry = json.loads(line)
             except ValueError:
                 continue
-            if entry["step"] <= step:
+            if 0 < step >= entry["step"]:
                 kept.append(line)
         write_atomically(self.path, "".join(f"{line}\n" for line in kept))
 

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from datetime import timedelta
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -16,9 +14,6 @@ from torch import Tensor
 from tokendrift import __version__
 from tokendrift._checks import fail
 from tokendrift.diffusion import Process
-from tokendrift.features import PooledFeatures
-from tokendrift.field import DriftField
-from tokendrift.loss import MirrorTeacherLoss, TokenDriftLoss
 from tokendrift.models import DiT, save_denoiser
 from tokendrift.models.checkpoints import build, read_checkpoint
 from tokendrift.training.card import model_card
@@ -34,9 +29,10 @@ from tokendrift.training.few_step import FewStep, Row
 from tokendrift.training.loop import Optimization, Tensors
 from tokendrift.training.objectives import Continuation, Drift, Objective
 from tokendrift.training.packing import PackedText, mix
+from tokendrift.training.parts import drifting_loss, make_accelerator, text_source, weight_digest
 from tokendrift.training.ranks import RowsOfRank
 from tokendrift.training.records import Records
-from tokendrift.training.text import DatasetRows, Documents, TextFiles
+from tokendrift.training.text import Documents
 from tokendrift.training.tokenizer import load_tokenizer
 
 CONFIG, CARD = "config.toml", "README.md"
@@ -98,18 +94,6 @@ def refine(
     return _Run(config, documents, judge, accelerator, beside).run(progress, on_step)
 
 
-def make_accelerator() -> Any:
-    """Return an accelerator for what this process was launched as: alone, DDP or FSDP."""
-    try:
-        from accelerate import Accelerator, InitProcessGroupKwargs
-    except ImportError as error:
-        raise fail(f"{error}; refining needs it.", "Install it with pip install 'tokendrift[train]'.") from None
-    # The other processes wait while the main one judges samples.
-    patience = InitProcessGroupKwargs(timeout=timedelta(hours=4))
-    # Autocast is ours: accelerate's would widen the logits to float32, the largest tensor of the step.
-    return Accelerator(mixed_precision="no", kwargs_handlers=[patience])
-
-
 class _Run:
     """One refinement, from its configuration to its folder."""
 
@@ -134,14 +118,14 @@ class _Run:
             self.tokenizer = load_tokenizer(config.tokenizer, checkpoint.folder, base.vocab_size)
         self.length = config.length or base.config.model_length
         self.config = config = self._completed(config, base)
-        self.base_digest = _digest(base)
-        self.data = self._data(documents or _source(config))
+        self.base_digest = weight_digest(base)
+        self.data = self._data(documents or text_source(config))
         real = self._data(self.data.documents).take(config.evaluate_samples)
 
         model = DiT(base.config if config.dropout is None else dataclasses.replace(base.config, dropout=config.dropout))
         model.load_state_dict(base.state_dict())
         self.generator = torch.Generator(accelerator.device)
-        self.drift = _drifting_loss(config, base, self.process)
+        self.drift = drifting_loss(config, base, self.process)
         if self.drift is not None:
             self.drift.to(accelerator.device)
         self.model_config = model.config
@@ -255,6 +239,7 @@ class _Run:
         state = {
             "config": dataclasses.asdict(self.config),
             "base": self.base_digest,
+            "together": self.config.micro_batch * self.ranks,
             "data": self.data.position(),
             "evaluations": self.evaluations,
             "best": self.best,
@@ -293,11 +278,16 @@ class _Run:
 
     def _check_same_run(self, state: dict[str, Any]) -> None:
         own, other = dataclasses.asdict(self.config), state["config"]
+        # A constant rate does not know when it ends, so that a run may be made longer.
+        free = BOOKKEEPING | {"micro_batch"} | ({"steps"} if self.config.schedule == "constant" else set())
         differ = [
             f"{name} was {other.get(name)!r} and is {value!r}"
             for name, value in own.items()
-            if name not in BOOKKEEPING and _plain(value) != _plain(other.get(name))
+            if name not in free and _plain(value) != _plain(other.get(name))
         ]
+        together = self.config.micro_batch * self.ranks
+        if state["together"] != together:
+            differ.append(f"a forward call of all processes had {state['together']} sequences and has {together}")
         if state["base"] != self.base_digest:
             differ.append("the weights of the checkpoint to refine have changed")
         if differ:
@@ -386,44 +376,6 @@ class _Run:
             raise fail(
                 f"output {self.folder} holds a model that no refinement has written.", "Choose a folder of its own."
             )
-
-
-def _source(config: RefineConfig) -> Documents:
-    if config.dataset is not None:
-        options = {"split": config.dataset_split, "field": config.text_field}
-        return DatasetRows(config.dataset, config.dataset_config, **options)
-    if not config.text:
-        raise fail("no text to train on.", "Name text files or a dataset.")
-    return TextFiles(config.text, documents=config.documents, field=config.text_field)
-
-
-def _drifting_loss(config: RefineConfig, base: DiT, process: Process) -> TokenDriftLoss | MirrorTeacherLoss | None:
-    """Return the loss around a frozen copy of the checkpoint; None for the backbone's own objective."""
-    if config.objective == "continuation":
-        return None
-    level = process.sigma(torch.tensor(config.encoder_time)).item() if config.encoder_time else 0.0
-    features = PooledFeatures(base, window=config.window, sigma=level)
-    options: dict[str, Any] = {
-        "field": DriftField(config.temperatures, kernel=config.kernel, normalization=config.normalization),
-        "queue_size": config.queue_size,
-        "mask_id": process.mask_id,
-        "exclude_paired_positive": config.exclude_paired_positive,
-    }
-    if config.objective.startswith("mirror"):
-        distance = cast(Literal["kl", "mse"], config.objective.removeprefix("mirror-"))
-        eta = config.mirror_step
-        return MirrorTeacherLoss(features.embedding, features, distance=distance, step_size=eta, **options)
-    return TokenDriftLoss(features.embedding, features, drift_scale=config.drift_scale, **options)
-
-
-def _digest(model: torch.nn.Module) -> str:
-    """Return a hash of all weights."""
-    from safetensors.torch import save
-
-    found = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        found.update(save({name: tensor.detach().cpu().contiguous()}))
-    return found.hexdigest()
 
 
 def _plain(value: Any) -> Any:

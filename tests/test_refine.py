@@ -1,0 +1,315 @@
+"""A refinement ends with the same bits whatever interrupts it, and leaves what others read."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import shutil
+import socket
+import subprocess
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import refine_worker as worker
+import torch
+
+from tokendrift import TokenDriftError
+from tokendrift.evaluation import GenerativePerplexity
+from tokendrift.models import load_denoiser
+from tokendrift.training import evaluation_table, make_config, read_log, refine
+from tokendrift.training.few_step import FewStep
+
+WORKER = Path(worker.__file__)
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    """A folder with a tiny masked checkpoint and a text."""
+    folder = tmp_path_factory.mktemp("inputs")
+    worker.make_inputs(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def whole(inputs):
+    """The folder of a run that nothing has interrupted."""
+    return run(inputs, "whole").folder
+
+
+def run(inputs, name, *, on_step=None, judge=None, **changes):
+    """Refine into a folder of that name."""
+    return refine(
+        worker.config(inputs, output=str(inputs / name), **changes), judge=judge, progress=False, on_step=on_step
+    )
+
+
+def interrupt(at):
+    """Return what interrupts a run after a step."""
+
+    def on_step(step):
+        if step == at:
+            raise KeyboardInterrupt
+
+    return on_step
+
+
+def assert_same_model(one, other):
+    for name in ("model.safetensors", "config.json", "log.jsonl"):
+        assert (one / name).read_bytes() == (other / name).read_bytes(), name
+
+
+@pytest.mark.parametrize("stop", [1, 2, 5])
+def test_an_interrupted_run_ends_with_the_bits_of_an_uninterrupted_one(inputs, whole, stop):
+    with pytest.raises(KeyboardInterrupt):
+        run(inputs, f"stopped{stop}", on_step=interrupt(stop))
+    assert_same_model(whole, run(inputs, f"stopped{stop}").folder)
+
+
+def killed(tmp_path, kills, seed):
+    command = [sys.executable, str(WORKER), "kill", str(tmp_path), str(kills), str(seed)]
+    single = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=single)
+    assert done.returncode == 0, done.stderr
+    assert_same_model(tmp_path / "whole", tmp_path / "killed")
+    return int(done.stdout.split()[0])
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="forks its runs, to start them quickly")
+def test_a_killed_run_ends_with_the_bits_of_an_uninterrupted_one(tmp_path):
+    assert killed(tmp_path, 2, seed=0) == 2
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="forks its runs, to start them quickly")
+def test_fifty_kills_change_no_bit(tmp_path):
+    assert killed(tmp_path, 50, seed=1) == 50
+
+
+def test_a_damaged_checkpoint_is_named_and_the_one_before_taken(inputs, whole):
+    with pytest.raises(KeyboardInterrupt):
+        run(inputs, "damaged", on_step=interrupt(5))
+    last = inputs / "damaged" / "checkpoints" / "step-00000004"
+    file = last / "optimizer.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    with pytest.warns(UserWarning, match=r"(?s)optimizer.safetensors is not what was written: its SHA-256.*before"):
+        folder = run(inputs, "damaged").folder
+    assert (folder / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
+    assert "optimizer.safetensors is not what was written" in read_log(folder, "message")[0]["message"]
+    assert (last.parent / "broken-step-00000004").exists()
+
+
+@contextmanager
+def disk():
+    """Let files grow to a size and no further: the system refuses the rest, as it does on a full disk."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (soft if size is None else size, hard))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_a_full_disk_costs_checkpoints_and_no_more(inputs, whole):
+    def fill(step):
+        limit(20_000 if step in (3, 4) else None)
+        if step == 5:
+            raise KeyboardInterrupt
+
+    with (
+        disk() as limit,
+        pytest.warns(UserWarning, match="checkpoint of step 4 could not be written.*goes on"),
+        pytest.raises(KeyboardInterrupt),
+    ):
+        run(inputs, "full", on_step=fill)
+    assert [path.name for path in (inputs / "full" / "checkpoints").iterdir()] == ["step-00000002"]
+    folder = run(inputs, "full").folder
+    assert (folder / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
+
+
+def test_a_model_that_cannot_be_written_is_not_lost(inputs, whole):
+    with disk() as limit, pytest.raises(TokenDriftError, match=r"(?s)cannot be written.*run the same command again"):
+        run(inputs, "unwritten", on_step=lambda step: limit(20_000 if step == 6 else None))
+    assert not (inputs / "unwritten" / "model.safetensors").exists()
+    assert_same_model(whole, run(inputs, "unwritten").folder)
+
+
+def test_the_last_checkpoints_and_the_best_are_kept(inputs, monkeypatch):
+    monkeypatch.setattr(FewStep, "score", lambda self, rows: abs(rows[0]["step"] - 4.0))
+    folder = run(inputs, "best", steps=10, keep=1, evaluate_every=2).folder
+    assert {path.name for path in (folder / "checkpoints").iterdir()} == {"step-00000004", "step-00000010"}
+    best, last = load_denoiser(folder / "best")[0], load_denoiser(folder)[0]
+    assert not torch.equal(best.vocab_embed.embedding, last.vocab_embed.embedding)
+    assert "| refined | 6 |" not in (folder / "best" / "README.md").read_text()
+
+
+def test_a_judge_scores_every_evaluation(inputs):
+    judge = GenerativePerplexity(lambda ids, attention_mask: torch.zeros(*ids.shape, 1025), protocol="all")
+    rows = run(inputs, "judged", judge=judge, steps=1, evaluate_nfe=(1, 2)).evaluations
+    assert [(row["step"], row["nfe"]) for row in rows] == [(0, None), (0, 1), (0, 2), (1, 1), (1, 2)]
+    assert [row["gen_ppl"] for row in rows] == pytest.approx([1025.0] * 5, rel=1e-4)
+    assert {"sample_entropy", "unigram_entropy", "distinct_3", "repetition_4"} <= rows[0].keys()
+
+
+@pytest.mark.parametrize("objective", ["continuation", "combined", "mirror-kl", "mirror-mse"])
+def test_every_objective_trains_both_kinds_of_model(tmp_path, objective):
+    worker.make_inputs(tmp_path, masked=objective != "combined")
+    changes = {"steps": 2, "precision": "bf16", "freeze_queues": True, "evaluate_nfe": (), "window": 4}
+    folder = run(tmp_path, "run", objective=objective, **changes).folder
+    record = read_log(folder, "train")[-1]
+    expected = {"continuation": {"nelbo"}, "combined": {"nelbo", "drift"}}.get(objective, {"drift"})
+    assert expected <= record.keys()
+    base, refined = load_denoiser(tmp_path / "base")[0], load_denoiser(folder)[0]
+    assert not torch.equal(base.vocab_embed.embedding, refined.vocab_embed.embedding)
+
+
+def test_the_folder_is_what_others_read(whole):
+    from transformers import AutoTokenizer
+
+    model, process = load_denoiser(whole)
+    assert process.mask_id == 1024
+    assert model.config.model_length == worker.LENGTH
+    tokenizer = AutoTokenizer.from_pretrained(whole)
+    assert tokenizer.decode(tokenizer("the drift of a token")["input_ids"]) == "the drift of a token"
+    assert tokenizer.eos_token == "<eos>"
+    assert make_config(file=whole / "config.toml") == make_config(values=json_config(whole))
+    card = (whole / "README.md").read_text()
+    assert card.startswith("---\nlibrary_name: tokendrift\n")
+    for part in ("| real text |", "| before | 0 | 2 |", "| refined | 6 | 2 |", "learning_rate = 0.01", "## Limits"):
+        assert part in card
+
+
+def json_config(folder):
+    state = json.loads((folder / "checkpoints" / "step-00000006" / "state.json").read_text())
+    return state["config"]
+
+
+def test_the_log_has_every_step_with_the_diagnostics_of_each_temperature(whole):
+    records = read_log(whole, "train")
+    assert [record["step"] for record in records] == [1, 2, 3, 4, 5, 6]
+    assert {"drift", "token_entropy", "raw_drift_rms", "grad_norm", "learning_rate"} <= records[0].keys()
+    assert {"raw_drift_rms/0.02", "positive_mass/0.05", "effective_references/0.2"} <= records[0].keys()
+    assert [record["queue"] for record in records] == [2, 10, 18, 24, 24, 24]
+    assert [row["step"] for row in read_log(whole, "evaluation")] == [0, 6]
+
+
+def test_the_matched_continuation_stands_beside(inputs):
+    refined = run(inputs, "both", baseline=True, steps=2)
+    models = [row.get("model") for row in refined.evaluations]
+    assert models == [None, None, None, "continuation"]
+    assert "| continuation | 2 | 2 |" in (refined.folder / "README.md").read_text()
+    load_denoiser(refined.folder / "continuation")
+    table = evaluation_table(refined.evaluations)
+    assert [column.header for column in table.columns][:3] == ["model", "step", "NFE"]
+    assert table.row_count == 4
+
+
+def test_falling_entropy_is_warned_of(tmp_path):
+    worker.make_inputs(tmp_path)
+    model, process = load_denoiser(tmp_path / "base")
+    with torch.no_grad():
+        model.output_layer.linear.bias[7] += 20  # says little else
+    model.save_pretrained(tmp_path / "base", process)
+    with pytest.warns(UserWarning, match=r"after 0 steps, at 2 function evaluations .* an entropy of 0\.\d\d nats"):
+        run(tmp_path, "run", steps=1)
+    assert "the model repeats itself" in read_log(tmp_path / "run", "message")[0]["message"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"learning_rate": 1e-3}, r"holds a run with another configuration: learning_rate was 0.01 and is 0.001"),
+        ({"micro_batch": 2}, r"a forward call of all processes had 4 sequences and has 2.*\n.*Choose another output"),
+    ],
+)
+def test_a_folder_belongs_to_one_configuration(inputs, whole, changes, message):
+    with pytest.raises(TokenDriftError, match=message):
+        run(inputs, "whole", **changes)
+
+
+def test_what_is_told_and_kept_may_change(inputs, whole):
+    run(inputs, "whole", keep=1, judge=None, evaluate_samples=4)
+
+
+def test_a_model_of_another_making_is_not_overwritten(inputs):
+    with pytest.raises(TokenDriftError, match=r"base holds a model that no refinement has written"):
+        run(inputs, "base")
+
+
+def test_a_changed_base_is_noticed(tmp_path):
+    worker.make_inputs(tmp_path)
+    run(tmp_path, "run", steps=2)
+    model, process = load_denoiser(tmp_path / "base")
+    with torch.no_grad():
+        model.vocab_embed.embedding[0, 0] += 1
+    model.save_pretrained(tmp_path / "base", process)
+    with pytest.raises(TokenDriftError, match="the weights of the checkpoint to refine have changed"):
+        run(tmp_path, "run", steps=2)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"text": ()}, "no text to train on"),
+        ({"window": 5}, "window must divide the length of a sequence, 12"),
+        ({"encoder_time": 0.5}, "the checkpoint is not conditioned on time"),
+        ({"tokenizer": "nowhere"}, "there is no tokenizer at nowhere"),
+        ({"checkpoint": "/nowhere"}, "does not exist"),
+    ],
+)
+def test_what_cannot_work_is_refused_before_any_work(inputs, changes, message):
+    with pytest.raises(TokenDriftError, match=message):
+        run(inputs, "refused", **changes)
+    assert not (inputs / "refused").exists()
+
+
+def launched(folder, ranks, **changes):
+    """Refine on several processes, as ``accelerate launch --cpu`` starts them."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    common = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    common |= {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    values = [f"{name}={value}" for name, value in changes.items()]
+    command = [sys.executable, str(WORKER), "run", str(folder), *values]
+    processes = []
+    for rank in range(ranks):
+        environment = os.environ | common | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+        processes.append(subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True))
+    try:
+        for process in processes:
+            _, errors = process.communicate(timeout=300)
+            assert process.returncode == 0, errors
+    finally:
+        for process in processes:
+            process.kill()
+
+
+@pytest.fixture(scope="module")
+def pair(inputs):
+    """The folder of a run of two processes."""
+    changes = {"output": str(inputs / "pair"), "dropout": 0.0, "micro_batch": 2, "steps": 4}
+    launched(inputs, 2, **changes)
+    return inputs / "pair"
+
+
+def test_two_processes_train_like_one(inputs, pair):
+    """The same global micro-batches, noise and references; the bound is that of float32 sums in another order."""
+    alone, both = read_log(run(inputs, "one", dropout=0.0, steps=4).folder), read_log(pair)
+    assert len(alone) == len(both) == 6
+    for one, two in zip(alone, both, strict=True):
+        assert one.keys() == two.keys()
+        for name in one.keys() - {"kind"}:
+            assert two[name] == pytest.approx(one[name], abs=1e-5, rel=1e-5), name
+
+
+def test_a_run_of_two_processes_goes_on_as_one(inputs, pair):
+    """A checkpoint does not depend on the number of processes that wrote it."""
+    shutil.copytree(pair, inputs / "shrinks")
+    shutil.rmtree(inputs / "shrinks" / "checkpoints" / "step-00000004")
+    shrunk = run(inputs, "shrinks", dropout=0.0, steps=4).folder
+    for one, two in zip(read_log(shrunk, "train"), read_log(pair, "train"), strict=True):
+        assert two["drift"] == pytest.approx(one["drift"], abs=1e-5)

@@ -1,0 +1,70 @@
+"""What a refinement is put together from: devices, text, the drifting loss, the identity of the base."""
+
+from __future__ import annotations
+
+import hashlib
+from datetime import timedelta
+from typing import Any, Literal, cast
+
+import torch
+from torch import nn
+
+from tokendrift._checks import fail
+from tokendrift.diffusion import Process
+from tokendrift.features import PooledFeatures
+from tokendrift.field import DriftField
+from tokendrift.loss import MirrorTeacherLoss, TokenDriftLoss
+from tokendrift.models import DiT
+from tokendrift.training.config import RefineConfig
+from tokendrift.training.text import DatasetRows, Documents, TextFiles
+
+
+def make_accelerator() -> Any:
+    """Return an accelerator for what this process was launched as: alone, DDP or FSDP."""
+    try:
+        from accelerate import Accelerator, InitProcessGroupKwargs
+    except ImportError as error:
+        raise fail(f"{error}; refining needs it.", "Install it with pip install 'tokendrift[train]'.") from None
+    # The other processes wait while the main one judges samples.
+    patience = InitProcessGroupKwargs(timeout=timedelta(hours=4))
+    # Autocast is ours: accelerate's would widen the logits to float32, the largest tensor of the step.
+    return Accelerator(mixed_precision="no", kwargs_handlers=[patience])
+
+
+def text_source(config: RefineConfig) -> Documents:
+    """Return the source of text that a configuration names."""
+    if config.dataset is not None:
+        options = {"split": config.dataset_split, "field": config.text_field}
+        return DatasetRows(config.dataset, config.dataset_config, **options)
+    if not config.text:
+        raise fail("no text to train on.", "Name text files or a dataset.")
+    return TextFiles(config.text, documents=config.documents, field=config.text_field)
+
+
+def drifting_loss(config: RefineConfig, base: DiT, process: Process) -> TokenDriftLoss | MirrorTeacherLoss | None:
+    """Return the loss around a frozen copy of the checkpoint; None for the backbone's own objective."""
+    if config.objective == "continuation":
+        return None
+    level = process.sigma(torch.tensor(config.encoder_time)).item() if config.encoder_time else 0.0
+    features = PooledFeatures(base, window=config.window, sigma=level)
+    options: dict[str, Any] = {
+        "field": DriftField(config.temperatures, kernel=config.kernel, normalization=config.normalization),
+        "queue_size": config.queue_size,
+        "mask_id": process.mask_id,
+        "exclude_paired_positive": config.exclude_paired_positive,
+    }
+    if config.objective.startswith("mirror"):
+        distance = cast(Literal["kl", "mse"], config.objective.removeprefix("mirror-"))
+        eta = config.mirror_step
+        return MirrorTeacherLoss(features.embedding, features, distance=distance, step_size=eta, **options)
+    return TokenDriftLoss(features.embedding, features, drift_scale=config.drift_scale, **options)
+
+
+def weight_digest(model: nn.Module) -> str:
+    """Return the SHA-256 of all weights: two models with the same one are the same."""
+    from safetensors.torch import save
+
+    found = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        found.update(save({name: tensor.detach().cpu().contiguous()}))
+    return found.hexdigest()
