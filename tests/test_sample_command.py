@@ -178,6 +178,7 @@ def test_a_file_of_another_kind_is_not_touched(checkpoint, tmp_path, content):
         (["--steps", "2", "--sampler", "first-hitting"], "steps belongs to every sampler but first-hitting"),
         (["--steps", "2", "--sampler", "ddpm"], "sampler must be one of ancestral"),
         (["--steps", "2", "--dtype", "int8"], "dtype must be one of"),
+        (["--steps", "2", "--device", "abacus"], "device cannot be used"),
         (["--steps", "2", "--temperature", "0"], "temperature must be a finite number above 0"),
         (["--steps", "2", "--prefix", "the"], "the checkpoint has no tokenizer"),
         (["--steps", "2", "--prefix", "the " * 9, "--tokenizer", str(TOKENIZER)], "a sample 8"),
@@ -188,6 +189,27 @@ def test_bad_options_are_one_message_and_no_file(run, checkpoint, tmp_path, opti
     result = run(checkpoint, "-n", 2, "-o", tmp_path / "s.jsonl", *options)
     assert result.exit_code == 2 and message in result.stderr and "Traceback" not in result.output
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_place_that_cannot_be_written_is_one_message(run, checkpoint, tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    result = run(checkpoint, "--steps", 2, "-n", 2, "-o", tmp_path / "file" / "s.jsonl")
+    assert result.exit_code == 2 and "cannot be written" in result.stderr and "Traceback" not in result.output
+
+
+def test_help_names_the_options(run):
+    shown = run("--help").stdout
+    for option in (
+        "--steps",
+        "--sampler",
+        "--prefix",
+        "--noise-removal",
+        "--top-p",
+        "--seed",
+        "--revision",
+        "--output",
+    ):
+        assert option in shown
 
 
 def test_samplers_have_names():

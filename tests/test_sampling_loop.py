@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from tokendrift import TokenDriftError
-from tokendrift.diffusion import MaskedDiffusion, UniformDiffusion
+from tokendrift.diffusion import MaskedDiffusion, Mixture, UniformDiffusion
 from tokendrift.sampling import Analytic, Ancestral, FirstHitting, Psi, ReMDM, chain, remdm_loop, sample
 
 EVERY_PROCESS = pytest.mark.parametrize("process", PROCESSES.values(), ids=PROCESSES)
@@ -375,6 +375,10 @@ def test_one_bad_number_stops_the_sampler(process, value):
         ({"denoiser": Table(5, vocab=V + 1)}, r"\(B, L, V\) = \(2, 5, 5\)"),
         ({"denoiser": lambda x, sigma: torch.zeros(2, V)}, r"denoiser\(x_t, sigma\) must have shape \(B, L, V\)"),
         ({"denoiser": lambda x, sigma: None}, r"denoiser\(x_t, sigma\) must be a tensor of shape \(B, L, V\)"),
+        (
+            {"sampler": lambda chain, steps: iter([Mixture(torch.ones(5), torch.zeros(5))])},
+            r"chances of shape \(B, L\) = \(2, 5\)",
+        ),
         (
             {"sampler": lambda chain, steps: iter([chain.process.mixture(None, chain.ids, 1, 0)])},
             "not said at which time",

@@ -120,6 +120,12 @@ class Chain:
 
     def move(self, law: Mixture) -> None:
         """Draw the next ids: some stay, some follow the denoiser, the others return to the prior."""
+        if law.stay.shape != self.ids.shape or law.denoise.shape != self.ids.shape:
+            raise fail(
+                f"a sampler must yield chances of shape (B, L) = {tuple(self.ids.shape)}.",
+                stay=law.stay,
+                denoise=law.denoise,
+            )
         chance, token = self.uniform(2, self.ids.shape[1]).unbind(1)
         denoised = self.free & (chance < law.denoise)
         redrawn = self.free & ~denoised & (chance < 1 - law.stay)

@@ -132,7 +132,8 @@ def sample(
     if noise_removal == "greedy":
         chain.at(LAST_TIME)
         chain.take_likeliest()
-        states.append(chain.ids)
+        if trajectory:
+            states.append(chain.ids)
         if progress is not None:
             progress(1)
     return Samples(chain.ids, taken, chain.nfe, chain.row_nfe, torch.stack(states) if trajectory else None)

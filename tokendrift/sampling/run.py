@@ -77,6 +77,7 @@ class SampleConfig:
         check_choice("noise_removal", self.noise_removal, NOISE_REMOVAL)
         Shaping(self.temperature, self.top_k, self.top_p, self.nucleus)
         named_sampler(self.sampler, eta=self.eta)
+        check_device(self.device)
         if (self.steps is None) != (self.sampler == "first-hitting"):
             raise fail(
                 "steps belongs to every sampler but first-hitting, which takes one a mask.",
@@ -210,6 +211,16 @@ def sample_to_file(
         file.append(source.rows(file.count, size, tick))
     file.finish()
     return file
+
+
+def check_device(device: str) -> None:
+    """Require a device that PyTorch knows and this machine has."""
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise fail(
+            f"device cannot be used: {str(error).splitlines()[0]}", "cpu is always there.", device=device
+        ) from None
 
 
 def fingerprint(model: nn.Module) -> str:

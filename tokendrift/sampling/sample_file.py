@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -29,22 +30,24 @@ class SampleFile:
         nfe: ``{"mean": ..., "max": ...}`` of the samples' forward calls, once it was; empty until then.
 
     Raises:
-        TokenDriftError: If the file is there and is none of this kind, or belongs to other settings.
+        TokenDriftError: If the file is there and is none of this kind, belongs to other settings, or cannot be
+            written to.
     """
 
     def __init__(self, path: Path, settings: Mapping[str, Any]) -> None:
         self.path, self.settings = path, json.loads(json.dumps(settings))
         self.count, self.complete = 0, False
         self.nfe: dict[str, float] = {}
-        if path.exists() and path.stat().st_size:
-            self._read()
-        else:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(_line(self._header()))
+        with _plain_errors(path):
+            if path.exists() and path.stat().st_size:
+                self._read()
+            else:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_bytes(_line(self._header()))
 
     def keep(self, count: int) -> None:
         """Drop all samples after the first ``count``, and whatever a crash left of a line."""
-        with self.path.open("r+b") as file:
+        with _plain_errors(self.path), self.path.open("r+b") as file:
             for _ in range(1 + count):
                 file.readline()
             file.truncate(file.tell())
@@ -52,7 +55,7 @@ class SampleFile:
 
     def append(self, samples: Sequence[Mapping[str, Any]]) -> None:
         """Write some samples, all or, if something stops it, a part that is mended later."""
-        with self.path.open("ab") as file:
+        with _plain_errors(self.path), self.path.open("ab") as file:
             file.write(b"".join(_line(sample) for sample in samples))
         self.count += len(samples)
 
@@ -62,7 +65,7 @@ class SampleFile:
         self.nfe, self.complete = {"mean": sum(nfe) / len(nfe), "max": max(nfe)}, True
         part = self.path.with_name(f".{self.path.name}.part")
         try:
-            with self.path.open("rb") as file, part.open("wb") as new:
+            with _plain_errors(self.path), self.path.open("rb") as file, part.open("wb") as new:
                 file.readline()
                 new.write(_line(self._header()))
                 new.writelines(file)
@@ -99,8 +102,20 @@ class SampleFile:
                 f"{self.path} was begun with other settings:\n{shown}",
                 "Go on with the same settings, or choose another output.",
             )
-        self.count, self.complete, self.nfe = sum(1 for _ in self._samples()), header["complete"], header["nfe"] or {}
+        self.count = sum(1 for _ in self._samples())
+        self.complete, self.nfe = header.get("complete") is True, header.get("nfe") or {}
 
 
 def _line(value: Mapping[str, Any]) -> bytes:
     return (json.dumps(value, ensure_ascii=False) + "\n").encode()
+
+
+@contextmanager
+def _plain_errors(path: Path) -> Iterator[None]:
+    """Turn a full disk or a missing permission into one message; what was written before stays."""
+    try:
+        yield
+    except OSError as error:
+        raise fail(
+            f"{path} cannot be written: {error.strerror or error}.", "Free some space, or write elsewhere."
+        ) from None
