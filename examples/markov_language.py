@@ -21,13 +21,13 @@ console = Console(width=120)
 for kind in ("masked", "uniform"):
     process = language.process(kind)
     denoiser = ExactDenoiser(language, process)
-    result = few_step(language, denoiser, process, steps=(2, 4, 8), temperatures=(1.0, 0.6, 0.3), samples=1024)
+    result = few_step(language, denoiser, process, steps=(2, 4, 8), temperatures=(1.0, 0.8, 0.6))
     console.print(result.table(f"{kind} diffusion, exact denoiser"))
 
     by_setting = {(row.nfe, row.temperature): row.measures for row in result.rows}
     assert by_setting[2, 1.0].total_variation.low > by_setting[8, 1.0].total_variation.high, "steps bring it nearer"
-    assert by_setting[2, 0.3].validity.low > by_setting[2, 1.0].validity.high, "a low temperature makes it valid ..."
-    assert by_setting[2, 0.3].mode_imbalance.low > by_setting[2, 1.0].mode_imbalance.high, "... and lopsided"
-    assert by_setting[2, 0.3].unigram_entropy < language.unigram_entropy - 0.3, "as its entropy shows, too"
+    assert by_setting[2, 0.6].validity.low > by_setting[2, 1.0].validity.high, "a low temperature makes it valid ..."
+    assert by_setting[2, 0.6].mode_imbalance.low > by_setting[2, 1.0].mode_imbalance.high, "... and lopsided"
+    assert by_setting[2, 0.6].unigram_entropy < language.unigram_entropy - 0.2, "as its entropy shows, too"
 
 print("ok")

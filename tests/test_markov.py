@@ -16,7 +16,7 @@ from tokendrift import TokenDriftError
 from tokendrift.diffusion import LogLinear, MaskedDiffusion, UniformDiffusion
 from tokendrift.evaluation.markov import ExactDenoiser, MarkovLanguage, few_step, measure_ids, real_floor
 from tokendrift.models import DiT, DiTConfig
-from tokendrift.sampling import FirstHitting, sample
+from tokendrift.sampling import FirstHitting
 from tokendrift.training import Continuation, Denoising, LoopConfig, train
 
 TINY = MarkovLanguage.random(words=3, successors=2, length=4, seed=1)
@@ -140,8 +140,8 @@ def test_the_bound_of_the_exact_denoiser_is_the_entropy_of_the_language(kind):
 
 def test_drawing_one_position_at_a_time_from_the_exact_denoiser_gives_the_language():
     process = SMALL.process("masked")
-    drawn = sample(ExactDenoiser(SMALL, process), process, (2000, 5), sampler=FirstHitting(), seed=0)
-    measures = measure_ids(SMALL, drawn.ids)
+    found = few_step(SMALL, ExactDenoiser(SMALL, process), process, steps=(None,), sampler=FirstHitting(), samples=2000)
+    measures = found.rows[0].measures
     assert measures.sequence_validity.estimate == 1
     # Sets of real text of this size scatter by about a fifth of the floor.
     assert measures.total_variation.estimate < 2 * measures.floor
@@ -299,6 +299,7 @@ PROCESS = SMALL.process("uniform")
         (lambda: MarkovLanguage(torch.eye(2)), "every word be reached from every other"),
         (lambda: MarkovLanguage(torch.ones(2, 2) / 2, length=1), "length must be an integer of at least 2"),
         (lambda: MarkovLanguage.random(words=3, successors=4), "successors must lie in 1 to 3"),
+        (lambda: SMALL.sample(2, seed=0, generator=torch.Generator()), "exclude each other"),
         (lambda: SMALL.process("gaussian"), "'uniform' or 'masked'"),
         (lambda: SMALL.judge(smoothing=0.0), r"smoothing must lie in \(0, 1\]"),
         (lambda: ExactDenoiser(SMALL, MaskedDiffusion(7, mask_id=0)), "mask_id = 6"),

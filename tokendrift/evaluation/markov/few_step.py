@@ -24,7 +24,7 @@ class FewStepRow(NamedTuple):
     """One way of sampling and what came of it.
 
     Attributes:
-        nfe: Forward calls of the denoiser.
+        nfe: Forward calls of the denoiser for a batch.
         temperature: Sampling temperature.
         measures: What was measured.
     """
@@ -95,7 +95,7 @@ def few_step(
     denoiser: Denoiser,
     process: Process,
     *,
-    steps: Sequence[int] = (2, 4, 8),
+    steps: Sequence[int | None] = (2, 4, 8),
     temperatures: Sequence[float] = (1.0,),
     samples: int = 4096,
     batch_size: int = 1024,
@@ -110,7 +110,7 @@ def few_step(
         language: What the denoiser should have learned.
         denoiser: Maps ids (B, L) and sigma (B,) to raw logits (B, L, V); asked in evaluation mode.
         process: Its process.
-        steps: Numbers of reverse steps.
+        steps: Numbers of reverse steps; None for a sampler that sets its own, such as `FirstHitting`.
         temperatures: Sampling temperatures; every comparison of models needs the baseline at several.
         samples: Sequences of a row.
         batch_size: Sequences a forward call.

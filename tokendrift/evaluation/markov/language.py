@@ -136,8 +136,13 @@ class MarkovLanguage:
             n: Number of sequences.
             seed: Of a generator made for this call.
             generator: Source of randomness instead; PyTorch's own where both are left out.
+
+        Raises:
+            TokenDriftError: If n is below 1, or both seed and generator are given.
         """
         check_count("n", n, least=1)
+        if seed is not None and generator is not None:
+            raise fail("seed and generator exclude each other.", "Pass one of them.")
         if seed is not None:
             generator = torch.Generator().manual_seed(seed)
         chance = torch.rand(self.length, n, generator=generator, dtype=torch.float64)

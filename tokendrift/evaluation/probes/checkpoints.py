@@ -142,7 +142,7 @@ def probe_checkpoints(
     try:
         written = Path(text).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise fail(f"--text {text} cannot be read as UTF-8 text: {error}.", "Pass a plain text file.") from None
+        raise fail(f"text {text} cannot be read as UTF-8 text: {error}.", "Pass a plain text file.") from None
     progress("loading")
     found = {BEFORE: load_denoiser(checkpoint, device=device)}
     if compare is not None:

@@ -124,7 +124,7 @@ def information_decay(
     >>> round(probe.entropy[0].estimate, 4), abs(round(probe.divergence[0].estimate, 4))
     (1.3863, 0.0)
     """
-    draws = draws if process.mask_id is None else min(draws, 1)  # masks are all alike
+    draws = draws if process.mask_id is None else min(draws, 1)  # masks are all alike: one draw says it all
     setting = Setting(denoiser, process, prompts, draws, batch_size, seed)
     interval = interval_of_means(resamples, level)
     check_count("positions", positions, least=1)

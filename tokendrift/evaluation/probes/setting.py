@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from tokendrift._checks import check_count, check_ids, check_tensor, fail
-from tokendrift.diffusion.process import Denoiser, Process
+from tokendrift.diffusion.process import Denoiser, Process, wide
 from tokendrift.evaluation.bootstrap import Interval, bootstrap_interval, check_resampling
 
 
@@ -63,7 +63,7 @@ class Setting:
                 "Build the process with the vocabulary of the denoiser.",
                 logits=logits,
             )
-        return self.process.log_probs(logits[:, -noisy:] / temperature, ids[:, -noisy:])
+        return self.process.log_probs(wide(logits[:, -noisy:]) / temperature, ids[:, -noisy:])
 
 
 def entropies(log_p: Tensor) -> Tensor:

@@ -37,18 +37,18 @@ def decay_table(
     table = Table(
         title="Information decay: predictions at a distance from the prompt",
         caption=f"nats; entropy of the corpus' unigrams {first.corpus_entropy:.2f}; {first.prompts} prompts of "
-        f"{first.prompt_length} tokens; {first.level:.0%} intervals over prompts",
+        f"{first.prompt_length} tokens" + (f"; {first.level:.0%} intervals over prompts" if alone else ""),
     )
     table.add_column("distance", justify="right")
-    for heading, justify in (("entropy", "right"), ("KL from unigrams", "right"), ("likeliest tokens", "left")):
+    for heading, justify in (("entropy", "right"), ("KL from\nunigrams", "right"), ("likeliest tokens", "left")):
         for name in probes:
-            table.add_column(_headed(heading, name), justify=justify, no_wrap=justify == "right")  # type: ignore[arg-type]
+            table.add_column(f"{heading}\n{name}".strip(), justify=justify, no_wrap=justify == "right")  # type: ignore[arg-type]
     for d in distances or range(1, len(first.entropy) + 1):
         shown = [_with_interval(probe.entropy[d - 1], alone) for probe in probes.values()]
         shown += [_with_interval(probe.divergence[d - 1], alone) for probe in probes.values()]
         for probe in probes.values():
             tokens = (f"{escape(repr(decode(share.token)))} {share.probability:.2f}" for share in probe.top[d - 1])
-            shown.append("  ".join(tokens))
+            shown.append("  ".join(token.replace(" ", "\u00a0") for token in tokens))  # lines break between tokens
         table.add_row(str(d), *shown)
     return table
 
