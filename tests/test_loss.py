@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from tokendrift import DriftField, MirrorTeacherLoss, TokenDriftError, TokenDriftLoss
+from tokendrift import DriftField, MirrorTeacherLoss, PooledFeatures, TokenDriftError, TokenDriftLoss
 from tokendrift._objective import LIFTS
 from tokendrift.loss import token_entropy
 
@@ -473,6 +473,20 @@ def test_a_batch_of_padding_alone_is_zero_loss(backbone):
         assert torch.equal(grad[padded_rows], torch.zeros_like(grad[padded_rows]))
 
 
+@pytest.mark.parametrize("cls", [TokenDriftLoss, MirrorTeacherLoss])
+def test_a_batch_of_padding_alone_has_no_windows_and_pushes_none(cls, backbone):
+    features = PooledFeatures(backbone(vocab_size=V), window=1)
+    loss = cls(backbone(vocab_size=V).vocab_embed.embedding.detach(), features, queue_size=4)
+    logits, clean, *_ = batch(dtype=torch.float32)
+    leaf = logits.requires_grad_()
+    out = loss(leaf, clean, attention_mask=torch.zeros(B, L, dtype=torch.bool), return_diagnostics=True)
+    out.loss.backward()
+    assert out.loss == 0
+    assert out.diagnostics.field is None
+    assert torch.equal(leaf.grad, torch.zeros_like(leaf))
+    assert len(loss.queue_real) == len(loss.queue_generated) == 0
+
+
 def test_a_row_without_predicted_position_counts_as_zero():
     logits, clean, noisy, predicted = batch()
     predicted[1] = False
@@ -572,6 +586,14 @@ def test_moving_the_loss_to_another_dtype_moves_everything(backbone):
     assert loss(logits.double(), clean).dtype == torch.float64
 
 
+def test_an_embedding_of_its_own_moves_with_the_loss():
+    loss = build(dtype=torch.float32, filled=False).to(torch.float64)
+    assert loss.embedding.dtype == torch.float64
+    logits, clean, *_ = batch()
+    expected = build(filled=False)(logits, clean)
+    torch.testing.assert_close(loss(logits, clean), expected, rtol=1e-5, atol=0)  # E was rounded, over tau = 0.02
+
+
 def test_integer_dtypes_of_ids_mean_the_same():
     logits, clean, noisy, predicted = batch()
     expected = build()(logits, clean, noisy_ids=noisy, predicted=predicted)
@@ -602,8 +624,6 @@ def test_train_leaves_the_encoder_in_evaluation_mode(backbone):
 
 
 def test_from_encoder_equals_the_parts_given_by_hand(backbone):
-    from tokendrift import PooledFeatures
-
     model = backbone(vocab_size=V)
     logits, clean, *_ = batch(dtype=torch.float32)
     whole = TokenDriftLoss.from_encoder(model, layers=(1, 2))(logits, clean)

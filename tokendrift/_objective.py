@@ -283,8 +283,8 @@ class DriftObjective(nn.Module):
             negatives = torch.cat([generated, negatives]) if len(negatives) else generated
             own = torch.arange(len(generated), device=generated.device)
             pair = own if self.exclude_paired_positive else None
-        elif not len(positives):
-            return torch.zeros_like(generated[batch.mine]), None  # the first step has nothing to refer to
+        if not len(generated) or not len(positives):  # windows of padding alone; a first step with the queues alone
+            return torch.zeros_like(generated[batch.mine]), None
         diagnostics = None
         if diagnose and isinstance(self.field, DriftField):
             drift, diagnostics = self.field.diagnose(
@@ -295,7 +295,7 @@ class DriftObjective(nn.Module):
         return drift[batch.mine], diagnostics
 
     def _push(self, batch: Batch) -> None:
-        if self.training:
+        if self.training and len(batch.real):
             self.queue_real.push(batch.real)
             self.queue_generated.push(batch.generated)
 
