@@ -270,7 +270,82 @@ def probe(
         for table in report.tables():
             console.print(table)
         for sentence in report.sentences():
-            console.print(sentence, highlight=False, markup=False)
+            console.print(sentence, highlight=False, markup=False, soft_wrap=True)
+
+
+@app.command()
+def evaluate(
+    real: Annotated[
+        str, typer.Option(help="Real text that nothing was trained on: UTF-8 text, or samples of a .jsonl file.")
+    ],
+    samples: Annotated[
+        list[str] | None, typer.Argument(help="Samples files (.jsonl of `tokendrift sample`, .txt), FILE or NAME=FILE.")
+    ] = None,
+    checkpoint: Annotated[
+        list[str] | None, typer.Option(help="Checkpoint to sample, PLACE or NAME=PLACE; repeatable.")
+    ] = None,
+    nfe: Annotated[
+        list[int] | None, typer.Option(min=1, help="Function evaluations to sample checkpoints at; repeatable.")
+    ] = None,
+    n: Annotated[int, typer.Option("-n", min=2, help="Samples of each checkpoint and NFE.")] = 256,
+    temperature: Annotated[float, typer.Option(help="Of sampling checkpoints.")] = 1.0,
+    keep: Annotated[
+        str | None, typer.Option(help="Folder for the samples of checkpoints, used again next time.")
+    ] = None,
+    training_text: Annotated[str | None, typer.Option(help="UTF-8 text, to find copies.")] = None,
+    tokenizer: Annotated[
+        str | None, typer.Option(help="Of the denoisers: tokenizer.json, folder or hub id; by default their own.")
+    ] = None,
+    judge: Annotated[str, typer.Option(help="Causal LM of transformers: hub name or folder.")] = "gpt2-large",
+    judge_tokenizer: Annotated[str | None, typer.Option(help="Instead of the judge's own.")] = None,
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of the judge.")] = None,
+    dtype: Annotated[str, typer.Option(help="Of the judge: float32 or bfloat16.")] = "float32",
+    protocol: Annotated[str, typer.Option(help="mdlm (also DUO, ReMDM), sedd, sdtt, bd3 or all.")] = "mdlm",
+    skip_bad: Annotated[
+        bool, typer.Option("--skip-bad", help="Leave out what cannot be read or scored, and name it.")
+    ] = False,
+    seed: Annotated[int, typer.Option(min=0, help="Of sampling checkpoints and of the bootstrap.")] = 0,
+    batch_size: Annotated[int, typer.Option(min=1, help="Windows of full length the judge reads at once.")] = 8,
+    device: Annotated[str, typer.Option(help="Where to sample and to judge.")] = "cpu",
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write every number to this file.")] = None,
+    csv_file: Annotated[Path | None, typer.Option("--csv", help="Write the table to this file.")] = None,
+    html_file: Annotated[
+        Path | None, typer.Option("--html", help="Write one page with table, plots and samples to this file.")
+    ] = None,
+) -> None:
+    """Measure samples beside real text: Gen.-PPL with its entropies, intervals, and what looks bought.
+
+    Exit code 0 if everything was measured, whatever the guard says, and 2 for bad input.
+    """
+    options = {
+        "samples": tuple(samples or ()), "checkpoint": tuple(checkpoint or ()), "nfe": tuple(nfe or ()), "n": n,
+        "temperature": temperature, "keep": keep, "real": real, "training_text": training_text,
+        "tokenizer": tokenizer, "judge": judge, "judge_tokenizer": judge_tokenizer, "revision": revision,
+        "dtype": dtype, "protocol": protocol, "skip_bad": skip_bad, "seed": seed, "batch_size": batch_size,
+        "device": device,
+    }  # fmt: skip
+    with plain_errors("with --keep, samples of checkpoints are kept: run the same command again to go on"):
+        from tokendrift.evaluation.files import write_atomically
+        from tokendrift.evaluation.report import EvaluateConfig, as_json, evaluate_files, page
+        from tokendrift.evaluation.report.html import require_matplotlib
+
+        config = EvaluateConfig(**options)  # type: ignore[arg-type]
+        if html_file is not None:
+            require_matplotlib()
+        with Console(stderr=True).status("starting") as status:
+            report = evaluate_files(config, progress=status.update)
+        console = Console()
+        if not console.is_terminal:
+            console = Console(width=130)  # the table is wider than the 80 columns that rich assumes for a pipe
+        console.print(report.table())
+        for sentence in (*report.guard(), *report.differences()):
+            console.print(sentence, highlight=False, markup=False, soft_wrap=True)
+        if json_file is not None:
+            write_atomically(json_file, json.dumps(as_json(report.to_dict()), indent=2, allow_nan=False) + "\n")
+        if csv_file is not None:
+            write_atomically(csv_file, report.to_csv())
+        if html_file is not None:
+            write_atomically(html_file, page(report))
 
 
 @contextmanager

@@ -1,0 +1,91 @@
+"""Pages that stand alone: one file without a reference to any other, for light and dark, with plots as inline SVG."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import io
+import re
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from tokendrift.errors import TokenDriftError
+
+if TYPE_CHECKING:
+    from markupsafe import Markup
+    from matplotlib.axes import Axes
+
+INK = "#010203"  # stands for the page's text colour and becomes currentColor, so that plots follow light and dark
+INKED = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color")
+SIZE = (5.6, 3.8)  # inches; the page scales plots to its columns
+
+
+def render(template: str, *, package: str = "tokendrift.evaluation.report", script: str = "", **values: Any) -> str:
+    """Return a page. What fills it is escaped; the browser is told to load nothing, and to run ``script`` alone.
+
+    Args:
+        template: File in ``package/templates``; it may extend ``base.html.j2``.
+        package: Where the template lies.
+        script: JavaScript of the page.
+        **values: What the template shows.
+    """
+    from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined
+    from markupsafe import Markup
+
+    loaders = [PackageLoader(name, "templates") for name in dict.fromkeys((package, "tokendrift.evaluation.report"))]
+    environment = Environment(
+        loader=ChoiceLoader(loaders), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    return environment.get_template(template).render(script=Markup(script), script_digest=digest, **values)
+
+
+def inline_svg(draw: Callable[[Axes], None], name: str, title: str, description: str) -> Markup:
+    """Return a plot as an SVG element without background, its ink in the colour of the page's text.
+
+    Args:
+        draw: Draws on the axes; a legend is added if it makes none.
+        name: Unlike that of any other plot of the page; every id in the element begins with it.
+        title: Accessible name.
+        description: What a reader who does not see the plot is told.
+
+    Raises:
+        TokenDriftError: If matplotlib is missing.
+    """
+    from markupsafe import Markup, escape
+
+    require_matplotlib()
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    style: dict[Any, Any] = dict.fromkeys(INKED, INK)
+    style |= {"svg.fonttype": "none", "svg.hashsalt": "tokendrift", "font.size": 10}
+    with matplotlib.rc_context(style):
+        figure = Figure(figsize=SIZE, layout="constrained")
+        axes = figure.subplots()
+        draw(axes)
+        if axes.get_legend() is None:
+            axes.legend(frameon=False, fontsize=8, labelcolor=INK)
+        axes.grid(alpha=0.25)
+        out = io.StringIO()
+        figure.savefig(out, format="svg", transparent=True, metadata={"Date": None})
+    svg = out.getvalue()
+    svg = svg[svg.index("<svg") :].replace(INK, "currentColor")
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+    svg = re.sub(r'(\bid="|href="#|url\(#)', rf"\1{name}-", svg)
+    words = f'<title id="{name}-title">{escape(title)}</title><desc id="{name}-desc">{escape(description)}</desc>'
+    element = svg.replace("<svg ", f'<svg role="img" aria-labelledby="{name}-title {name}-desc" ', 1)
+    return Markup(element.replace(">", f">{words}", 1))
+
+
+def as_label(name: str) -> str:
+    """Return a name as a label in which matplotlib sees neither mathematics nor a request to hide it."""
+    return ("\u200a" if name.startswith("_") else "") + name.replace("$", r"\$")
+
+
+def require_matplotlib() -> None:
+    """Raise unless there is matplotlib: before the work that ends in plots."""
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError as error:
+        raise TokenDriftError("plots need matplotlib.\n  pip install 'tokendrift[plot]'") from error

@@ -1,0 +1,67 @@
+"""The phrases that a set of texts says most often, and where they stand in a text."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Collection, Iterator, Sequence
+from typing import NamedTuple
+
+WORDS = 3  # of a phrase
+MOST = 10  # phrases of a set
+
+WORD = re.compile(r"\w+|[^\w\s]")
+
+
+class Phrase(NamedTuple):
+    """A phrase and how often a set of texts says it."""
+
+    text: str
+    times: int
+
+
+class Part(NamedTuple):
+    """A piece of a text: inside a repeated phrase, or between two."""
+
+    text: str
+    repeated: bool
+
+
+def most_repeated(texts: Sequence[str], *, words: int = WORDS, most: int = MOST) -> list[Phrase]:
+    """Return the phrases that occur more than once in all texts together, the most frequent first.
+
+    A phrase is a run of so many words or punctuation marks, at least one of them a word, whatever the space between
+    them.
+
+    >>> most_repeated(["the cat sat on the mat", "the cat sat down"])
+    [Phrase(text='the cat sat', times=2)]
+    """
+    counts: Counter[tuple[str, ...]] = Counter()
+    for text in texts:
+        found = WORD.findall(text)
+        grams = zip(*(found[k:] for k in range(words)), strict=False)
+        counts.update(gram for gram in grams if any(word[0].isalnum() for word in gram))
+    return [Phrase(" ".join(gram), count) for gram, count in counts.most_common(most) if count > 1]
+
+
+def marked(text: str, phrases: Collection[Phrase], *, words: int = WORDS) -> list[Part]:
+    """Return a text in pieces, those of the phrases apart; phrases that touch make one piece.
+
+    >>> marked("so the  cat sat", [Phrase("the cat sat", 2)])
+    [Part(text='so ', repeated=False), Part(text='the  cat sat', repeated=True)]
+    """
+    return list(_parts(text, {phrase.text for phrase in phrases}, words))
+
+
+def _parts(text: str, phrases: Collection[str], words: int) -> Iterator[Part]:
+    spans = [match.span() for match in WORD.finditer(text)]
+    inside = [False] * len(text)
+    for k in range(len(spans) - words + 1):
+        if " ".join(text[start:end] for start, end in spans[k : k + words]) in phrases:
+            first, last = spans[k][0], spans[k + words - 1][1]
+            inside[first:last] = [True] * (last - first)
+    start = 0
+    for end in range(1, len(text) + 1):
+        if end == len(text) or inside[end] != inside[start]:
+            yield Part(text[start:end], inside[start])
+            start = end

@@ -1,0 +1,232 @@
+"""What an evaluation of files says: a table, sentences, and everything for JSON and CSV."""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from itertools import combinations
+from typing import TYPE_CHECKING, Any
+
+from tokendrift.evaluation.bootstrap import Interval
+from tokendrift.evaluation.comparison import Comparison
+from tokendrift.evaluation.evaluator import Evaluation, Row
+from tokendrift.evaluation.measures import Measures
+from tokendrift.evaluation.report.sources import Source
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+REAL = "real text"
+HEADINGS = {
+    "gen_ppl": ("Gen.-PPL", 1),
+    "sample_entropy": ("H sample", 3),
+    "unigram_entropy": ("H unigram", 3),
+    "distinct_1": ("distinct-1", 3),
+    "distinct_2": ("distinct-2", 3),
+    "distinct_3": ("distinct-3", 3),
+    "distinct_4": ("distinct-4", 3),
+    "repetition_4": ("seq-rep-4", 3),
+    "longest_repeat": ("longest repeat", 1),
+    "most_frequent_share": ("most frequent", 3),
+    "duplicate_share": ("duplicates", 3),
+    "self_bleu": ("self-BLEU", 3),
+    "copied_share": ("copied", 3),
+    "length": ("length", 1),
+    "nelbo": ("NELBO", 3),
+}
+SHOWN = ("gen_ppl", "sample_entropy", "unigram_entropy", "distinct_3", "repetition_4")  # in the terminal
+ENTROPIES = ("sample_entropy", "unigram_entropy")
+
+
+@dataclass(frozen=True)
+class Report:
+    """Sets of samples beside real text, and the texts themselves.
+
+    Attributes:
+        evaluation: The figures; its rows are in the order of the sources.
+        sources: The sets of samples.
+        texts: Texts by row, real text last under ``"real text"``.
+        settings: How the figures were made.
+    """
+
+    evaluation: Evaluation
+    sources: tuple[Source, ...]
+    texts: Mapping[str, list[str]]
+    settings: Mapping[str, Any]
+
+    @property
+    def level(self) -> str:
+        """The confidence of the intervals in words."""
+        return f"{self.evaluation.rows[0].measures.level:.0%}"
+
+    def entries(self) -> Iterator[tuple[str, Measures, Row | None]]:
+        """Yield name, figures and row of every line: the sets, then real text, once for each size and length."""
+        for row in self.evaluation.rows:
+            yield row.name, row.measures, row
+        seen: list[Measures] = []
+        for row in self.evaluation.rows:
+            if not any(row.real is one for one in seen):
+                seen.append(row.real)
+                yield (REAL if len(seen) == 1 else f"{REAL}, cut as {row.name}"), row.real, None
+
+    def model(self, name: str) -> str:
+        """Return what the model of a set is called; real text is its own."""
+        pairs = zip(self.evaluation.rows, self.sources, strict=True)
+        return {row.name: source.model for row, source in pairs}.get(name, name)
+
+    def table(self) -> Table:
+        """Return the table for the terminal: no Gen.-PPL without its entropies, NFE, n, precision, and real text."""
+        from rich.table import Table
+        from rich.text import Text
+
+        view = Table(title="Samples beside real text", caption=self.caption(), show_lines=True)
+        view.add_column("")
+        for heading in ("NFE", "n", "precision", *(HEADINGS[name][0] for name in SHOWN)):
+            view.add_column(heading, justify="right", no_wrap=True)
+        view.add_column("guard")
+        for name, measures, row in self.entries():
+            figures = ("\n".join(shown(measures, figure)) for figure in SHOWN)
+            view.add_row(
+                Text(self.model(name)),
+                "" if measures.nfe is None else str(measures.nfe),
+                str(measures.samples),
+                measures.perplexity.precision,
+                *figures,
+                "" if row is None else in_short(row),
+                style="italic" if row is None else None,
+            )
+        return view
+
+    def caption(self) -> str:
+        """Return how the figures were made."""
+        measures = self.evaluation.rows[0].measures
+        judged = measures.perplexity
+        revision = "" if judged.revision is None else f" at {judged.revision}"
+        counted = "the ids as generated" if measures.vocabulary == "generated" else "tokens of the judge"
+        return (
+            f"Judge {judged.judge}{revision}, {judged.precision}, protocol {judged.protocol}. H: entropy in nats, of "
+            f"the tokens of a sample and of all tokens together, counted in {counted}. {self.level} intervals by "
+            "resampling."
+        )
+
+    def guard(self) -> list[str]:
+        """Return the guard's verdicts in words, and what was left out."""
+        lines = []
+        for row, source in zip(self.evaluation.rows, self.sources, strict=True):
+            verdict = row.verdict
+            lines += [f"{row.name}: {finding.level}: {finding}." for finding in verdict.findings]
+            if verdict.passed:
+                lines.append(f"{row.name}: nothing flagged against real text.")
+            if verdict.unchecked:
+                lines.append(f"{row.name}: not judged: {', '.join(verdict.unchecked)}.")
+            if row.measures.skipped:
+                lines.append(f"{row.name}: {row.measures.skipped} samples left out: too short to be scored.")
+            if bad := source.samples.bad_lines:
+                first = f"the first is line {bad[0].number} ({bad[0].reason})"
+                lines.append(f"{row.name}: {len(bad)} lines of {source.origin} left out, {first}.")
+        return lines
+
+    def comparisons(self) -> list[tuple[str, str, Comparison]]:
+        """Return the comparisons of sets of one NFE, or of all where no two have the same."""
+        pairs = list(combinations(self.evaluation.rows, 2))
+        alike = [(a, b) for a, b in pairs if a.measures.nfe == b.measures.nfe]
+        return [(a.name, b.name, self.evaluation.compare(a.name, b.name)) for a, b in alike or pairs]
+
+    def differences(self) -> list[str]:
+        """Return a sentence for each pair of sets that differ beyond chance in Gen.-PPL or an entropy."""
+        compared = self.comparisons()
+        lines = [told for a, b, found in compared if (told := _difference(a, b, found))]
+        rest = len(compared) - len(lines)
+        if rest:
+            are = "1 pair is" if rest == 1 else f"{rest} pairs are"
+            lines.append(f"{are} not distinguishable in Gen.-PPL and both entropies: the intervals hold no difference.")
+        return lines
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return everything for JSON: settings, every figure, verdicts, comparisons; what is not finite is None."""
+        rows = []
+        for found, source in zip(self.evaluation.to_dict()["rows"], self.sources, strict=True):
+            bad = [line._asdict() for line in source.samples.bad_lines]
+            made = dict(source.samples.metadata)
+            rows.append({**found, "model": source.model, "origin": source.origin, "made": made, "bad_lines": bad})
+        compared = [{"a": a, "b": b, **found.to_dict()} for a, b, found in self.comparisons()]
+        plain = {"settings": dict(self.settings), "rows": rows, "comparisons": compared}
+        return {**plain, "guard": self.guard(), "differences": self.differences()}
+
+    def to_csv(self) -> str:
+        """Return the table as CSV, a line for each set and for real text, every figure with its interval."""
+        out = io.StringIO()
+        names = [f"{name}{end}" for name in HEADINGS for end in ("", "_low", "_high")]
+        general = ("name", "model", "nfe", "samples", "protocol", "precision", "judge", "revision", "vocabulary")
+        writer = csv.DictWriter(out, [*general, *names, "flags"], lineterminator="\n")
+        writer.writeheader()
+        for name, measures, row in self.entries():
+            judged = measures.perplexity
+            values: list[Any] = [
+                name,
+                self.model(name),
+                measures.nfe,
+                measures.samples,
+                judged.protocol,
+                judged.precision,
+            ]
+            values += [judged.judge, judged.revision, measures.vocabulary]
+            line: dict[str, Any] = dict(zip(general, values, strict=True))
+            for figure, value in measures.intervals().items():
+                line |= dict(zip((figure, f"{figure}_low", f"{figure}_high"), map(_finite, value), strict=True))
+            writer.writerow({**line, "flags": "" if row is None else " ".join(row.verdict.flags)})
+        return out.getvalue()
+
+
+def shown(measures: Measures, figure: str) -> tuple[str, str]:
+    """Return a figure and its interval as text; empty texts where it was not measured."""
+    value = measures.intervals().get(figure)
+    if value is None or not math.isfinite(value.estimate):
+        return "", ""
+    digits = HEADINGS[figure][1]
+    return f"{value.estimate:.{digits}f}", f"{value.low:.{digits}f} to {value.high:.{digits}f}"
+
+
+def in_short(row: Row) -> str:
+    """Return the guard's verdict in one or two words."""
+    flags = len(row.verdict.flags)
+    return "passed" if not flags else f"{flags} flag{'s' if flags > 1 else ''}"
+
+
+def as_json(value: Any) -> Any:
+    """Return a value in which numbers that JSON does not know are None."""
+    if isinstance(value, dict):
+        return {name: as_json(one) for name, one in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [as_json(one) for one in value]
+    return _finite(value) if isinstance(value, float) else value
+
+
+def _difference(a: str, b: str, found: Comparison) -> str | None:
+    """Return how two sets differ, None if neither Gen.-PPL nor an entropy does beyond chance."""
+    verdicts = {name: found.verdict(name) for name in ("gen_ppl", *ENTROPIES)}
+    if set(verdicts.values()) == {"not distinguishable"}:
+        return None
+    parts = [_told("Gen.-PPL", verdicts["gen_ppl"], found.gen_ppl_ratio, "times")]
+    for name in ENTROPIES:
+        parts.append(_told(name.replace("_", " "), verdicts[name], found.differences[name], "by"))
+    sentence = f"{a} against {b}: {'; '.join(parts)}."
+    if verdicts["gen_ppl"] == "lower" and "lower" in (verdicts[name] for name in ENTROPIES):
+        sentence += " A lower entropy lowers Gen.-PPL by itself: this is no gain until it holds at equal entropy."
+    return sentence
+
+
+def _told(name: str, verdict: str, value: Interval, how: str) -> str:
+    if verdict == "not distinguishable":
+        return f"{name} {verdict}"
+    if how == "times":
+        return f"{name} {verdict}, {value.estimate:.3f} times ({value.low:.3f} to {value.high:.3f})"
+    size, *ends = abs(value.estimate), *sorted((abs(value.low), abs(value.high)))
+    return f"{name} {verdict} by {size:.3f} ({ends[0]:.3f} to {ends[1]:.3f}) nats"
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None

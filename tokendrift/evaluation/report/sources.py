@@ -1,0 +1,174 @@
+"""Where samples and real text come from: files, and checkpoints sampled at several NFE."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from tokendrift._checks import check_count, fail
+from tokendrift.evaluation.files import read_samples
+from tokendrift.evaluation.samples import SampleSet, decode, id_sequences, tokenize
+
+
+class Source(NamedTuple):
+    """One set of samples.
+
+    Attributes:
+        model: What the set is called; sets of one name and several NFE make one line of a plot.
+        samples: The set.
+        origin: File or checkpoint.
+    """
+
+    model: str
+    samples: SampleSet
+    origin: str
+
+
+def named(argument: str) -> tuple[str, str]:
+    """Return name and place of ``NAME=PLACE`` or ``PLACE``, whose name is then the last part without its ending.
+
+    >>> named("base=runs/base-4.jsonl"), named("runs/base-4.jsonl")
+    (('base', 'runs/base-4.jsonl'), ('base-4', 'runs/base-4.jsonl'))
+    """
+    name, equals, place = argument.partition("=")
+    if equals and name.strip() and place and not Path(argument).exists():
+        return name.strip(), place
+    path = Path(argument)
+    return (path.stem if path.suffix in {".jsonl", ".txt", ".safetensors", ".ckpt"} else path.name), argument
+
+
+def read_sources(arguments: Sequence[str], *, skip_bad: bool = False) -> list[Source]:
+    """Return the sets of samples files, ``PLACE`` or ``NAME=PLACE`` each."""
+    places = map(named, arguments)
+    return [Source(name, read_samples(place, skip_bad=skip_bad), place) for name, place in places]
+
+
+def sample_checkpoints(
+    checkpoints: Sequence[str],
+    nfes: Sequence[int],
+    folder: Path,
+    *,
+    progress: Callable[[str], object] = lambda stage: None,
+    **options: Any,
+) -> Iterator[Source]:
+    """Sample each checkpoint at each NFE into a file of the folder, and yield the sets.
+
+    Files that are there from an earlier run with the same settings are used, unfinished ones gone on with.
+
+    Args:
+        checkpoints: ``PLACE`` or ``NAME=PLACE`` each.
+        nfes: Function evaluations, one set for each.
+        folder: For the files.
+        progress: Called with what is being sampled.
+        **options: Of `tokendrift.sampling.run.SampleConfig`.
+
+    Raises:
+        TokenDriftError: As for `tokendrift.sampling.run.sample_to_file`.
+    """
+    from tokendrift.sampling.run import SampleConfig, sample_to_file
+
+    for name, place in map(named, checkpoints):
+        for nfe in nfes:
+            progress(f"sampling {name} at {nfe} NFE")
+            path = folder / f"{name.replace('/', '-')}-{nfe}.jsonl"
+            sample_to_file(SampleConfig(place, steps=nfe, **options), path)
+            yield Source(name, read_samples(path), place)
+
+
+def labels(sources: Sequence[Source]) -> list[str]:
+    """Return a name for each set: that of its model, with its NFE where a model has several sets.
+
+    Raises:
+        TokenDriftError: If two sets have one name and one NFE.
+    """
+    models = [source.model for source in sources]
+    found = [
+        source.model if models.count(source.model) == 1 else f"{source.model}, {source.samples.nfe} NFE"
+        for source in sources
+    ]
+    for label in found:
+        if found.count(label) > 1:
+            places = ", ".join(source.origin for source, own in zip(sources, found, strict=True) if own == label)
+            raise fail(f"two sets of samples are called {label!r}: {places}.", "Name them: NAME=FILE.")
+    return found
+
+
+def common_tokenizer(sources: Sequence[Source], name: str | None) -> Any:
+    """Return the denoisers' tokenizer: the one named, or that which all samples files name and which can be read.
+
+    Raises:
+        TokenDriftError: If the one named cannot be read, or ids without texts come without a tokenizer.
+    """
+    from tokendrift.models.tokenizer import load_tokenizer
+
+    if name is not None:
+        return load_tokenizer(name)
+    own = {source.samples.metadata.get("tokenizer") for source in sources}
+    tokenizer = None
+    if len(own) == 1 and isinstance(found := own.pop(), str):
+        try:
+            tokenizer = load_tokenizer(found, fetch=False)
+        except ValueError:  # made on another machine; texts are then counted in the judge's tokens
+            tokenizer = None
+    for source in sources:
+        if source.samples.texts is None and tokenizer is None:
+            raise fail(
+                f"{source.origin} has ids without texts, and no tokenizer that decodes them is known.",
+                "Name the denoiser's: --tokenizer tokenizer.json, a folder, or a hub name.",
+            )
+    return tokenizer
+
+
+def read_text(path: str) -> str:
+    """Return a UTF-8 text file.
+
+    Raises:
+        TokenDriftError: If it cannot be read, or holds no text.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        why = "is not UTF-8 text" if isinstance(error, UnicodeDecodeError) else f"cannot be read: {error.strerror}"
+        raise fail(f"text file {path} {why}.", "Pass a plain text file.") from None
+    if not text.strip():
+        raise fail(f"text file {path} is empty.", "Pass a file with text.")
+    return text
+
+
+def read_real(path: str, *, skip_bad: bool = False) -> SampleSet | str:
+    """Return real text: samples of a ``.jsonl`` file, or any other file's text whole, for `real_windows`."""
+    return read_samples(path, skip_bad=skip_bad) if Path(path).suffix == ".jsonl" else read_text(path)
+
+
+def real_windows(text: str, sources: Sequence[Source], tokenizer: Any, judge_tokenizer: Any) -> SampleSet:
+    """Return disjoint windows of a text, spread evenly over it: as many as the largest set has, as long as its longest.
+
+    Windows are cut in the ids as generated where every set has them and the tokenizer is known, else in the judge's.
+
+    Args:
+        text: Real text.
+        sources: The sets it will stand beside.
+        tokenizer: The denoisers', None if it is not known.
+        judge_tokenizer: The judge's.
+
+    Raises:
+        TokenDriftError: If the text is too short for two windows, or needs a tokenizer that is missing.
+    """
+    as_generated = tokenizer is not None and all(source.samples.ids is not None for source in sources)
+    own = tokenizer if as_generated else judge_tokenizer
+    count = max(len(source.samples) for source in sources)
+    width = 2
+    for source in sources:
+        sequences = source.samples.ids if as_generated else id_sequences(source.samples.scored(), None, own)[0]
+        width = max(width, *map(len, sequences or []))
+    (stream,) = tokenize(own, [text])
+    count = min(check_count("samples", count, least=1), len(stream) // width)
+    if count < 2:
+        raise fail(
+            f"real text has {len(stream)} tokens, too few for two windows of {width}, as long as the longest sample.",
+            "Pass more text.",
+        )
+    space = (len(stream) - width) // (count - 1)
+    windows = [stream[i * space : i * space + width] for i in range(count)]
+    return SampleSet(ids=windows if as_generated else None, texts=decode(own, windows))
