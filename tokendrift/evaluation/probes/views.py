@@ -70,7 +70,8 @@ def trap_table(probes: Mapping[str, MarginalTrap]) -> Table:
     for heading in ("k", "gap", "interval", "in turn", "at once", "entropy", "entropy drawn", "at once less likely"):
         table.add_column(heading, justify="right", no_wrap=True)
     for i, k in enumerate(first.sizes):
-        table.add_section()
+        if not alone:
+            table.add_section()
         for name, probe in probes.items():
             gap = probe.gap[i]
             row = [str(k), f"{gap.estimate:.3f}", f"{gap.low:.3f} to {gap.high:.3f}"]
