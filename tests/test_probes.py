@@ -261,6 +261,8 @@ def test_tables_json_and_plots_hold_the_same_numbers():
 # ------------------------------------------------------------------------------------------------ bad input
 
 UNIFORM = UniformDiffusion(4)
+FOLLOWS = torch.full((4, 4), -torch.inf)
+FOLLOWS[[A, C], [B, D]], FOLLOWS[B], FOLLOWS[D] = 0.0, 0.0, 0.0
 
 
 @pytest.mark.parametrize(
@@ -289,6 +291,12 @@ UNIFORM = UniformDiffusion(4)
         (
             lambda: trap_change(*(marginal_trap(two_words, PAIRS, PROMPTS[:n], JUDGE, sizes=(1,)) for n in (4, 6))),
             "different numbers of prompts",
+        ),
+        (
+            lambda: marginal_trap(
+                two_words, PAIRS, PROMPTS, GenerativePerplexity(lambda ids, mask: FOLLOWS[ids], protocol="all")
+            ),
+            "no probability at all",
         ),
         (lambda: unigram_law([], PAIRS), "there is no corpus to count"),
         (lambda: unigram_law([7], PAIRS), "ids has ids from 7 to 7"),

@@ -136,7 +136,7 @@ def probe_checkpoints(
     Raises:
         TokenDriftError: If anything cannot be read, is too short, or does not fit together.
     """
-    from tokendrift.models import load_denoiser
+    from tokendrift.models import build, load_denoiser, read_checkpoint
     from tokendrift.models.tokenizer import load_tokenizer
 
     try:
@@ -144,7 +144,8 @@ def probe_checkpoints(
     except (OSError, UnicodeDecodeError) as error:
         raise fail(f"text {text} cannot be read as UTF-8 text: {error}.", "Pass a plain text file.") from None
     progress("loading")
-    found = {BEFORE: load_denoiser(checkpoint, device=device)}
+    source = read_checkpoint(checkpoint)
+    found = {BEFORE: build(source, device=device)}
     if compare is not None:
         found[AFTER] = load_denoiser(compare, device=device)
         sizes = [process.vocab_size for _, process in found.values()]
@@ -154,7 +155,7 @@ def probe_checkpoints(
                 "Compare a checkpoint with what was made of it.",
             )
     model, process = found[BEFORE]
-    named = _tokenizer_of(Path(checkpoint), process) if tokenizer is None else load_tokenizer(tokenizer)
+    named = _tokenizer_of(source.folder, process) if tokenizer is None else load_tokenizer(tokenizer)
     stream = _encoded(named, written, process)
     length = min(network.config.model_length for network, _ in found.values())
     k = min(MOST_POSITIONS, length // 2) if positions is None else check_count("positions", positions, least=1)
@@ -205,16 +206,13 @@ def probe_checkpoints(
     return ProbeReport(settings, decay, trap, change, matched_change, lambda token: decode(named, [[token]])[0])
 
 
-def _tokenizer_of(checkpoint: Path, process: Process) -> Any:
+def _tokenizer_of(folder: Path, process: Process) -> Any:
     """Return the tokenizer beside the weights, or GPT-2's for a vocabulary of its size."""
     from tokendrift.models.tokenizer import find_tokenizer
 
-    folder = checkpoint if checkpoint.is_dir() or not checkpoint.exists() else checkpoint.parent
     found = find_tokenizer(folder, process.vocab_size, fetch=True)
     if found is None:
-        raise fail(
-            f"{checkpoint} has no tokenizer.", "Name one: a tokenizer.json, a folder or a hub name (--tokenizer)."
-        )
+        raise fail(f"{folder} has no tokenizer.", "Name one: a tokenizer.json, a folder or a hub name (--tokenizer).")
     return found[0]
 
 

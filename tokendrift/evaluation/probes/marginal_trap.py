@@ -281,6 +281,12 @@ def _score(
     if prompts.shape[1] == 1 and decode is None:
         pieces[0] = pieces[0].new_zeros(len(prompts), 2)  # a first token is no target: it costs nothing
     rows = [row for piece in pieces for row in (piece if decode is None else decode(piece))]
-    found = judge.score(rows).sample_nll.split([len(piece) for piece in pieces])
+    nll = judge.score(rows).sample_nll
+    if not bool(nll.isfinite().all()):
+        raise fail(
+            "the judge gives some draws no probability at all, so that their gap is not defined.",
+            "Take a judge that leaves every token a chance, as language models with a softmax do.",
+        )
+    found = nll.split([len(piece) for piece in pieces])
     before = torch.zeros_like(found[0]) if prompts.shape[1] == 1 and decode is None else found[0]
     return before, list(zip(found[1::2], found[2::2], strict=True))
