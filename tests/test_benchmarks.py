@@ -68,3 +68,28 @@ def test_the_sampling_benchmark_names_its_baseline_its_spread_and_its_machine():
     assert all("overhead" in row and "dense   whole run" in row and "2 runs" in row for row in rows)
     assert "x logits (dense" in rows[0]
     assert "torch" in machine
+
+
+@pytest.mark.slow
+def test_the_gen_ppl_benchmark_names_its_baselines_its_spread_and_its_machine():
+    command = [sys.executable, str(BENCHMARKS / "generative_perplexity.py"), "--quick"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    *rows, machine = done.stdout.splitlines()
+    assert [row.split(",")[2].split()[0] for row in rows] == ["equal", "uniform", "long"]
+    for what in ("x evaluate style, batch 16 (", "x one by one (", "by bfloat16 (", "3 runs", "deviation"):
+        assert all(what in row for row in rows)
+    assert "torch" in machine
+
+
+@pytest.mark.slow
+def test_the_step_benchmark_names_its_baselines_its_spread_and_its_machine():
+    done = subprocess.run(
+        [sys.executable, str(BENCHMARKS / "step.py"), "--quick"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    *rows, machine = done.stdout.splitlines()
+    assert [row.split(",")[:2] for row in rows] == [["drift step", " masked"], ["drift step", " uniform"]] * 2
+    for what in ("x continuation (", "x plain port (", "3 runs", " ms ", "peak ", "MiB"):
+        assert all(what in row for row in rows)
+    assert "torch" in machine

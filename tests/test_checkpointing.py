@@ -1,0 +1,100 @@
+"""A checkpoint is there as a whole or not at all."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from tokendrift import TokenDriftError
+from tokendrift.training.checkpointing import (
+    latest_checkpoint,
+    list_checkpoints,
+    load_checkpoint,
+    prune_checkpoints,
+    save_checkpoint,
+    write_atomically,
+)
+
+GROUPS = {"model": {"a": torch.arange(3.0), "b": torch.ones(2, 2)}, "optimizer": {}}
+
+
+def names(folder):
+    return [path.name for path in list_checkpoints(folder)]
+
+
+def test_what_is_saved_comes_back(tmp_path):
+    place = save_checkpoint(tmp_path, 7, GROUPS, {"data": {"epoch": 1}})
+    stored = load_checkpoint(place)
+    assert stored.state["step"] == 7
+    assert stored.state["data"] == {"epoch": 1}
+    assert stored.tensors.keys() == GROUPS.keys()
+    assert all(torch.equal(stored.tensors["model"][name], tensor) for name, tensor in GROUPS["model"].items())
+
+
+@pytest.mark.parametrize("harm", ["cut", "flip", "remove", "state"])
+def test_the_newest_whole_one_is_found_and_a_broken_one_said(tmp_path, harm):
+    for step in (2, 4):
+        save_checkpoint(tmp_path, step, GROUPS, {})
+    file = tmp_path / "step-00000004" / "model.safetensors"
+    content = file.read_bytes()
+    if harm == "cut":
+        file.write_bytes(content[:-1])
+    elif harm == "flip":
+        file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    elif harm == "remove":
+        file.unlink()
+    else:
+        file.with_name("state.json").write_text('{"step": 4')
+    told = []
+    place, stored = latest_checkpoint(tmp_path, told.append)
+    assert place.name == "step-00000002"
+    assert stored.state["step"] == 2
+    assert "step-00000004" in told[0]
+    assert told[0].endswith("Going back to the one before.")
+    assert names(tmp_path) == ["step-00000002"]
+    assert (tmp_path / "broken-step-00000004").is_dir()
+
+
+def test_without_a_whole_one_there_is_none(tmp_path):
+    assert latest_checkpoint(tmp_path / "nowhere", print) is None
+    (tmp_path / "step-00000001").mkdir()  # cut off while it was removed
+    (tmp_path / ".saving-00000002").mkdir()  # cut off while it was written
+    assert latest_checkpoint(tmp_path, print) is None
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_error_while_writing_leaves_nothing_and_the_old_one_whole(tmp_path):
+    save_checkpoint(tmp_path, 1, GROUPS, {})
+    with pytest.raises(TypeError, match="not JSON serializable"):
+        save_checkpoint(tmp_path, 2, GROUPS, {"bad": object()})
+    assert names(tmp_path) == ["step-00000001"]
+    load_checkpoint(tmp_path / "step-00000001")
+
+
+def test_the_newest_and_the_spared_are_kept(tmp_path):
+    for step in range(1, 7):
+        save_checkpoint(tmp_path, step, {}, {})
+    prune_checkpoints(tmp_path, 2, spare={3})
+    assert names(tmp_path) == ["step-00000003", "step-00000005", "step-00000006"]
+
+
+def test_a_step_saved_again_replaces_the_old_one(tmp_path):
+    save_checkpoint(tmp_path, 1, {}, {"note": "old"})
+    save_checkpoint(tmp_path, 1, GROUPS, {"note": "new"})
+    assert load_checkpoint(tmp_path / "step-00000001").state["note"] == "new"
+
+
+def test_a_state_without_digests_is_refused(tmp_path):
+    place = save_checkpoint(tmp_path, 1, GROUPS, {})
+    (place / "state.json").write_text(json.dumps({"step": 1}))
+    with pytest.raises(TokenDriftError, match=r"the checkpoint .*step-00000001 cannot be read"):
+        load_checkpoint(place)
+
+
+def test_a_text_is_replaced_as_a_whole(tmp_path):
+    for text in ("one", "two"):
+        write_atomically(tmp_path / "a.txt", text)
+        assert (tmp_path / "a.txt").read_text() == text
+    assert [path.name for path in tmp_path.iterdir()] == ["a.txt"]

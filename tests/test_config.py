@@ -1,0 +1,102 @@
+"""Configurations: what is written can be read, what is unknown or impossible is refused with the nearest way out."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tokendrift import TokenDriftError
+from tokendrift.training import PRESETS, RefineConfig, make_config, parse_settings
+
+numbers = st.floats(1e-9, 1e9)
+
+
+@given(
+    checkpoint=st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=20),
+    rate=numbers,
+    temperatures=st.lists(numbers, min_size=1, max_size=4),
+    window=st.none() | st.integers(1, 9),
+    wrap=st.booleans(),
+)
+def test_a_configuration_comes_back_from_its_toml(tmp_path_factory, checkpoint, rate, temperatures, window, wrap):
+    made = RefineConfig(
+        checkpoint, learning_rate=rate, temperatures=tuple(temperatures), window=window, wrap=wrap, text=("a", "b\\c")
+    )
+    file = tmp_path_factory.mktemp("toml") / "config.toml"
+    file.write_text(made.as_toml(), encoding="utf-8")
+    assert make_config(file=file) == made
+
+
+@pytest.mark.parametrize(("preset", "rate"), [("mdlm-owt", 3e-5), ("duo-owt", 5e-5)])
+def test_presets_have_the_values_of_the_paper(preset, rate):
+    made = make_config(preset=preset)
+    assert made.checkpoint == {"mdlm-owt": "kuleshov-group/mdlm-owt", "duo-owt": "s-sahoo/duo"}[preset]
+    assert (made.objective, made.steps, made.batch_size, made.micro_batch) == ("drift", 13_000, 512, 2)
+    assert (made.learning_rate, made.queue_size, made.drift_scale) == (rate, 1024, 1.0)
+    assert made.temperatures == (0.02, 0.05, 0.2)
+    assert made.accumulation(processes=4) == 64
+    assert set(PRESETS) == {"mdlm-owt", "duo-owt"}
+
+
+def test_later_sources_win_and_a_text_replaces_the_dataset(tmp_path):
+    file = tmp_path / "run.toml"
+    file.write_text('preset = "duo-owt"\nsteps = 5\nseed = 1\ntext = ["mine.txt"]\n')
+    made = make_config(file=file, values={"seed": 2})
+    assert (made.steps, made.seed, made.text, made.dataset) == (5, 2, ("mine.txt",), None)
+    assert make_config(file=file, values={"dataset": "theirs"}).text == ()
+
+
+def test_settings_have_the_types_of_their_keys():
+    assert parse_settings(["betas=0.9, 0.95", "wrap=no", "window=none", "seed=3", "judge=gpt2"]) == {
+        "betas": (0.9, 0.95),
+        "wrap": False,
+        "window": None,
+        "seed": 3,
+        "judge": "gpt2",
+    }
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"objctive": "drift"}, "unknown key 'objctive'; the nearest is 'objective'"),
+        ({"zzz": 1}, "unknown key 'zzz'; known are checkpoint, output"),
+        (
+            {"objective": "gan"},
+            "objective must be one of 'drift', 'continuation', 'combined', 'mirror-kl', 'mirror-mse'",
+        ),
+        ({"steps": 1.5}, "steps must be an integer"),
+        ({"steps": True}, "steps must be an integer"),
+        ({"steps": 0}, "steps must be an integer of at least 1"),
+        ({"wrap": "yes"}, "wrap must be true or false"),
+        ({"text": "a.txt"}, "text must be a list, each entry a text"),
+        ({"text": ["a"], "dataset": "b"}, "text and dataset exclude each other"),
+        ({"batch_size": 9, "micro_batch": 2}, "batch_size must be a multiple of micro_batch"),
+        ({"encoder_time": 1.0}, r"encoder_time must lie in \[0, 1\)"),
+        ({"learning_rate": -1.0}, "learning_rate must be a finite number above 0"),
+        ({"length": 2}, "length must be an integer of at least 3"),
+        ({"precision": "fp16"}, "precision must be one of 'fp32', 'bf16'"),
+    ],
+)
+def test_what_is_unknown_or_impossible_is_refused(values, message):
+    with pytest.raises(TokenDriftError, match=message):
+        make_config(values={"checkpoint": "base", **values})
+
+
+def test_what_cannot_be_read_is_refused(tmp_path):
+    file = tmp_path / "run.toml"
+    file.write_text("steps = = 3")
+    with pytest.raises(TokenDriftError, match=r"run.toml cannot be read as TOML: .*\n.*Texts stand in quotes"):
+        make_config(file=file)
+    with pytest.raises(TokenDriftError, match="no checkpoint to refine"):
+        make_config()
+    with pytest.raises(TokenDriftError, match=r"a setting must have the form KEY=VALUE, and 'steps' has not"):
+        parse_settings(["steps"])
+    with pytest.raises(TokenDriftError, match="seed must be an integer"):
+        parse_settings(["seed=x"])
+
+
+def test_a_batch_that_processes_cannot_share_is_refused():
+    with pytest.raises(TokenDriftError, match=r"multiple of micro_batch times 3 processes, 24"):
+        RefineConfig("base", batch_size=64, micro_batch=8).accumulation(processes=3)

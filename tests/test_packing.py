@@ -1,0 +1,176 @@
+"""Text as training sees it: every token once a pass, in an order fixed by the seed, resumable anywhere."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from collections import Counter
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tokendrift import TokenDriftError
+from tokendrift.demo.stages import PRETRAINED
+from tokendrift.training import DatasetRows, PackedText, Piece, TextFiles, load_tokenizer
+
+
+class Letters:
+    """A source of documents in memory; a place is the number of the document."""
+
+    def __init__(self, texts):
+        self.texts = texts
+
+    def read(self, start=None):
+        for number in range(start["n"] if start else 0, len(self.texts)):
+            yield Piece(self.texts[number], number % 3 != 1, {"n": number})
+
+
+class Code:
+    """A tokenizer of one id a character, with BOS 1 and EOS 0."""
+
+    bos_id, eos_id = 1, 0
+
+    def encode(self, texts):
+        return [[ord(letter) - 90 for letter in text] for text in texts]
+
+
+def packed(texts, **options):
+    return PackedText(Letters(texts), Code(), **{"length": 5, "wrap": False, "shuffle": 4, **options})
+
+
+texts = st.lists(st.text("abcdefgh", min_size=1, max_size=12), min_size=1, max_size=150)
+
+
+@given(texts=texts, before=st.integers(0, 30), wrap=st.booleans(), shuffle=st.integers(1, 7))
+def test_a_stream_goes_on_from_any_position(texts, before, wrap, shuffle):
+    options = {"wrap": wrap, "shuffle": shuffle, "seed": 3}
+    stream = packed(texts, **options)
+    if before:
+        stream.take(before)
+    position = json.loads(json.dumps(stream.position()))
+    resumed = packed(texts, **options)
+    resumed.restore(position)
+    for count in (1, 5, 2 * shuffle):
+        assert torch.equal(stream.take(count), resumed.take(count))
+        assert stream.position() == resumed.position()
+
+
+@given(texts=texts, sizes=st.lists(st.integers(1, 6), min_size=1, max_size=5))
+def test_how_much_is_taken_at_once_does_not_matter(texts, sizes):
+    whole = packed(texts).take(sum(sizes))
+    stream = packed(texts)
+    assert torch.equal(torch.cat([stream.take(size) for size in sizes]), whole)
+
+
+@given(texts=texts)
+def test_a_pass_holds_every_token_once_and_eos_after_every_document(texts):
+    stream = [ord(letter) - 90 for n, text in enumerate(texts) for letter in text + ("Z" if n % 3 != 1 else "")]
+    rows = len(stream) // 5
+    if rows:
+        taken = packed(texts, shuffle=rows).take(rows)
+        assert Counter(taken.flatten().tolist()) == Counter(stream[: 5 * rows])
+        assert torch.equal(packed(texts, shuffle=1).take(rows).flatten(), torch.tensor(stream[: 5 * rows]))
+
+
+def test_wrapped_sequences_begin_with_bos_and_end_with_eos():
+    rows = packed(["abcdefg", "hh"], wrap=True, shuffle=1).take(4)
+    assert rows.tolist() == [[1, 7, 8, 9, 0], [1, 10, 11, 12, 0], [1, 13, 0, 14, 0], [1, 14, 7, 8, 0]]
+
+
+def test_the_seed_decides_the_order_within_a_block_and_nothing_else():
+    first, again, other = (packed(["abcdefgh" * 20], shuffle=8, seed=seed).take(8) for seed in (1, 1, 2))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+    assert sorted(first.tolist()) == sorted(other.tolist())
+
+
+def test_a_tokenizer_of_another_model_is_refused():
+    with pytest.raises(TokenDriftError, match="gives id 9, but the checkpoint's vocabulary V has 8 entries"):
+        packed(["abc"], vocab_size=8).take(1)
+    with pytest.raises(TokenDriftError, match="gives id 8, which is the checkpoint's mask"):
+        packed(["abc"], mask_id=8).take(1)
+    with pytest.raises(TokenDriftError, match="the source holds no text"):
+        packed([]).take(1)
+
+
+FILE = "one\ntwo\n\n\nthree\n  four\n"
+
+
+@pytest.mark.parametrize(
+    ("documents", "pieces"),
+    [
+        ("file", [(FILE, True)]),
+        ("paragraph", [("one\ntwo", True), ("three\n  four", True)]),
+        ("line", [("one", True), ("two", True), ("three", True), ("  four", True)]),
+    ],
+)
+@pytest.mark.parametrize("suffix", [".txt", ".txt.gz"])
+def test_documents_of_text_files(tmp_path, documents, pieces, suffix):
+    path = tmp_path / f"a{suffix}"
+    path.write_bytes(gzip.compress(FILE.encode()) if suffix.endswith("gz") else FILE.encode())
+    source = TextFiles([path, path], documents=documents)
+    read = list(source.read())
+    assert [(piece.text, piece.ends) for piece in read] == 2 * pieces
+    for number, piece in enumerate(read):  # every piece says where reading gives it first
+        assert list(source.read(piece.start)) == read[number:]
+
+
+def test_long_files_come_in_pieces_that_end_with_a_line(tmp_path):
+    path = tmp_path / "long.txt"
+    lines = [f"{n} " + "x" * (n % 900) + "\n" for n in range(900)]
+    path.write_text("".join(lines))
+    read = list(TextFiles([path]).read())
+    assert "".join(piece.text for piece in read) == "".join(lines)
+    assert len(read) > 2
+    assert [piece.ends for piece in read] == [False] * (len(read) - 1) + [True]
+    assert list(TextFiles([path]).read(read[1].start)) == read[1:]
+
+
+def test_json_lines_give_the_named_field(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"body": "one"}\n\n{"body": " "}\n{"body": "two"}\n')
+    assert [piece.text for piece in TextFiles([path], field="body").read()] == ["one", "two"]
+    with pytest.raises(TokenDriftError, match=r"a.jsonl, line 1 is no JSON object with a text under 'text'"):
+        list(TextFiles([path]).read())
+
+
+def test_what_is_no_text_is_named(tmp_path):
+    (tmp_path / "bad.txt").write_bytes(b"fine\n\xff\n")
+    with pytest.raises(TokenDriftError, match=r"bad.txt, line 2 is not UTF-8"):
+        list(TextFiles([tmp_path / "bad.txt"]).read())
+    with pytest.raises(TokenDriftError, match=r"no such text files: .*gone.txt"):
+        TextFiles([tmp_path / "gone.txt"])
+
+
+def test_rows_of_a_saved_dataset(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    rows = {"text": ["one", "", "two", "three"]}
+    datasets.Dataset.from_dict(rows).save_to_disk(str(tmp_path / "saved"))
+    (tmp_path / "files").mkdir()
+    (tmp_path / "files" / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in rows["text"]))
+    for name in ("saved", "files"):
+        source = DatasetRows(str(tmp_path / name))
+        read = list(source.read())
+        assert [piece.text for piece in read] == ["one", "two", "three"]
+        assert list(source.read(read[1].start)) == read[1:]
+    with pytest.raises(TokenDriftError, match=r"has no column 'body'.\n.*Its columns are text"):
+        DatasetRows(str(tmp_path / "saved"), field="body")
+    with pytest.raises(TokenDriftError, match=r"split 'train', cannot be opened"):
+        DatasetRows(str(tmp_path / "gone"))
+
+
+def test_a_tokenizer_is_found_read_and_written(tmp_path):
+    tokenizer = load_tokenizer(PRETRAINED / "tokenizer.json", tmp_path, 1024)
+    assert (tokenizer.bos_id, tokenizer.eos_id) == (0, 0)
+    tokenizer.save(tmp_path)
+    again = load_tokenizer(None, tmp_path, 1024)
+    assert again.encode(["a token"]) == tokenizer.encode(["a token"])
+    assert again.decode(again.encode(["a token"])) == ["a token"]
+    assert load_tokenizer(None, tmp_path / "checkpoint", 1024).eos_id == 0  # beside the checkpoint
+    with pytest.raises(TokenDriftError, match=r"has no tokenizer.json, and its vocabulary of 9 entries is not GPT-2's"):
+        load_tokenizer(None, tmp_path / "a" / "b", 9)
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(TokenDriftError, match=r"tokenizer.json cannot be read"):
+        load_tokenizer(tmp_path, tmp_path, 9)
