@@ -182,6 +182,14 @@ def test_a_set_does_not_differ_from_itself_and_differences_turn_round(judge):
     assert forth.paired
 
 
+def test_a_gen_ppl_too_large_for_floats_still_has_a_ratio():
+    hopeless = GenerativePerplexity(lambda ids, mask: 2000 * bigram(ids), protocol="all")
+    a, b = (measure(random_ids(seed=seed, size=2), hopeless, resamples=50) for seed in (0, 1))
+    assert a.gen_ppl.estimate == math.inf and a.summary()["gen_ppl"]["estimate"] is None
+    ratio = math.exp(a.perplexity.nll / a.perplexity.tokens - b.perplexity.nll / b.perplexity.tokens)
+    assert compare(a, b).gen_ppl_ratio.estimate == pytest.approx(ratio, rel=1e-9)
+
+
 def test_a_difference_is_claimed_only_beyond_its_interval(judge):
     usual, other, dull = (
         measure(random_ids(seed=s, size=z), judge, resamples=400) for s, z in ((0, V), (1, V), (2, 5))

@@ -5,11 +5,13 @@ from __future__ import annotations
 import errno
 import json
 import os
+from pathlib import Path
 
 import pytest
 
 from tokendrift import TokenDriftError
 from tokendrift.evaluation import BadLine, read_samples, write_atomically
+from tokendrift.sampling.sample_file import SampleFile
 
 
 @pytest.fixture
@@ -35,6 +37,17 @@ def test_a_header_ids_texts_and_cost_are_read(jsonl):
     assert (found.ids, found.texts, found.nfe) == ([[1, 2], [3]], ["a b", "c\u2028d"], 4)
     assert found.metadata == {"model": "m", "temperature": 0.9}
     assert (len(found), found.scored(), found.bad_lines) == (2, ["a b", "c\u2028d"], ())
+
+
+def test_what_the_samplers_write_is_what_is_read(tmp_path):
+    file = SampleFile(tmp_path / "samples.jsonl", {"steps": 8, "temperature": 0.9})
+    file.append([{"ids": [1, 2], "text": "a b", "nfe": 7}, {"ids": [3], "text": "c", "nfe": 8}])
+    unfinished = read_samples(file.path)
+    file.finish()
+    found = read_samples(file.path)
+    assert (found.ids, found.texts, found.nfe) == ([[1, 2], [3]], ["a b", "c"], 8)
+    assert (unfinished.metadata["complete"], found.metadata["complete"]) == (False, True)
+    assert found.metadata["temperature"] == 0.9
 
 
 def test_plain_texts_and_plain_ids_are_enough(jsonl):
@@ -111,7 +124,7 @@ def test_a_report_is_written_whole_with_the_rights_of_any_new_file(tmp_path):
     assert list(path.parent.iterdir()) == [path]
 
 
-@pytest.mark.parametrize("place", ["fsync", "replace"])
+@pytest.mark.parametrize("place", [(os, "fsync"), (Path, "replace")])
 def test_a_full_disk_leaves_the_old_report_and_nothing_else(tmp_path, monkeypatch, place):
     path = tmp_path / "report.html"
     write_atomically(path, "old")
@@ -119,7 +132,7 @@ def test_a_full_disk_leaves_the_old_report_and_nothing_else(tmp_path, monkeypatc
     def full(*_):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(os, place, full)
+    monkeypatch.setattr(*place, full)
     with pytest.raises(TokenDriftError, match=r"No space left on device\. The older file is unchanged"):
         write_atomically(path, "new")
     assert path.read_text() == "old"

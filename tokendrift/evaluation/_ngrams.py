@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from tokendrift._checks import check_count, fail
 from tokendrift.evaluation.samples import Ids, id_sequences
@@ -64,10 +64,13 @@ def renumbered(codes: Tensor) -> tuple[Tensor, int]:
     return torch.where(codes == NONE, NONE, ranks), len(fresh)
 
 
-def stream(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Return sequences end to end, `NONE` after each, and the row that each place belongs to, both (T,)."""
-    closed = nn.functional.pad(rows, (0, 1), value=NONE)
-    kept = closed != NONE
-    kept[:, 1:] |= kept[:, :-1].clone()  # the first NONE of a row stays as the border
-    owners = torch.arange(len(rows))[:, None].expand_as(closed)
-    return closed[kept], owners[kept]
+def stream(ids: Ids) -> tuple[Tensor, Tensor]:
+    """Return sequences end to end, `NONE` after each, and the sequence that each place belongs to, both (T,).
+
+    Unlike the rectangle it does not grow with the longest document.
+    """
+    sequences, _ = id_sequences(ids)
+    border = torch.tensor([NONE])
+    places = torch.cat([part for sequence in sequences for part in (sequence, border)])
+    lengths = torch.tensor([len(sequence) + 1 for sequence in sequences])
+    return places, torch.arange(len(sequences)).repeat_interleave(lengths)

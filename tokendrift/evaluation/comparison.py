@@ -53,9 +53,9 @@ def compare(a: Measures, b: Measures) -> Comparison:
     """
     check_alike(a, b)
     logs = a.replicates["gen_ppl"] - b.replicates["gen_ppl"]
-    estimate = a.gen_ppl.estimate, b.gen_ppl.estimate
-    log = torch.tensor(estimate, dtype=torch.float64).log()
-    ratio = torch.tensor(interval_from(float(log[0] - log[1]), logs, a.level), dtype=torch.float64).exp().tolist()
+    ratio = (
+        torch.tensor(interval_from(a.log_gen_ppl - b.log_gen_ppl, logs, a.level), dtype=torch.float64).exp().tolist()
+    )
     theirs = b.intervals()
     differences = {
         name: interval_from(value.estimate - theirs[name].estimate, a.replicates[name] - b.replicates[name], a.level)

@@ -11,7 +11,7 @@ from tokendrift.evaluation.bootstrap import Interval
 from tokendrift.evaluation.comparison import Comparison, compare
 from tokendrift.evaluation.generative_perplexity import GenerativePerplexity
 from tokendrift.evaluation.guard import Verdict, check_samples
-from tokendrift.evaluation.measures import Measures, as_sample_set, measure
+from tokendrift.evaluation.measures import Measures, as_sample_set, measure, training_ids
 from tokendrift.evaluation.samples import Samples, SampleSet, decode, id_sequences, tokenize
 
 COLUMNS = (
@@ -149,6 +149,8 @@ def evaluate(
         real_set = replace(real_set, ids=tokenize(tokenizer, real_set.texts or []))
     everywhere = all(one.ids is not None for one in (*given.values(), real_set))
     vocabulary = "generated" if everywhere else "judge"
+    if training is not None:  # once for all sets
+        training = training_ids(training, tokenizer if everywhere else judge.judge.tokenizer)
     options: dict[str, Any] = {
         "tokenizer": tokenizer,
         "clean_up_spaces": clean_up_spaces,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,8 +11,7 @@ from typing import Any, NamedTuple
 from tokendrift._checks import fail
 from tokendrift.errors import TokenDriftError
 from tokendrift.evaluation.samples import BadLine, SampleSet
-
-HEADER = "tokendrift"  # key of the metadata object that may stand in the first line
+from tokendrift.sampling.sample_file import HEADER
 
 
 class _Line(NamedTuple):
@@ -80,30 +78,21 @@ def write_atomically(path: str | os.PathLike[str], text: str) -> None:
         TokenDriftError: If the folder cannot be written to or the disk is full.
     """
     place = Path(path)
-    part: str | None = None
+    part = place.with_name(f".{place.name}.{os.getpid()}.part")
     try:
         place.parent.mkdir(parents=True, exist_ok=True)
-        handle, part = tempfile.mkstemp(prefix=f".{place.name}.", dir=place.parent)
-        with os.fdopen(handle, "w", encoding="utf-8", newline="\n") as file:
+        with part.open("w", encoding="utf-8", newline="\n") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())  # a full disk may show only here
-        os.chmod(part, 0o666 & ~_umask())  # noqa: PTH101  # mkstemp makes it private
-        os.replace(part, place)  # noqa: PTH105
+        part.replace(place)
     except OSError as error:
         older = " The older file is unchanged." if place.exists() else ""
         raise TokenDriftError(
             f"{place} could not be written: {error.strerror or error}.{older}\n  Free some space, or write elsewhere."
         ) from error
     finally:
-        if part is not None:
-            Path(part).unlink(missing_ok=True)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+        part.unlink(missing_ok=True)
 
 
 def _object(line: str) -> dict[str, Any]:

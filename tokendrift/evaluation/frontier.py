@@ -115,7 +115,7 @@ class Frontier:
             return None
         a, b = bracket
         name = f"{kind}_entropy"
-        logs = [torch.tensor(m.gen_ppl.estimate, dtype=torch.float64).log() for m in bracket]
+        logs = [torch.tensor(m.log_gen_ppl, dtype=torch.float64) for m in bracket]
         ends = [torch.tensor(entropy(m, kind).estimate, dtype=torch.float64) for m in bracket]
         estimate = _between(torch.tensor(target, dtype=torch.float64), *ends, *logs)
         drawn = _between(

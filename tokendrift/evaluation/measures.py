@@ -25,7 +25,7 @@ from tokendrift.evaluation.generative_perplexity import GenerativePerplexity, Pe
 from tokendrift.evaluation.overlap import copied_share, self_bleu
 from tokendrift.evaluation.protocols import log_perplexity
 from tokendrift.evaluation.repetition import longest_repeat, sample_repetition
-from tokendrift.evaluation.samples import Ids, Samples, SampleSet, decode, id_sequences, tokenize
+from tokendrift.evaluation.samples import Samples, SampleSet, decode, id_sequences
 
 ORDERS = (1, 2, 3, 4)
 VOCABULARIES = ("generated", "judge")
@@ -94,6 +94,12 @@ class Measures:
     per_sample: dict[str, Tensor]
     replicates: dict[str, Tensor]
 
+    @property
+    def log_gen_ppl(self) -> float:
+        """Logarithm of Gen.-PPL, finite where Gen.-PPL itself is too large for a float."""
+        judged = self.perplexity
+        return float(log_perplexity(judged.sample_nll, judged.sample_tokens, judged.protocol))
+
     def intervals(self) -> dict[str, Interval]:
         """Return the figures by name, without those that were not measured."""
         found = ((field.name, getattr(self, field.name)) for field in fields(self))
@@ -150,7 +156,7 @@ def measure(
             generated where they are known. Compare sets in one vocabulary only.
         nfe: Forward calls that a sample cost; by default that of the `SampleSet`.
         training: Training text, to find copies: ids in that vocabulary, or texts.
-        nelbo: Of the denoiser, see `validation_nelbo`; kept beside the figures.
+        nelbo: Of the denoiser, see `nelbo_interval`; kept beside the figures.
         resamples: Redraws of the bootstrap.
         level: Confidence of the intervals.
         seed: Seed of the redraws.
@@ -218,14 +224,13 @@ def as_sample_set(samples: Samples) -> SampleSet:
     return SampleSet(ids=[ids.tolist() for ids in id_sequences(samples)[0]])
 
 
-def training_ids(training: Samples, tokenizer: Any) -> Ids:
+def training_ids(training: Samples, tokenizer: Any) -> list[Tensor]:
     """Return training text in ids; texts need the tokenizer of the vocabulary that figures are counted in."""
-    given = as_sample_set(training)
-    if given.ids is not None:
-        return given.ids
-    if tokenizer is None:
+    if isinstance(training, SampleSet):
+        training = training.ids if training.ids is not None else training.scored()
+    if tokenizer is None and not isinstance(training, Tensor) and any(isinstance(text, str) for text in training):
         raise fail("training is text, and there is no tokenizer for it.", "Pass tokenizer=..., or training ids.")
-    return [ids for ids in tokenize(tokenizer, given.texts or []) if ids]
+    return [ids for ids in id_sequences(training, None, tokenizer)[0] if len(ids)]
 
 
 def _vocabulary(asked: str | None, given: SampleSet) -> str:

@@ -62,13 +62,13 @@ def copied_share(ids: Ids, corpus: Ids, n: int = 8) -> Tensor:
     tensor([1.0000, 0.3333], dtype=torch.float64)
     """
     check_count("n", n, least=1)
-    rows, lengths = rows_of(ids)
-    own, owners = stream(rows)
-    known, _ = stream(rows_of(corpus)[0])
+    _, lengths = rows_of(ids)
+    own, owners = stream(ids)
+    known, _ = stream(corpus)
     codes = ngrams(torch.cat([own, known])[None], n)[0]
     mine, theirs = codes[: len(own)], codes[len(own) :]
     copied = torch.isin(mine, theirs[theirs != NONE].unique()) & (mine != NONE)
-    shared = torch.zeros(len(rows), dtype=torch.float64).index_add_(0, owners[: len(mine)], copied.double())
+    shared = torch.zeros(len(lengths), dtype=torch.float64).index_add_(0, owners[: len(mine)], copied.double())
     return shared / (lengths - n + 1).clamp_min(1)
 
 

@@ -1,0 +1,53 @@
+"""Two processes that score some of the samples each give what one process gives for all."""
+
+from __future__ import annotations
+
+import importlib.util
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from tokendrift.evaluation import GenerativePerplexity
+
+WORKER = Path(__file__).with_name("evaluation_rank_worker.py")
+spec = importlib.util.spec_from_file_location("evaluation_rank_worker", WORKER)
+worker = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(worker)
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory):
+    """What each of two processes found."""
+    folder = tmp_path_factory.mktemp("ranks")
+    files = [folder / f"{rank}.pt" for rank in range(2)]
+    commands = [[sys.executable, str(WORKER), str(i), "2", str(folder / "store"), str(f)] for i, f in enumerate(files)]
+    processes = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True) for command in commands]
+    try:
+        for process in processes:
+            _, errors = process.communicate(timeout=300)
+            assert process.returncode == 0, errors
+    finally:
+        for process in processes:
+            process.kill()
+    return [torch.load(file, weights_only=False) for file in files]
+
+
+@pytest.mark.parametrize("split", worker.SPLITS)
+@pytest.mark.parametrize("protocol", ["mdlm", "sedd", "sdtt", "bd3", "all"])
+def test_two_processes_score_like_one(ranks, protocol, split):
+    single = GenerativePerplexity(worker.judge, protocol=protocol, eos_id=0).score(worker.samples())
+    for found in (rank[split, protocol] for rank in ranks):
+        assert found.perplexity == pytest.approx(single.perplexity, rel=1e-14)
+        torch.testing.assert_close(found.sample_nll, single.sample_nll, rtol=1e-14, atol=0)  # in the order of the ranks
+        assert torch.equal(found.sample_tokens, single.sample_tokens)
+        assert (found.samples, found.protocol, found.precision) == (6, protocol, "float64")
+
+
+def test_both_ranks_hear_of_what_cannot_be_computed(ranks):
+    for found in ranks:
+        assert "compute has nothing to work on" in found["nothing"]
+        assert "the ranks did not score alike: all in float64, sdtt in float64" in found["protocols"]
+        assert "the ranks did not score alike: all in float32, all in float64" in found["precisions"]
