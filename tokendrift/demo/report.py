@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import platform
 import statistics
@@ -16,14 +15,14 @@ from tokendrift.demo.run import Outcome, Row
 from tokendrift.demo.stages import DemoConfig
 from tokendrift.evaluation import write_atomically
 from tokendrift.evaluation.matching import entropy
+from tokendrift.evaluation.report.html import INK, inline_svg, render
 
 if TYPE_CHECKING:
+    from markupsafe import Markup
     from matplotlib.axes import Axes
     from rich.table import Table
 
 COLOURS = {"base": "#8a8f98", "continuation": "#3b7dd8", "TokenDrift": "#d9652b", "real text": "#2f9e62"}
-INK = "#010203"  # stands for the page's text colour and becomes currentColor, so that plots follow light and dark
-INKED = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color")
 HEADINGS = ("model", "NFE", "T", "Gen.-PPL", "95 %", "H sample", "H unigram", "distinct-3", "rep-4")
 
 
@@ -136,13 +135,10 @@ def as_json(config: DemoConfig, outcomes: Sequence[Outcome]) -> dict[str, Any]:
 
 def write(folder: Path, config: DemoConfig, outcomes: Sequence[Outcome]) -> Path:
     """Write ``results.json`` and ``report.html``; each appears whole or not at all. Returns the report's path."""
-    from jinja2 import Environment, PackageLoader, StrictUndefined
-
     write_atomically(folder / "results.json", json.dumps(as_json(config, outcomes), indent=2))
-    environment = Environment(
-        loader=PackageLoader("tokendrift.demo", "templates"), autoescape=True, undefined=StrictUndefined
-    )
-    page = environment.get_template("report.html.j2").render(
+    page = render(
+        "demo.html.j2",
+        package="tokendrift.demo",
         config=config,
         headings=HEADINGS,
         summary=over_seeds(outcomes) if len(outcomes) > 1 else "",
@@ -151,11 +147,11 @@ def write(folder: Path, config: DemoConfig, outcomes: Sequence[Outcome]) -> Path
                 "caption": caption(config, outcome),
                 "sentences": sentences(outcome),
                 "rows": [(row, cells(row)) for row in outcome.rows],
-                "plots": plots(outcome),
+                "plots": plots(outcome, number),
                 "examples": examples(outcome),
                 "nelbo": outcome.nelbo,
             }
-            for outcome in outcomes
+            for number, outcome in enumerate(outcomes)
         ],
     )
     write_atomically(folder / "report.html", page)
@@ -170,14 +166,18 @@ def examples(outcome: Outcome) -> dict[str, Any]:
     return {"nfe": fewest, "models": [row.model for row in shown], "texts": texts}
 
 
-def plots(outcome: Outcome) -> list[tuple[str, str]]:
-    """Return (title, inline SVG) for the five plots."""
+def plots(outcome: Outcome, number: int) -> list[tuple[str, Markup]]:
+    """Return (title, inline SVG) for the five plots of a seed, by its number."""
+    drawn: dict[str, Callable[[Axes], None]] = {
+        "Gen.-PPL over NFE": lambda axes: over_nfe(axes, outcome, "gen_ppl"),
+        "Sample entropy over NFE": lambda axes: over_nfe(axes, outcome, "sample_entropy"),
+        "Gen.-PPL against sample entropy": lambda axes: frontier(axes, outcome, "sample"),
+        "Gen.-PPL against unigram entropy": lambda axes: frontier(axes, outcome, "unigram"),
+        "Training": lambda axes: training(axes, outcome),
+    }
+    told = "The numbers are in results.json, beside this page."
     return [
-        ("Gen.-PPL over NFE", figure(lambda axes: over_nfe(axes, outcome, "gen_ppl"))),
-        ("Sample entropy over NFE", figure(lambda axes: over_nfe(axes, outcome, "sample_entropy"))),
-        ("Gen.-PPL against sample entropy", figure(lambda axes: frontier(axes, outcome, "sample"))),
-        ("Gen.-PPL against unigram entropy", figure(lambda axes: frontier(axes, outcome, "unigram"))),
-        ("Training", figure(lambda axes: training(axes, outcome))),
+        (title, inline_svg(draw, f"plot-{number}-{i}", title, told)) for i, (title, draw) in enumerate(drawn.items())
     ]
 
 
@@ -236,29 +236,3 @@ def training(axes: Axes, outcome: Outcome) -> None:
     right.set_ylim(bottom=0)
     for side in right.spines.values():
         side.set_color(INK)
-    handles = [h for place in (axes, right) for h in place.get_legend_handles_labels()[0]]
-    axes.legend(handles=handles, frameon=False, fontsize=8, labelcolor=INK)
-
-
-def figure(draw: Callable[[Axes], None]) -> str:
-    """Return a plot as an SVG element without background, its ink in the colour of the page's text."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    style: dict[Any, Any] = dict.fromkeys(INKED, INK)
-    style |= {"svg.fonttype": "none", "svg.hashsalt": "tokendrift", "font.size": 10}
-    with pyplot.rc_context(style):
-        canvas, axes = pyplot.subplots(figsize=(5.6, 3.8), layout="constrained")
-        try:
-            draw(axes)
-            if axes.get_legend() is None:
-                axes.legend(frameon=False, fontsize=8, labelcolor=INK)
-            axes.grid(alpha=0.25)
-            out = io.StringIO()
-            canvas.savefig(out, format="svg", transparent=True, metadata={"Date": None})
-        finally:
-            pyplot.close(canvas)
-    svg = out.getvalue()
-    return svg[svg.index("<svg") :].replace(INK, "currentColor")

@@ -44,7 +44,7 @@ def inline_svg(draw: Callable[[Axes], None], name: str, title: str, description:
     """Return a plot as an SVG element without background, its ink in the colour of the page's text.
 
     Args:
-        draw: Draws on the axes; a legend is added if it makes none.
+        draw: Draws on the axes; every artist with a label comes into the legend.
         name: Unlike that of any other plot of the page; every id in the element begins with it.
         title: Accessible name.
         description: What a reader who does not see the plot is told.
@@ -64,9 +64,12 @@ def inline_svg(draw: Callable[[Axes], None], name: str, title: str, description:
         figure = Figure(figsize=SIZE, layout="constrained")
         axes = figure.subplots()
         draw(axes)
-        if axes.get_legend() is None:
-            axes.legend(frameon=False, fontsize=8, labelcolor=INK)
         axes.grid(alpha=0.25)
+        handles, texts = zip(
+            *(pair for one in figure.axes for pair in zip(*one.get_legend_handles_labels(), strict=True)), strict=True
+        )
+        # Beside the axes: inside them it would hide error bars, which the search for a free corner does not see.
+        figure.legend(handles, texts, loc="outside lower center", ncols=3, frameon=False, fontsize=8, labelcolor=INK)
         out = io.StringIO()
         figure.savefig(out, format="svg", transparent=True, metadata={"Date": None})
     svg = out.getvalue()

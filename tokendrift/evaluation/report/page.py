@@ -46,8 +46,8 @@ def page(report: Report) -> str:
     lines = []
     for name, measures, row in report.entries():
         cells = [Cell("" if measures.nfe is None else str(measures.nfe)), Cell(str(measures.samples))]
-        cells += [Cell(measures.perplexity.precision), *(Cell(*shown(measures, figure)) for figure in figures)]
-        cells.append(Cell("" if row is None else in_short(row)))
+        cells += [Cell(measures.perplexity.precision), Cell("" if row is None else in_short(row))]
+        cells += [Cell(*shown(measures, figure)) for figure in figures]
         lines.append({"name": report.model(name) if row else name, "cells": cells, "real": row is None})
     columns = [_column(name, texts) for name, texts in report.texts.items()]
     return render(
@@ -56,7 +56,7 @@ def page(report: Report) -> str:
         names=list(dict.fromkeys(source.model for source in report.sources)),
         caption=report.caption(),
         level=report.level,
-        headings=["samples", "NFE", "n", "precision", *(HEADINGS[figure][0] for figure in figures), "guard"],
+        headings=["samples", "NFE", "n", "precision", "guard", *(HEADINGS[figure][0] for figure in figures)],
         lines=lines,
         guard=report.guard(),
         differences=report.differences() or ["There is one set alone: nothing to compare but real text."],
@@ -64,7 +64,7 @@ def page(report: Report) -> str:
         count=max(len(column["samples"]) for column in columns),
         words=WORDS,
         columns=columns,
-        settings=report.settings,
+        settings={name: _setting(value) for name, value in report.settings.items() if value not in (None, ())},
     )
 
 
@@ -85,7 +85,7 @@ def _against_entropy(report: Report, figure: str) -> Plot:
             axes.errorbar(_middles(across), _middles(up), xerr=arms(across), yerr=arms(up), **_style(number, model))
             for m in points if len(points) > 1 else ():
                 place = m.intervals()[figure].estimate, m.gen_ppl.estimate
-                axes.annotate(f"{m.nfe}", place, xytext=(4, 4), textcoords="offset points", fontsize=8)
+                axes.annotate(f"{m.nfe} NFE", place, xytext=(4, 4), textcoords="offset points", fontsize=8)
         for name, m in _real(report):
             star: dict[str, Any] = {"color": REAL_COLOUR, "markersize": 14, "label": as_label(name)}
             axes.plot(m.intervals()[figure].estimate, m.gen_ppl.estimate, "*", **star)
@@ -166,6 +166,10 @@ def _gen_ppl_axis(axes: Axes) -> None:
     for which in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
         which(LogFormatter(minor_thresholds=(2, 0.5)))
     axes.set_ylabel("Gen.-PPL")
+
+
+def _setting(value: Any) -> str:
+    return ", ".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
 def _column(name: str, texts: Sequence[str]) -> dict[str, Any]:

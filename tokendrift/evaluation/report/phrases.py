@@ -10,7 +10,7 @@ from typing import NamedTuple
 WORDS = 3  # of a phrase
 MOST = 10  # phrases of a set
 
-WORD = re.compile(r"\w+|[^\w\s]")
+WORD = re.compile(r"<\|?\w+\|?>|\w+|[^\w\s]")  # a special token is one word
 
 
 class Phrase(NamedTuple):
@@ -30,8 +30,8 @@ class Part(NamedTuple):
 def most_repeated(texts: Sequence[str], *, words: int = WORDS, most: int = MOST) -> list[Phrase]:
     """Return the phrases that occur more than once in all texts together, the most frequent first.
 
-    A phrase is a run of so many words or punctuation marks, at least one of them a word, whatever the space between
-    them.
+    A phrase is a run of so many words, special tokens or punctuation marks, whatever the space between them; all but
+    one of them are words.
 
     >>> most_repeated(["the cat sat on the mat", "the cat sat down"])
     [Phrase(text='the cat sat', times=2)]
@@ -40,7 +40,7 @@ def most_repeated(texts: Sequence[str], *, words: int = WORDS, most: int = MOST)
     for text in texts:
         found = WORD.findall(text)
         grams = zip(*(found[k:] for k in range(words)), strict=False)
-        counts.update(gram for gram in grams if any(word[0].isalnum() for word in gram))
+        counts.update(gram for gram in grams if sum(word[0].isalnum() for word in gram) >= words - 1)
     return [Phrase(" ".join(gram), count) for gram, count in counts.most_common(most) if count > 1]
 
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from tokendrift.evaluation.bootstrap import Interval
 from tokendrift.evaluation.comparison import Comparison
 from tokendrift.evaluation.evaluator import Evaluation, Row
+from tokendrift.evaluation.guard import SAME_SIZE
 from tokendrift.evaluation.measures import Measures
 from tokendrift.evaluation.report.sources import Source
 
@@ -63,12 +64,16 @@ class Report:
         return f"{self.evaluation.rows[0].measures.level:.0%}"
 
     def entries(self) -> Iterator[tuple[str, Measures, Row | None]]:
-        """Yield name, figures and row of every line: the sets, then real text, once for each size and length."""
+        """Yield name, figures and row of every line: the sets, then real text, once for each number and length.
+
+        Real text is measured beside each set; cuts whose number or mean length differs by less than `SAME_SIZE` are
+        shown once, as the first of them. The JSON has them all.
+        """
         for row in self.evaluation.rows:
             yield row.name, row.measures, row
         seen: list[Measures] = []
         for row in self.evaluation.rows:
-            if not any(row.real is one for one in seen):
+            if not any(_same_size(row.real, one) for one in seen):
                 seen.append(row.real)
                 yield (REAL if len(seen) == 1 else f"{REAL}, cut as {row.name}"), row.real, None
 
@@ -79,14 +84,17 @@ class Report:
 
     def table(self) -> Table:
         """Return the table for the terminal: no Gen.-PPL without its entropies, NFE, n, precision, and real text."""
+        from rich.box import HORIZONTALS
         from rich.table import Table
         from rich.text import Text
 
-        view = Table(title="Samples beside real text", caption=self.caption(), show_lines=True)
-        view.add_column("")
-        for heading in ("NFE", "n", "precision", *(HEADINGS[name][0] for name in SHOWN)):
+        view = Table(title="Samples beside real text", caption=self.caption(), box=HORIZONTALS, show_lines=True)
+        view.add_column("", overflow="fold", min_width=9)
+        for heading in ("NFE", "n", "precision"):
             view.add_column(heading, justify="right", no_wrap=True)
-        view.add_column("guard")
+        for name in SHOWN:  # an interval may break into two lines where the terminal is narrow
+            view.add_column(HEADINGS[name][0], justify="right", min_width=8)
+        view.add_column("guard", no_wrap=True)
         for name, measures, row in self.entries():
             figures = ("\n".join(shown(measures, figure)) for figure in SHOWN)
             view.add_row(
@@ -123,10 +131,12 @@ class Report:
             if verdict.unchecked:
                 lines.append(f"{row.name}: not judged: {', '.join(verdict.unchecked)}.")
             if row.measures.skipped:
-                lines.append(f"{row.name}: {row.measures.skipped} samples left out: too short to be scored.")
+                lines.append(
+                    f"{row.name}: samples left out because they are too short to be scored: {row.measures.skipped}."
+                )
             if bad := source.samples.bad_lines:
                 first = f"the first is line {bad[0].number} ({bad[0].reason})"
-                lines.append(f"{row.name}: {len(bad)} lines of {source.origin} left out, {first}.")
+                lines.append(f"{row.name}: {len(bad)} line{'s' * (len(bad) > 1)} of {source.origin} left out: {first}.")
         return lines
 
     def comparisons(self) -> list[tuple[str, str, Comparison]]:
@@ -203,6 +213,11 @@ def as_json(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [as_json(one) for one in value]
     return _finite(value) if isinstance(value, float) else value
+
+
+def _same_size(a: Measures, b: Measures) -> bool:
+    pairs = ((a.samples, b.samples), (a.length.estimate, b.length.estimate))
+    return all(abs(x - y) <= SAME_SIZE * y for x, y in pairs)
 
 
 def _difference(a: str, b: str, found: Comparison) -> str | None:

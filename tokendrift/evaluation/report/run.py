@@ -12,12 +12,13 @@ from typing import Any
 import torch
 
 import tokendrift
-from tokendrift._checks import check_count, fail
+from tokendrift._checks import check_choice, check_count, fail
 from tokendrift.evaluation.bootstrap import Interval
 from tokendrift.evaluation.evaluator import Evaluation, cut_to_lengths, evaluate
 from tokendrift.evaluation.generative_perplexity import GenerativePerplexity
-from tokendrift.evaluation.judge import DEFAULT_JUDGE
+from tokendrift.evaluation.judge import DEFAULT_JUDGE, PRECISIONS
 from tokendrift.evaluation.nelbo import nelbo_interval
+from tokendrift.evaluation.protocols import PROTOCOLS
 from tokendrift.evaluation.report.report import REAL, Report
 from tokendrift.evaluation.report.sources import (
     Source,
@@ -93,6 +94,8 @@ class EvaluateConfig:
             check_count("nfe", nfe, least=1)
         check_count("n", self.n, least=2)
         check_count("seed", self.seed)
+        check_choice("dtype", self.dtype, tuple(PRECISIONS))
+        check_choice("protocol", self.protocol, PROTOCOLS)
 
 
 def evaluate_files(config: EvaluateConfig, *, progress: Callable[[str], object] = lambda stage: None) -> Report:

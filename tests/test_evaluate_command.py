@@ -1,0 +1,157 @@
+"""``tokendrift evaluate``: samples files and checkpoints in; table, JSON, CSV and a page out."""
+
+from __future__ import annotations
+
+import csv
+import errno
+import json
+import os
+
+import pytest
+from typer.testing import CliRunner
+
+from tokendrift import cli
+from tokendrift.demo.stages import PRETRAINED
+
+pytest.importorskip("transformers")
+pytest.importorskip("matplotlib")
+
+TOKENIZER = PRETRAINED / "tokenizer.json"
+JUDGE = ("--judge", PRETRAINED / "judge", "--judge-tokenizer", TOKENIZER)
+SENTENCES = [
+    "The method returns a new list of all the values in the mapping object.",
+    "If the argument is omitted, the default encoding of the platform is used.",
+    "Changed in version 3.8: the function accepts keyword arguments as well.",
+    "An exception is raised when the given file does not exist or is not readable.",
+    "Return the number of items that were found in the container so far.",
+    "This module provides access to the classes of the parser.",
+]
+
+
+def run(*arguments):
+    """Call the command; returns exit code and output."""
+    return CliRunner().invoke(cli.app, ["evaluate", *map(str, arguments)], env={"COLUMNS": "150", "TERM": "dumb"})
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Write real text, a set that says one thing over and over, and one with a broken line."""
+    place = tmp_path_factory.mktemp("evaluate")
+    (place / "real.txt").write_text("\n\n".join(SENTENCES * 6), encoding="utf-8")
+    dull = [json.dumps({"text": "of the list of the list of the list of the list", "nfe": 4}) for _ in range(12)]
+    (place / "dull.jsonl").write_text("\n".join(dull), encoding="utf-8")
+    (place / "broken.jsonl").write_text("\n".join([*dull[:5], '{"text": 3}', *dull[5:]]), encoding="utf-8")
+    return place
+
+
+@pytest.fixture(scope="module")
+def outcome(folder):
+    """Run once on a file and a checkpoint with every output."""
+    outputs = [part for kind in ("json", "csv", "html") for part in (f"--{kind}", folder / f"report.{kind}")]
+    return run(
+        f"repeater={folder / 'dull.jsonl'}", "--checkpoint", PRETRAINED / "uniform", "--nfe", 1, "--nfe", 2, "-n", 12,
+        "--tokenizer", TOKENIZER, "--keep", folder / "kept", "--real", folder / "real.txt", *JUDGE,
+        "--training-text", folder / "real.txt", *outputs,
+    )  # fmt: skip
+
+
+def test_files_and_checkpoints_stand_in_one_table_beside_real_text(outcome, folder):
+    assert outcome.exit_code == 0, outcome.output
+    for heading in ("NFE", "precision", "Gen.-PPL", "H sample", "H unigram", "guard"):
+        assert heading in outcome.output
+    rows = [line.split("float32")[0].split() for line in outcome.output.splitlines() if "  float32  " in line]
+    sets = [["repeater", "4", "12"], ["uniform", "1", "12"], ["uniform", "2", "12"]]
+    assert rows[:4] == [*sets, ["real", "text", "12"]]
+    with (folder / "report.csv").open(encoding="utf-8", newline="") as file:
+        assert [line["name"] for line in csv.DictReader(file)] == [
+            "repeater", "uniform, 1 NFE", "uniform, 2 NFE", "real text", "real text, cut as uniform, 1 NFE"
+        ]  # fmt: skip
+
+
+def test_the_guard_names_the_cheat_in_words(outcome):
+    text = " ".join(outcome.output.split())
+    assert "repeater: flag: unigram_entropy" in text and "repeater: flag: repetition_4" in text
+    assert "few different tokens within a sample" in text
+
+
+def test_the_json_holds_settings_figures_verdicts_and_the_nelbo_of_the_checkpoint(outcome, folder):
+    found = json.loads((folder / "report.json").read_text(encoding="utf-8"))
+    assert found["settings"]["nfe"] == [1, 2] and found["settings"]["tokendrift"]
+    by_name = {row["name"]: row for row in found["rows"]}
+    assert "unigram_entropy" in {one["figure"] for one in by_name["repeater"]["guard"]["findings"]}
+    assert by_name["repeater"]["copied_share"]["estimate"] == 0
+    assert by_name["uniform, 2 NFE"]["nfe"] == 2 and by_name["uniform, 2 NFE"]["made"]["steps"] == 2
+    assert by_name["uniform, 2 NFE"]["gen_ppl"]["estimate"] < by_name["uniform, 1 NFE"]["gen_ppl"]["estimate"]
+
+
+def test_samples_of_checkpoints_are_kept_and_used_again(outcome, folder):
+    kept = folder / "kept" / "uniform-2.jsonl"
+    before = kept.stat().st_mtime_ns
+    again = run(
+        kept, "--real", folder / "real.txt", "--tokenizer", TOKENIZER, *JUDGE, "--json", folder / "again.json"
+    )  # fmt: skip
+    assert again.exit_code == 0 and kept.stat().st_mtime_ns == before
+    first, second = (
+        json.loads((folder / name).read_text(encoding="utf-8"))["rows"][-1] for name in ("report.json", "again.json")
+    )
+    assert first["gen_ppl"]["estimate"] == pytest.approx(second["gen_ppl"]["estimate"], rel=1e-5)  # rounding of batches
+    assert second["vocabulary"] == "generated"
+
+
+def test_a_broken_line_stops_it_or_is_named(folder):
+    arguments = (folder / "broken.jsonl", "--real", folder / "real.txt", *JUDGE)
+    result = run(*arguments)
+    assert result.exit_code == 2 and "line 6 of" in result.output and '"text" must be a string' in result.output
+    result = run(*arguments, "--skip-bad")
+    assert result.exit_code == 0
+    assert 'broken.jsonl left out: the first is line 6 ("text" must be a string)' in " ".join(result.output.split())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ((), "there is nothing to evaluate"),
+        (("--checkpoint", "x"), "checkpoint and nfe belong together"),
+        (("{dull}", "--nfe", "4"), "checkpoint and nfe belong together"),
+        (("nowhere.jsonl",), "samples file nowhere.jsonl cannot be read: No such file"),
+        (("{dull}", "--real", "nowhere.txt"), "text file nowhere.txt cannot be read: No such file"),
+        (("{dull}", "--real", "{empty}"), "is empty"),
+        (("{dull}", "--training-text", "nowhere.txt"), "text file nowhere.txt cannot be read"),
+        (("{dull}", "--judge", "{folder}"), "could not be loaded"),
+        (("{dull}", "--dtype", "float8"), "dtype must be one of 'float32', 'bfloat16'"),
+        (("{dull}", "a={dull}", "a={dull}"), "two sets of samples are called 'a, 4 NFE'"),
+    ],
+)
+def test_bad_input_ends_with_code_2_and_says_what_to_do(folder, arguments, said):
+    (folder / "empty.txt").write_text(" \n", encoding="utf-8")
+    names = {"{dull}": folder / "dull.jsonl", "{folder}": folder, "{empty}": folder / "empty.txt"}
+    given = [str(argument) for argument in arguments]
+    for name, place in names.items():
+        given = [argument.replace(name, str(place)) for argument in given]
+    defaults = () if "--real" in given else ("--real", folder / "real.txt")
+    defaults += () if "--judge" in given else JUDGE
+    result = run(*given, *defaults)
+    assert result.exit_code == 2, result.output
+    assert said in " ".join(result.output.split())
+    assert "Traceback" not in result.output
+
+
+def test_real_text_is_not_optional(folder):
+    result = run(folder / "dull.jsonl")
+    assert result.exit_code == 2 and "--real" in result.output
+
+
+def test_on_a_full_disk_the_old_report_stays(folder, monkeypatch):
+    old = folder / "old.html"
+    old.write_text("the old report", encoding="utf-8")
+
+    def full(handle):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    result = run(folder / "dull.jsonl", "--real", folder / "real.txt", *JUDGE, "--html", old)
+    assert result.exit_code == 2
+    assert "could not be written: No space left on device. The older file is unchanged." in result.output
+    assert old.read_text(encoding="utf-8") == "the old report"
+    assert not [path for path in folder.iterdir() if path.name.startswith(".")]
+    assert "Gen.-PPL" in result.output  # the table was printed before

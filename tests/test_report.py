@@ -1,0 +1,272 @@
+"""The report of an evaluation: what the page holds, that it stands alone, and that samples cannot break out of it."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import re
+from html.parser import HTMLParser
+from itertools import pairwise
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tokendrift import TokenDriftError
+from tokendrift.demo.stages import PRETRAINED
+from tokendrift.evaluation import GenerativePerplexity, SampleSet, evaluate
+from tokendrift.evaluation.report import Report, as_json, page
+from tokendrift.evaluation.report.phrases import marked, most_repeated
+from tokendrift.evaluation.report.sources import Source, common_tokenizer, labels, named, real_windows
+
+tokenizers = pytest.importorskip("tokenizers")
+pytest.importorskip("matplotlib")
+pytest.importorskip("jinja2")
+
+EVIL = "<script>alert(1)</script></li></ol><img src=x onerror=alert(2)> & \"'{{ 7 * 7 }}"
+EVIL_NAME = '_<b onclick="x()">$\\frac{a</b>'
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return tokenizers.Tokenizer.from_file(str(PRETRAINED / "tokenizer.json"))
+
+
+def language(count, *, dull=False, length=24, seed=0):
+    """Return ids over the demo's vocabulary; dull ones take few of them."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(300, 306 if dull else 900, (count, length), generator=generator).tolist()
+
+
+def make_report(tokenizer, sets, real=None):
+    """Evaluate sets of (model, SampleSet) under a judge that finds low ids likely."""
+    judge = GenerativePerplexity(
+        lambda ids, mask: (-torch.arange(1024) / 200).expand(*ids.shape, 1024), tokenizer, protocol="all"
+    )
+    sources = [Source(model, samples, f"{model}.jsonl") for model, samples in sets]
+    keys = labels(sources)
+    real = language(20, seed=9) if real is None else real
+    evaluation = evaluate(
+        {key: source.samples for key, source in zip(keys, sources, strict=True)},
+        judge,
+        real=SampleSet(ids=real, texts=tokenizer.decode_batch(real)),
+        tokenizer=tokenizer,
+        resamples=200,
+    )
+    texts = {key: source.samples.texts for key, source in zip(keys, sources, strict=True)}
+    texts["real text"] = tokenizer.decode_batch(real)
+    return Report(evaluation, tuple(sources), texts, {"judge": "low ids", "nfe": (4, 8)})
+
+
+def as_samples(tokenizer, ids, **more):
+    return SampleSet(ids=ids, texts=tokenizer.decode_batch(ids), **more)
+
+
+@pytest.fixture(scope="module")
+def report(tokenizer):
+    """Two models at two NFE, one of them dull, one with a name and a text that try to break out."""
+    evil = as_samples(tokenizer, language(20, seed=3), nfe=4)
+    return make_report(
+        tokenizer,
+        [
+            (EVIL_NAME, SampleSet(ids=evil.ids, texts=[EVIL, *evil.texts[1:]], nfe=4)),
+            (EVIL_NAME, as_samples(tokenizer, language(20, seed=4), nfe=8)),
+            ("dull", as_samples(tokenizer, language(20, dull=True), nfe=4)),
+            ("dull", as_samples(tokenizer, language(20, dull=True, seed=5), nfe=8)),
+        ],
+    )
+
+
+class Page(HTMLParser):
+    """Tags with their attributes, and the text inside of elements of interest."""
+
+    def __init__(self, html):
+        super().__init__(convert_charrefs=True)
+        self.tags, self.texts, self.open = [], [], []
+        self.feed(html)
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append((tag, dict(attributes)))
+        self.open.append(tag)
+        self.texts.append([tag, ""])
+
+    def handle_endtag(self, tag):
+        while self.open and self.open.pop() != tag:
+            pass
+
+    def handle_data(self, data):
+        for entry in self.texts[-1:]:
+            entry[1] += data
+
+    def all(self, tag):
+        return [attributes for name, attributes in self.tags if name == tag]
+
+
+@pytest.fixture(scope="module")
+def html(report):
+    return page(report)
+
+
+@pytest.fixture(scope="module")
+def parsed(html):
+    return Page(html)
+
+
+def test_the_page_refers_to_nothing_outside_itself(html, parsed):
+    for tag, attributes in parsed.tags:
+        assert tag not in {"link", "img", "iframe", "object", "embed", "base", "audio", "video", "form"}
+        for name, value in attributes.items():
+            if name in {"src", "href", "xlink:href", "action", "srcset", "data"}:
+                assert value.startswith("#"), (tag, name, value)
+    assert "@import" not in html
+    assert set(re.findall(r"url\((.)", html)) <= {"#"}
+    (policy,) = (tag["content"] for tag in parsed.all("meta") if "http-equiv" in tag)
+    assert policy.startswith("default-src 'none'") and "'unsafe-inline'; script-src 'sha256-" in policy
+
+
+def test_every_id_of_the_page_is_unique_and_every_reference_has_its_target(html, parsed):
+    ids = [attributes["id"] for _, attributes in parsed.tags if "id" in attributes]
+    assert len(ids) == len(set(ids))
+    wanted = set(re.findall(r'(?:href="|url\()#([^")]+)', html))
+    for _, attributes in parsed.tags:
+        for name in ("aria-labelledby", "aria-describedby"):
+            wanted |= set(attributes.get(name, "").split())
+    assert wanted <= set(ids)
+
+
+def test_samples_and_names_cannot_break_out(html, parsed):
+    assert len(parsed.all("script")) == 1
+    assert not parsed.all("img") and not parsed.all("b")
+    assert not any(name.startswith("on") for _, attributes in parsed.tags for name in attributes)
+    assert "<script>alert" not in html
+    assert "{{ 7 * 7 }}" in html  # as text, not as a template
+
+
+def test_every_plot_has_a_name_a_description_and_its_numbers(report, parsed):
+    plots = parsed.all("svg")
+    assert len(plots) == len(parsed.all("figure")) == 5
+    assert all(svg["role"] == "img" and len(svg["aria-labelledby"].split()) == 2 for svg in plots)
+    titles = [text for tag, text in parsed.texts if tag == "title"][1:]
+    assert titles == [text for tag, text in parsed.texts if tag == "figcaption"]
+    assert all("table" in text for tag, text in parsed.texts if tag == "desc")
+    assert len(parsed.all("table")) == 5 + 2  # the figures, and how it was made
+    numbers = [text for tag, text in parsed.texts if tag == "td"]
+    for row in report.evaluation.rows:
+        assert numbers.count(f"{row.measures.gen_ppl.estimate:.1f}") >= 4  # table and three plots
+
+
+def test_gen_ppl_never_stands_without_what_belongs_beside_it(report, parsed):
+    from rich.console import Console
+
+    console = Console(width=150, file=io.StringIO())
+    console.print(report.table())
+    drawn = console.file.getvalue()
+    headings = [text for tag, text in parsed.texts if tag == "th"]
+    for name in ("Gen.-PPL", "H sample", "H unigram", "NFE", "n", "precision"):
+        assert name in drawn and name in headings
+    assert "real text" in drawn and "real text" in headings
+    header, *lines = csv.reader(io.StringIO(report.to_csv()))
+    assert {"gen_ppl", "gen_ppl_low", "sample_entropy_high", "unigram_entropy", "nfe", "samples", "precision"} <= {
+        *header
+    }
+    sets = [f"{name}, {nfe} NFE" for name in (EVIL_NAME, "dull") for nfe in (4, 8)]
+    assert [line[0] for line in lines] == [*sets, "real text"]
+
+
+def test_the_guard_speaks_of_every_set(report):
+    said = report.guard()
+    assert any(line.startswith("dull, 4 NFE: flag: unigram_entropy") for line in said)
+    assert f"{EVIL_NAME}, 8 NFE: nothing flagged against real text." in said
+
+
+def test_differences_are_said_only_beyond_chance(tokenizer, report):
+    said = report.differences()
+    assert len(said) == 2  # one for each NFE, both distinguishable
+    assert "4 NFE against dull, 4 NFE: Gen.-PPL higher" in said[0] and "unigram entropy higher by" in said[0]
+    same = as_samples(tokenizer, language(20, seed=3), nfe=4)
+    assert make_report(tokenizer, [("a", same), ("b", same)]).differences() == [
+        "1 pair is not distinguishable in Gen.-PPL and both entropies: the intervals hold no difference."
+    ]
+
+
+def test_sets_of_one_nfe_are_compared_and_all_where_no_two_have_one(tokenizer, report):
+    assert [(a, b) for a, b, _ in report.comparisons()] == [
+        (f"{EVIL_NAME}, {nfe} NFE", f"dull, {nfe} NFE") for nfe in (4, 8)
+    ]
+    sets = [("a", as_samples(tokenizer, language(5), nfe=4)), ("b", as_samples(tokenizer, language(5), nfe=8))]
+    assert [(a, b) for a, b, _ in make_report(tokenizer, sets).comparisons()] == [("a", "b")]
+
+
+def test_a_lower_gen_ppl_at_a_lower_entropy_is_not_called_a_gain(tokenizer):
+    sets = [("dull", as_samples(tokenizer, language(20, dull=True))), ("other", as_samples(tokenizer, language(20)))]
+    (sentence,) = make_report(tokenizer, sets).differences()
+    assert sentence.startswith("dull against other: Gen.-PPL lower, 0.")
+    assert sentence.endswith("this is no gain until it holds at equal entropy.")
+
+
+def test_json_holds_every_number_and_no_nan(report):
+    plain = json.loads(json.dumps(as_json(report.to_dict()), allow_nan=False))
+    assert len(plain["rows"]) == 4 and len(plain["comparisons"]) == 2
+    first = plain["rows"][0]
+    assert first["gen_ppl"]["estimate"] == report.evaluation.rows[0].measures.gen_ppl.estimate
+    assert first["model"] == EVIL_NAME and first["real_text"]["gen_ppl"] and first["guard"]["passed"] is True
+    assert as_json({"a": [float("nan"), (float("inf"), 1.0)]}) == {"a": [None, [None, 1.0]]}
+
+
+def test_real_text_of_other_lengths_has_a_row_of_its_own(tokenizer):
+    short = as_samples(tokenizer, language(10, length=12))
+    long = as_samples(tokenizer, language(20, length=24))
+    names = [name for name, _, _ in make_report(tokenizer, [("short", short), ("long", long)]).entries()]
+    assert names == ["short", "long", "real text", "real text, cut as long"]
+
+
+@given(st.lists(st.text(alphabet="ab <>|.\n", max_size=40), max_size=5))
+def test_marking_changes_no_letter_and_marks_every_repeated_phrase(texts):
+    phrases = most_repeated(texts)
+    for text in texts:
+        parts = marked(text, phrases)
+        assert "".join(part.text for part in parts) == text
+        assert all(part.text for part in parts)
+        assert all(a.repeated != b.repeated for a, b in pairwise(parts))
+    shown = sum(part.repeated for text in texts for part in marked(text, phrases))
+    assert bool(shown) == bool(phrases)
+
+
+def test_phrases_are_counted_over_the_whole_set_and_hold_words():
+    texts = ["one two three", "and one  two\nthree", "...", "... ..."]
+    assert [(phrase.text, phrase.times) for phrase in most_repeated(texts)] == [("one two three", 2)]
+    assert most_repeated(["<eos> a b", "<eos> a b"])[0].text == "<eos> a b"
+
+
+def test_windows_of_real_text_are_disjoint_spread_and_as_long_as_the_longest_sample(tokenizer):
+    text = " ".join(f"word{i}" for i in range(400))
+    sources = [Source("a", as_samples(tokenizer, [*language(3, length=7), *language(1, length=10)]), "a.jsonl")]
+    stream = tokenizer.encode(text).ids
+    windows = real_windows(text, sources, tokenizer, None).ids
+    assert [len(window) for window in windows] == [10] * 4
+    assert windows[0] == stream[:10] and len(stream) - 4 <= _end(windows[-1], stream) <= len(stream)
+    texts = real_windows(text, [Source("a", SampleSet(texts=["some text", "more of it"]), "a.txt")], None, tokenizer)
+    assert texts.ids is None and len(texts.texts) == 2
+    with pytest.raises(TokenDriftError, match="too few for two windows of 10"):
+        real_windows("short", sources, tokenizer, None)
+
+
+def _end(window, stream):
+    starts = [i for i in range(len(stream)) if stream[i : i + len(window)] == window]
+    return starts[-1] + len(window)
+
+
+def test_names_come_from_the_argument_or_the_file():
+    assert named("a=b.jsonl") == ("a", "b.jsonl")
+    assert named("runs/x.4.jsonl") == ("x.4", "runs/x.4.jsonl")
+    assert named("org/mdlm-1.5") == ("mdlm-1.5", "org/mdlm-1.5")
+    twice = [Source("a", SampleSet(texts=["x", "y"], nfe=4), place) for place in ("one", "two")]
+    with pytest.raises(TokenDriftError, match=r"two sets of samples are called 'a, 4 NFE': one, two\.\n.*NAME=FILE"):
+        labels(twice)
+
+
+def test_ids_without_text_need_a_tokenizer():
+    with pytest.raises(TokenDriftError, match=r"a.jsonl has ids without texts.*\n.*--tokenizer"):
+        common_tokenizer([Source("a", SampleSet(ids=[[1, 2]]), "a.jsonl")], None)
