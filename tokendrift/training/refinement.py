@@ -11,20 +11,11 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor
 
-from tokendrift import __version__
 from tokendrift._checks import fail
 from tokendrift.diffusion import Process
-from tokendrift.models import DiT, save_denoiser
+from tokendrift.models import DiT
 from tokendrift.models.checkpoints import build, read_checkpoint
-from tokendrift.training.card import model_card
-from tokendrift.training.checkpointing import (
-    latest_checkpoint,
-    load_checkpoint,
-    prune_checkpoints,
-    save_checkpoint,
-    write_atomically,
-)
-from tokendrift.training.config import BOOKKEEPING, RefineConfig
+from tokendrift.training.config import RefineConfig
 from tokendrift.training.few_step import FewStep, Row
 from tokendrift.training.loop import Optimization, Tensors
 from tokendrift.training.objectives import Continuation, Drift, Objective
@@ -32,11 +23,11 @@ from tokendrift.training.packing import PackedText, mix
 from tokendrift.training.parts import drifting_loss, make_accelerator, text_source, weight_digest
 from tokendrift.training.ranks import RowsOfRank
 from tokendrift.training.records import Records
+from tokendrift.training.run_folder import RunFolder
 from tokendrift.training.text import Documents
 from tokendrift.training.tokenizer import load_tokenizer
 
-CONFIG, CARD = "config.toml", "README.md"
-CHECKPOINTS, BEST, BASELINE = "checkpoints", "best", "continuation"
+BASELINE = "continuation"  # folder of the matched continuation
 NOISE, DROPOUT, ORDER, SAMPLES = range(4)  # what random numbers are for; each has a stream of its own
 SHOWN = ("drift", "nelbo", "token_entropy", "raw_drift_rms")
 
@@ -109,8 +100,6 @@ class _Run:
         self.main: bool = accelerator.is_main_process
         self.rank, self.ranks = accelerator.process_index, accelerator.num_processes
         self.micro_batches = config.accumulation(self.ranks)
-        self.folder = Path(config.output)
-        self._check_folder()
         # Checkpoint first on the main process: a hub id is fetched once.
         with accelerator.main_process_first():
             checkpoint = read_checkpoint(config.checkpoint, revision=config.revision)
@@ -118,17 +107,23 @@ class _Run:
             self.tokenizer = load_tokenizer(config.tokenizer, checkpoint.folder, base.vocab_size)
         self.length = config.length or base.config.model_length
         self.config = config = self._completed(config, base)
-        self.base_digest = weight_digest(base)
         self.data = self._data(documents or text_source(config))
         real = self._data(self.data.documents).take(config.evaluate_samples)
 
         model = DiT(base.config if config.dropout is None else dataclasses.replace(base.config, dropout=config.dropout))
         model.load_state_dict(base.state_dict())
+        self.folder = RunFolder(
+            config,
+            together=config.micro_batch * self.ranks,
+            base=weight_digest(base),
+            model=model.config,
+            process=self.process,
+            tokenizer=self.tokenizer,
+        )
         self.generator = torch.Generator(accelerator.device)
         self.drift = drifting_loss(config, base, self.process)
         if self.drift is not None:
             self.drift.to(accelerator.device)
-        self.model_config = model.config
         autocast = torch.bfloat16 if config.precision == "bf16" else None
         self.optimization = Optimization(model, config.loop(), accelerator=accelerator, autocast=autocast)
         self.objective = self._objective()
@@ -151,11 +146,10 @@ class _Run:
         config, messages = self.config, list[str]()
         finished = self._resume(messages.append)
         if self.main:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            write_atomically(self.folder / CONFIG, config.as_toml())
+            self.folder.open()
         options: dict[str, Any] = {"tensorboard": config.tensorboard, "wandb": config.wandb}
         options |= {"config": dataclasses.asdict(config), "main": self.main, "progress": progress}
-        with Records(self.folder, finished, config.steps, **options) as records:
+        with Records(self.folder.path, finished, config.steps, **options) as records:
             self.records = records
             for message in messages:
                 records.warn(finished, message)
@@ -166,7 +160,7 @@ class _Run:
                 if on_step is not None:
                     on_step(finished)
             self._finish()
-        return Refined(self.folder, [*self.evaluations, *self.beside])
+        return Refined(self.folder.path, [*self.evaluations, *self.beside])
 
     def _step(self, step: int) -> int:
         """Take a step with all that is due after it; return the number of finished steps."""
@@ -236,22 +230,11 @@ class _Run:
         groups = self._groups()
         if not self.main:
             return
-        state = {
-            "config": dataclasses.asdict(self.config),
-            "base": self.base_digest,
-            "together": self.config.micro_batch * self.ranks,
-            "data": self.data.position(),
-            "evaluations": self.evaluations,
-            "best": self.best,
-            "versions": {"tokendrift": __version__, "torch": torch.__version__},
-        }
+        state = {"data": self.data.position(), "evaluations": self.evaluations, "best": self.best}
         try:
-            save_checkpoint(self.folder / CHECKPOINTS, finished, groups, state)
-            prune_checkpoints(
-                self.folder / CHECKPOINTS, self.config.keep, {int(self.best["step"])} if self.best else ()
-            )
+            self.folder.save(finished, groups, state, keep=[int(self.best["step"])] if self.best else [])
             if better:
-                self._export(self.folder / BEST, groups, finished)
+                self.folder.export(groups, self._rows(finished), finished, best=True)
         except OSError as error:
             self.records.warn(
                 finished,
@@ -261,13 +244,13 @@ class _Run:
 
     def _resume(self, tell: Callable[[str], object]) -> int:
         """Take up the newest whole checkpoint; return the number of finished steps."""
-        found = latest_checkpoint(self.folder / CHECKPOINTS, tell) if self.main else None
+        found = self.folder.newest(tell) if self.main else None
         place = self._told(str(found[0]) if found else None)
         if place is None:
             return 0
-        stored = found[1] if found else load_checkpoint(Path(place))
+        stored = found[1] if found else self.folder.load(Path(place))
         state = stored.state
-        self._check_same_run(state)
+        self.folder.check_same_run(state)
         queues = stored.tensors.pop("queues", {})
         if self.drift is not None:
             self.drift.load_state_dict(queues)
@@ -276,53 +259,21 @@ class _Run:
         self.evaluations, self.best = state["evaluations"], state["best"]
         return int(state["step"])
 
-    def _check_same_run(self, state: dict[str, Any]) -> None:
-        own, other = dataclasses.asdict(self.config), state["config"]
-        # A constant rate does not know when it ends, so that a run may be made longer.
-        free = BOOKKEEPING | {"micro_batch"} | ({"steps"} if self.config.schedule == "constant" else set())
-        differ = [
-            f"{name} was {other.get(name)!r} and is {value!r}"
-            for name, value in own.items()
-            if name not in free and _plain(value) != _plain(other.get(name))
-        ]
-        together = self.config.micro_batch * self.ranks
-        if state["together"] != together:
-            differ.append(f"a forward call of all processes had {state['together']} sequences and has {together}")
-        if state["base"] != self.base_digest:
-            differ.append("the weights of the checkpoint to refine have changed")
-        if differ:
-            raise fail(
-                f"{self.folder} holds a run with another configuration: {'; '.join(differ)}.",
-                "Choose another output, or the configuration of that run to go on with it "
-                f"({self.folder / CONFIG} holds it).",
-            )
-
     def _finish(self) -> None:
-        groups = self._groups()
+        groups, steps = self._groups(), self.config.steps
         if self.main:
             try:
-                self._export(self.folder, groups, self.config.steps)
+                self.folder.export(groups, self._rows(steps), steps)
             except OSError as error:
                 raise fail(
-                    f"the refined model cannot be written to {self.folder}: {error}.",
+                    f"the refined model cannot be written to {self.folder.path}: {error}.",
                     "Make room and run the same command again: training is done, and its last checkpoint is kept.",
                 ) from None
         self.accelerator.wait_for_everyone()
 
-    def _export(self, folder: Path, groups: dict[str, Tensors], steps: int) -> None:
-        """Write the averaged model as a folder that others read."""
-        from safetensors import SafetensorError
-
-        model = DiT(self.model_config)
-        model.load_state_dict(groups.get("average", groups["model"]))
-        try:
-            save_denoiser(model, folder, self.process)
-        except SafetensorError as error:
-            raise OSError(str(error)) from error
-        self.tokenizer.save(folder)
-        rows = [row for row in self.evaluations if row["step"] <= steps] + self.beside
-        kind = "masked" if self.process.mask_id is not None else "uniform-state"
-        write_atomically(folder / CARD, model_card(self.config, rows, steps=steps, process=kind))
+    def _rows(self, steps: int) -> list[Row]:
+        """Return the evaluations up to a step, those of the matched continuation beside them."""
+        return [row for row in self.evaluations if row["step"] <= steps] + self.beside
 
     def _groups(self) -> dict[str, Tensors]:
         """Return all tensors of a checkpoint; every process has to call."""
@@ -369,14 +320,3 @@ class _Run:
                 encoder_time=config.encoder_time,
             )
         return config.replace(length=self.length)
-
-    def _check_folder(self) -> None:
-        """Refuse to write over a model that is not of a run of ours."""
-        if (self.folder / "config.json").exists() and not (self.folder / CONFIG).exists():
-            raise fail(
-                f"output {self.folder} holds a model that no refinement has written.", "Choose a folder of its own."
-            )
-
-
-def _plain(value: Any) -> Any:
-    return list(value) if isinstance(value, tuple) else value

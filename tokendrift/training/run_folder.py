@@ -1,0 +1,141 @@
+"""The folder of a run: which run it belongs to, its checkpoints, and the refined model that others read."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tokendrift import __version__
+from tokendrift._checks import fail
+from tokendrift.diffusion import Process
+from tokendrift.models import DiT, DiTConfig, save_denoiser
+from tokendrift.training.card import model_card
+from tokendrift.training.checkpointing import (
+    Stored,
+    latest_checkpoint,
+    load_checkpoint,
+    prune_checkpoints,
+    save_checkpoint,
+    write_atomically,
+)
+from tokendrift.training.config import BOOKKEEPING, RefineConfig
+from tokendrift.training.tokenizer import TextTokenizer
+
+CONFIG, CARD = "config.toml", "README.md"
+CHECKPOINTS, BEST = "checkpoints", "best"
+
+Groups = Mapping[str, Mapping[str, Tensor]]
+
+
+class RunFolder:
+    """Where a run keeps what must not be lost.
+
+    Args:
+        config: The run.
+        together: Sequences in a forward call of all processes: what the statistics of the field are taken over.
+        base: Identity of the weights that are refined.
+        model: Sizes of the network.
+        process: Its process.
+        tokenizer: Its tokenizer.
+
+    Raises:
+        TokenDriftError: If the folder holds a model that no refinement has written.
+    """
+
+    def __init__(
+        self,
+        config: RefineConfig,
+        *,
+        together: int,
+        base: str,
+        model: DiTConfig,
+        process: Process,
+        tokenizer: TextTokenizer,
+    ) -> None:
+        self.config, self.path = config, Path(config.output)
+        self.identity = {"together": together, "base": base}
+        self.model, self.process, self.tokenizer = model, process, tokenizer
+        if (self.path / "config.json").exists() and not (self.path / CONFIG).exists():
+            raise fail(
+                f"output {self.path} holds a model that no refinement has written.", "Choose a folder of its own."
+            )
+
+    def open(self) -> None:
+        """Make the folder and write the configuration into it."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        write_atomically(self.path / CONFIG, self.config.as_toml())
+
+    def newest(self, tell: Callable[[str], object]) -> tuple[Path, Stored] | None:
+        """Return the newest whole checkpoint, None without any; say which are not whole."""
+        return latest_checkpoint(self.path / CHECKPOINTS, tell)
+
+    def load(self, place: Path) -> Stored:
+        """Read a checkpoint."""
+        return load_checkpoint(place)
+
+    def save(self, finished: int, groups: Groups, state: Mapping[str, Any], *, keep: Sequence[int] = ()) -> None:
+        """Write a checkpoint, and remove those that are neither among the last nor of the steps to keep.
+
+        Raises:
+            OSError: If it cannot be written; those before are whole then.
+        """
+        about = {
+            "config": dataclasses.asdict(self.config),
+            **self.identity,
+            "versions": {"tokendrift": __version__, "torch": torch.__version__},
+        }
+        save_checkpoint(self.path / CHECKPOINTS, finished, groups, {**about, **state})
+        prune_checkpoints(self.path / CHECKPOINTS, self.config.keep, keep)
+
+    def check_same_run(self, state: Mapping[str, Any]) -> None:
+        """Require that a checkpoint is of this run.
+
+        Raises:
+            TokenDriftError: If not; what differs is named.
+        """
+        other = state["config"]
+        # A constant rate does not know when it ends, so that a run may be made longer.
+        free = BOOKKEEPING | {"micro_batch"} | ({"steps"} if self.config.schedule == "constant" else set())
+        differ = [
+            f"{name} was {other.get(name)!r} and is {value!r}"
+            for name, value in dataclasses.asdict(self.config).items()
+            if name not in free and _plain(value) != _plain(other.get(name))
+        ]
+        before, now = state["together"], self.identity["together"]
+        if before != now:
+            differ.append(f"a forward call of all processes had {before} sequences and has {now}")
+        if state["base"] != self.identity["base"]:
+            differ.append("the weights of the checkpoint to refine have changed")
+        if differ:
+            raise fail(
+                f"{self.path} holds a run with another configuration: {'; '.join(differ)}.",
+                f"Choose another output, or go on with the configuration of that run, {self.path / CONFIG}.",
+            )
+
+    def export(self, groups: Groups, rows: Sequence[dict[str, Any]], steps: int, *, best: bool = False) -> None:
+        """Write the averaged model, its tokenizer and card; the best one into a folder of its own.
+
+        Raises:
+            OSError: If they cannot be written.
+        """
+        from safetensors import SafetensorError
+
+        folder = self.path / BEST if best else self.path
+        model = DiT(self.model)
+        model.load_state_dict(groups.get("average", groups["model"]))
+        try:
+            save_denoiser(model, folder, self.process)
+        except SafetensorError as error:
+            raise OSError(str(error)) from error
+        self.tokenizer.save(folder)
+        kind = "masked" if self.process.mask_id is not None else "uniform-state"
+        write_atomically(folder / CARD, model_card(self.config, rows, steps=steps, process=kind))
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
