@@ -10,14 +10,14 @@ from html.parser import HTMLParser
 from itertools import pairwise
 
 import pytest
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from report_samples import EVIL_NAME, as_samples, hostile_report, language, make_report
 
 from tokendrift import TokenDriftError
 from tokendrift.demo.stages import PRETRAINED
-from tokendrift.evaluation import GenerativePerplexity, SampleSet, evaluate
-from tokendrift.evaluation.report import Report, as_json, page
+from tokendrift.evaluation import SampleSet
+from tokendrift.evaluation.report import as_json, page
 from tokendrift.evaluation.report.phrases import marked, most_repeated
 from tokendrift.evaluation.report.sources import Source, common_tokenizer, labels, named, real_windows
 
@@ -25,58 +25,15 @@ tokenizers = pytest.importorskip("tokenizers")
 pytest.importorskip("matplotlib")
 pytest.importorskip("jinja2")
 
-EVIL = "<script>alert(1)</script></li></ol><img src=x onerror=alert(2)> & \"'{{ 7 * 7 }}"
-EVIL_NAME = '_<b onclick="x()">$\\frac{a</b>'
-
 
 @pytest.fixture(scope="module")
 def tokenizer():
     return tokenizers.Tokenizer.from_file(str(PRETRAINED / "tokenizer.json"))
 
 
-def language(count, *, dull=False, length=24, seed=0):
-    """Return ids over the demo's vocabulary; dull ones take few of them."""
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randint(300, 306 if dull else 900, (count, length), generator=generator).tolist()
-
-
-def make_report(tokenizer, sets, real=None):
-    """Evaluate sets of (model, SampleSet) under a judge that finds low ids likely."""
-    judge = GenerativePerplexity(
-        lambda ids, mask: (-torch.arange(1024) / 200).expand(*ids.shape, 1024), tokenizer, protocol="all"
-    )
-    sources = [Source(model, samples, f"{model}.jsonl") for model, samples in sets]
-    keys = labels(sources)
-    real = language(20, seed=9) if real is None else real
-    evaluation = evaluate(
-        {key: source.samples for key, source in zip(keys, sources, strict=True)},
-        judge,
-        real=SampleSet(ids=real, texts=tokenizer.decode_batch(real)),
-        tokenizer=tokenizer,
-        resamples=200,
-    )
-    texts = {key: source.samples.texts for key, source in zip(keys, sources, strict=True)}
-    texts["real text"] = tokenizer.decode_batch(real)
-    return Report(evaluation, tuple(sources), texts, {"judge": "low ids", "nfe": (4, 8)})
-
-
-def as_samples(tokenizer, ids, **more):
-    return SampleSet(ids=ids, texts=tokenizer.decode_batch(ids), **more)
-
-
 @pytest.fixture(scope="module")
 def report(tokenizer):
-    """Two models at two NFE, one of them dull, one with a name and a text that try to break out."""
-    evil = as_samples(tokenizer, language(20, seed=3), nfe=4)
-    return make_report(
-        tokenizer,
-        [
-            (EVIL_NAME, SampleSet(ids=evil.ids, texts=[EVIL, *evil.texts[1:]], nfe=4)),
-            (EVIL_NAME, as_samples(tokenizer, language(20, seed=4), nfe=8)),
-            ("dull", as_samples(tokenizer, language(20, dull=True), nfe=4)),
-            ("dull", as_samples(tokenizer, language(20, dull=True, seed=5), nfe=8)),
-        ],
-    )
+    return hostile_report(tokenizer)
 
 
 class Page(HTMLParser):

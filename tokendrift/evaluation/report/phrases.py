@@ -10,7 +10,8 @@ from typing import NamedTuple
 WORDS = 3  # of a phrase
 MOST = 10  # phrases of a set
 
-WORD = re.compile(r"<\|?\w+\|?>|\w+|[^\w\s]")  # a special token is one word
+# A special token is one word, and so is each character of Chinese and Japanese, which put no space between words.
+WORD = re.compile(r"<\|?\w+\|?>|[\u3040-\u30ff\u3400-\u9fff]|[^\W\u3040-\u30ff\u3400-\u9fff]+|[^\w\s]")
 
 
 class Phrase(NamedTuple):
