@@ -1,7 +1,8 @@
 """A small refinement, for tests that kill it or run it on several processes.
 
-``refine_worker.py run FOLDER [KEY=VALUE ...]`` refines; ``refine_worker.py kill FOLDER KILLS SEED`` refines once
-undisturbed into FOLDER/whole, and once with SIGKILLs at random moments into FOLDER/killed.
+``refine_worker.py run FOLDER [KEY=VALUE ...]`` refines, with ``shard`` in place of ``run`` by FSDP2;
+``refine_worker.py kill FOLDER KILLS SEED`` refines once undisturbed into FOLDER/whole, and once with SIGKILLs at
+random moments into FOLDER/killed.
 """
 
 from __future__ import annotations
@@ -13,9 +14,9 @@ import sys
 import time
 from pathlib import Path
 
-import accelerate  # noqa: F401 - with the next, so that forked children need not
+import accelerate
 import torch
-import torch.distributed.checkpoint.state_dict
+import torch.distributed.checkpoint.state_dict  # with the next two, so that forked children need not
 
 import tokendrift.evaluation
 import tokendrift.sampling  # noqa: F401
@@ -103,13 +104,28 @@ def kill(folder, kills, seed):
     wait(fork(lambda: refine(killed, progress=False)))
 
 
+class Sharding(accelerate.Accelerator):
+    """What accelerate does for FSDP2 on accelerators; on CPUs it offers DDP alone."""
+
+    def prepare(self, model, optimizer):
+        """Shard the model in place and hand its new parameters to the optimiser."""
+        from torch.distributed.fsdp import fully_shard
+
+        for block in model.blocks:
+            fully_shard(block)
+        fully_shard(model)
+        optimizer.param_groups[0]["params"] = list(model.parameters())
+        return model, optimizer
+
+
 def main(mode, folder, *rest):
     folder = Path(folder)
     if mode == "kill":
         kill(folder, *map(int, rest))
     else:
         torch.set_num_threads(1)
-        refine(config(folder, **parse_settings(rest)), progress=False)
+        sharding = Sharding(cpu=True) if mode == "shard" else None
+        refine(config(folder, **parse_settings(rest)), accelerator=sharding, progress=False)
 
 
 if __name__ == "__main__":

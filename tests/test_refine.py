@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import resource
 import shutil
 import socket
 import subprocess
@@ -15,8 +14,10 @@ from pathlib import Path
 import pytest
 import refine_worker as worker
 import torch
+from typer.testing import CliRunner
 
 from tokendrift import TokenDriftError
+from tokendrift.cli import app
 from tokendrift.evaluation import GenerativePerplexity
 from tokendrift.models import load_denoiser
 from tokendrift.training import evaluation_table, make_config, read_log, refine
@@ -106,6 +107,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_taken(inputs, whole):
 @contextmanager
 def disk():
     """Let files grow to a size and no further: the system refuses the rest, as it does on a full disk."""
+    resource = pytest.importorskip("resource")
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     try:
         yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (soft if size is None else size, hard))
@@ -266,15 +268,15 @@ def test_what_cannot_work_is_refused_before_any_work(inputs, changes, message):
     assert not (inputs / "refused").exists()
 
 
-def launched(folder, ranks, **changes):
-    """Refine on several processes, as ``accelerate launch --cpu`` starts them."""
+def launched(folder, ranks, *, mode="run", **changes):
+    """Refine on several processes, as ``torchrun`` starts them."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     common = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     common |= {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
     values = [f"{name}={value}" for name, value in changes.items()]
-    command = [sys.executable, str(WORKER), "run", str(folder), *values]
+    command = [sys.executable, str(WORKER), mode, str(folder), *values]
     processes = []
     for rank in range(ranks):
         environment = os.environ | common | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
@@ -313,3 +315,39 @@ def test_a_run_of_two_processes_goes_on_as_one(inputs, pair):
     shrunk = run(inputs, "shrinks", dropout=0.0, steps=4).folder
     for one, two in zip(read_log(shrunk, "train"), read_log(pair, "train"), strict=True):
         assert two["drift"] == pytest.approx(one["drift"], abs=1e-5)
+
+
+@pytest.mark.slow
+def test_a_sharded_model_trains_like_a_whole_one_and_shares_its_checkpoints(inputs, pair):
+    """FSDP2: other collectives, sharded moments and averages, the same numbers and files."""
+    changes = {"dropout": 0.0, "micro_batch": 2, "steps": 4}
+    shutil.copytree(pair, inputs / "sharded")
+    shutil.rmtree(inputs / "sharded" / "checkpoints" / "step-00000004")
+    for folder in ("sharded", "sharded_from_start"):
+        launched(inputs, 2, mode="shard", output=str(inputs / folder), **changes)
+        for one, two in zip(read_log(inputs / folder), read_log(pair), strict=True):
+            assert {**two, "kind": 0} == pytest.approx({**one, "kind": 0}, abs=1e-5, rel=1e-5)
+
+
+def test_the_command_shows_its_settings_and_names_the_nearest_key():
+    command = CliRunner()
+    shown = command.invoke(app, ["refine", "base", "--preset", "duo-owt", "--set", "evaluate_nfe=2", "--show"])
+    assert shown.exit_code == 0
+    assert 'checkpoint = "base"' in shown.stdout
+    assert "learning_rate = 5e-05" in shown.stdout
+    assert "evaluate_nfe = [2]" in shown.stdout
+    wrong = command.invoke(app, ["refine", "base", "--set", "stepz=3"])
+    assert wrong.exit_code == 2
+    assert "unknown key 'stepz'; the nearest is 'steps'" in wrong.stderr
+
+
+def test_the_command_refines_and_tells_where(inputs):
+    flags = ["--text", str(inputs / "text.txt"), "--output", str(inputs / "by_command"), "--steps", "1"]
+    flags += ["--batch-size", "2", "--micro-batch", "2"]
+    for setting in (f"tokenizer={worker.PRETRAINED / 'tokenizer.json'}", "shuffle=4", "evaluate_samples=2"):
+        flags += ["--set", setting]
+    done = CliRunner().invoke(app, ["refine", str(inputs / "base"), *flags, "--set", "tensorboard=no"])
+    assert done.exit_code == 0, done.stderr
+    assert "few-step generation" in done.stdout
+    assert f"refined model: {inputs / 'by_command'}" in done.stdout
+    load_denoiser(inputs / "by_command")
