@@ -336,7 +336,7 @@ def evaluate(
             report = evaluate_files(config, progress=status.update)
         console = Console()
         if not console.is_terminal:
-            console = Console(width=130)  # the table is wider than the 80 columns that rich assumes for a pipe
+            console = Console(width=140)  # the table is wider than the 80 columns that rich assumes for a pipe
         console.print(report.table())
         for sentence in (*report.guard(), *report.differences()):
             console.print(sentence, highlight=False, markup=False, soft_wrap=True)

@@ -86,9 +86,11 @@ def _against_entropy(report: Report, figure: str) -> Plot:
             for m in points if len(points) > 1 else ():
                 place = m.intervals()[figure].estimate, m.gen_ppl.estimate
                 axes.annotate(f"{m.nfe} NFE", place, xytext=(4, 4), textcoords="offset points", fontsize=8)
-        for name, m in _real(report):
+        for number, (name, m) in enumerate(_real(report)):
             star: dict[str, Any] = {"color": REAL_COLOUR, "markersize": 14, "label": as_label(name)}
+            star |= {"markerfacecolor": "none"} if number else {}
             axes.plot(m.intervals()[figure].estimate, m.gen_ppl.estimate, "*", **star)
+        axes.margins(x=0.12)  # room for the NFE beside the points
         axes.set_xlabel(f"{figure.replace('_', ' ')} (nats)")
         _gen_ppl_axis(axes)
 
@@ -108,8 +110,9 @@ def _over_nfe(report: Report, figure: str) -> Plot:
                 up = _intervals(list(known.values()), figure)
                 axes.errorbar(list(known), _middles(up), yerr=arms(up), **_style(number, model))
             nfes |= set(known)
-        for name, m in _real(report):
-            axes.axhline(m.intervals()[figure].estimate, color=REAL_COLOUR, linestyle="--", label=as_label(name))
+        for number, (name, m) in enumerate(_real(report)):
+            style = "--" if number == 0 else ":"
+            axes.axhline(m.intervals()[figure].estimate, color=REAL_COLOUR, linestyle=style, label=as_label(name))
         axes.set_xscale("log", base=2)
         axes.set_xticks(sorted(nfes), [str(nfe) for nfe in sorted(nfes)])
         axes.minorticks_off()
