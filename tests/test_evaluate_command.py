@@ -51,7 +51,7 @@ def outcome(folder):
     return run(
         f"repeater={folder / 'dull.jsonl'}", "--checkpoint", PRETRAINED / "uniform", "--nfe", 1, "--nfe", 2, "-n", 12,
         "--tokenizer", TOKENIZER, "--keep", folder / "kept", "--real", folder / "real.txt", *JUDGE,
-        "--training-text", folder / "real.txt", *outputs,
+        "--training-text", folder / "real.txt", "--baseline", "uniform", *outputs,
     )  # fmt: skip
 
 
@@ -84,6 +84,29 @@ def test_the_json_holds_settings_figures_verdicts_and_the_nelbo_of_the_checkpoin
     assert by_name["uniform, 2 NFE"]["gen_ppl"]["estimate"] < by_name["uniform, 1 NFE"]["gen_ppl"]["estimate"]
 
 
+def test_a_set_is_compared_with_the_baseline_at_equal_entropy(outcome, folder, tmp_path):
+    text = " ".join(outcome.output.split())
+    assert "against uniform: Gen.-PPL ratio" not in text  # the repeater has 4 NFE, and the baseline none
+    lines = [json.dumps({"text": sentence, "nfe": 2}) for sentence in SENTENCES * 2]
+    (tmp_path / "other.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    result = run(
+        tmp_path / "other.jsonl", "--checkpoint", f"base={PRETRAINED / 'uniform'}", "--nfe", 2, "-n", 12,
+        "--tokenizer", TOKENIZER, "--real", folder / "real.txt", *JUDGE, "--baseline", "base",
+        "--json", tmp_path / "report.json", "--html", tmp_path / "report.html",
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    found = json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))["at_equal_entropy"]
+    assert [(one["name"], one["against"], one["kind"]) for one in found] == [
+        ("other", "base", "sample"), ("other", "base", "unigram")
+    ]  # fmt: skip
+    assert all(one["baseline"]["nfe"] == 2 and one["baseline"]["samples"] == 12 for one in found)
+    sentence = " ".join(result.output.split()).partition("other against base: Gen.-PPL ratio at equal sample entropy")[
+        2
+    ]
+    assert "at temperature" in sentence
+    assert "At equal entropy" in (tmp_path / "report.html").read_text(encoding="utf-8")
+
+
 def test_samples_of_checkpoints_are_kept_and_used_again(outcome, folder):
     kept = folder / "kept" / "uniform-2.jsonl"
     before = kept.stat().st_mtime_ns
@@ -113,6 +136,9 @@ def test_a_broken_line_stops_it_or_is_named(folder):
         ((), "there is nothing to evaluate"),
         (("--checkpoint", "x"), "checkpoint and nfe belong together"),
         (("{dull}", "--nfe", "4"), "checkpoint and nfe belong together"),
+        (("--checkpoint", "x", "--nfe", "4", "--baseline", "y"), "baseline must be the name of a checkpoint"),
+        (("--checkpoint", "x", "--checkpoint", "y/x", "--nfe", "4"), "two checkpoints have one name"),
+        (("{surrogate}",), "line 1 of"),
         (("nowhere.jsonl",), "samples file nowhere.jsonl cannot be read: No such file"),
         (("{dull}", "--real", "nowhere.txt"), "text file nowhere.txt cannot be read: No such file"),
         (("{dull}", "--real", "{empty}"), "is empty"),
@@ -124,7 +150,13 @@ def test_a_broken_line_stops_it_or_is_named(folder):
 )
 def test_bad_input_ends_with_code_2_and_says_what_to_do(folder, arguments, said):
     (folder / "empty.txt").write_text(" \n", encoding="utf-8")
-    names = {"{dull}": folder / "dull.jsonl", "{folder}": folder, "{empty}": folder / "empty.txt"}
+    (folder / "half.jsonl").write_text('{"text": "a \\ud800 b"}', encoding="utf-8")
+    names = {
+        "{surrogate}": folder / "half.jsonl",
+        "{dull}": folder / "dull.jsonl",
+        "{folder}": folder,
+        "{empty}": folder / "empty.txt",
+    }
     given = [str(argument) for argument in arguments]
     for name, place in names.items():
         given = [argument.replace(name, str(place)) for argument in given]

@@ -206,7 +206,7 @@ def test_windows_of_real_text_are_disjoint_spread_and_as_long_as_the_longest_sam
     assert windows[0] == stream[:10] and len(stream) - 4 <= _end(windows[-1], stream) <= len(stream)
     texts = real_windows(text, [Source("a", SampleSet(texts=["some text", "more of it"]), "a.txt")], None, tokenizer)
     assert texts.ids is None and len(texts.texts) == 2
-    with pytest.raises(TokenDriftError, match="too few for two windows of 10"):
+    with pytest.raises(TokenDriftError, match="too short for two windows of 10 tokens"):
         real_windows("short", sources, tokenizer, None)
 
 

@@ -289,6 +289,9 @@ def evaluate(
     ] = None,
     n: Annotated[int, typer.Option("-n", min=2, help="Samples of each checkpoint and NFE.")] = 256,
     temperature: Annotated[float, typer.Option(help="Of sampling checkpoints.")] = 1.0,
+    baseline: Annotated[
+        str | None, typer.Option(help="Name of a checkpoint: compare all sets with it at equal entropy.")
+    ] = None,
     keep: Annotated[
         str | None, typer.Option(help="Folder for the samples of checkpoints, used again next time.")
     ] = None,
@@ -319,7 +322,7 @@ def evaluate(
     """
     options = {
         "samples": tuple(samples or ()), "checkpoint": tuple(checkpoint or ()), "nfe": tuple(nfe or ()), "n": n,
-        "temperature": temperature, "keep": keep, "real": real, "training_text": training_text,
+        "temperature": temperature, "baseline": baseline, "keep": keep, "real": real, "training_text": training_text,
         "tokenizer": tokenizer, "judge": judge, "judge_tokenizer": judge_tokenizer, "revision": revision,
         "dtype": dtype, "protocol": protocol, "skip_bad": skip_bad, "seed": seed, "batch_size": batch_size,
         "device": device,
@@ -338,7 +341,7 @@ def evaluate(
         if not console.is_terminal:
             console = Console(width=140)  # the table is wider than the 80 columns that rich assumes for a pipe
         console.print(report.table())
-        for sentence in (*report.guard(), *report.differences()):
+        for sentence in (*report.guard(), *report.differences(), *report.at_equal_entropy()):
             console.print(sentence, highlight=False, markup=False, soft_wrap=True)
         if json_file is not None:
             write_atomically(json_file, json.dumps(as_json(report.to_dict()), indent=2, allow_nan=False) + "\n")

@@ -117,6 +117,8 @@ def _sample(entry: dict[str, Any]) -> _Line:
         raise ValueError('it has neither "text" nor "ids"')
     if text is not None and not isinstance(text, str):
         raise ValueError('"text" must be a string')
+    if text is not None and any("\ud800" <= character <= "\udfff" for character in text):
+        raise ValueError('"text" holds half of a surrogate pair, which is no character')
     if ids is not None and not (isinstance(ids, list) and all(type(token) is int and token >= 0 for token in ids)):
         raise ValueError('"ids" must be a list of integers of at least 0')
     if nfe is not None and (type(nfe) is not int or nfe < 0):

@@ -65,9 +65,9 @@ def inline_svg(draw: Callable[[Axes], None], name: str, title: str, description:
         axes = figure.subplots()
         draw(axes)
         axes.grid(alpha=0.25)
-        handles, texts = zip(
-            *(pair for one in figure.axes for pair in zip(*one.get_legend_handles_labels(), strict=True)), strict=True
-        )
+        labelled = [one.get_legend_handles_labels() for one in figure.axes]
+        handles = [handle for some, _ in labelled for handle in some]
+        texts = [text for _, some in labelled for text in some]
         # Beside the axes: inside them it would hide error bars, which the search for a free corner does not see.
         figure.legend(handles, texts, loc="outside lower center", ncols=3, frameon=False, fontsize=8, labelcolor=INK)
         out = io.StringIO()

@@ -60,6 +60,7 @@ def page(report: Report) -> str:
         lines=lines,
         guard=report.guard(),
         differences=report.differences() or ["There is one set alone: nothing to compare but real text."],
+        matched=report.at_equal_entropy(),
         plots=plots(report),
         count=max(len(column["samples"]) for column in columns),
         words=WORDS,

@@ -8,12 +8,13 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import combinations
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from tokendrift.evaluation.bootstrap import Interval
 from tokendrift.evaluation.comparison import Comparison
 from tokendrift.evaluation.evaluator import Evaluation, Row
 from tokendrift.evaluation.guard import SAME_SIZE
+from tokendrift.evaluation.matching import MatchedEntropy
 from tokendrift.evaluation.measures import Measures
 from tokendrift.evaluation.report.sources import Source
 
@@ -42,6 +43,20 @@ SHOWN = ("gen_ppl", "sample_entropy", "unigram_entropy", "distinct_3", "repetiti
 ENTROPIES = ("sample_entropy", "unigram_entropy")
 
 
+class Matched(NamedTuple):
+    """A set beside the baseline at equal entropy.
+
+    Attributes:
+        name: Of the set.
+        baseline: Of the baseline.
+        found: The comparison.
+    """
+
+    name: str
+    baseline: str
+    found: MatchedEntropy
+
+
 @dataclass(frozen=True)
 class Report:
     """Sets of samples beside real text, and the texts themselves.
@@ -51,12 +66,14 @@ class Report:
         sources: The sets of samples.
         texts: Texts by row, real text last under ``"real text"``.
         settings: How the figures were made.
+        matched: Sets beside the baseline at equal entropy, where one was named.
     """
 
     evaluation: Evaluation
     sources: tuple[Source, ...]
     texts: Mapping[str, list[str]]
     settings: Mapping[str, Any]
+    matched: tuple[Matched, ...] = ()
 
     @property
     def level(self) -> str:
@@ -155,6 +172,10 @@ class Report:
             lines.append(f"{are} not distinguishable in Gen.-PPL and both entropies: the intervals hold no difference.")
         return lines
 
+    def at_equal_entropy(self) -> list[str]:
+        """Return a sentence for each set and kind of entropy: the ratio of Gen.-PPL to the baseline's."""
+        return [f"{name} against {baseline}: {found}." for name, baseline, found in self.matched]
+
     def to_dict(self) -> dict[str, Any]:
         """Return everything for JSON: settings, every figure, verdicts, comparisons; what is not finite is None."""
         rows = []
@@ -163,7 +184,8 @@ class Report:
             made = dict(source.samples.metadata)
             rows.append({**found, "model": source.model, "origin": source.origin, "made": made, "bad_lines": bad})
         compared = [{"a": a, "b": b, **found.to_dict()} for a, b, found in self.comparisons()]
-        plain = {"settings": dict(self.settings), "rows": rows, "comparisons": compared}
+        matched = [{"name": name, "against": baseline, **found.to_dict()} for name, baseline, found in self.matched]
+        plain = {"settings": dict(self.settings), "rows": rows, "comparisons": compared, "at_equal_entropy": matched}
         return {**plain, "guard": self.guard(), "differences": self.differences()}
 
     def to_csv(self) -> str:
@@ -201,9 +223,11 @@ def shown(measures: Measures, figure: str) -> tuple[str, str]:
 
 
 def in_short(row: Row) -> str:
-    """Return the guard's verdict in one or two words."""
+    """Return the guard's verdict in a word or two; what it comments on without a flag does not count as passed."""
     flags = len(row.verdict.flags)
-    return "passed" if not flags else f"{flags} flag{'s' if flags > 1 else ''}"
+    if not flags:
+        return "comment" if row.verdict.findings else "passed"
+    return f"{flags} flag{'s' if flags > 1 else ''}"
 
 
 def as_json(value: Any) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,11 +17,11 @@ from tokendrift.evaluation.bootstrap import Interval
 from tokendrift.evaluation.evaluator import Evaluation, cut_to_lengths, evaluate
 from tokendrift.evaluation.generative_perplexity import GenerativePerplexity
 from tokendrift.evaluation.judge import DEFAULT_JUDGE, PRECISIONS
-from tokendrift.evaluation.nelbo import nelbo_interval
+from tokendrift.evaluation.measures import measure
 from tokendrift.evaluation.protocols import PROTOCOLS
-from tokendrift.evaluation.report.report import REAL, Report
+from tokendrift.evaluation.report.checkpoints import at_entropy_of_each, held_out_nelbo, load_models
+from tokendrift.evaluation.report.report import REAL, Matched, Report
 from tokendrift.evaluation.report.sources import (
-    Source,
     common_tokenizer,
     labels,
     named,
@@ -44,6 +44,7 @@ class EvaluateConfig:
         nfe: Function evaluations at which each checkpoint is sampled.
         n: Samples of each checkpoint and NFE.
         temperature: Of sampling checkpoints.
+        baseline: Name of one of the checkpoints: every set of its NFE is compared with it at equal entropy.
         keep: Folder for the samples of checkpoints; a temporary one by default.
         real: Text that neither denoiser nor judge was trained on: samples of a ``.jsonl`` file, or any other
             file, cut into windows of the samples' length that are spread over it.
@@ -66,6 +67,7 @@ class EvaluateConfig:
     nfe: tuple[int, ...] = ()
     n: int = 256
     temperature: float = 1.0
+    baseline: str | None = None
     keep: str | None = None
     real: str = ""
     training_text: str | None = None
@@ -90,6 +92,11 @@ class EvaluateConfig:
                 checkpoint=self.checkpoint,
                 nfe=self.nfe,
             )
+        names = [name for name, _ in map(named, self.checkpoint)]
+        if len(set(names)) < len(names):
+            raise fail("two checkpoints have one name.", "Name them: NAME=PLACE.", names=names)
+        if self.baseline is not None and self.baseline not in names:
+            raise fail("baseline must be the name of a checkpoint.", baseline=self.baseline, names=names)
         for nfe in self.nfe:
             check_count("nfe", nfe, least=1)
         check_count("n", self.n, least=2)
@@ -140,7 +147,15 @@ def evaluate_files(config: EvaluateConfig, *, progress: Callable[[str], object] 
     keys = labels(sources)
     tokenizer = common_tokenizer(sources, config.tokenizer)
     real_set = real_windows(real, sources, tokenizer, judge.judge.tokenizer) if isinstance(real, str) else real
-    nelbo = _nelbo(config, sources, keys, real_set, progress)
+    if tokenizer is None and real_set.texts is not None:
+        real_set = dataclasses.replace(real_set, ids=None)  # ids of an unknown vocabulary compare with nothing
+    models = dict(load_models(config.checkpoint, config.device))
+    nelbo: dict[str, Interval] = {}
+    for name, (model, process) in models.items():
+        progress(f"NELBO of {name}")
+        found = held_out_nelbo(model, process, real, tokenizer, resamples=config.resamples, seed=config.seed)
+        if found is not None:
+            nelbo |= {key: found for key, source in zip(keys, sources, strict=True) if source.model == name}
     done = 0
 
     def scored(count: int) -> None:
@@ -148,48 +163,36 @@ def evaluate_files(config: EvaluateConfig, *, progress: Callable[[str], object] 
         done += count
         progress(f"judging: {done} samples")
 
+    options: dict[str, Any] = {
+        "tokenizer": tokenizer,
+        "training": training,
+        "resamples": config.resamples,
+        "seed": config.seed,
+        "skip_bad": config.skip_bad,
+        "progress": scored,
+    }
     evaluation = evaluate(
         {key: source.samples for key, source in zip(keys, sources, strict=True)},
         judge,
         real=real_set,
-        tokenizer=tokenizer,
-        training=training,
         nelbo=nelbo,
-        resamples=config.resamples,
-        seed=config.seed,
-        skip_bad=config.skip_bad,
-        progress=scored,
+        **options,
     )
+    matched: tuple[Matched, ...] = ()
+    if config.baseline is not None:
+        vocabulary = evaluation.rows[0].measures.vocabulary
+        matched = at_entropy_of_each(
+            evaluation,
+            sources,
+            config.baseline,
+            *models[config.baseline],
+            measure=lambda samples: measure(samples, judge, vocabulary=vocabulary, **options),
+            seed=config.seed,
+        )
     texts = {key: _texts(source.samples, tokenizer) for key, source in zip(keys, sources, strict=True)}
     texts[REAL] = _real_texts(evaluation, real_set, judge, tokenizer)
     settings = {"tokendrift": tokendrift.__version__, "torch": torch.__version__, **dataclasses.asdict(config)}
-    return Report(evaluation, tuple(sources), texts, settings)
-
-
-def _nelbo(
-    config: EvaluateConfig,
-    sources: Sequence[Source],
-    keys: Sequence[str],
-    real: SampleSet,
-    progress: Callable[[str], object],
-) -> dict[str, Interval]:
-    """Return the NELBO of the checkpoints on real text, where it has ids of the denoiser as long as its samples."""
-    from tokendrift.models import load_denoiser
-
-    found = {}
-    for name, place in map(named, config.checkpoint):
-        progress(f"NELBO of {name}")
-        model, process = load_denoiser(place, device=config.device)
-        length = model.config.model_length
-        rows = [ids[:length] for ids in real.ids or [] if len(ids) >= length]
-        if len(rows) < 2:
-            continue
-        ids = torch.tensor(rows, device=config.device)
-        value = nelbo_interval(model, process, ids, resamples=config.resamples, seed=config.seed)
-        for key, source in zip(keys, sources, strict=True):
-            if source.origin == place:
-                found[key] = value
-    return found
+    return Report(evaluation, tuple(sources), texts, settings, matched)
 
 
 def _texts(samples: SampleSet, tokenizer: Any) -> list[str]:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from tokendrift._checks import check_count, fail
+from tokendrift._checks import fail
 from tokendrift.evaluation.files import read_samples
 from tokendrift.evaluation.samples import SampleSet, decode, id_sequences, tokenize
 
@@ -72,7 +72,12 @@ def sample_checkpoints(
         for nfe in nfes:
             progress(f"sampling {name} at {nfe} NFE")
             path = folder / f"{name.replace('/', '-')}-{nfe}.jsonl"
-            sample_to_file(SampleConfig(place, steps=nfe, **options), path)
+            try:
+                sample_to_file(SampleConfig(place, steps=nfe, **options), path)
+            except OSError as error:
+                raise fail(
+                    f"{path} could not be written: {error.strerror}.", "Free some space, or keep elsewhere."
+                ) from None
             yield Source(name, read_samples(path), place)
 
 
@@ -162,13 +167,18 @@ def real_windows(text: str, sources: Sequence[Source], tokenizer: Any, judge_tok
     for source in sources:
         sequences = source.samples.ids if as_generated else id_sequences(source.samples.scored(), None, own)[0]
         width = max(width, *map(len, sequences or []))
-    (stream,) = tokenize(own, [text])
-    count = min(check_count("samples", count, least=1), len(stream) // width)
-    if count < 2:
-        raise fail(
-            f"real text has {len(stream)} tokens, too few for two windows of {width}, as long as the longest sample.",
-            "Pass more text.",
-        )
-    space = (len(stream) - width) // (count - 1)
-    windows = [stream[i * space : i * space + width] for i in range(count)]
-    return SampleSet(ids=windows if as_generated else None, texts=decode(own, windows))
+    rows = windows(tokenize(own, [text])[0], width, count)
+    if len(rows) < 2:
+        raise fail(f"real text is too short for two windows of {width} tokens, the longest sample.", "Pass more text.")
+    return SampleSet(ids=rows if as_generated else None, texts=decode(own, rows))
+
+
+def windows(stream: list[int], width: int, count: int) -> list[list[int]]:
+    """Return disjoint windows of one width, spread evenly over a stream of ids: so many, or as many as it holds.
+
+    >>> windows([0, 1, 2, 3, 4, 5, 6], 3, 2)
+    [[0, 1, 2], [4, 5, 6]]
+    """
+    count = min(count, len(stream) // width)
+    step = (len(stream) - width) // max(1, count - 1)
+    return [stream[i * step : i * step + width] for i in range(count)]
