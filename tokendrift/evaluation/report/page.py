@@ -11,7 +11,7 @@ from tokendrift.evaluation.bootstrap import Interval
 from tokendrift.evaluation.measures import Measures
 from tokendrift.evaluation.report.html import as_label, inline_svg, render
 from tokendrift.evaluation.report.phrases import WORDS, marked, most_repeated
-from tokendrift.evaluation.report.report import HEADINGS, Report, in_short, shown
+from tokendrift.evaluation.report.report import HEADINGS, Matched, Report, in_short, shown
 
 if TYPE_CHECKING:
     from markupsafe import Markup
@@ -60,7 +60,8 @@ def page(report: Report) -> str:
         lines=lines,
         guard=report.guard(),
         differences=report.differences() or ["There is one set alone: nothing to compare but real text."],
-        matched=report.at_equal_entropy(),
+        matched=[_matched(one) for one in report.matched],
+        baseline=report.settings.get("baseline"),
         plots=plots(report),
         count=max(len(column["samples"]) for column in columns),
         words=WORDS,
@@ -170,6 +171,22 @@ def _gen_ppl_axis(axes: Axes) -> None:
     for which in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
         which(LogFormatter(minor_thresholds=(2, 0.5)))
     axes.set_ylabel("Gen.-PPL")
+
+
+def _matched(one: Matched) -> list[Any]:
+    """Return a row of the table of sets beside the baseline at equal entropy."""
+    found = one.found
+    ratio, difference = found.ratio, found.entropy_difference
+    return [
+        one.name,
+        Cell("" if found.model.nfe is None else str(found.model.nfe)),
+        Cell(found.kind),
+        Cell(f"{ratio.estimate:.3f}", f"{ratio.low:.3f} to {ratio.high:.3f}"),
+        Cell(found.verdict()),
+        *(Cell(*shown(measures, "gen_ppl")) for measures in (found.model, found.baseline)),
+        Cell(f"{found.temperature:.2f}"),
+        Cell(f"{difference.estimate:+.3f}", f"{difference.low:+.3f} to {difference.high:+.3f}"),
+    ]
 
 
 def _setting(value: Any) -> str:
