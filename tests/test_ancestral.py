@@ -67,7 +67,7 @@ def test_masks_follow_all_three_published_rules(golden, sampler, rule):
 
 
 @EVERY_PROCESS
-@pytest.mark.parametrize("schedule", [LogLinear(), Cosine()])
+@pytest.mark.parametrize("schedule", [LogLinear(), Cosine(), LogLinear(eps=0.0), Cosine(eps=0.0)])
 @pytest.mark.parametrize("end", [0.0, 1e-5])
 def test_analytic_and_ancestral_steps_are_one_law(process, schedule, end):
     process = type(process)(V, schedule=schedule)

@@ -165,6 +165,8 @@ def test_pooled_features_can_be_copied():
     [
         ({"encoder": nn.Linear(2, 2)}, "encoder must have a method hidden_states"),
         ({"encoder": Identity(), "layers": ()}, "layers must name at least one hidden layer"),
+        ({"encoder": Identity(), "layers": -1}, "layers must name at least one hidden layer"),
+        ({"encoder": Identity(), "layers": ("last",)}, "layers must name at least one hidden layer"),
     ],
 )
 def test_bad_encoders_are_refused(arguments, message):
@@ -241,8 +243,9 @@ def test_windows_of_padded_rows_are_those_of_the_row_alone(backbone, lengths, wi
     assert not padded[~present].any()
 
 
-def test_a_map_without_windows_has_none_to_leave_out(backbone):
-    assert PooledFeatures(backbone()).present(torch.ones(2, 8, dtype=torch.bool)) is None
+def test_a_map_without_windows_leaves_out_sequences_of_padding(backbone):
+    mask = torch.arange(8) < torch.tensor([[8], [0], [1]])
+    assert torch.equal(PooledFeatures(backbone()).present(mask), torch.tensor([[True], [False], [True]]))
 
 
 def test_padding_need_not_be_finite():
@@ -327,7 +330,7 @@ def test_concatenated_windows_stay_windows(backbone):
     assert found.shape == (2, 6, 16 + 32 + 16)
     torch.testing.assert_close(found[..., 16:48] * 3**0.5, maps[0](embeds, mask))
     assert torch.equal(both.present(mask), maps[0].present(mask))
-    assert ConcatenatedFeatures([IdentityFeatures(), lambda embeds: embeds]).present(mask) is None
+    assert ConcatenatedFeatures([lambda embeds: embeds]).present(mask) is None
 
 
 def test_concatenated_maps_stay_frozen_and_move_together(backbone):

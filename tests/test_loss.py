@@ -473,9 +473,10 @@ def test_a_batch_of_padding_alone_is_zero_loss(backbone):
         assert torch.equal(grad[padded_rows], torch.zeros_like(grad[padded_rows]))
 
 
+@pytest.mark.parametrize("window", [1, None])
 @pytest.mark.parametrize("cls", [TokenDriftLoss, MirrorTeacherLoss])
-def test_a_batch_of_padding_alone_has_no_windows_and_pushes_none(cls, backbone):
-    features = PooledFeatures(backbone(vocab_size=V), window=1)
+def test_a_batch_of_padding_alone_has_no_features_and_pushes_none(cls, window, backbone):
+    features = PooledFeatures(backbone(vocab_size=V), window=window)
     loss = cls(backbone(vocab_size=V).vocab_embed.embedding.detach(), features, queue_size=4)
     logits, clean, *_ = batch(dtype=torch.float32)
     leaf = logits.requires_grad_()
@@ -485,6 +486,16 @@ def test_a_batch_of_padding_alone_has_no_windows_and_pushes_none(cls, backbone):
     assert out.diagnostics.field is None
     assert torch.equal(leaf.grad, torch.zeros_like(leaf))
     assert len(loss.queue_real) == len(loss.queue_generated) == 0
+
+
+def test_the_mirror_teacher_says_why_it_cannot_run_in_inference_mode():
+    logits, clean, *_ = batch()
+    loss = MirrorTeacherLoss(torch.eye(V, dtype=logits.dtype), feature_map).eval()
+    with torch.no_grad():
+        expected = loss(logits, clean)
+    assert expected.isfinite()
+    with torch.inference_mode(), pytest.raises(TokenDriftError, match=r"Use torch\.no_grad, not inference_mode"):
+        loss(logits, clean)
 
 
 def test_a_row_without_predicted_position_counts_as_zero():

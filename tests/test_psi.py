@@ -105,6 +105,14 @@ def test_the_plateau_of_an_inverse_profile_lies_at_its_signal_level(schedule):
     assert level == pytest.approx(0.7, abs=1e-3 if isinstance(schedule, LogLinear) else 1e-9)  # DUO leaves eps out
 
 
+@pytest.mark.parametrize("shares", [(0.5, 0.5), (0.7, 0.3), (0.15, 0.85), (0.2, 0.6)])
+@pytest.mark.parametrize("steps", range(1, 9))
+def test_the_regions_are_the_grid_however_their_shares_round(shares, steps):
+    sampler = Psi(high_frac=shares[0], middle_frac=shares[1], profile="linear-constant-linear-0.5")
+    assert [point for region in sampler.regions(steps + 1) for point in region] == [*range(steps + 1)]
+    assert len(sampler.times(PROCESSES["masked"], steps)) == steps + 1
+
+
 @pytest.mark.parametrize("mode", ["constant-remdm", "max-capped", "max-rescale"])
 @pytest.mark.parametrize("eta", [0.0, 0.02, 1.0])
 def test_kappas_lie_between_zero_and_one(mode, eta):

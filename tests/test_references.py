@@ -33,6 +33,14 @@ def test_a_queue_holds_the_newest_features_oldest_first(capacity, pushes):
             assert len(queue.features()) == 0
 
 
+def test_a_queue_that_begins_in_inference_mode_goes_on_outside():
+    queue = FeatureQueue(4)
+    with torch.inference_mode():
+        queue.push(numbered(0, 2))
+    queue.push(numbered(2, 1))
+    assert torch.equal(queue.features(), numbered(0, 3))
+
+
 def test_pushed_features_are_copies_without_graph():
     queue, features = FeatureQueue(4), torch.ones(2, 3, requires_grad=True)
     queue.push(features * 2)

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from sampling_laws import MASK, PROCESSES, Table, V, assert_samples_follow, chain_of, dense, law_of_x0, states
 
 from tokendrift import TokenDriftError
+from tokendrift.diffusion import LogLinear, MaskedDiffusion
 from tokendrift.sampling import Psi, ReMDM, psi_step, remasking_kappa, remdm_loop, sample
 
 MASKED = PROCESSES["masked"]
@@ -88,6 +89,16 @@ def test_remasking_leaves_independent_tokens_their_law(sampler):
     logits = torch.randn(V, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     law = final_law(MASKED, sampler, lambda x, sigma: logits.expand(*x.shape, V), 1, steps=8)
     torch.testing.assert_close(law, law_of_x0(MASKED, logits[None, None])[0, 0], rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("rule", ["cap", "rescale"])
+def test_a_schedule_may_leave_no_signal_at_the_end(rule):
+    assert_samples_follow(MaskedDiffusion(V, schedule=LogLinear(eps=0.0)), ReMDM(rule, 0.3), steps=4)
+
+
+def test_remasking_by_confidence_begins_where_nothing_stands():
+    found = sample(Table(3), MaskedDiffusion(V, schedule=LogLinear(eps=0.0)), (9, 3), steps=4, sampler=ReMDM("conf"))
+    assert not (found.ids == MASK).any()
 
 
 def test_the_loop_is_the_published_profile():

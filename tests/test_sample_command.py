@@ -178,7 +178,7 @@ def test_a_file_of_another_kind_is_not_touched(checkpoint, tmp_path, content):
         (["--steps", "2", "--sampler", "first-hitting"], "steps belongs to every sampler but first-hitting"),
         (["--steps", "2", "--sampler", "ddpm"], "sampler must be one of ancestral"),
         (["--steps", "2", "--dtype", "int8"], "dtype must be one of"),
-        (["--steps", "2", "--device", "abacus"], "device cannot be used"),
+        (["--steps", "2", "--device", "abacus"], "device 'abacus' cannot be used"),
         (["--steps", "2", "--temperature", "0"], "temperature must be a finite number above 0"),
         (["--steps", "2", "--prefix", "the"], "the checkpoint has no tokenizer"),
         (["--steps", "2", "--prefix", "the " * 9, "--tokenizer", str(TOKENIZER)], "a sample 8"),

@@ -220,7 +220,7 @@ def test_noise_is_uniform_and_may_redraw_the_token(generator):
         ({"x0": torch.full((4, 6), V)}, "x0 has ids from 7 to 7"),
         ({"x_t": torch.full((4, 6), V)}, "x_t has ids from 7 to 7"),
         ({"x_t": torch.zeros(4, 6)}, "x_t must hold integer token ids"),
-        ({"t": torch.rand(4, 6)}, r"t must have shape \(B,\): one time a row"),
+        ({"t": torch.rand(4, 6)}, r"t must have shape \(B,\), but it has 2 axes"),
     ],
 )
 def test_bad_arguments_of_the_objective_are_refused(arguments, message):

@@ -77,11 +77,12 @@ def test_a_mask_that_hides_nothing_changes_nothing(cls):
     torch.testing.assert_close(graded(cls(TABLE, features), logits, clean, attention_mask=mask), plain)
 
 
+@pytest.mark.parametrize("window", [W, None])
 @pytest.mark.parametrize("cls", LOSSES)
-def test_rows_of_padding_alone_do_not_count(cls):
+def test_rows_of_padding_alone_do_not_count(cls, window):
     """The mean is over sequences that have text, the value of a row without text is zero."""
     logits, clean, mask = batch([8, 0, 2, 0])
-    features = IdentityFeatures(window=W)
+    features = IdentityFeatures(window=window)
     value, grad = graded(cls(TABLE, features), logits, clean, attention_mask=mask)
     kept = [0, 2]
     expected, expected_grad = graded(cls(TABLE, features), logits[kept], clean[kept], attention_mask=mask[kept])

@@ -104,6 +104,26 @@ def check_same_device(reference_name: str, reference: Tensor, **others: Tensor |
             )
 
 
+def check_device(device: torch.device | str) -> torch.device:
+    """Require a device that PyTorch knows and this machine has."""
+    try:
+        return torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError, NotImplementedError) as error:  # torch without CUDA asserts
+        reason = str(error).splitlines()[0]
+        raise fail(f"device {str(device)!r} cannot be used: {reason}", "Pass a device of this machine.") from None
+
+
+def check_times(t: object, rows: int) -> Tensor:
+    """Require times in [0, 1], one for each row; the range is read on the CPU only."""
+    times = check_tensor("t", t, ("B",))
+    if len(times) != rows:
+        raise fail(f"t must have shape (B,) = ({rows},): one time a row.", t=times)
+    check_floating("t", times)
+    if times.device.type == "cpu" and not torch.compiler.is_compiling() and not ((times >= 0) & (times <= 1)).all():
+        raise fail("t must lie in [0, 1]: 0 is clean, 1 is noise.", "Pass times, not sigma or step numbers.", t=times)
+    return times
+
+
 def check_positive(name: str, value: float, *, symbol: str = "") -> float:
     """Require a finite number above zero."""
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or value <= 0:

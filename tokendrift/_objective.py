@@ -204,15 +204,16 @@ class DriftObjective(nn.Module):
         if len(features) != len(embeds):
             raise fail("feature_map must return one row a sequence: (B, M), or (B, W, M) for windows.", got=features)
         features = features.to(torch.promote_types(features.dtype, torch.float32))
+        features = features if windows else features[:, None]
         present = self._present(attention_mask)
         if present is None:
             return features.flatten(0, -2)
-        if present.shape != features.shape[:2] or not windows:
+        if present.shape != features.shape[:2]:
             raise fail("feature_map.present(attention_mask) must be bool (B, W).", present=present, features=features)
         return features[present]
 
     def _present(self, attention_mask: Tensor | None) -> Tensor | None:
-        """Return which windows hold text, bool (B, W); None where the map does not tell them apart."""
+        """Return which features are of text, bool (B, W), (B, 1) without windows; None where the map does not say."""
         present = getattr(self.feature_map, "present", None)
         return None if attention_mask is None or present is None else present(attention_mask)
 

@@ -17,8 +17,9 @@ from tokendrift.encoders import as_encoder, input_embedding
 class FeatureMap(Protocol):
     """Any frozen, differentiable callable from embeddings (B, L, D) to features (B, M), or (B, W, M) for W windows.
 
-    It may take ``attention_mask``; the loss passes one only if it was given one. A map whose windows can be padding
-    alone also has ``present(attention_mask) -> (B, W) bool``; rows that are not present enter no cloud.
+    It may take ``attention_mask``; the loss passes one only if it was given one. A map whose sequences or windows can
+    be padding alone also has ``present(attention_mask) -> (B, W) bool``, (B, 1) without windows; what is not present
+    enters no cloud.
     """
 
     def __call__(self, embeds: Tensor, attention_mask: Tensor | None = None) -> Tensor:
@@ -38,8 +39,8 @@ class PooledFeatures(nn.Module):
     neighbours instead and gives one vector for each of the L/w windows; all windows of a batch then form one
     cloud, with as many more anchors and references. Several widths at once, as in ``window=(2, 8)``, give the
     windows of each width one after the other, in the same cloud; None among them is the whole sequence.
-    The last window of a sequence may be shorter. In a padded batch a window is the mean of its positions that
-    count, and one without any is not present: it enters no cloud.
+    The last window of a sequence may be shorter. In a padded batch a window, or a whole sequence, is the mean of its
+    positions that count, and one without any is not present: it enters no cloud.
 
     Time-conditioned encoders run at clean time (sigma = 0) unless told otherwise: at ``sigma`` above 0 they take
     the text for noisy and read more of the context.
@@ -72,8 +73,8 @@ class PooledFeatures(nn.Module):
     ) -> None:
         super().__init__()
         encoder = as_encoder(encoder)
-        if not layers:
-            raise fail("layers must name at least one hidden layer.", layers=layers)
+        if not isinstance(layers, Sequence) or not layers or not all(isinstance(layer, int) for layer in layers):
+            raise fail("layers must name at least one hidden layer, by index, such as (-2, -1).", layers=layers)
         if sigma != 0 and not _takes(encoder, "sigma"):
             raise fail(
                 "sigma was given, but the encoder is not conditioned on a noise level.",
@@ -122,12 +123,11 @@ class PooledFeatures(nn.Module):
                 features = torch.cat(means, dim=1)
             return nn.functional.normalize(features, dim=-1) if self.normalize else features
 
-    def present(self, attention_mask: Tensor) -> Tensor | None:
-        """Return which windows have a position that counts, bool (B, W); None without windows."""
-        if self.windows is None:
-            return None
+    def present(self, attention_mask: Tensor) -> Tensor:
+        """Return which windows have a position that counts, bool (B, W); W is 1 without windows."""
         here = attention_mask.bool()[..., None].float()
-        return torch.cat([window_means(here, width, attention_mask) for width in self.windows], dim=1)[..., 0] > 0
+        widths = self.windows or (None,)
+        return torch.cat([window_means(here, width, attention_mask) for width in widths], dim=1)[..., 0] > 0
 
 
 class IdentityFeatures(PooledFeatures):
@@ -219,7 +219,7 @@ class ConcatenatedFeatures(nn.Module):
         return torch.cat([scale * one for scale, one in zip(self.scales, features, strict=True)], dim=-1)
 
     def present(self, attention_mask: Tensor) -> Tensor | None:
-        """Return which windows have a position that counts, bool (B, W); None where no map says so."""
+        """Return which windows have a position that counts, bool (B, W), W = 1 without; None where no map says so."""
         found = (each.present(attention_mask) for each in self.maps if hasattr(each, "present"))
         return next((windows for windows in found if windows is not None), None)
 

@@ -8,7 +8,7 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor, nn
 
-from tokendrift._checks import check_choice, check_positive
+from tokendrift._checks import check_choice, check_positive, fail
 from tokendrift._diagnostics import Diagnostics, LossOutput, token_entropy
 from tokendrift._objective import DriftObjective, mean_over_windows
 from tokendrift.features import FeatureMap, PooledFeatures
@@ -219,6 +219,8 @@ class MirrorTeacherLoss(DriftObjective):
         return_diagnostics: bool = False,
     ) -> Tensor | LossOutput:
         """Return the loss; arguments and result as in `TokenDriftLoss.forward`."""
+        if torch.is_inference_mode_enabled():
+            raise fail("the mirror teacher takes a gradient of its own.", "Use torch.no_grad, not inference_mode.")
         clean_ids, noisy_ids, predicted = self._checked(logits, clean_ids, noisy_ids, predicted, attention_mask)
         wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
         if predicted is not None:  # not only their loss: 0 * NaN would reach the gradient

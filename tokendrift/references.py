@@ -119,7 +119,8 @@ class FeatureQueue(nn.Module):
             return
         if self.buffer.shape[1] == 0:
             dtype = torch.promote_types(features.dtype, torch.float32)
-            self.buffer = features.new_zeros(self.capacity, features.shape[1], dtype=dtype)
+            with torch.inference_mode(False):  # a tensor born in inference mode could not be written to in training
+                self.buffer = features.new_zeros(self.capacity, features.shape[1], dtype=dtype)
         if features.shape[1] != self.buffer.shape[1]:
             raise fail(
                 f"features has width M = {features.shape[1]} but the queue holds M = {self.buffer.shape[1]}.",

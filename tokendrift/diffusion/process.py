@@ -8,7 +8,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from tokendrift._checks import check_count, check_ids, check_tensor, fail
+from tokendrift._checks import check_count, check_floating, check_ids, check_tensor, check_times, fail
 from tokendrift.diffusion._row_ops import log_prob_at
 from tokendrift.diffusion.schedules import LogLinear, Schedule, sample_times
 
@@ -100,15 +100,12 @@ class Process(ABC):
             The noisy ids with their predicted positions, times and sigma.
 
         Raises:
-            TokenDriftError: If ids are out of range or t is not (B,).
+            TokenDriftError: If ids are out of range, or t is not (B,) or not in [0, 1].
         """
         x0 = check_ids("x0", x0, self.vocab_size).long()
         if t is None:
             t = sample_times(len(x0), antithetic=antithetic, generator=generator, device=x0.device)
-        t = check_tensor("t", t, ("B",))
-        if len(t) != len(x0):
-            raise fail("t must have shape (B,): one time a row of x0.", t=t, x0=x0)
-        return self._corrupted(x0, t, generator)
+        return self._corrupted(x0, check_times(t, len(x0)), generator)
 
     def _corrupted(self, x0: Tensor, t: Tensor, generator: torch.Generator | None) -> Corruption:
         chance = torch.rand(x0.shape, generator=generator, device=x0.device)
@@ -189,10 +186,10 @@ def check_objective(
     vocab_size: int, logits: Tensor, x0: Tensor, x_t: Tensor, t: Tensor | None = None, *, name: str = "logits"
 ) -> None:
     """Apply the input rules that the objectives of all processes share."""
-    check_tensor(name, logits, ("B", "L", "V"))
+    check_floating(name, check_tensor(name, logits, ("B", "L", "V")))
     if logits.shape[-1] != vocab_size:
         raise fail(f"{name} must have V = {vocab_size} columns, that of the process.", **{name: logits})
     check_ids("x0", x0, vocab_size, like=logits)
     check_ids("x_t", x_t, vocab_size, like=logits)
-    if t is not None and t.shape != logits.shape[:1]:
-        raise fail("t must have shape (B,): one time a row.", t=t, **{name: logits})
+    if t is not None:
+        check_times(t, len(logits))

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from tokendrift._checks import check_count, fail
+from tokendrift._checks import check_count, check_device, fail
 from tokendrift.diffusion import MaskedDiffusion, Process
 from tokendrift.doctor import probes
 from tokendrift.doctor.probes import Alternative, Estimate
@@ -52,10 +52,11 @@ def diagnose(
         progress: Told what is being done.
 
     Raises:
-        TokenDriftError: If the checkpoint, text or tokenizer that was named cannot be read. What is wrong with a
-            checkpoint that can be read is a finding of the report.
+        TokenDriftError: If the checkpoint, text or tokenizer that was named cannot be read, or the device not be used.
+            What is wrong with a checkpoint that can be read is a finding of the report.
     """
     check_count("tokens", tokens, least=1)
+    device = check_device(device or "cpu")
     documents = None if text is None else [_read_text(text)]
     named = None if tokenizer is None else (load_tokenizer(tokenizer), str(tokenizer))
     progress("reading the checkpoint")
@@ -84,7 +85,7 @@ def diagnose(
     if windows is None:
         report.add("NELBO", "note", "the text is too short to measure on: pass more with --text")
         return report
-    check_nelbo(report, model, process, windows.to(device or "cpu"), found[0], progress)
+    check_nelbo(report, model, process, windows.to(device), found[0], progress)
     return report
 
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from tokendrift import diffusion
-from tokendrift._checks import fail
+from tokendrift._checks import check_device, fail
 from tokendrift.diffusion import MaskedDiffusion, Process, UniformDiffusion
 from tokendrift.models import hub, lightning
 from tokendrift.models.dit import DiT, DiTConfig
@@ -111,7 +111,7 @@ def build(
 ) -> tuple[DiT, Process]:
     """Make the network and the process of a checkpoint; arguments and errors as in `load_denoiser`."""
     config = complete_config(checkpoint)
-    device = _usable(device or "cpu")
+    device = check_device(device or "cpu")
     tensors = dict(checkpoint.tensors)
     with torch.device("meta"):  # no random initial values: quicker, and the caller's random state stays
         model = DiT(config).to(dtype=dtype or torch.float32)
@@ -254,14 +254,6 @@ def _shown(tensors: Mapping[str, Tensor]) -> dict[str, int]:
     if blocks:
         shown["n_blocks"] = max(blocks) + 1
     return shown
-
-
-def _usable(device: torch.device | str) -> torch.device:
-    try:
-        return torch.empty(0, device=device).device
-    except (RuntimeError, AssertionError, NotImplementedError) as error:  # torch without CUDA asserts
-        reason = str(error).splitlines()[0]
-        raise fail(f"device {str(device)!r} cannot be used: {reason}", "Pass a device of this machine.") from None
 
 
 def _stored(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:

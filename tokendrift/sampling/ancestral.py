@@ -56,17 +56,18 @@ class Analytic:
             raise fail("raw_scores belongs to masked models.", "Wrap uniform-state score networks in ScoreDenoiser.")
         for t, s in pairwise(chain.times(steps)):
             now, then = (0.0 if not time else chain.sigma_at(time) for time in (t, s))
-            grown = math.expm1(now - then)
+            # e^Delta - 1 = gained / alpha_t, in a form that also holds where no signal is left: alpha_t = 0
+            level, gained = math.exp(-now), -math.exp(-then) * math.expm1(then - now)
             chain.at(t)
             if chain.process.mask_id is not None:
-                leave = chain.process.predicted(chain.ids).double() * (grown / math.expm1(now))
+                leave = chain.process.predicted(chain.ids).double() * (gained / -math.expm1(-now))
                 if self.raw_scores and s:  # the last step, SEDD's denoiser, leaves no mask whatever C is
                     leave = (leave * chain.log_norm.double().exp() / (chain.process.vocab_size - 1)).clamp_max(1)
                 yield Mixture(1 - leave, leave)
                 continue
-            level, size = math.exp(-now), chain.process.vocab_size
+            size = chain.process.vocab_size
             # Total score V / (V alpha_t p_i + 1 - alpha_t), over V.
             total = 1 / (level * size * chain.log_p.double().exp() - math.expm1(-now))
-            denoise = total * grown * level
-            noise = total * grown * (math.exp(then - now) - level)
+            denoise = total * gained
+            noise = total * gained * math.expm1(then)
             yield Mixture(1 - denoise - noise, denoise)

@@ -62,7 +62,7 @@ def remasking_kappa(process: Process, rule: str, eta: float, t: float, s: float)
     alpha_t, alpha_s = process.levels(t, s)
     if alpha_s == 1:
         return 1.0  # nothing is noised any more
-    most = (1 - alpha_s) / alpha_t
+    most = (1 - alpha_s) / alpha_t if alpha_t else math.inf  # no signal at all: nothing stands that could go back
     sigma = {
         "constant": eta,
         "cap": min(eta, most),
@@ -117,7 +117,8 @@ class Psi:
 
     def regions(self, points: int) -> list[range]:
         """Return the three regions of the grid's points."""
-        high, middle = round(self.high_frac * points), round(self.middle_frac * points)
+        high = round(self.high_frac * points)
+        middle = min(round(self.middle_frac * points), points - high)  # both may have been rounded up
         return [range(high), range(high, high + middle), range(high + middle, points)]
 
     def times(self, process: Process, steps: int) -> list[float]:

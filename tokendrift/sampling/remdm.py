@@ -56,7 +56,8 @@ class ReMDM:
         standing = chain.free & ~chain.process.predicted(chain.ids)
         score = (-chain.drawn_log_p.exp()).masked_fill(~standing, -torch.inf)
         share = torch.softmax(score, dim=-1).nan_to_num(0.0)  # NaN in rows where nothing stands
-        sigma = min(1.0, (1 - alpha_s) / alpha_t) * share
+        most = min(1.0, (1 - alpha_s) / alpha_t) if alpha_t else 1.0
+        sigma = most * share
         posterior = chain.posterior(t, s)
         return Mixture(posterior.stay - sigma, posterior.denoise)
 

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 import tokendrift
-from tokendrift._checks import check_choice, check_count, fail
+from tokendrift._checks import check_choice, check_count, check_device, fail
 from tokendrift.diffusion import Process
 from tokendrift.models import DiT, build, read_checkpoint
 from tokendrift.models.tokenizer import find_tokenizer, load_tokenizer
@@ -211,16 +211,6 @@ def sample_to_file(
         file.append(source.rows(file.count, size, tick))
     file.finish()
     return file
-
-
-def check_device(device: str) -> None:
-    """Require a device that PyTorch knows and this machine has."""
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise fail(
-            f"device cannot be used: {str(error).splitlines()[0]}", "cpu is always there.", device=device
-        ) from None
 
 
 def fingerprint(model: nn.Module) -> str:
