@@ -22,6 +22,7 @@ from tokendrift.evaluation import GenerativePerplexity
 from tokendrift.models import load_denoiser
 from tokendrift.training import evaluation_table, make_config, read_log, refine
 from tokendrift.training.few_step import FewStep
+from tokendrift.training.records import Records
 
 WORKER = Path(worker.__file__)
 
@@ -196,6 +197,25 @@ def test_the_log_has_every_step_with_the_diagnostics_of_each_temperature(whole):
     assert {"raw_drift_rms/0.02", "positive_mass/0.05", "effective_references/0.2"} <= records[0].keys()
     assert [record["queue"] for record in records] == [2, 10, 18, 24, 24, 24]
     assert [row["step"] for row in read_log(whole, "evaluation")] == [0, 6]
+    assert read_log(whole, "real_text")[0]["sample_entropy"] > 0
+
+
+def test_the_log_holds_no_number_that_json_does_not_know(tmp_path):
+    with Records(tmp_path, 0, 1, progress=False) as records:
+        records.figures("train", 1, {"pair_weight/0.02": float("nan"), "drift": 0.5})
+    assert "NaN" not in (tmp_path / "log.jsonl").read_text()
+    assert read_log(tmp_path) == [{"kind": "train", "step": 1, "pair_weight/0.02": None, "drift": 0.5}]
+
+
+def test_curves_are_written_where_tensorboard_is_installed(tmp_path):
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    with Records(tmp_path, 0, 2, tensorboard=True, progress=False) as records:
+        for step in (1, 2):
+            records.figures("train", step, {"drift": 0.5 * step})
+        records.figures("evaluation", 2, {"nfe": 4, "gen_ppl": 80.0})
+    curves = accumulator.EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [(event.step, event.value) for event in curves.Scalars("train/drift")] == [(1, 0.5), (2, 1.0)]
+    assert curves.Scalars("evaluation_4_nfe/gen_ppl")[0].value == 80.0
 
 
 def test_the_matched_continuation_stands_beside(inputs):
@@ -260,11 +280,12 @@ def test_a_changed_base_is_noticed(tmp_path):
         ({"encoder_time": 0.5}, "the checkpoint is not conditioned on time"),
         ({"tokenizer": "nowhere"}, "there is no tokenizer at nowhere"),
         ({"checkpoint": "/nowhere"}, "does not exist"),
+        ({"output": "/dev/null/run"}, "output /dev/null/run cannot be written"),
     ],
 )
 def test_what_cannot_work_is_refused_before_any_work(inputs, changes, message):
     with pytest.raises(TokenDriftError, match=message):
-        run(inputs, "refused", **changes)
+        refine(worker.config(inputs, **{"output": str(inputs / "refused"), **changes}), progress=False)
     assert not (inputs / "refused").exists()
 
 
@@ -298,14 +319,19 @@ def pair(inputs):
     return inputs / "pair"
 
 
+def assert_close(one, two):
+    assert (one["kind"], one.get("nfe")) == (two["kind"], two.get("nfe"))
+    for name in one.keys() - {"kind", "nfe"}:
+        assert two[name] == pytest.approx(one[name], abs=1e-5, rel=1e-5), name
+
+
 def test_two_processes_train_like_one(inputs, pair):
     """The same global micro-batches, noise and references; the bound is that of float32 sums in another order."""
     alone, both = read_log(run(inputs, "one", dropout=0.0, steps=4).folder), read_log(pair)
-    assert len(alone) == len(both) == 6
+    assert len(alone) == len(both) == 7
     for one, two in zip(alone, both, strict=True):
         assert one.keys() == two.keys()
-        for name in one.keys() - {"kind"}:
-            assert two[name] == pytest.approx(one[name], abs=1e-5, rel=1e-5), name
+        assert_close(one, two)
 
 
 def test_a_run_of_two_processes_goes_on_as_one(inputs, pair):
@@ -326,7 +352,7 @@ def test_a_sharded_model_trains_like_a_whole_one_and_shares_its_checkpoints(inpu
     for folder in ("sharded", "sharded_from_start"):
         launched(inputs, 2, mode="shard", output=str(inputs / folder), **changes)
         for one, two in zip(read_log(inputs / folder), read_log(pair), strict=True):
-            assert {**two, "kind": 0} == pytest.approx({**one, "kind": 0}, abs=1e-5, rel=1e-5)
+            assert_close(one, two)
 
 
 def test_the_command_shows_its_settings_and_names_the_nearest_key():

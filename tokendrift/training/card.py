@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from tokendrift import __version__
+from tokendrift.models.hub import is_hub_id
 from tokendrift.training.config import RefineConfig
 
 COLUMNS = {
@@ -34,11 +35,11 @@ def model_card(config: RefineConfig, evaluations: Sequence[dict[str, Any]], *, s
         process: Name of the corruption process.
     """
     source = ", ".join(config.text) or config.dataset or "text of the caller"
+    base = f"base_model: {config.checkpoint}\n" if is_hub_id(config.checkpoint) else ""
     tokens = "" if config.length is None else f" of {config.length} tokens"
     return f"""---
 library_name: tokendrift
-base_model: {config.checkpoint}
-tags: [diffusion, discrete-diffusion, text-generation, tokendrift]
+{base}tags: [diffusion, discrete-diffusion, text-generation, tokendrift]
 ---
 
 # {config.checkpoint}, refined

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,8 +18,9 @@ LOG, CURVES = "log.jsonl", "tensorboard"
 class Records:
     """The log of a run; silent on all processes but the main one.
 
-    Every line of ``log.jsonl`` is an object with ``kind`` (``"train"``, ``"evaluation"`` or ``"message"``) and
-    ``step``, the number of finished steps. Lines of steps that a resumed run takes again are cut off first.
+    Every line of ``log.jsonl`` is an object with ``kind`` (``"train"``, ``"evaluation"``, ``"real_text"`` or
+    ``"message"``) and ``step``, the number of finished steps. Lines of steps that a resumed run takes again are cut off
+    first.
 
     Args:
         folder: Folder of the run.
@@ -68,11 +70,11 @@ class Records:
         if not self.main:
             return
         self._line({"kind": kind, "step": step, **values})
-        group = f"{kind}_{values['nfe']}_nfe" if "nfe" in values else kind
+        group = kind if values.get("nfe") is None else f"{kind}_{values['nfe']}_nfe"
         scalars = {
             f"{group}/{name}": value
             for name, value in values.items()
-            if isinstance(value, (int, float)) and name not in ("step", "nfe")
+            if isinstance(value, (int, float)) and math.isfinite(value) and name not in ("step", "nfe")
         }
         if self.curves is not None:
             for name, value in scalars.items():
@@ -95,7 +97,7 @@ class Records:
     def _line(self, entry: Mapping[str, Any]) -> None:
         try:
             with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(entry) + "\n")
+                file.write(json.dumps({name: _finite(value) for name, value in entry.items()}) + "\n")
         except OSError as error:
             if not self._failed:
                 warnings.warn(f"{self.path} cannot be written ({error}); training goes on.", stacklevel=3)
@@ -121,6 +123,11 @@ def read_log(folder: str | Path, kind: str | None = None) -> list[dict[str, Any]
     lines = (Path(folder) / LOG).read_text(encoding="utf-8").splitlines()
     entries = [json.loads(line) for line in lines]
     return [entry for entry in entries if kind is None or entry["kind"] == kind]
+
+
+def _finite(value: Any) -> Any:
+    """Return the value; None for a number that JSON does not know."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _tensorboard(folder: Path, step: int) -> Any:

@@ -215,6 +215,7 @@ class _Run:
             rows = [{"step": finished, "nfe": nfe, **self.evaluator.measure(ids)} for nfe, ids in drawn]
             if finished == 0:
                 self.evaluations.append({"step": 0, "nfe": None, **self.evaluator.real_row()})
+                self.records.figures("real_text", 0, self.evaluations[0])
             self.evaluations += rows
             for row in rows:
                 self.records.figures("evaluation", finished, row)

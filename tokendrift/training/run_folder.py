@@ -66,9 +66,16 @@ class RunFolder:
             )
 
     def open(self) -> None:
-        """Make the folder and write the configuration into it."""
-        self.path.mkdir(parents=True, exist_ok=True)
-        write_atomically(self.path / CONFIG, self.config.as_toml())
+        """Make the folder and write the configuration into it.
+
+        Raises:
+            TokenDriftError: If that is not possible.
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            write_atomically(self.path / CONFIG, self.config.as_toml())
+        except OSError as error:
+            raise fail(f"output {self.path} cannot be written: {error}.", "Choose a folder with room.") from None
 
     def newest(self, tell: Callable[[str], object]) -> tuple[Path, Stored] | None:
         """Return the newest whole checkpoint, None without any; say which are not whole."""
