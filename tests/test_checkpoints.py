@@ -1,5 +1,6 @@
 """Checkpoints: what is saved comes back, what is released loads, and what does not fit is named."""
 
+import copy
 import json
 from pathlib import Path
 
@@ -67,6 +68,17 @@ def test_the_methods_are_the_functions(tmp_path, mask_id):
     assert loaded.config == model.config and loaded.mask_id == mask_id
     assert loaded.vocab_embed.embedding.dtype == torch.float64
     assert type(load_denoiser(tmp_path / "model")[1]) is (UniformDiffusion if mask_id is None else MaskedDiffusion)
+
+
+def test_a_compiled_model_is_saved_under_its_own_names(tmp_path, model):
+    partly = copy.deepcopy(model)
+    partly.blocks[0] = torch.compile(partly.blocks[0], backend="eager")
+    for index, compiled in enumerate((torch.compile(model, backend="eager"), partly)):
+        save_denoiser(compiled, tmp_path / str(index), UniformDiffusion(13))
+        loaded = load_denoiser(tmp_path / str(index))[0].state_dict()
+        assert all(torch.equal(loaded[name], value) for name, value in model.state_dict().items())
+    torch.save(compiled.state_dict(), tmp_path / "weights.pt")
+    assert load_denoiser(tmp_path / "weights.pt", config={"model_type": "DUO"})[0].config.n_blocks == 2
 
 
 @pytest.mark.parametrize("schedule", [Cosine(power=2), Geometric(sigma_max=5.0)])
@@ -299,6 +311,10 @@ def test_a_folder_without_a_model_and_an_unknown_type_are_named(tmp_path, model)
         ("model", {"config": {"heads": 3}}, r"config has unknown fields: heads\.[\s\S]*n_heads"),
         ("model", {"config": {"causal": True}}, r"unknown fields: causal"),
         ("model", {"config": {"schedule": {"name": "Sine"}}}, r"schedule in config.json must be one of LogLinear"),
+        ("model", {"config": {"schedule": "Sine"}}, r"schedule in config.json must be one of LogLinear"),
+        ("model", {"config": {"schedule": {"name": "Cosine", "k": 2}}}, r"schedule in config.json does not fit Cosine"),
+        ("model", {"dtype": "bfloat16"}, r"dtype must be a floating torch.dtype"),
+        ("model", {"dtype": torch.int64}, r"dtype must be a floating torch.dtype"),
         ("text.txt", {}, r"is no weight file: expected \.safetensors, \.ckpt"),
         ("broken.safetensors", {}, r"broken\.safetensors cannot be read"),
         ("broken.ckpt", {}, r"broken\.ckpt is not loaded"),
@@ -355,6 +371,12 @@ def test_a_process_that_does_not_belong_to_the_network_is_not_written(tmp_path, 
     with pytest.raises(TokenDriftError, match="process has mask_id None, the network 4"):
         save_denoiser(masked, tmp_path / "model", UniformDiffusion(13))
     assert not (tmp_path / "model").exists()
+
+
+def test_a_wrapped_network_is_not_written(tmp_path, model):
+    wrapped = torch.nn.Sequential(model)
+    with pytest.raises(TokenDriftError, match=r"model must be a DiT[\s\S]*model\.module"):
+        save_denoiser(wrapped, tmp_path, UniformDiffusion(13))
 
 
 def test_a_schedule_of_ones_own_is_not_written(tmp_path, model):

@@ -102,7 +102,7 @@ def read_checkpoint(
     unknown = set(config or {}) - {*SIZES, "model_type", "schedule"}
     if unknown:
         raise fail(f"config has unknown fields: {', '.join(sorted(unknown))}.", f"Known are {', '.join(SIZES)}.")
-    named = {name.removeprefix(lightning.PREFIX): tensor for name, tensor in tensors.items()}
+    named = {_plain_name(name).removeprefix(lightning.PREFIX): tensor for name, tensor in tensors.items()}
     return Checkpoint(path, own | dict(config or {}), named, weights, found)
 
 
@@ -110,6 +110,8 @@ def build(
     checkpoint: Checkpoint, *, dtype: torch.dtype | None = None, device: torch.device | str | None = None
 ) -> tuple[DiT, Process]:
     """Make the network and the process of a checkpoint; arguments and errors as in `load_denoiser`."""
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise fail("dtype must be a floating torch.dtype, such as torch.bfloat16.", dtype=dtype)
     config = complete_config(checkpoint)
     device = check_device(device or "cpu")
     tensors = dict(checkpoint.tensors)
@@ -168,20 +170,20 @@ def save_denoiser(model: DiT, folder: str | Path, process: Process, *, dtype: to
     first and comes last, so that an interruption leaves a folder that does not load, never a mixed one.
 
     Args:
-        model: The network.
+        model: The network, compiled or not.
         folder: Made if missing; its other files stay.
         process: Masked (written as model_type ``mdlm``) or uniform (``DUO``); its schedule is kept too.
         dtype: Stored dtype; that of the parameters by default.
 
     Raises:
-        TokenDriftError: If the process does not belong to the network, or is none of the two.
+        TokenDriftError: If the model is no `DiT`, or the process does not belong to it or is none of the two.
     """
     from safetensors.torch import save_file
 
     config = _config_json(model, process)
     state = model.state_dict()
     tensors = {
-        lightning.PREFIX + name: _stored(tensor, None if name == lightning.BUFFER else dtype)
+        lightning.PREFIX + _plain_name(name): _stored(tensor, None if name == lightning.BUFFER else dtype)
         for name, tensor in state.items()
     }
     folder = Path(folder)
@@ -203,6 +205,8 @@ def save_denoiser(model: DiT, folder: str | Path, process: Process, *, dtype: to
 
 
 def _config_json(model: DiT, process: Process) -> dict[str, Any]:
+    if not isinstance(getattr(model, "config", None), DiTConfig):
+        raise fail("model must be a DiT.", "Pass the network inside the wrapper: model.module.", model=type(model))
     if not isinstance(process, (MaskedDiffusion, UniformDiffusion)):
         raise fail("process must be MaskedDiffusion or UniformDiffusion to be written.", process=process)
     kind = "mdlm" if isinstance(process, MaskedDiffusion) else "DUO"
@@ -229,12 +233,20 @@ def _config_json(model: DiT, process: Process) -> dict[str, Any]:
 def _make_schedule(stated: dict[str, Any] | None) -> diffusion.Schedule | None:
     if stated is None:
         return None
-    options = dict(stated)
+    options = dict(stated) if isinstance(stated, dict) else {"name": stated}
     name = options.pop("name", None)
     if name not in SCHEDULES:
         raise fail(f"schedule in config.json must be one of {', '.join(SCHEDULES)}.", name=name)
-    schedule: diffusion.Schedule = getattr(diffusion, name)(**options)
+    try:
+        schedule: diffusion.Schedule = getattr(diffusion, name)(**options)
+    except TypeError as error:
+        raise fail(f"schedule in config.json does not fit {name}: {error}.", schedule=stated) from None
     return schedule
+
+
+def _plain_name(name: str) -> str:
+    """Return the name of a parameter without what torch.compile puts before it."""
+    return name.replace("_orig_mod.", "")
 
 
 def _shown(tensors: Mapping[str, Tensor]) -> dict[str, int]:
