@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 
 import pytest
-from report_samples import EVIL_NAME, hostile_report
+from report_samples import EVIL_NAME, as_samples, hostile_report, language, make_report
 
 from tokendrift.demo.stages import PRETRAINED
 from tokendrift.evaluation.report import page
@@ -24,6 +24,16 @@ FLAGS = (
     "headless", "no-sandbox", "disable-gpu", "disable-quic", "no-first-run", "disable-background-networking",
     "disable-component-update", "disable-sync", "window-size=1300,1000",
 )  # fmt: skip
+
+# Whether all text of a plot is drawn, and within the plot.
+INSIDE = """
+const box = arguments[0].getBoundingClientRect();
+return box.width > 300 && [...arguments[0].querySelectorAll("text")].every((text) => {
+  const own = text.getBoundingClientRect();
+  return own.width > 0 && own.left >= box.left - 1 && own.right <= box.right + 1
+    && own.top >= box.top - 1 && own.bottom <= box.bottom + 1;
+});
+"""
 
 pytestmark = [
     pytest.mark.slow,
@@ -121,18 +131,17 @@ def test_plots_have_axes_labels_and_a_legend_all_within_view(opened):
         ticks = plot.find_elements(By.CSS_SELECTOR, "[id*='matplotlib.axis'] text")
         assert len(ticks) >= 2 * 2 + 2  # two ticks on each axis, and the labels
         assert plot.aria_role in {"img", "image"} and plot.accessible_name.startswith(("Gen.-PPL", "Sample", "Unigram"))
-        inside = opened.execute_script(
-            """
-            const box = arguments[0].getBoundingClientRect();
-            return box.width > 300 && [...arguments[0].querySelectorAll("text")].every((text) => {
-              const own = text.getBoundingClientRect();
-              return own.width > 0 && own.left >= box.left - 1 && own.right <= box.right + 1
-                && own.top >= box.top - 1 && own.bottom <= box.bottom + 1;
-            });
-            """,
-            plot,
-        )
-        assert inside
+        assert opened.execute_script(INSIDE, plot)
+
+
+def test_a_long_name_stays_within_its_legend(browser, tmp_path):
+    tokenizer = tokenizers.Tokenizer.from_file(str(PRETRAINED / "tokenizer.json"))
+    sets = [(name * 30, as_samples(tokenizer, language(5), nfe=4)) for name in ("long-", "LONG_")]
+    (tmp_path / "long.html").write_text(page(make_report(tokenizer, sets)), encoding="utf-8")
+    browser.get((tmp_path / "long.html").as_uri())
+    for plot in browser.find_elements(By.CSS_SELECTOR, "figure svg"):
+        assert browser.execute_script(INSIDE, plot)
+    assert browser.execute_script("return document.scrollingElement.scrollWidth <= window.innerWidth")
 
 
 def test_the_numbers_of_a_plot_open_by_keyboard(opened):

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 INK = "#010203"  # stands for the page's text colour and becomes currentColor, so that plots follow light and dark
 INKED = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color")
 SIZE = (5.6, 3.8)  # inches; the page scales plots to its columns
+LEGEND_WIDTH, HANDLE_WIDTH, LONGEST_LABEL = 85, 8, 60  # letters
 
 
 def render(template: str, *, package: str = "tokendrift.evaluation.report", script: str = "", **values: Any) -> str:
@@ -69,7 +70,9 @@ def inline_svg(draw: Callable[[Axes], None], name: str, title: str, description:
         handles = [handle for some, _ in labelled for handle in some]
         texts = [text for _, some in labelled for text in some]
         # Beside the axes: inside them it would hide error bars, which the search for a free corner does not see.
-        figure.legend(handles, texts, loc="outside lower center", ncols=3, frameon=False, fontsize=8, labelcolor=INK)
+        columns = max(1, min(3, LEGEND_WIDTH // (max(map(len, texts), default=0) + HANDLE_WIDTH)))
+        place: dict[str, Any] = {"loc": "outside lower center", "ncols": columns}
+        figure.legend(handles, texts, **place, frameon=False, fontsize=8, labelcolor=INK)
         out = io.StringIO()
         figure.savefig(out, format="svg", transparent=True, metadata={"Date": None})
     svg = out.getvalue()
@@ -82,7 +85,9 @@ def inline_svg(draw: Callable[[Axes], None], name: str, title: str, description:
 
 
 def as_label(name: str) -> str:
-    """Return a name as a label in which matplotlib sees neither mathematics nor a request to hide it."""
+    """Return a name, shortened if need be, as a label in which matplotlib sees no mathematics and no wish to hide."""
+    if len(name) > LONGEST_LABEL:
+        name = f"{name[: LONGEST_LABEL - 3]}..."
     return ("\u200a" if name.startswith("_") else "") + name.replace("$", r"\$")
 
 
