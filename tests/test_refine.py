@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -68,6 +69,15 @@ def test_an_interrupted_run_ends_with_the_bits_of_an_uninterrupted_one(inputs, w
     with pytest.raises(KeyboardInterrupt):
         run(inputs, f"stopped{stop}", on_step=interrupt(stop))
     assert_same_model(whole, run(inputs, f"stopped{stop}").folder)
+
+
+def test_sigterm_costs_no_step(inputs, whole):
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(KeyboardInterrupt):
+        run(inputs, "ended", on_step=lambda step: step == 3 and os.kill(os.getpid(), signal.SIGTERM))
+    assert (inputs / "ended" / "checkpoints" / "step-00000003").is_dir()
+    assert signal.getsignal(signal.SIGTERM) == before
+    assert_same_model(whole, run(inputs, "ended").folder)
 
 
 def killed(tmp_path, kills, seed):

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, Literal, cast
 
@@ -29,6 +33,23 @@ def make_accelerator() -> Any:
     patience = InitProcessGroupKwargs(timeout=timedelta(hours=4))
     # Autocast is ours: accelerate's would widen the logits to float32, the largest tensor of the step.
     return Accelerator(mixed_precision="no", kwargs_handlers=[patience])
+
+
+@contextmanager
+def termination() -> Iterator[Callable[[], bool]]:
+    """Turn SIGTERM, with which clusters announce that they will kill, into an answer to whether it has come.
+
+    Outside the main thread, where signals cannot be caught, it never has.
+    """
+    asked: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: False
+        return
+    before = signal.signal(signal.SIGTERM, lambda number, frame: asked.append(number))
+    try:
+        yield lambda: bool(asked)
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL if before is None else before)
 
 
 def text_source(config: RefineConfig) -> Documents:

@@ -20,7 +20,7 @@ from tokendrift.training.few_step import FewStep, Row
 from tokendrift.training.loop import Optimization, Tensors
 from tokendrift.training.objectives import Continuation, Drift, Objective
 from tokendrift.training.packing import PackedText, mix
-from tokendrift.training.parts import drifting_loss, make_accelerator, text_source, weight_digest
+from tokendrift.training.parts import drifting_loss, make_accelerator, termination, text_source, weight_digest
 from tokendrift.training.ranks import RowsOfRank
 from tokendrift.training.records import Records
 from tokendrift.training.run_folder import RunFolder
@@ -61,7 +61,8 @@ def refine(
     the checkpoint. Under ``accelerate launch`` it runs on several devices; the batch, its order and its noise do not
     depend on their number. The output folder has to be one that all of them see.
 
-    PyTorch's global generator is seeded anew at every step.
+    On SIGTERM the step is finished and a checkpoint written, then KeyboardInterrupt raised. PyTorch's global generator
+    is seeded anew at every step.
 
     Args:
         config: What to do.
@@ -155,10 +156,14 @@ class _Run:
                 records.warn(finished, message)
             if finished == 0:
                 self._evaluate(0)
-            while finished < config.steps:
-                finished = self._step(finished)
-                if on_step is not None:
-                    on_step(finished)
+            with termination() as asked:
+                while finished < config.steps:
+                    finished = self._step(finished)
+                    if on_step is not None:
+                        on_step(finished)
+                    if finished < config.steps and self._anywhere(asked()):
+                        self._save(finished, False)
+                        raise KeyboardInterrupt
             self._finish()
         return Refined(self.folder.path, [*self.evaluations, *self.beside])
 
@@ -282,6 +287,12 @@ class _Run:
         if self.drift is not None:
             groups["queues"] = {name: tensor.cpu().clone() for name, tensor in self.drift.state_dict().items()}
         return groups
+
+    def _anywhere(self, here: bool) -> bool:
+        """Return whether something holds on any process."""
+        if self.ranks == 1:
+            return here
+        return bool(self.accelerator.reduce(torch.tensor(float(here), device=self.accelerator.device), "sum"))
 
     def _told(self, value: Any) -> Any:
         """Return what the main process has."""
