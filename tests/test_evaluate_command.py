@@ -143,6 +143,7 @@ def test_a_broken_line_stops_it_or_is_named(folder):
         (("--checkpoint", "x", "--nfe", "4", "--baseline", "y"), "baseline must be the name of a checkpoint"),
         (("--checkpoint", "x", "--checkpoint", "y/x", "--nfe", "4"), "two checkpoints have one name"),
         (("{surrogate}",), "line 1 of"),
+        (("real text={dull}",), "a set of samples is called 'real text', as real text is"),
         (("nowhere.jsonl",), "samples file nowhere.jsonl cannot be read: No such file"),
         (("{dull}", "--real", "nowhere.txt"), "text file nowhere.txt cannot be read: No such file"),
         (("{dull}", "--real", "{empty}"), "is empty"),

@@ -145,6 +145,8 @@ def evaluate_files(config: EvaluateConfig, *, progress: Callable[[str], object] 
         )
         sources += drawn
     keys = labels(sources)
+    if REAL in keys:
+        raise fail(f"a set of samples is called {REAL!r}, as real text is.", "Name it otherwise: NAME=FILE.")
     tokenizer = common_tokenizer(sources, config.tokenizer)
     real_set = real_windows(real, sources, tokenizer, judge.judge.tokenizer) if isinstance(real, str) else real
     if tokenizer is None and real_set.texts is not None:
