@@ -16,7 +16,8 @@ from pathlib import Path
 
 import accelerate
 import torch
-import torch.distributed.checkpoint.state_dict  # with the next two, so that forked children need not
+import torch.distributed.checkpoint.state_dict  # with the next ones, so that forked children need not
+from transformers import AutoTokenizer, PreTrainedTokenizerFast  # noqa: F401
 
 import tokendrift.evaluation
 import tokendrift.sampling  # noqa: F401

@@ -10,10 +10,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import Tokenizer
 
 from tokendrift import TokenDriftError
 from tokendrift.demo.stages import PRETRAINED
-from tokendrift.training import DatasetRows, PackedText, Piece, TextFiles, load_tokenizer
+from tokendrift.training import DatasetRows, PackedText, Piece, TextFiles, text_tokenizer
 
 
 class Letters:
@@ -162,15 +163,21 @@ def test_rows_of_a_saved_dataset(tmp_path):
 
 
 def test_a_tokenizer_is_found_read_and_written(tmp_path):
-    tokenizer = load_tokenizer(PRETRAINED / "tokenizer.json", tmp_path, 1024)
+    tokenizer = text_tokenizer(PRETRAINED / "tokenizer.json", tmp_path, 1024)
     assert (tokenizer.bos_id, tokenizer.eos_id) == (0, 0)
     tokenizer.save(tmp_path)
-    again = load_tokenizer(None, tmp_path, 1024)
-    assert again.encode(["a token"]) == tokenizer.encode(["a token"])
-    assert again.decode(again.encode(["a token"])) == ["a token"]
-    assert load_tokenizer(None, tmp_path / "checkpoint", 1024).eos_id == 0  # beside the checkpoint
-    with pytest.raises(TokenDriftError, match=r"has no tokenizer.json, and its vocabulary of 9 entries is not GPT-2's"):
-        load_tokenizer(None, tmp_path / "a" / "b", 9)
+    again = text_tokenizer(None, tmp_path, 1024)
+    assert again.encode(["a token", ""]) == tokenizer.encode(["a token", ""])
+    assert again.tokenizer.decode(again.encode(["a token"])[0]) == "a token"
+    assert (again.bos_id, again.eos_id) == (0, 0)
+    cutting = Tokenizer.from_file(str(PRETRAINED / "tokenizer.json"))
+    cutting.enable_truncation(2)
+    cutting.enable_padding()
+    cutting.save(str(tmp_path / "cutting.json"))
+    texts = ["a token of a real text", "a"]
+    assert text_tokenizer(tmp_path / "cutting.json", tmp_path, 1024).encode(texts) == tokenizer.encode(texts)
+    with pytest.raises(TokenDriftError, match=r"has no tokenizer, and GPT-2's .* not its own \(V = 9\)"):
+        text_tokenizer(None, tmp_path / "a" / "b", 9)
     (tmp_path / "tokenizer.json").write_text("{}")
-    with pytest.raises(TokenDriftError, match=r"tokenizer.json cannot be read"):
-        load_tokenizer(tmp_path, tmp_path, 9)
+    with pytest.raises(TokenDriftError, match="no tokenizer can be read from"):
+        text_tokenizer(tmp_path, tmp_path, 9)

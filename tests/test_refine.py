@@ -288,7 +288,7 @@ def test_a_changed_base_is_noticed(tmp_path):
         ({"text": ()}, "no text to train on"),
         ({"window": 5}, "window must divide the length of a sequence, 12"),
         ({"encoder_time": 0.5}, "the checkpoint is not conditioned on time"),
-        ({"tokenizer": "nowhere"}, "there is no tokenizer at nowhere"),
+        ({"tokenizer": "/no/where"}, "no tokenizer can be read from /no/where"),
         ({"checkpoint": "/nowhere"}, "does not exist"),
         ({"output": "/dev/null/run"}, "output /dev/null/run cannot be written"),
     ],

@@ -17,7 +17,7 @@ from tokendrift.training.packing import PackedText
 from tokendrift.training.records import read_log
 from tokendrift.training.refinement import Refined, refine
 from tokendrift.training.text import DatasetRows, Documents, Piece, TextFiles
-from tokendrift.training.tokenizer import TextTokenizer, load_tokenizer
+from tokendrift.training.tokenizer import TextTokenizer, text_tokenizer
 
 __all__ = [
     "PRESETS",
@@ -39,11 +39,11 @@ __all__ = [
     "TextFiles",
     "TextTokenizer",
     "evaluation_table",
-    "load_tokenizer",
     "make_config",
     "parse_settings",
     "read_log",
     "refine",
+    "text_tokenizer",
     "train",
     "validation_nelbo",
     "windows",

@@ -25,7 +25,7 @@ from tokendrift.training.ranks import RowsOfRank
 from tokendrift.training.records import Records
 from tokendrift.training.run_folder import RunFolder
 from tokendrift.training.text import Documents
-from tokendrift.training.tokenizer import load_tokenizer
+from tokendrift.training.tokenizer import text_tokenizer
 
 BASELINE = "continuation"  # folder of the matched continuation
 NOISE, DROPOUT, ORDER, SAMPLES = range(4)  # what random numbers are for; each has a stream of its own
@@ -105,7 +105,7 @@ class _Run:
         with accelerator.main_process_first():
             checkpoint = read_checkpoint(config.checkpoint, revision=config.revision)
             base, self.process = build(checkpoint)
-            self.tokenizer = load_tokenizer(config.tokenizer, checkpoint.folder, base.vocab_size)
+            self.tokenizer = text_tokenizer(config.tokenizer, checkpoint.folder, base.vocab_size)
         self.length = config.length or base.config.model_length
         self.config = config = self._completed(config, base)
         self.data = self._data(documents or text_source(config))
