@@ -259,6 +259,14 @@ def test_one_bad_number_stops_the_sampler(process, value):
         sample(denoiser, process, (2, 5), steps=2, seed=0)
 
 
+def test_the_greedy_tail_takes_no_token_from_bad_numbers():
+    def late(x, sigma):
+        return torch.full((*x.shape, V), torch.nan if sigma[0] < 1e-3 else 0.0)
+
+    with pytest.raises(TokenDriftError, match="logits of the denoiser are not finite"):
+        sample(late, PROCESSES["uniform"], (2, 5), steps=2, noise_removal="greedy", seed=0)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -269,6 +277,9 @@ def test_one_bad_number_stops_the_sampler(process, value):
         ({"top_p": 2.0}, r"top_p must lie in \(0, 1\]"),
         ({"noise_removal": "argmax"}, "noise_removal must be one of 'ancestral', 'greedy', 'none'"),
         ({"shape": (2,)}, r"shape must be \(B, L\), both at least 1"),
+        ({"shape": 5}, r"shape must be \(B, L\), both at least 1"),
+        ({"sampler": "ancestral"}, r"sampler must be a sampler such as Ancestral\(\)"),
+        ({"sampler": Ancestral}, r"sampler must be a sampler such as Ancestral\(\)"),
         ({"shape": (0, 5)}, r"shape must be \(B, L\), both at least 1"),
         ({"seed": -1}, "seed must be an integer of at least 0"),
         ({"first_row": -1}, "first_row must be an integer of at least 0"),

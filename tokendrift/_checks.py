@@ -126,7 +126,7 @@ def check_times(t: object, rows: int) -> Tensor:
 
 def check_positive(name: str, value: float, *, symbol: str = "") -> float:
     """Require a finite number above zero."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or value <= 0:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
         raise fail(f"{name}{f' ({symbol})' if symbol else ''} must be a finite number above 0.", **{name: value})
     return float(value)
 

@@ -87,7 +87,7 @@ uniform_terms_backward = torch.library.custom_op(
 
 @log_prob_at.register_fake
 def _(logits: Tensor, ids: Tensor, index: Tensor, closed: int) -> Tensor:
-    return logits.new_empty(len(index), dtype=wide_dtype(logits.dtype))
+    return logits.new_empty(index.shape[0], dtype=wide_dtype(logits.dtype))
 
 
 @log_prob_at_backward.register_fake

@@ -108,7 +108,7 @@ class Process(ABC):
         return self._corrupted(x0, check_times(t, len(x0)), generator)
 
     def _corrupted(self, x0: Tensor, t: Tensor, generator: torch.Generator | None) -> Corruption:
-        chance = torch.rand(x0.shape, generator=generator, device=x0.device)
+        chance = torch.empty(x0.shape, device=x0.device).uniform_(generator=generator)  # see sample_times
         moved = chance < self.schedule.noise(t)[:, None]
         x_t = torch.where(moved, self.prior(x0.shape, generator=generator, device=x0.device), x0)
         return Corruption(x_t, self.predicted(x_t), t, self.sigma(t))

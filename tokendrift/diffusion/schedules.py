@@ -239,7 +239,8 @@ def sample_times(
     check_count("count", count, least=1)
     if not 0 <= smallest < 1:
         raise fail("smallest must lie in [0, 1).", smallest=smallest)
-    draw = torch.rand(count, generator=generator, device=device, dtype=dtype)
+    # As torch.rand draws; but that takes no generator where the compiler does not know the count.
+    draw = torch.empty(count, device=device, dtype=dtype).uniform_(generator=generator)
     times = stratify(draw, smallest) if antithetic else (1 - smallest) * draw + smallest
     if levels is None:
         return times

@@ -24,7 +24,8 @@ class UniformDiffusion(Process):
         generator: torch.Generator | None = None,
         device: torch.device | str | None = None,
     ) -> Tensor:
-        return torch.randint(0, self.vocab_size, tuple(shape), generator=generator, device=device)
+        ids = torch.empty(tuple(shape), dtype=torch.int64, device=device)
+        return ids.random_(0, self.vocab_size, generator=generator)
 
     def predicted(self, x_t: Tensor) -> Tensor:
         return torch.ones_like(x_t, dtype=torch.bool)

@@ -149,7 +149,9 @@ class Chain:
         ids = self.ids.clone()
         if wanted.any():
             for where, logits in self._at(wanted):
-                ids[where] = self._shaping(logits).argmax(dim=-1)
+                best, ids[where] = self._shaping(logits).max(dim=-1)
+                if not best.isfinite().all():
+                    raise not_finite(logits)
         self.ids = ids
         self._forget()
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -105,8 +105,11 @@ def sample(
     """
     shaping = Shaping(temperature, top_k, top_p, nucleus)
     check_choice("noise_removal", noise_removal, NOISE_REMOVAL)
-    if len(shape) != 2 or min(shape) < 1:
+    if not isinstance(shape, Sequence) or len(shape) != 2 or min(shape) < 1:
         raise fail("shape must be (B, L), both at least 1.", shape=shape)
+    if sampler is not None and (isinstance(sampler, type) or not callable(sampler)):
+        remedy = "named_sampler makes one of a name."
+        raise fail("sampler must be a sampler such as Ancestral().", remedy, sampler=sampler)
     if device is None:
         device = next((p.device for p in denoiser.parameters()), None) if isinstance(denoiser, nn.Module) else None
     place = torch.device("cpu" if device is None else device)
