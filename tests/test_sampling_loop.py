@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 
 import pytest
@@ -234,6 +235,13 @@ def test_the_head_of_the_backbone_gives_the_logits_of_its_forward(backbone, time
     ids, wanted = torch.randint(13, (4, 8), generator=generator), torch.rand(4, 8, generator=generator) < 0.4
     sigma = torch.tensor([0.1, 0.5, 1.0, 3.0], dtype=torch.float64)
     torch.testing.assert_close(model.logits_at(ids, sigma, wanted), model(ids, sigma)[wanted], rtol=0, atol=1e-12)
+
+
+def test_a_hook_of_the_backbone_takes_part_in_sampling(backbone):
+    model = copy.deepcopy(backbone(vocab_size=V))
+    model.register_forward_hook(lambda module, arguments, logits: 1e3 * torch.eye(V)[2] + logits)
+    for process in PROCESSES.values():
+        assert (sample(model, process, (2, 6), steps=2, noise_removal="greedy", seed=0).ids == 2).all()
 
 
 @pytest.mark.parametrize("index", [0, 1, 2])

@@ -149,7 +149,9 @@ class DiT(nn.Module):
         """Whether sigma matters."""
         return self.config.time_conditioning
 
-    def forward(self, x_t: Tensor, sigma: Tensor | None = None, *, weights: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x_t: Tensor, sigma: Tensor | None = None, *, weights: Tensor | None = None, wanted: Tensor | None = None
+    ) -> Tensor:
         """Return raw logits.
 
         Args:
@@ -157,17 +159,20 @@ class DiT(nn.Module):
                 (their softmax is embedded, as DUO's curriculum needs), or ids (B, L, K) with weights.
             sigma: ``-log alpha_t``, shape (B,). Needed with time conditioning, unused without.
             weights: Share of each of the K ids of a position, floating point (B, L, K), used as given.
+            wanted: See `logits_at`.
 
         Returns:
-            Shape (B, L, V), in the parameters' dtype (that of autocast inside it).
+            Shape (B, L, V), or (K, V) at wanted positions, in the parameters' dtype (that of autocast inside it).
 
         Raises:
             TokenDriftError: If sigma is missing or misshapen, x_t has the wrong number of axes, or weights do
                 not belong to x_t.
         """
         condition = self.condition(len(x_t), sigma)
-        hidden = self._blocks(self.vocab_embed(self._checked(x_t, weights), weights), condition, None)
-        return self.output_layer(hidden[-1], condition)
+        hidden = self._blocks(self.vocab_embed(self._checked(x_t, weights), weights), condition, None)[-1]
+        if wanted is None:
+            return self.output_layer(hidden, condition)
+        return self.output_layer(hidden[wanted][:, None], condition[wanted.nonzero()[:, 0]])[:, 0]
 
     def logits_at(self, x_t: Tensor, sigma: Tensor | None, wanted: Tensor) -> Tensor:
         """Return logits at some positions alone: the vocabulary head, a third of a small model, runs only there.
@@ -180,10 +185,8 @@ class DiT(nn.Module):
         Returns:
             Shape (K, V), row after row.
         """
-        condition = self.condition(len(x_t), sigma)
-        hidden = self._blocks(self.vocab_embed(self._checked(x_t, None)), condition, None)[-1]
-        rows = wanted.nonzero()[:, 0]
-        return self.output_layer(hidden[wanted][:, None], condition[rows])[:, 0]
+        logits: Tensor = self(x_t, sigma, wanted=wanted)  # a call of the module: hooks, FSDP and subclasses take part
+        return logits
 
     def hidden_states(
         self, embeds: Tensor, sigma: Tensor | None = None, *, attention_mask: Tensor | None = None
