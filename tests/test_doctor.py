@@ -19,9 +19,9 @@ from tokendrift.demo.stages import PRETRAINED
 from tokendrift.diffusion import MaskedDiffusion, UniformDiffusion
 from tokendrift.doctor import Report, diagnose, examine
 from tokendrift.doctor.probes import Estimate, estimate, window_nelbo
+from tokendrift.evaluation import validation_nelbo
 from tokendrift.models import DiT, DiTConfig, load_denoiser
 from tokendrift.models.tokenizer import find_tokenizer, load_tokenizer
-from tokendrift.training import validation_nelbo
 
 TOKENS = 4096
 DEFAULT_DOCUMENTS = examine._default_documents

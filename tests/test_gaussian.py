@@ -18,7 +18,8 @@ from tokendrift.diffusion import (
     UniformDiffusion,
 )
 from tokendrift.diffusion._order_statistics import log_mean_exp_below
-from tokendrift.training import Continuation, CurriculumContinuation, train, validation_nelbo
+from tokendrift.evaluation import validation_nelbo
+from tokendrift.training import Continuation, CurriculumContinuation, train
 from tokendrift.training.loop import LoopConfig
 
 V = 7

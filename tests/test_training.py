@@ -7,6 +7,7 @@ import torch
 
 from tokendrift import TokenDriftError, TokenDriftLoss
 from tokendrift.diffusion import MaskedDiffusion, UniformDiffusion
+from tokendrift.evaluation import validation_nelbo
 from tokendrift.models import DiT, DiTConfig
 from tokendrift.training import (
     Continuation,
@@ -16,7 +17,6 @@ from tokendrift.training import (
     Optimization,
     StepLoss,
     train,
-    validation_nelbo,
     windows,
 )
 from tokendrift.training.ranks import RowsOfRank

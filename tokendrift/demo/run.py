@@ -34,11 +34,18 @@ from tokendrift.demo.stages import (
     train_tokenizer,
 )
 from tokendrift.diffusion import Process
-from tokendrift.evaluation import GenerativePerplexity, Measures, decode, matched_entropy, measure, temperature_at
+from tokendrift.evaluation import (
+    GenerativePerplexity,
+    Measures,
+    decode,
+    matched_entropy,
+    measure,
+    temperature_at,
+    validation_nelbo,
+)
 from tokendrift.evaluation.matching import TEMPERATURES, entropy
 from tokendrift.models import DiT, load_denoiser, save_denoiser
 from tokendrift.sampling import sample
-from tokendrift.training import validation_nelbo
 
 if TYPE_CHECKING:
     from rich.console import Console

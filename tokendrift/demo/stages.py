@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from tokendrift._checks import check_choice, check_count, fail
 from tokendrift.demo.corpus import Splits, file_documents, python_documents, split
 from tokendrift.diffusion import MaskedDiffusion, Process, UniformDiffusion
+from tokendrift.evaluation import validation_nelbo
 from tokendrift.loss import TokenDriftLoss
 from tokendrift.models import DiT, DiTConfig, save_denoiser
 from tokendrift.training import (
@@ -25,7 +26,6 @@ from tokendrift.training import (
     Objective,
     StepLoss,
     train,
-    validation_nelbo,
     windows,
 )
 

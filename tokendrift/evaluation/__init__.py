@@ -31,7 +31,7 @@ from tokendrift.evaluation.matching import (
     temperature_at,
 )
 from tokendrift.evaluation.measures import Measures, measure
-from tokendrift.evaluation.nelbo import nelbo_interval, sequence_nelbo
+from tokendrift.evaluation.nelbo import nelbo_interval, sequence_nelbo, validation_nelbo
 from tokendrift.evaluation.overlap import copied_share, self_bleu
 from tokendrift.evaluation.protocols import PROTOCOLS
 from tokendrift.evaluation.repetition import longest_repeat, sample_repetition
@@ -97,5 +97,6 @@ __all__ = [
     "sweep",
     "temperature_at",
     "unigram_entropy",
+    "validation_nelbo",
     "write_atomically",
 ]

@@ -38,6 +38,13 @@ def sequence_nelbo(
     return torch.cat(parts)
 
 
+def validation_nelbo(
+    denoiser: Denoiser, process: Process, ids: Tensor, *, batch_size: int = 256, seed: int = 0
+) -> float:
+    """Return the mean of `sequence_nelbo`, nats per token."""
+    return sequence_nelbo(denoiser, process, ids, batch_size=batch_size, seed=seed).mean().item()
+
+
 def nelbo_interval(
     denoiser: Denoiser,
     process: Process,

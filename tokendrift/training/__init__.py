@@ -11,7 +11,6 @@ from tokendrift.training.objectives import (
     Objective,
     ScoreEntropy,
     StepLoss,
-    validation_nelbo,
 )
 from tokendrift.training.packing import PackedText
 from tokendrift.training.records import read_log
@@ -45,6 +44,5 @@ __all__ = [
     "refine",
     "text_tokenizer",
     "train",
-    "validation_nelbo",
     "windows",
 ]

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from tokendrift.diffusion import GaussianCurriculum, Process, network_log_score, score_entropy
 from tokendrift.loss import Diagnostics, MirrorTeacherLoss, TokenDriftLoss
@@ -161,17 +161,3 @@ def diagnostic_logs(diagnostics: Diagnostics, temperatures: Sequence[float]) -> 
             logs[f"effective_references/{tau:g}"] = of_field.effective_references[number]
             logs[f"pair_weight/{tau:g}"] = of_field.pair_weight[number]
     return logs
-
-
-@torch.no_grad()
-def validation_nelbo(model: nn.Module, process: Process, ids: Tensor, *, batch_size: int = 256, seed: int = 0) -> float:
-    """Return the mean NELBO per token of ids (n, L) in nats, with times and noise fixed by the seed."""
-    was_training = model.training
-    model.eval()
-    generator = torch.Generator(ids.device).manual_seed(seed)
-    total = 0.0
-    for batch in ids.split(batch_size):
-        corrupted = process.corrupt(batch, generator=generator)
-        total += process.nelbo(corrupted.denoise(model), batch, corrupted.x_t, corrupted.t).double().sum().item()
-    model.train(was_training)
-    return total / ids.numel()
