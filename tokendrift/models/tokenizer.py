@@ -27,6 +27,10 @@ def load_tokenizer(name: str | Path, *, fetch: bool = True) -> Any:
     except ImportError as error:
         raise fail(f"{error}; tokenizers need it.", "Install it with pip install 'tokendrift[hf]'.") from None
     path = Path(name)
+    if path.is_dir() and not any(_is_tokenizer_file(each) for each in path.iterdir()):
+        raise fail(
+            f"no tokenizer can be read from {name}: the folder has none.", "Pass a tokenizer.json, or a hub name."
+        )
     lone = path if path.is_file() else path / "tokenizer.json"
     try:
         # A lone tokenizer.json is complete in itself; with a tokenizer_config.json beside it goes by its class.
@@ -42,6 +46,10 @@ def load_tokenizer(name: str | Path, *, fetch: bool = True) -> Any:
             f"no tokenizer can be read from {name}: {str(error).splitlines()[0]}",
             "Pass a tokenizer.json, a folder that has one, or a hub name.",
         ) from None
+
+
+def _is_tokenizer_file(path: Path) -> bool:
+    return path.name.startswith(("tokenizer", "vocab")) or path.suffix == ".model"
 
 
 def find_tokenizer(folder: Path, vocab_size: int, *, fetch: bool = False) -> tuple[Any, str] | None:
