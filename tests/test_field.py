@@ -1,4 +1,4 @@
-"""Laws of the drift field (spec: drifting.md, sections 9 and 12)."""
+"""Laws of the drift field: symmetry, invariance, scales, memory, numerics, expectation at equilibrium."""
 
 from __future__ import annotations
 

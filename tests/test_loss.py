@@ -1,4 +1,4 @@
-"""Laws of the drifting losses (spec: drifting.md, sections 3, 4 and 12)."""
+"""Laws of the drifting losses: parity, gradients, references, reductions, what is frozen, and errors."""
 
 from __future__ import annotations
 

@@ -74,7 +74,7 @@ def test_the_reverse_step_has_the_golden_values(golden):
 
 
 def test_objective_and_posterior_have_the_values_of_the_reference():
-    """Goldens of spec/diffusion.md section 9.2."""
+    """Numbers computed apart from this package, in float64, from the formulas of the paper."""
     row, column = torch.meshgrid(torch.arange(4), torch.arange(7), indexing="ij")
     logits = (2 * torch.sin(1 + 3.0 * row.double() + column))[None]
     x0, x_t = torch.tensor([[2, 5, 0, 3]]), torch.tensor([[2, 1, 0, 6]])

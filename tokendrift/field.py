@@ -19,20 +19,9 @@ from torch import Tensor
 
 from tokendrift._checks import check_choice, check_clouds, check_count, check_positive, check_weights, fail
 from tokendrift.barycentres import Side, Sums, View, mean_distance, sinkhorn_potential, sum_references
-from tokendrift.kernels import KERNELS, Kernel, exact_matmul, gaussian, laplace, squared_distances
+from tokendrift.kernels import KERNELS, Kernel, exact_matmul
 
-__all__ = [
-    "KERNELS",
-    "NORMALIZATIONS",
-    "DriftField",
-    "Field",
-    "FieldDiagnostics",
-    "Kernel",
-    "exact_matmul",
-    "gaussian",
-    "laplace",
-    "squared_distances",
-]
+__all__ = ["NORMALIZATIONS", "DriftField", "Field", "FieldDiagnostics"]
 
 
 class Field(Protocol):
