@@ -228,6 +228,18 @@ def test_lifting_under_functional_compilation_equals_eager():
     torch.testing.assert_close(compiled.grad, eager.grad, rtol=1e-12, atol=1e-13)
 
 
+def test_a_graph_may_hold_a_number_of_predicted_positions_known_only_when_run():
+    logits, embedding, noisy_ids, predicted = batch()
+
+    def lift(logits, predicted):
+        return soft_token_lift(logits, embedding, noisy_ids=noisy_ids, predicted=predicted)
+
+    with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
+        compiled = torch.compile(lift, backend="aot_eager", fullgraph=True)
+        for which in (predicted, ~predicted):
+            assert torch.equal(compiled(logits, which), lift(logits, which))
+
+
 @pytest.mark.parametrize("partly", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_each_gradient_alone_is_the_one_of_both_together(partly, dtype):

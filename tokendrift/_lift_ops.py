@@ -60,6 +60,7 @@ def lift_rows(rows: Tensor, table: Tensor, index: Tensor | None, mask_column: in
     count = len(rows) if index is None else len(index)
     # A buffer wider than the logits could hold more bytes than their gradient will: half the rows do.
     chunk = min(chunk, max(1, count if table.dtype == rows.dtype else max(LEAST_ROWS, count // 2)))
+    chunk = max(1, -(-count // max(1, -(-count // chunk))))  # equal chunks: a short last product is slow
     out = rows.new_empty(count, table.shape[1], dtype=wide_dtype(rows.dtype))
     tile = _tile(count, chunk)
     buffer = table.new_empty(chunk, table.shape[0])
@@ -133,7 +134,7 @@ soft_lift_backward = torch.library.custom_op(
 
 @soft_lift.register_fake
 def _(rows: Tensor, table: Tensor, index: Tensor | None, mask_column: int, chunk: int) -> Tensor:
-    count = len(rows) if index is None else len(index)
+    count = rows.shape[0] if index is None else index.shape[0]  # len() would fix a size that is only known when run
     return rows.new_empty(count, table.shape[1], dtype=wide_dtype(rows.dtype))
 
 

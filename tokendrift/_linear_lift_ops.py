@@ -131,7 +131,7 @@ linear_lift_backward = torch.library.custom_op(
 def _(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, table: Tensor, mask_column: int, tokens: int, block: int
 ) -> tuple[Tensor, Tensor]:
-    wide, count = wide_dtype(hidden.dtype), len(hidden)
+    wide, count = wide_dtype(hidden.dtype), hidden.shape[0]  # len() would fix a size that is only known when run
     return hidden.new_empty(count, table.shape[1], dtype=wide), hidden.new_empty(count, 2, dtype=wide)
 
 

@@ -100,7 +100,7 @@ class DriftObjective(nn.Module):
         mask_id: int | None = None,
         exclude_paired_positive: bool = False,
         reduction: Reduction = "mean",
-        workspace_mib: float = 256.0,
+        workspace_mib: float = 128.0,
         across_ranks: bool = True,
     ) -> None:
         super().__init__()

@@ -85,7 +85,10 @@ def squared_distances(x: Tensor, y: Tensor, *, refine: bool = False) -> Tensor:
 
 @contextmanager
 def exact_matmul(device: torch.device) -> Iterator[None]:
-    """Switch autocast and TF32 off for a while, whichever of its two interfaces TF32 was switched on by."""
+    """Switch autocast and TF32 off for a while, whichever of its two interfaces TF32 was switched on by.
+
+    In a compiled graph TF32 stays as it is set: the switch is not a part of graphs.
+    """
     autocast = torch.amp.is_autocast_available(device.type)
     with torch.autocast(device.type, enabled=False) if autocast else nullcontext():
         if device.type != "cuda" or torch.compiler.is_compiling():
