@@ -24,12 +24,11 @@ from __future__ import annotations
 
 import argparse
 import copy
-import platform
 import statistics
-import time
 from collections.abc import Callable
 
 import torch
+from lift import interleaved, machine
 from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -130,39 +129,10 @@ def one_by_one(samples: list[Tensor], judge: nn.Module, device: str) -> float:
     return float(torch.tensor(total / count).exp())
 
 
-def interleaved(forms: dict[str, Form], runs: int, device: str) -> dict[str, list[float]]:
-    """Return seconds of each form in each repetition; the first repetition is dropped."""
-    names = list(forms)
-    took: dict[str, list[float]] = {name: [] for name in names}
-    for repetition in range(runs + 1):
-        turn = repetition % len(names)
-        for name in names[turn:] + names[:turn]:
-            start = time.perf_counter()
-            forms[name]()  # ends with .item(), so nothing is left running on the device
-            if repetition:
-                took[name].append(time.perf_counter() - start)
-    return took
-
-
 def ratio(took: dict[str, list[float]], name: str, baseline: str, label: str) -> str:
     """Return how many times faster a form is than a baseline: median and range over the repetitions."""
     ratios = [theirs / ours for ours, theirs in zip(took[name], took[baseline], strict=True)]
     return f"{statistics.median(ratios):.2f}x {label} ({min(ratios):.2f}-{max(ratios):.2f})"
-
-
-def machine(device: str) -> str:
-    """Return what the numbers were taken on."""
-    name = torch.cuda.get_device_name() if device.startswith("cuda") else cpu_name()
-    return f"{name}, {torch.get_num_threads()} threads, torch {torch.__version__}, {platform.system()}"
-
-
-def cpu_name() -> str:
-    """Return the model of the CPU, as far as the system tells."""
-    try:
-        with open("/proc/cpuinfo") as info:  # noqa: PTH123
-            return next(line.split(":")[1].strip() for line in info if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
 
 
 if __name__ == "__main__":
