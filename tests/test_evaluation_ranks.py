@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -19,20 +17,9 @@ spec.loader.exec_module(worker)
 
 
 @pytest.fixture(scope="module")
-def ranks(tmp_path_factory):
+def ranks(run_ranks):
     """What each of two processes found."""
-    folder = tmp_path_factory.mktemp("ranks")
-    files = [folder / f"{rank}.pt" for rank in range(2)]
-    commands = [[sys.executable, str(WORKER), str(i), "2", str(folder / "store"), str(f)] for i, f in enumerate(files)]
-    processes = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True) for command in commands]
-    try:
-        for process in processes:
-            _, errors = process.communicate(timeout=300)
-            assert process.returncode == 0, errors
-    finally:
-        for process in processes:
-            process.kill()
-    return [torch.load(file, weights_only=False) for file in files]
+    return run_ranks(WORKER, [(0, 2), (1, 2)])
 
 
 @pytest.mark.parametrize("split", worker.SPLITS)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -18,24 +16,9 @@ SPLITS = ["even", "uneven", "one"]
 
 
 @pytest.fixture(scope="module")
-def ranks(tmp_path_factory):
+def ranks(run_ranks):
     """What one process found, and what each of two found."""
-    folder = tmp_path_factory.mktemp("ranks")
-    runs = [(0, 1), (0, 2), (1, 2)]
-    files = [folder / f"{rank}_of_{count}.pt" for rank, count in runs]
-    commands = [
-        [sys.executable, str(WORKER), str(rank), str(count), str(folder / "store"), str(out)]
-        for (rank, count), out in zip(runs, files, strict=True)
-    ]
-    processes = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True) for command in commands]
-    try:
-        for process in processes:
-            _, errors = process.communicate(timeout=300)
-            assert process.returncode == 0, errors
-    finally:
-        for process in processes:
-            process.kill()
-    single, *pair = (torch.load(file, weights_only=False) for file in files)
+    single, *pair = run_ranks(WORKER, [(0, 1), (0, 2), (1, 2)])
     return single, pair
 
 

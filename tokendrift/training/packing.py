@@ -62,10 +62,10 @@ class PackedText:
         """Return the next sequences, int64 (count, L)."""
         rows: list[Tensor] = []
         while len(rows) < count:
-            if self._block is None or self._taken == len(self._block):
-                self._next_block()
-            assert self._block is not None
-            fresh = self._block[self._taken : self._taken + count - len(rows)]
+            block = self._block
+            if block is None or self._taken == len(block):
+                block = self._next_block()
+            fresh = block[self._taken : self._taken + count - len(rows)]
             rows += fresh.unbind()
             self._taken += len(fresh)
         return torch.stack(rows)
@@ -90,7 +90,7 @@ class PackedText:
         self._used: int = position["used"]  # tokens of the first held piece that are spent
         self._pieces: Iterator[Piece] = self.documents.read(position["start"])
 
-    def _next_block(self) -> None:
+    def _next_block(self) -> Tensor:
         if self._block is not None:
             first = self._held[0] if self._held else None
             if first is None:  # the block came out even: the next piece says where it starts
@@ -103,10 +103,10 @@ class PackedText:
                 "block": self._at["block"] + 1,
             }
         self._taken = 0
-        self._read_block()
+        return self._read_block()
 
-    def _read_block(self) -> None:
-        """Read the sequences of the present block, in their shuffled order."""
+    def _read_block(self) -> Tensor:
+        """Read and return the sequences of the present block, in their shuffled order."""
         inner = self.length - 2 if self.wrap else self.length
         stream = self._tokens(inner * self.shuffle).view(self.shuffle, inner)
         if self.wrap:
@@ -114,6 +114,7 @@ class PackedText:
             stream = torch.cat([ends[0], stream, ends[1]], dim=1)
         generator = torch.Generator().manual_seed(mix(self.seed, self._at["block"]))
         self._block = stream[torch.randperm(self.shuffle, generator=generator)]
+        return self._block
 
     def _tokens(self, count: int) -> Tensor:
         """Return the next tokens of the stream, int64 (count,)."""
