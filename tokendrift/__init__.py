@@ -9,7 +9,7 @@ from tokendrift.errors import TokenDriftError
 from tokendrift.features import ConcatenatedFeatures, FeatureMap, IdentityFeatures, PooledFeatures
 from tokendrift.field import DriftField, Field, FieldDiagnostics
 from tokendrift.image_field import ImageDriftField
-from tokendrift.lift import linear_soft_token_lift, soft_token_lift, straight_through_lift
+from tokendrift.lift import LinearLogits, linear_soft_token_lift, soft_token_lift, straight_through_lift
 from tokendrift.loss import Diagnostics, LossOutput, MirrorTeacherLoss, TokenDriftLoss
 from tokendrift.references import FeatureQueue, guidance_weight
 
@@ -25,6 +25,7 @@ __all__ = [
     "FieldDiagnostics",
     "IdentityFeatures",
     "ImageDriftField",
+    "LinearLogits",
     "LossOutput",
     "MirrorTeacherLoss",
     "PooledFeatures",

@@ -7,7 +7,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from tokendrift._lift_ops import LEAST_ROWS, product_dtype, wide_dtype
+from tokendrift._linear_lift_ops import block_logits
 from tokendrift.field import FieldDiagnostics
+from tokendrift.lift import LinearLogits, of_positions
 
 
 class Diagnostics(NamedTuple):
@@ -35,18 +38,36 @@ class LossOutput(NamedTuple):
 
 
 @torch.no_grad()
-def token_entropy(logits: Tensor, predicted: Tensor | None = None, mask_id: int | None = None) -> Tensor:
+def token_entropy(logits: Tensor | LinearLogits, predicted: Tensor | None = None, mask_id: int | None = None) -> Tensor:
     """Return the mean entropy in nats of softmax(logits) over predicted positions, a scalar.
 
+    A few rows at a time: no tensor of the size of the logits is made.
+
     Args:
-        logits: Shape (B, L, V).
+        logits: Shape (B, L, V), any float dtype; or `LinearLogits`, which are multiplied here.
         predicted: Positions that count, bool (B, L); all by default.
         mask_id: Entry without probability.
+
+    Returns:
+        A float32 (or wider) scalar; zero where no position counts.
+
+    >>> float(token_entropy(torch.zeros(1, 1, 2)))
+    0.6931471824645996
     """
-    rows = logits.reshape(-1, logits.shape[-1]) if predicted is None else logits[predicted]
-    rows = rows.to(torch.promote_types(logits.dtype, torch.float32))
-    if mask_id is not None:
-        rows = rows.index_fill(-1, torch.tensor(mask_id, device=rows.device), -torch.inf)
-    log_p = rows.log_softmax(dim=-1)
-    entropy = torch.special.entr(log_p.exp()).sum(dim=-1)
-    return entropy.mean() if len(entropy) else entropy.sum()
+    rows = of_positions(logits).flatten(0, 1)
+    index = torch.arange(len(rows), device=rows.device) if predicted is None else predicted.flatten().nonzero()[:, 0]
+    total = rows.new_zeros((), dtype=wide_dtype(rows.dtype))
+    for part in index.split(LEAST_ROWS):
+        log_p = _open_logits(rows[part], logits, mask_id).log_softmax(dim=-1)
+        total += torch.special.entr(log_p.exp()).sum()
+    return total / max(1, len(index))
+
+
+def _open_logits(rows: Tensor, logits: Tensor | LinearLogits, mask_id: int | None) -> Tensor:
+    """Return the logits of rows taken from ``logits``, in the wide dtype, with the mask closed."""
+    closed = -1 if mask_id is None else mask_id
+    if isinstance(logits, LinearLogits):
+        dtype = product_dtype(rows.dtype, logits.weight.dtype)
+        return block_logits(rows.to(dtype), logits.weight, logits.bias, slice(0, len(logits.weight)), closed)
+    wide = rows.to(wide_dtype(rows.dtype))
+    return wide if mask_id is None else wide.index_fill(-1, torch.tensor(mask_id, device=wide.device), -torch.inf)

@@ -20,7 +20,7 @@ def _product(a: Tensor, b: Tensor) -> Tensor:
     return product.to(wide_dtype(product.dtype))
 
 
-def _block_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, span: slice, mask_column: int) -> Tensor:
+def block_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, span: slice, mask_column: int) -> Tensor:
     """Return the logits of the vocabulary entries in span, with the mask column closed."""
     logits = _product(hidden, weight[span].to(hidden.dtype).T)
     if bias is not None:
@@ -45,7 +45,7 @@ def linear_lift_rows(
         top = hidden.new_full((len(inputs), 1), torch.finfo(wide).min, dtype=wide)
         mass = torch.zeros_like(top)
         for span in _spans(len(table), block):
-            p = _block_logits(inputs, weight, bias, span, mask_column)
+            p = block_logits(inputs, weight, bias, span, mask_column)
             higher = torch.maximum(top, p.amax(dim=1, keepdim=True))
             p.sub_(higher).exp_()
             shrink, top = (top - higher).exp_(), higher
@@ -97,7 +97,7 @@ def linear_lift_rows_backward(
         table_sum = grad.new_zeros(size if need_table else 0, table.shape[1])
         for rows in _spans(len(hidden), tokens):
             inputs, upstream = hidden[rows].to(dtype), share[rows].to(lift_dtype)
-            p = _block_logits(inputs, weight, bias, span, mask_column).sub_(top[rows]).exp_()
+            p = block_logits(inputs, weight, bias, span, mask_column).sub_(top[rows]).exp_()
             if need_table:
                 table_sum += _product(p.to(lift_dtype).T, upstream)
             if not need_logits:

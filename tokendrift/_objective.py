@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Literal, NamedTuple
 
 import torch
@@ -26,7 +27,14 @@ from tokendrift._checks import (
 from tokendrift._diagnostics import Diagnostics, LossOutput, token_entropy
 from tokendrift.features import FeatureMap
 from tokendrift.field import DriftField, Field, FieldDiagnostics
-from tokendrift.lift import soft_token_lift, straight_through_lift
+from tokendrift.lift import (
+    LinearLogits,
+    check_linear,
+    linear_soft_token_lift,
+    of_positions,
+    soft_token_lift,
+    straight_through_lift,
+)
 from tokendrift.references import FeatureQueue, gather, rank_count
 
 Reduction = Literal["mean", "sum", "none"]
@@ -83,6 +91,14 @@ def mean_over_windows(values: Tensor, weights: Tensor | None, sequences: int) ->
     if weights is None:
         return values.view(sequences, -1).mean(dim=1)
     return (weights * torch.zeros_like(weights).masked_scatter(weights > 0, values)).sum(dim=1)
+
+
+def _not_finite(logits: Tensor | LinearLogits) -> str:
+    """Say where numbers went missing: in what came, or only in what was made of it."""
+    parts = logits if isinstance(logits, LinearLogits) else (logits,)
+    if not any(part.detach().isnan().any() for part in parts if part is not None):
+        return "the features of the logits are not finite"
+    return f"{'hidden, weight or bias' if isinstance(logits, LinearLogits) else 'logits'} contain NaN"
 
 
 class DriftObjective(nn.Module):
@@ -158,19 +174,28 @@ class DriftObjective(nn.Module):
 
     def _checked(
         self,
-        logits: Tensor,
+        logits: Tensor | LinearLogits,
         clean_ids: Tensor,
         noisy_ids: Tensor | None,
         predicted: Tensor | None,
         attention_mask: Tensor | None,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Apply the input rules; return clean ids, ids for observed positions, and predicted positions."""
-        check_one_vocabulary(logits, self.embedding)
+        if isinstance(logits, LinearLogits):
+            check_linear(logits, self.embedding)
+            if self.lift != "soft":
+                raise fail(
+                    f"lift={self.lift!r} needs the logits themselves, but LinearLogits came.",
+                    "Pass torch.nn.functional.linear(*logits), or use lift='soft'.",
+                )
+        else:
+            check_one_vocabulary(logits, self.embedding)
+        name, like = "hidden" if isinstance(logits, LinearLogits) else "logits", of_positions(logits)
         size = len(self.embedding)
-        clean_ids = check_ids("clean_ids", clean_ids, size, like=logits)
+        clean_ids = check_ids("clean_ids", clean_ids, size, like=like)
         check_same_device(
-            "logits",
-            logits,
+            name,
+            like,
             embedding=self.embedding,
             clean_ids=clean_ids,
             noisy_ids=noisy_ids,
@@ -178,7 +203,7 @@ class DriftObjective(nn.Module):
             attention_mask=attention_mask,
         )
         if noisy_ids is not None:
-            noisy_ids = check_ids("noisy_ids", noisy_ids, size, like=logits)
+            noisy_ids = check_ids("noisy_ids", noisy_ids, size, like=like)
             if predicted is None and self.mask_id is not None:
                 predicted = noisy_ids == self.mask_id
         elif predicted is not None:
@@ -187,9 +212,9 @@ class DriftObjective(nn.Module):
                 "Pass noisy_ids=x_t, or leave predicted out to lift every position.",
             )
         if predicted is not None:
-            predicted = check_mask("predicted", predicted, logits.shape[:2])
+            predicted = check_mask("predicted", predicted, like.shape[:2])
         if attention_mask is not None:
-            attention_mask = check_mask("attention_mask", attention_mask, logits.shape[:2])
+            attention_mask = check_mask("attention_mask", attention_mask, like.shape[:2])
             if noisy_ids is None:
                 noisy_ids = clean_ids  # read at padding only
             predicted = attention_mask if predicted is None else predicted & attention_mask
@@ -223,12 +248,15 @@ class DriftObjective(nn.Module):
         return None if present is None else present.to(like) / present.sum(dim=1, keepdim=True).clamp_min(1)
 
     def _generated(
-        self, logits: Tensor, noisy_ids: Tensor | None, predicted: Tensor | None, mask: Tensor | None
+        self, logits: Tensor | LinearLogits, noisy_ids: Tensor | None, predicted: Tensor | None, mask: Tensor | None
     ) -> Tensor:
         """Return features of the lifted logits, (N, M), with gradient."""
-        with torch.autocast(logits.device.type, enabled=False):
-            lifted = LIFTS[self.lift](
-                logits,
+        if isinstance(logits, LinearLogits):
+            lift = partial(linear_soft_token_lift, *logits)
+        else:
+            lift = partial(LIFTS[self.lift], logits)
+        with torch.autocast(self.embedding.device.type, enabled=False):
+            lifted = lift(
                 self.embedding,
                 noisy_ids=noisy_ids if predicted is not None else None,
                 predicted=predicted,
@@ -237,12 +265,11 @@ class DriftObjective(nn.Module):
             )
         features = self._features(lifted, mask)
         if features.device.type == "cpu" and not torch.compiler.is_compiling() and not features.isfinite().all():
-            bad = logits.detach().isnan().any().item()
             raise fail(
-                f"{'logits contain NaN' if bad else 'the features of the logits are not finite'}.",
+                f"{_not_finite(logits)}.",
                 "Look for an overflow in the denoiser (a too high learning rate, float16 without scaling); nothing "
                 "was pushed into the queues.",
-                logits=logits,
+                logits=of_positions(logits),
             )
         return features
 
@@ -308,7 +335,7 @@ class DriftObjective(nn.Module):
     def _finish(
         self,
         per_sequence: Tensor,
-        logits: Tensor,
+        logits: Tensor | LinearLogits,
         predicted: Tensor | None,
         field: FieldDiagnostics | None,
         return_diagnostics: bool,

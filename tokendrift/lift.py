@@ -12,6 +12,8 @@ hold even the logits.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -29,6 +31,28 @@ from tokendrift._checks import (
 )
 from tokendrift._lift_ops import LEAST_ROWS, product_dtype, soft_lift, wide_dtype
 from tokendrift._linear_lift_ops import linear_lift
+
+
+class LinearLogits(NamedTuple):
+    r"""Logits as they enter the output layer, whose product :math:`\ell = W h + b` nobody has taken.
+
+    Stands in for the logits in `TokenDriftLoss`, which then lifts with `linear_soft_token_lift`: no tensor (B, L, V) is
+    made, and hidden, weight and bias get the gradients that they would have through the logits.
+    ``torch.nn.functional.linear(*logits)`` is the logits themselves.
+
+    Attributes:
+        hidden: Input of the output layer, after its norm, (B, L, H); float64, float32, bfloat16 or float16.
+        weight: W, (V, H). The product takes bfloat16 operands where hidden and weight both are.
+        bias: b, (V,), or None.
+
+    >>> output = torch.nn.Linear(3, 2)
+    >>> torch.nn.functional.linear(*LinearLogits(torch.zeros(1, 1, 3), output.weight, output.bias)).shape
+    torch.Size([1, 1, 2])
+    """
+
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor | None = None
 
 
 def soft_token_lift(
@@ -128,10 +152,8 @@ def linear_soft_token_lift(
     >>> linear_soft_token_lift(torch.zeros(1, 1, 3), torch.ones(2, 3), None, torch.tensor([[1.0], [3.0]]))
     tensor([[[2.]]])
     """
-    check_floating("hidden", check_tensor("hidden", hidden, ("B", "L", "H")))
-    check_floating("weight", check_tensor("weight", weight, ("V", "H")))
     check_floating("embedding", check_tensor("embedding", embedding, ("V", "D")))
-    _check_linear(hidden, weight, bias, embedding)
+    check_linear(LinearLogits(hidden, weight, bias), embedding)
     check_mask_id(mask_id, len(embedding))
     check_positive("workspace_mib", workspace_mib)
     on_cpu = hidden.device.type == "cpu"
@@ -224,7 +246,16 @@ def _among_observed(
     return observed.index_copy_(0, index, lifted).view(*shape, -1)
 
 
-def _check_linear(hidden: Tensor, weight: Tensor, bias: Tensor | None, embedding: Tensor) -> None:
+def of_positions(logits: Tensor | LinearLogits) -> Tensor:
+    """Return what has a row for each position, (B, L, ...): the hidden states, or the logits themselves."""
+    return logits.hidden if isinstance(logits, LinearLogits) else logits
+
+
+def check_linear(logits: LinearLogits, embedding: Tensor) -> None:
+    """Require hidden states, weight and bias that go together, and a row of weight for every row of the embedding."""
+    hidden, weight, bias = logits
+    check_floating("hidden", check_tensor("hidden", hidden, ("B", "L", "H")))
+    check_floating("weight", check_tensor("weight", weight, ("V", "H")))
     if hidden.shape[-1] != weight.shape[1]:
         raise fail(
             f"hidden has width {hidden.shape[-1]} (H) but weight has {weight.shape[1]} columns (H).",

@@ -12,6 +12,7 @@ from tokendrift._checks import check_choice, check_positive, fail
 from tokendrift._diagnostics import Diagnostics, LossOutput, token_entropy
 from tokendrift._objective import DriftObjective, mean_over_windows
 from tokendrift.features import FeatureMap, PooledFeatures
+from tokendrift.lift import LinearLogits, of_positions
 
 __all__ = ["Diagnostics", "LossOutput", "MirrorTeacherLoss", "TokenDriftLoss", "token_entropy"]
 
@@ -117,7 +118,7 @@ class TokenDriftLoss(DriftObjective):
     @overload
     def forward(
         self,
-        logits: Tensor,
+        logits: Tensor | LinearLogits,
         clean_ids: Tensor,
         *,
         noisy_ids: Tensor | None = ...,
@@ -129,7 +130,7 @@ class TokenDriftLoss(DriftObjective):
     @overload
     def forward(
         self,
-        logits: Tensor,
+        logits: Tensor | LinearLogits,
         clean_ids: Tensor,
         *,
         noisy_ids: Tensor | None = ...,
@@ -140,7 +141,7 @@ class TokenDriftLoss(DriftObjective):
 
     def forward(
         self,
-        logits: Tensor,
+        logits: Tensor | LinearLogits,
         clean_ids: Tensor,
         *,
         noisy_ids: Tensor | None = None,
@@ -151,7 +152,8 @@ class TokenDriftLoss(DriftObjective):
         """Return the loss.
 
         Args:
-            logits: Raw denoiser output (B, L, V), any float dtype.
+            logits: Raw denoiser output (B, L, V), any float dtype; or `LinearLogits`, the hidden states with the output
+                layer, where no tensor of that size should exist. Loss, gradients and diagnostics are the same.
             clean_ids: x0, integer ids (B, L).
             noisy_ids: x_t (B, L): what stands at positions that are not predicted.
             predicted: M, bool (B, L). Omitted: ``noisy_ids == mask_id`` if both are known, else all.
@@ -161,6 +163,10 @@ class TokenDriftLoss(DriftObjective):
         Returns:
             A float32 (or wider) scalar, or (B,) for ``reduction="none"``. Sequences without a predicted
             position count as zero.
+
+        Raises:
+            TokenDriftError: If shapes, dtypes or devices do not fit, ids are out of range, features are not finite, or
+                `LinearLogits` meet ``lift="straight_through"``.
         """
         clean_ids, noisy_ids, predicted = self._checked(logits, clean_ids, noisy_ids, predicted, attention_mask)
         generated = self._generated(logits, noisy_ids, predicted, attention_mask)
@@ -169,7 +175,8 @@ class TokenDriftLoss(DriftObjective):
         batch = self._gather(generated, real, weights)
         drift, diagnostics = self._drift(batch, return_diagnostics)
         target = (generated + self.drift_scale * drift).detach()
-        per_sequence = mean_over_windows(0.5 * (generated - target).square().sum(dim=-1), weights, len(logits))
+        squares = (generated - target).square().sum(dim=-1)
+        per_sequence = mean_over_windows(0.5 * squares, weights, len(of_positions(logits)))
         fill = (len(self.queue_real), len(self.queue_generated))
         self._push(batch)
         return self._finish(per_sequence, logits, predicted, diagnostics, return_diagnostics, fill, batch.share)
@@ -218,7 +225,12 @@ class MirrorTeacherLoss(DriftObjective):
         attention_mask: Tensor | None = None,
         return_diagnostics: bool = False,
     ) -> Tensor | LossOutput:
-        """Return the loss; arguments and result as in `TokenDriftLoss.forward`."""
+        """Return the loss; arguments and result as in `TokenDriftLoss.forward`, but the logits must be a tensor."""
+        if isinstance(logits, LinearLogits):
+            raise fail(
+                "the mirror teacher compares logits, but LinearLogits came.",
+                "Pass torch.nn.functional.linear(*logits); TokenDriftLoss alone can do without the logits.",
+            )
         if torch.is_inference_mode_enabled():
             raise fail("the mirror teacher takes a gradient of its own.", "Use torch.no_grad, not inference_mode.")
         clean_ids, noisy_ids, predicted = self._checked(logits, clean_ids, noisy_ids, predicted, attention_mask)
