@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tokendrift import TokenDriftError
+from tokendrift import LinearLogits, TokenDriftError
 from tokendrift.models import DiT, DiTConfig
 from tokendrift.models.layers import LayerNorm
 
@@ -194,7 +194,36 @@ def test_all_parameters_are_trained_once_the_network_is_awake(backbone):
     assert [name for name, parameter in model.named_parameters() if not parameter.grad.abs().sum() > 0] == []
 
 
+@pytest.mark.parametrize("autocast", [False, True])
+def test_a_head_gets_the_operands_of_the_logits_and_gives_the_answer(backbone, autocast):
+    model, ids, sigma = backbone(time_conditioning=True), torch.randint(13, (2, 8)), torch.tensor([0.1, 2.0])
+
+    def head(operands):
+        assert isinstance(operands, LinearLogits)
+        assert not torch.is_autocast_enabled("cpu")
+        return operands, "anything"
+
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        logits, (operands, answer) = model(ids, sigma), model(ids, sigma, head=head)
+    assert answer == "anything"
+    assert {operands.hidden.dtype, operands.weight.dtype, logits.dtype} == {
+        torch.bfloat16 if autocast else torch.float32
+    }
+    product = torch.nn.functional.linear(*operands[:2], operands.bias.to(logits.dtype))
+    torch.testing.assert_close(product, logits)
+    wanted = [model.output_layer.linear.weight, model.blocks[0].mlp[0].weight]
+    theirs, mine = (torch.autograd.grad(each.float().square().sum(), wanted) for each in (logits, product))
+    for own, other in zip(mine, theirs, strict=True):
+        torch.testing.assert_close(own, other)
+
+
 # ------------------------------------------------------------------------------------------------ errors
+
+
+def test_a_head_at_some_positions_is_refused(backbone):
+    ids = torch.zeros(2, 8, dtype=torch.int64)
+    with pytest.raises(TokenDriftError, match="wanted and head were both given"):
+        backbone()(ids, wanted=ids == 0, head=tuple)
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 WORKER = Path(__file__).with_name("wrapping_worker.py")
-CASES = ["model", "owner", "windows"]
+CASES = ["model", "owner", "windows", "head"]
 on_cpu = pytest.mark.skipif(not hasattr(torch.cpu.Stream, "record_event"), reason="this torch has no FSDP2 on the CPU")
 WRAPS = ["ddp", pytest.param("fsdp2", marks=on_cpu)]
 

@@ -15,18 +15,21 @@ from tokendrift import PooledFeatures, TokenDriftError, TokenDriftLoss
 from tokendrift.models import DiT, DiTConfig
 
 V, L, SPLIT = 12, 6, (3, 1)
-CASES = {"model": {}, "owner": {}, "windows": {"window": 2}}
+CASES = {"model": {}, "owner": {}, "windows": {"window": 2}, "head": {}}
 
 
 class Training(nn.Module):
     """A model that owns its loss, as a LightningModule does."""
 
-    def __init__(self, model, drift):
+    def __init__(self, model, drift, *, hold_logits):
         super().__init__()
-        self.model, self.drift = model, drift
+        self.model, self.drift, self.hold_logits = model, drift, hold_logits
 
     def forward(self, noisy, clean, mask):
-        return self.drift(self.model(noisy), clean, noisy_ids=noisy, predicted=noisy != clean, attention_mask=mask)
+        def drifted(logits):
+            return self.drift(logits, clean, noisy_ids=noisy, predicted=noisy != clean, attention_mask=mask)
+
+        return drifted(self.model(noisy)) if self.hold_logits else self.model(noisy, head=drifted)
 
 
 def sharded(module):
@@ -55,7 +58,7 @@ def train(rank, ranks, wrap, case):
         for parameter in model.parameters():
             parameter.normal_(std=0.5)
     drift = TokenDriftLoss.from_encoder(model, queue_size=16, **CASES[case])
-    owner = Training(model, drift)
+    owner = Training(model, drift, hold_logits=case != "head")
     if case == "owner":
         call = WRAPPERS[wrap](owner)
     else:

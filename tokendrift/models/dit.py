@@ -6,9 +6,10 @@ Plain PyTorch attention, no compiled extension. Parameter names are those of the
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -16,10 +17,13 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from tokendrift._checks import check_count, check_ids, check_mask_id, fail
+from tokendrift.lift import LinearLogits
 from tokendrift.models.layers import Embedding, LayerNorm, Rotary, SigmaMap, modulate, rotate
 
 if TYPE_CHECKING:
     from tokendrift.diffusion import Process
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -106,9 +110,17 @@ class OutputLayer(nn.Module):
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
 
-    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
+    def forward(self, x: Tensor, condition: Tensor, head: Callable[[LinearLogits], T] | None = None) -> Tensor | T:
         shift, scale = self.adaLN_modulation(condition)[:, None].chunk(2, dim=-1)
-        return self.linear(modulate(self.norm_final(x), shift, scale).to(self.linear.weight.dtype))
+        hidden = modulate(self.norm_final(x), shift, scale).to(self.linear.weight.dtype)
+        if head is None:
+            logits: Tensor = self.linear(hidden)
+            return logits
+        weight, device = self.linear.weight, hidden.device.type
+        if torch.is_autocast_enabled(device) and weight.dtype != torch.float64:  # the operands that autocast would take
+            hidden, weight = (operand.to(torch.get_autocast_dtype(device)) for operand in (hidden, weight))
+        with torch.autocast(device, enabled=False):
+            return head(LinearLogits(hidden, weight, self.linear.bias))
 
 
 class DiT(nn.Module):
@@ -150,9 +162,15 @@ class DiT(nn.Module):
         return self.config.time_conditioning
 
     def forward(
-        self, x_t: Tensor, sigma: Tensor | None = None, *, weights: Tensor | None = None, wanted: Tensor | None = None
-    ) -> Tensor:
-        """Return raw logits.
+        self,
+        x_t: Tensor,
+        sigma: Tensor | None = None,
+        *,
+        weights: Tensor | None = None,
+        wanted: Tensor | None = None,
+        head: Callable[[LinearLogits], T] | None = None,
+    ) -> Tensor | T:
+        """Return raw logits, or what a head makes of them before they exist.
 
         Args:
             x_t: Noisy ids (B, L) of an integer dtype, or input logits (B, L, V) of a float dtype
@@ -160,19 +178,27 @@ class DiT(nn.Module):
             sigma: ``-log alpha_t``, shape (B,). Needed with time conditioning, unused without.
             weights: Share of each of the K ids of a position, floating point (B, L, K), used as given.
             wanted: See `logits_at`.
+            head: Called in place of the vocabulary product with its operands, of the dtype of the logits, as
+                `LinearLogits`; outside autocast, and inside this call, so that FSDP has gathered the weights. A loss
+                that takes them needs no tensor (B, L, V): ``head=lambda logits: drift(logits, x_0, noisy_ids=x_t)``.
 
         Returns:
-            Shape (B, L, V), or (K, V) at wanted positions, in the parameters' dtype (that of autocast inside it).
+            Shape (B, L, V), or (K, V) at wanted positions, in the parameters' dtype (that of autocast inside it);
+            with a head its answer.
 
         Raises:
-            TokenDriftError: If sigma is missing or misshapen, x_t has the wrong number of axes, or weights do
-                not belong to x_t.
+            TokenDriftError: If sigma is missing or misshapen, x_t has the wrong number of axes, weights do not belong
+                to x_t, or wanted and head are both given.
         """
+        if wanted is not None and head is not None:
+            raise fail("wanted and head were both given, but a head reads every position.", "Pass one of the two.")
         condition = self.condition(len(x_t), sigma)
         hidden = self._blocks(self.vocab_embed(self._checked(x_t, weights), weights), condition, None)[-1]
         if wanted is None:
-            return self.output_layer(hidden, condition)
-        return self.output_layer(hidden[wanted][:, None], condition[wanted.nonzero()[:, 0]])[:, 0]
+            result: Tensor | T = self.output_layer(hidden, condition, head)
+            return result
+        logits: Tensor = self.output_layer(hidden[wanted][:, None], condition[wanted.nonzero()[:, 0]])[:, 0]
+        return logits
 
     def logits_at(self, x_t: Tensor, sigma: Tensor | None, wanted: Tensor) -> Tensor:
         """Return logits at some positions alone: the vocabulary head, a third of a small model, runs only there.
