@@ -3,10 +3,11 @@
 A step is corruption, forward, loss, backward, clipping, AdamW and weight average. The plain port is Algorithm 1 of
 TokenDrift written down as it stands: softmax @ E by autograd at all positions, the clean features with their graph, the
 field dense over all references at once. It gives the same loss, which is checked before anything is timed. Each
-repetition times all three, in turning order; shown are the medians of the ratios and their range.
+repetition times all, in turning order; shown are the medians of the ratios and their range. The drift step has two
+rows: from logits, and from hidden states (``Drift(hold_logits=False)``), where no tensor (B, L, V) is made.
 
 Memory is counted, not timed: peak bytes that a step makes, gradients included; weights, AdamW's moments and the
-average, which all three hold, are not in it.
+average, which all hold, are not in it.
 
     python benchmarks/step.py                                   # 8 x 64 tokens, V=50258, width 128, 4 blocks
     python benchmarks/step.py --width 768 --blocks 12 --length 1024 --batch 2 --device cuda     # the paper's
@@ -38,6 +39,7 @@ from tokendrift.training import Continuation, Drift, LoopConfig, Objective, Opti
 QUEUE = 1024
 DTYPES = ("fp32", "bf16")
 NAMES = {"continuation": "continuation", "plain": "plain port"}
+FORMS = {"drift": "drift step", "hidden": "drift step from hidden states"}
 
 
 @dataclass
@@ -85,7 +87,7 @@ class PlainPort:
 
 
 def main() -> None:
-    """Print one row for each process and precision."""
+    """Print two rows for each process and precision."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--batch", type=int, default=8, help="sequences; default 8")
     parser.add_argument("--length", type=int, default=64, help="L; default 64")
@@ -104,12 +106,12 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     for dtype in options.dtypes:
         for process in (MaskedDiffusion(options.vocab), UniformDiffusion(options.vocab)):
-            print(measured(process, options, dtype), flush=True)
+            print(*measured(process, options, dtype), sep="\n", flush=True)
     print(machine(options.device))
 
 
-def measured(process: Process, options: argparse.Namespace, dtype: str) -> str:
-    """Return the row of one process in one precision."""
+def measured(process: Process, options: argparse.Namespace, dtype: str) -> list[str]:
+    """Return the rows of one process in one precision."""
     device = torch.device(options.device)
     torch.manual_seed(0)
     masked = process.mask_id is not None
@@ -126,9 +128,12 @@ def measured(process: Process, options: argparse.Namespace, dtype: str) -> str:
     drift.queue_real.push(filling[0])
     drift.queue_generated.push(filling[1])
     port = PlainPort(process, copy.deepcopy(base).requires_grad_(False), (filling[0], filling[1]), seeded(device))
-    check_same_loss(base, Drift(process, copy.deepcopy(drift), generator=seeded(device)), port, batch)
+    for hold in (True, False):
+        form = Drift(process, copy.deepcopy(drift), generator=seeded(device), hold_logits=hold)
+        check_same_loss(base, form, port, batch)
     objectives: dict[str, Objective] = {
         "drift": Drift(process, drift, generator=seeded(device)),
+        "hidden": Drift(process, copy.deepcopy(drift), generator=seeded(device), hold_logits=False),
         "continuation": Continuation(process, seeded(device)),
         "plain": port,
     }
@@ -137,11 +142,14 @@ def measured(process: Process, options: argparse.Namespace, dtype: str) -> str:
     peak = {name: counted(step) for name, step in steps.items()}
     kind = "masked" if masked else "uniform"
     size = f"{options.batch}x{options.length} V={options.vocab} D={options.width} {options.blocks} blocks"
-    memory = "   ".join(f"{peak['drift'] / peak[name]:.2f}x {label}" for name, label in NAMES.items())
-    return (
-        row(f"drift step, {kind}, {size} {dtype}", took, "drift", NAMES)
-        + f"   {1e3 * statistics.median(took['drift']):.0f} ms   peak {memory}   {peak['drift'] / 2**20:.0f} MiB"
-    )
+    rows = []
+    for form, title in FORMS.items():
+        memory = "   ".join(f"{peak[form] / peak[name]:.2f}x {label}" for name, label in NAMES.items())
+        rows.append(
+            row(f"{title}, {kind}, {size} {dtype}", took, form, NAMES)
+            + f"   {1e3 * statistics.median(took[form]):.0f} ms   peak {memory}   {peak[form] / 2**20:.0f} MiB"
+        )
+    return rows
 
 
 @torch.no_grad()

@@ -89,7 +89,10 @@ def test_the_step_benchmark_names_its_baselines_its_spread_and_its_machine():
     )
     assert done.returncode == 0, done.stderr
     *rows, machine = done.stdout.splitlines()
-    assert [row.split(",")[:2] for row in rows] == [["drift step", " masked"], ["drift step", " uniform"]] * 2
+    forms = ("drift step", "drift step from hidden states")
+    assert [row.split(",")[:2] for row in rows] == [
+        [form, f" {kind}"] for kind in ("masked", "uniform") for form in forms
+    ] * 2
     for what in ("x continuation (", "x plain port (", "3 runs", " ms ", "peak ", "MiB"):
         assert all(what in row for row in rows)
     assert "torch" in machine

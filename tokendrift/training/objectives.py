@@ -9,7 +9,9 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from tokendrift._checks import fail
 from tokendrift.diffusion import GaussianCurriculum, Process, network_log_score, score_entropy
+from tokendrift.lift import LinearLogits
 from tokendrift.loss import Diagnostics, MirrorTeacherLoss, TokenDriftLoss
 
 Network = Callable[..., Any]  # a denoiser; for other objectives whatever they can call
@@ -121,23 +123,48 @@ class Drift:
         drift: The drifting loss, or a mirror teacher.
         base_weight: Weight of the NELBO beside it; 0 as in the paper.
         generator: Source of times and noise.
+        hold_logits: Whether the network gives logits (B, L, V). If not, it is handed the loss as its ``head``, see
+            `DiT.forward`: the same loss and gradients up to rounding, without the two largest tensors of the step.
+
+    Raises:
+        TokenDriftError: If logits that are not held are needed: by the NELBO, by a mirror teacher, or by the
+            straight-through lift.
     """
 
     process: Process
     drift: TokenDriftLoss | MirrorTeacherLoss
     base_weight: float = 0.0
     generator: torch.Generator | None = field(default=None)
+    hold_logits: bool = True
+
+    def __post_init__(self) -> None:
+        if self.hold_logits:
+            return
+        if self.base_weight:
+            reader = f"base_weight={self.base_weight}"
+        elif isinstance(self.drift, MirrorTeacherLoss):
+            reader = "a mirror teacher"
+        elif self.drift.lift != "soft":
+            reader = f"lift={self.drift.lift!r}"
+        else:
+            return
+        raise fail(f"hold_logits is False, but {reader} needs the logits.", "Leave hold_logits at True.")
 
     def __call__(self, model: Network, x0: Tensor, *, log: bool = False) -> StepLoss:
         corrupted = self.process.corrupt(x0, generator=self.generator)
-        logits = corrupted.denoise(model)
-        where = {"noisy_ids": corrupted.x_t, "predicted": corrupted.predicted}
-        logs: dict[str, Tensor] = {}
-        if log:
+
+        def drifted(logits: Tensor | LinearLogits) -> StepLoss:
+            where = {"noisy_ids": corrupted.x_t, "predicted": corrupted.predicted}
+            if not log:
+                return StepLoss(self.drift(logits, x0, **where), {})
             loss, diagnostics = self.drift(logits, x0, **where, return_diagnostics=True)
-            logs |= diagnostic_logs(diagnostics, getattr(self.drift.field, "temperatures", ()))
-        else:
-            loss = self.drift(logits, x0, **where)
+            return StepLoss(loss, diagnostic_logs(diagnostics, getattr(self.drift.field, "temperatures", ())))
+
+        if not self.hold_logits:
+            loss, logs = model(corrupted.x_t, corrupted.sigma, head=drifted)
+            return StepLoss(loss, {**logs, "drift": loss.detach()})
+        logits = corrupted.denoise(model)
+        loss, logs = drifted(logits)
         logs["drift"] = loss.detach()
         if self.base_weight:
             nelbo = self.process.nelbo(logits, x0, corrupted.x_t, corrupted.t).mean()
