@@ -66,11 +66,13 @@ class LoopConfig:
     def rate(self, step: int) -> float:
         """Return the learning rate of a step."""
         warm = min(1.0, (step + 1) / max(1, self.warmup))
+        # The decay begins where the warm-up ends: from step 0 on, the two together would never reach the peak.
+        progress = max(0, step - self.warmup) / max(1, self.steps - self.warmup)
         if self.schedule == "constant":
             return self.learning_rate * warm
         if self.schedule == "linear":
-            return self.learning_rate * warm * (1 - step / self.steps)
-        return self.learning_rate * warm * (0.51 + 0.49 * math.cos(math.pi * step / self.steps))
+            return self.learning_rate * warm * (1 - progress)
+        return self.learning_rate * warm * (0.51 + 0.49 * math.cos(math.pi * progress))
 
 
 class WeightAverage:

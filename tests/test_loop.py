@@ -1,0 +1,22 @@
+"""The rate of a run reaches its peak, and its windows the end of the stream."""
+
+from __future__ import annotations
+
+import pytest
+
+from tokendrift.training.loop import SCHEDULES, LoopConfig
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("warmup", [0, 1, 30, 99])
+def test_the_rate_reaches_its_peak_and_never_rises_after_it(schedule, warmup):
+    config = LoopConfig(100, learning_rate=3e-4, warmup=warmup, schedule=schedule)
+    rates = [config.rate(step) for step in range(100)]
+    assert max(rates) == config.learning_rate
+    peak = rates.index(max(rates))
+    assert peak == max(0, warmup - 1) and rates[peak:] == sorted(rates[peak:], reverse=True)
+
+
+def test_a_run_shorter_than_its_warmup_rises_to_the_end():
+    config = LoopConfig(4, learning_rate=1.0, warmup=8, schedule="cosine")
+    assert [config.rate(step) for step in range(4)] == [0.125, 0.25, 0.375, 0.5]
