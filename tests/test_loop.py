@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
-from tokendrift.training.loop import SCHEDULES, LoopConfig
+from tokendrift.training.loop import SCHEDULES, LoopConfig, windows
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
@@ -20,3 +21,9 @@ def test_the_rate_reaches_its_peak_and_never_rises_after_it(schedule, warmup):
 def test_a_run_shorter_than_its_warmup_rises_to_the_end():
     config = LoopConfig(4, learning_rate=1.0, warmup=8, schedule="cosine")
     assert [config.rate(step) for step in range(4)] == [0.125, 0.25, 0.375, 0.5]
+
+
+def test_windows_reach_the_last_token_and_a_stream_of_one_window_is_enough():
+    assert next(windows(torch.arange(8), 8, 2, seed=0)).tolist() == [list(range(8))] * 2
+    drawn = next(windows(torch.arange(10), 8, 200, seed=0))
+    assert set(drawn[:, 0].tolist()) == {0, 1, 2}

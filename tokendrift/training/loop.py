@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from tokendrift._checks import check_choice, check_count, check_positive, fail
+from tokendrift.training.averaging import WeightAverage
 from tokendrift.training.objectives import Objective
 
 SCHEDULES = ("cosine", "constant", "linear")
@@ -75,49 +76,6 @@ class LoopConfig:
         return self.learning_rate * warm * (0.51 + 0.49 * math.cos(math.pi * progress))
 
 
-class WeightAverage:
-    """An exponential moving average of parameters, kept beside them.
-
-    Args:
-        parameters: What is averaged.
-        decay: Share that the average keeps a step; early steps use (1 + n) / (10 + n) where that is less.
-    """
-
-    def __init__(self, parameters: Iterable[nn.Parameter], decay: float) -> None:
-        self.parameters, self.decay = list(parameters), decay
-        self.values = [parameter.detach().clone() for parameter in self.parameters] if decay else []
-
-    @torch.no_grad()
-    def update(self, step: int) -> None:
-        """Take the weights in after the step of this number, from 0."""
-        if self.values:
-            decay = min(self.decay, (1 + step) / (10 + step))
-            torch._foreach_lerp_(self.values, [parameter.detach() for parameter in self.parameters], 1 - decay)
-
-    @torch.no_grad()
-    def take(self) -> None:
-        """Let the average be what the parameters are."""
-        for value, parameter in zip(self.values, self.parameters, strict=True):
-            value.copy_(parameter)
-
-    @torch.no_grad()
-    def swap(self) -> None:
-        """Exchange weights and average, bit by bit."""
-        for parameter, value in zip(self.parameters, self.values, strict=False):
-            kept = parameter.detach().clone()
-            parameter.copy_(value)
-            value.copy_(kept)
-
-    @contextmanager
-    def applied(self) -> Iterator[None]:
-        """Let the parameters hold the average inside the block."""
-        self.swap()
-        try:
-            yield
-        finally:
-            self.swap()
-
-
 class Optimization:
     """A model with its AdamW, learning rate, clipping and weight average: losses of micro-batches in, a step out.
 
@@ -158,6 +116,18 @@ class Optimization:
         model = self.model if self.accelerator is None else self.accelerator.unwrap_model(self.model)
         with torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None):
             return model(*args, **kwargs)
+
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Let the model be the averaged one, in evaluation mode, inside the block; later steps know nothing of it."""
+        self.model.eval()
+        with self.average.applied():
+            yield
+        # FSDP2 keeps the root's parameters gathered after a call without gradients: the next step would train with
+        # the average instead of the weights.
+        for module in self.model.modules():
+            if hasattr(module, "reshard"):
+                module.reshard()
 
     def step(
         self, step: int, objective: Objective, batches: Iterable[Tensor], *, count: int = 1, log: bool = False
@@ -279,12 +249,12 @@ def windows(stream: Tensor, length: int, batch_size: int, *, seed: int) -> Itera
     Raises:
         TokenDriftError: If the stream is shorter than one window.
     """
-    if len(stream) <= length:
+    if len(stream) < length:
         raise fail(f"the text has {len(stream)} tokens, too few for windows of {length}.", "Pass more text.")
     generator = torch.Generator().manual_seed(seed)
     offsets = torch.arange(length)
     while True:
-        starts = torch.randint(len(stream) - length, (batch_size,), generator=generator)
+        starts = torch.randint(len(stream) - length + 1, (batch_size,), generator=generator)
         yield stream[starts[:, None] + offsets]
 
 

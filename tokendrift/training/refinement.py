@@ -209,8 +209,7 @@ class _Run:
         share = (0, 1) if sharded else (self.rank, self.ranks)
         collect = None if sharded or self.ranks == 1 else lambda ids: self.accelerator.reduce(ids, "sum")
         network = optimization.network if sharded else optimization.bare_network
-        optimization.model.eval()
-        with optimization.average.applied():
+        with optimization.evaluating():
             drawn = [
                 (nfe, self.evaluator.sample(network, nfe, share=share, collect=collect))
                 for nfe in self.config.evaluate_nfe
