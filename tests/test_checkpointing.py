@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from tokendrift import TokenDriftError
+from tokendrift.training import checkpointing
 from tokendrift.training.checkpointing import (
     latest_checkpoint,
     list_checkpoints,
@@ -63,6 +64,35 @@ def test_without_a_whole_one_there_is_none(tmp_path):
     (tmp_path / ".saving-00000002").mkdir()  # cut off while it was written
     assert latest_checkpoint(tmp_path, print) is None
     assert list(tmp_path.iterdir()) == []
+
+
+def test_where_none_can_be_read_nothing_is_given_up(tmp_path):
+    for step in (2, 4):
+        place = save_checkpoint(tmp_path, step, GROUPS, {})
+        (place / "model.safetensors").write_bytes(b"")
+    for _ in range(2):  # asked again it says the same: a run never begins anew by itself
+        with pytest.raises(
+            TokenDriftError, match=r"none of 2 checkpoints in .* can be read; of the newest: .*00000004"
+        ):
+            latest_checkpoint(tmp_path, print)
+    assert names(tmp_path) == ["step-00000002", "step-00000004"]
+
+
+def test_one_that_the_disk_does_not_give_keeps_its_name(tmp_path, monkeypatch):
+    for step in (2, 4):
+        save_checkpoint(tmp_path, step, GROUPS, {})
+    digest = checkpointing._digest
+
+    def fails(file):
+        if "00000004" in str(file):
+            raise OSError(5, "Input/output error")
+        return digest(file)
+
+    monkeypatch.setattr(checkpointing, "_digest", fails)
+    told = []
+    assert latest_checkpoint(tmp_path, told.append)[0].name == "step-00000002"
+    assert "Input/output error" in told[0]
+    assert names(tmp_path) == ["step-00000002", "step-00000004"]
 
 
 def test_an_error_while_writing_leaves_nothing_and_the_old_one_whole(tmp_path):

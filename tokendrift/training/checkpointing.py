@@ -54,7 +54,7 @@ def save_checkpoint(
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
-    place, made = folder / f"{NAME}{step:08d}", folder / f"{UNFINISHED}{step:08d}"
+    place, made = checkpoint_place(folder, step), folder / f"{UNFINISHED}{step:08d}"
     folder.mkdir(parents=True, exist_ok=True)
     shutil.rmtree(made, ignore_errors=True)
     try:
@@ -85,7 +85,8 @@ def load_checkpoint(place: Path) -> Stored:
     """Read a checkpoint.
 
     Raises:
-        TokenDriftError: If a file is missing, unreadable, or not what was written.
+        TokenDriftError: If a file is missing, or not what was written.
+        OSError: If the disk does not give it; it may be whole.
     """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
@@ -98,7 +99,7 @@ def load_checkpoint(place: Path) -> Stored:
             if _digest(file) != digest:
                 raise fail(f"{file} is not what was written: its SHA-256 differs.")
             tensors[group] = load_file(file)
-    except (OSError, ValueError, KeyError, AttributeError, TypeError, SafetensorError) as error:
+    except (FileNotFoundError, ValueError, KeyError, AttributeError, TypeError, SafetensorError) as error:
         raise fail(f"the checkpoint {place} cannot be read: {error}.") from None
     return Stored(tensors, state)
 
@@ -106,17 +107,41 @@ def load_checkpoint(place: Path) -> Stored:
 def latest_checkpoint(folder: Path, tell: Tell) -> tuple[Path, Stored] | None:
     """Return the newest checkpoint that is whole, None without any.
 
-    Newer ones that are not are named, and renamed to ``broken-...`` so that they no longer count.
+    Newer ones that are not are named, and renamed to ``broken-...`` so that they no longer count. One that the disk
+    did not give keeps its name: it may be read next time.
+
+    Raises:
+        TokenDriftError: If there are some, and none can be read; all keep their names.
     """
-    for place in reversed(list_checkpoints(folder)):
+    places = list_checkpoints(folder)
+    damaged, reasons = list[Path](), list[str]()
+    for place in reversed(places):
         try:
-            return place, load_checkpoint(place)
+            found = load_checkpoint(place)
         except TokenDriftError as error:
-            tell(f"{str(error).splitlines()[0]} Going back to the one before.")
-            aside = place.with_name(BROKEN + place.name)
-            shutil.rmtree(aside, ignore_errors=True)
-            place.rename(aside)
+            damaged.append(place)
+            reasons.append(str(error).splitlines()[0])
+        except OSError as error:
+            reasons.append(f"the checkpoint {place} cannot be read: {error}.")
+        else:
+            for reason in reasons:
+                tell(f"{reason} Going back to the one before.")
+            for broken in damaged:
+                aside = broken.with_name(BROKEN + broken.name)
+                shutil.rmtree(aside, ignore_errors=True)
+                broken.rename(aside)
+            return place, found
+    if reasons:
+        raise fail(
+            f"none of {len(places)} checkpoints in {folder} can be read; of the newest: {reasons[0]}",
+            "Bring one back from elsewhere, or remove the folder to begin again.",
+        )
     return None
+
+
+def checkpoint_place(folder: Path, step: int) -> Path:
+    """Return where the checkpoint of a step lies."""
+    return folder / f"{NAME}{step:08d}"
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
