@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import uuid
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,6 +14,8 @@ from typing import Any
 from tokendrift.training.checkpointing import write_atomically
 
 LOG, CURVES = "log.jsonl", "tensorboard"
+WANDB = "wandb-id.txt"  # under which id Weights & Biases knows the run
+_LOST = "the curves cannot be written ({}); training goes on without them."
 
 
 class Records:
@@ -61,7 +64,10 @@ class Records:
         if self.bar is not None:
             self.bar.stop()
         if self.curves is not None:
-            self.curves.close()
+            try:
+                self.curves.close()
+            except OSError as problem:
+                self._lose_curves(problem)
         if self.wandb is not None:
             self.wandb.finish(exit_code=0 if kind is None else 1)
 
@@ -77,8 +83,11 @@ class Records:
             if isinstance(value, (int, float)) and math.isfinite(value) and name not in ("step", "nfe")
         }
         if self.curves is not None:
-            for name, value in scalars.items():
-                self.curves.add_scalar(name, value, step)
+            try:
+                for name, value in scalars.items():
+                    self.curves.add_scalar(name, value, step)
+            except OSError as error:
+                self._lose_curves(error)
         if self.wandb is not None:
             self.wandb.log(scalars, step=step)
 
@@ -93,6 +102,11 @@ class Records:
         if self.bar is not None:
             text = "" if shown is None else "  ".join(f"{name} {value:.4g}" for name, value in shown.items())
             self.bar.update(self.bar.task_ids[0], completed=step, **({"shown": text} if text else {}))
+
+    def _lose_curves(self, error: OSError) -> None:
+        """Go on without curves: TensorBoard's writer keeps an error, and raises it again at every call."""
+        self.curves = None
+        warnings.warn(_LOST.format(error), stacklevel=3)
 
     def _line(self, entry: Mapping[str, Any]) -> None:
         try:
@@ -135,7 +149,11 @@ def _tensorboard(folder: Path, step: int) -> Any:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         return None
-    return SummaryWriter(str(folder), purge_step=step + 1 if step else None)
+    try:
+        return SummaryWriter(str(folder), purge_step=step + 1 if step else None)
+    except OSError as error:
+        warnings.warn(_LOST.format(error), stacklevel=3)
+        return None
 
 
 def _wandb(project: str, folder: Path, config: dict[str, Any]) -> Any:
@@ -144,8 +162,12 @@ def _wandb(project: str, folder: Path, config: dict[str, Any]) -> Any:
     except ImportError:
         warnings.warn("wandb is not installed: no curves there. pip install wandb", stacklevel=3)
         return None
-    # One run for one folder, also after an interruption.
-    return wandb.init(project=project, dir=str(folder), id=folder.resolve().name, resume="allow", config=config)
+    # One run for one folder, also after an interruption; the id is drawn, since folders of one name are many.
+    kept = folder / WANDB
+    if not kept.exists():
+        write_atomically(kept, uuid.uuid4().hex)
+    known = {"id": kept.read_text(encoding="utf-8"), "name": folder.resolve().name}
+    return wandb.init(project=project, dir=str(folder), resume="allow", config=config, **known)
 
 
 def _bar(step: int, steps: int) -> Any:
