@@ -137,6 +137,30 @@ def test_json_lines_give_the_named_field(tmp_path):
         list(TextFiles([path]).read())
 
 
+@pytest.mark.parametrize("name", ["a.json", "a.ndjson", "A.JSONL", "a.json.gz", "A.Json.GZ"])
+def test_json_lines_are_known_by_any_of_their_suffixes(tmp_path, name):
+    content = b'{"text": "one"}\n{"text": "two"}\n'
+    (tmp_path / name).write_bytes(gzip.compress(content) if name.lower().endswith("gz") else content)
+    assert [piece.text for piece in TextFiles([tmp_path / name]).read()] == ["one", "two"]
+
+
+@pytest.mark.parametrize("name", ["a.parquet", "a.csv", "a.TSV", "a.csv.gz", "a.jsonl.zst", "a.arrow"])
+def test_files_of_other_kinds_are_refused_before_anything_is_read(tmp_path, name):
+    (tmp_path / name).write_bytes(b"anything")
+    with pytest.raises(TokenDriftError, match=r"(?s)is no text file: its suffix is \.\w+\.\n.*pass that as dataset"):
+        TextFiles([tmp_path / name])
+
+
+def test_a_text_is_another_one_when_it_is_edited_or_longer(tmp_path):
+    path = tmp_path / "a.txt"
+    found = []
+    for content in ("one two", "one six", "one two ", "one two"):
+        path.write_text(content)
+        found.append(TextFiles([path]).identity())
+    assert found[0] == found[3]
+    assert found[0] != found[1] and found[0] != found[2]
+
+
 def test_what_is_no_text_is_named(tmp_path):
     (tmp_path / "bad.txt").write_bytes(b"fine\n\xff\n")
     with pytest.raises(TokenDriftError, match=r"bad.txt, line 2 is not UTF-8"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
 from itertools import chain
@@ -12,6 +13,9 @@ from typing import IO, Any, NamedTuple, Protocol, cast
 from tokendrift._checks import fail
 
 PIECE = 1 << 16  # bytes of a long document that are tokenised at a time
+HEAD = 1 << 20  # bytes of a file by which it is known
+JSON_LINES = (".jsonl", ".ndjson", ".json")
+NO_TEXT = (".parquet", ".arrow", ".feather", ".csv", ".tsv", ".zst", ".xz", ".bz2", ".zip", ".tar", ".tgz")
 SAVED = ("dataset_info.json", "dataset_dict.json")  # what `datasets` leaves in a folder that it has saved
 
 Place = dict[str, int]
@@ -43,14 +47,15 @@ class TextFiles:
     """Documents of text files and JSON lines, file after file.
 
     Args:
-        paths: Files. ``.jsonl`` holds one JSON object a line, everything else is UTF-8 text; ``.gz`` after either is
-            unpacked on the way.
+        paths: Files. ``.jsonl``, ``.ndjson`` and ``.json`` hold one JSON object a line, everything else is UTF-8
+            text; ``.gz`` after either is unpacked on the way. Case does not matter.
         documents: What a document of a text file is: the ``"file"``, a ``"paragraph"`` (blank lines part them) or a
             ``"line"``.
         field: Field of the JSON objects that holds the text.
 
     Raises:
-        TokenDriftError: If a file is missing; while reading, if it is not UTF-8, or a line is not such an object.
+        TokenDriftError: If a file is missing, or of a kind that is no text (``.parquet``, ``.csv``, ``.zst`` and
+            others); while reading, if it is not UTF-8, or a line is not such an object.
     """
 
     def __init__(self, paths: Sequence[str | Path], *, documents: str = "file", field: str = "text") -> None:
@@ -59,6 +64,21 @@ class TextFiles:
         missing = [str(path) for path in self.paths if not path.is_file()]
         if missing or not self.paths:
             raise fail(f"no such text files: {', '.join(missing) or 'none were named'}.", "Pass text or JSON lines.")
+        for path in self.paths:
+            if _kind(path) in NO_TEXT:
+                raise fail(
+                    f"text {path} is no text file: its suffix is {_kind(path)}.",
+                    "Text files and JSON lines are read, gzipped or not. For others put the files into a folder of "
+                    "their own and pass that as dataset, or convert them.",
+                )
+
+    def identity(self) -> list[list[Any]]:
+        """Return size and the SHA-256 of the beginning of each file: edited or longer, it is another text."""
+        found = []
+        for path in self.paths:
+            with path.open("rb") as file:
+                found.append([str(path), path.stat().st_size, hashlib.sha256(file.read(HEAD)).hexdigest()])
+        return found
 
     def read(self, start: Place | None = None) -> Iterator[Piece]:
         """Yield the pieces from a place on."""
@@ -66,9 +86,8 @@ class TextFiles:
         for number in range(start["file"], len(self.paths)):
             place = start if number == start["file"] else {"file": number, "byte": 0, "line": 0}
             lines = self._lines(number, place)
-            kind = Path(self.paths[number].name.removesuffix(".gz")).suffix
             cut: Callable[[Iterator[_Line]], Iterator[Piece]]
-            if kind == ".jsonl":
+            if _kind(self.paths[number]) in JSON_LINES:
                 cut = self._objects
             else:
                 cut = {"file": _whole, "paragraph": _paragraphs, "line": _single}[self.documents]
@@ -76,7 +95,7 @@ class TextFiles:
 
     def _lines(self, number: int, place: Place) -> Iterator[_Line]:
         path, line = self.paths[number], place["line"]
-        with cast(IO[bytes], (gzip.open if path.suffix == ".gz" else open)(path, "rb")) as file:
+        with cast(IO[bytes], (gzip.open if path.suffix.lower() == ".gz" else open)(path, "rb")) as file:
             file.seek(place["byte"])
             byte = file.tell()
             for raw in file:
@@ -99,11 +118,16 @@ class TextFiles:
                 where = f"{self.paths[line.at['file']]}, line {line.at['line'] + 1}"
                 raise fail(
                     f"{where} is no JSON object with a text under {self.field!r}.",
-                    "Name the field with text_field.",
+                    "Put one object on a line, and name its field with text_field.",
                     line=line.text.rstrip(),
                 )
             if text.strip():
                 yield Piece(text, True, line.at)
+
+
+def _kind(path: Path) -> str:
+    """Return the suffix of a file as it is unpacked."""
+    return Path(path.name.lower().removesuffix(".gz")).suffix
 
 
 class _Line(NamedTuple):
