@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -76,12 +78,20 @@ def test_settings_have_the_types_of_their_keys():
         ({"encoder_time": 1.0}, r"encoder_time must lie in \[0, 1\)"),
         ({"learning_rate": -1.0}, "learning_rate must be a finite number above 0"),
         ({"length": 2}, "length must be an integer of at least 3"),
+        ({"dropout": 1.5}, r"dropout must lie in \[0, 1\)"),
+        ({"entropy_tolerance": 5}, r"entropy_tolerance must lie in \[0, 1\): a share"),
         ({"precision": "fp16"}, "precision must be one of 'fp32', 'bf16'"),
     ],
 )
 def test_what_is_unknown_or_impossible_is_refused(values, message):
     with pytest.raises(TokenDriftError, match=message):
         make_config(values={"checkpoint": "base", **values})
+
+
+def test_paths_may_stand_for_their_names():
+    made = RefineConfig(Path("base"), output=Path("refined"), text=(Path("a.txt"),))
+    assert (made.checkpoint, made.output, made.text) == ("base", "refined", ("a.txt",))
+    assert 'checkpoint = "base"' in made.as_toml()
 
 
 def test_what_cannot_be_read_is_refused(tmp_path):

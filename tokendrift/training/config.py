@@ -1,16 +1,15 @@
-"""The configuration of a refinement: one frozen dataclass, from flags or a TOML file, with the paper's presets."""
+"""The configuration of a refinement: one frozen dataclass that refuses what cannot work."""
 
 from __future__ import annotations
 
 import dataclasses
 import difflib
 import json
-import sys
+import os
 import types
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 from tokendrift._checks import check_choice, check_count, check_positive, fail
@@ -39,7 +38,8 @@ class RefineConfig:
         checkpoint: What `load_denoiser` takes: a hub id, a folder or a file. Also the frozen encoder.
         output: Folder for the refined model, its checkpoints and its log.
         revision: Branch, tag or commit of a hub id.
-        text: Text files (``.txt`` and others) and JSON lines (``.jsonl``), either of them gzipped (``.gz``) or not.
+        text: Text files (``.txt`` and others) and JSON lines (``.jsonl``, ``.ndjson``, ``.json``), either of them
+            gzipped (``.gz``) or not.
         dataset: Name of a Hugging Face dataset, or a folder that ``datasets`` has saved; instead of ``text``.
         dataset_config: Configuration of that dataset.
         dataset_split: Split of that dataset.
@@ -145,7 +145,7 @@ class RefineConfig:
     wandb: str | None = None
 
     def __post_init__(self) -> None:
-        for name, kind in _KINDS.items():
+        for name, kind in KINDS.items():
             object.__setattr__(self, name, _converted(name, getattr(self, name), kind))
         check_choice("objective", self.objective, OBJECTIVES)
         check_choice("documents", self.documents, DOCUMENTS)
@@ -162,6 +162,13 @@ class RefineConfig:
         if self.length is not None:
             check_count("length", self.length, least=3 if self.wrap else 1)
         check_positive("base_weight", self.base_weight)
+        if self.dropout is not None and not 0 <= self.dropout < 1:
+            raise fail("dropout must lie in [0, 1), or be left out for that of the checkpoint.", dropout=self.dropout)
+        if not 0 <= self.entropy_tolerance < 1:
+            raise fail(
+                "entropy_tolerance must lie in [0, 1): a share of the entropy of real text.",
+                entropy_tolerance=self.entropy_tolerance,
+            )
         if not 0 <= self.encoder_time < 1:
             raise fail("encoder_time must lie in [0, 1): a diffusion time, 0 is clean.", encoder_time=self.encoder_time)
         if self.batch_size % self.micro_batch:
@@ -211,83 +218,9 @@ class RefineConfig:
         return "".join(f"{name} = {_toml(value)}\n" for name, value in pairs if value is not None)
 
 
-# What the paper states (section 4 and appendix F): batch, steps, rate, queues, temperatures, alpha, no base loss,
-# micro-batches of 2. Which backbone had which of its two rates it does not say. Warm-up, clipping, averaging and
-# precision are those that the backbones were trained with (mdlm and duo, configs/config.yaml).
-_PAPER = {
-    "dataset": "Skylion007/openwebtext",
-    "objective": "drift",
-    "steps": 13_000,
-    "batch_size": 512,
-    "micro_batch": 2,
-    "queue_size": 1024,
-    "temperatures": (0.02, 0.05, 0.2),
-    "drift_scale": 1.0,
-    "schedule": "constant",
-    "warmup": 2500,
-    "weight_decay": 0.0,
-    "betas": (0.9, 0.999),
-    "clip": 1.0,
-    "ema": 0.9999,
-    "precision": "bf16",
-    "judge": "gpt2-large",
-    "evaluate_every": 1000,
-}
-PRESETS: Mapping[str, Mapping[str, Any]] = {
-    "mdlm-owt": {"checkpoint": "kuleshov-group/mdlm-owt", "learning_rate": 3e-5, **_PAPER},
-    "duo-owt": {"checkpoint": "s-sahoo/duo", "learning_rate": 5e-5, **_PAPER},
-}
-
-
-def make_config(
-    *, preset: str | None = None, file: str | Path | None = None, values: Mapping[str, Any] | None = None
-) -> RefineConfig:
-    """Build a configuration from a preset, a TOML file over it, and single values over both.
-
-    A file may name its preset itself: ``preset = "mdlm-owt"``. A source of text replaces the preset's.
-
-    Raises:
-        TokenDriftError: For an unknown key (the nearest one is named), a value of the wrong type or out of range, a
-            file that is no TOML, or no checkpoint.
-
-    >>> make_config(preset="duo-owt", values={"steps": 100}).learning_rate
-    5e-05
-    >>> make_config(values={"checkpoint": "base", "learning_rat": 1e-4})
-    Traceback (most recent call last):
-    tokendrift.errors.TokenDriftError: unknown key 'learning_rat'; the nearest is 'learning_rate'.
-    """
-    stated = {} if file is None else read_toml(Path(file))
-    preset = preset if preset is not None else stated.get("preset")
-    stated = {name: value for name, value in stated.items() if name != "preset"}
-    if preset is not None:
-        check_choice("preset", preset, tuple(PRESETS))
-    chosen: dict[str, Any] = dict(PRESETS[preset]) if preset is not None else {}
-    for layer in (stated, dict(values or {})):
-        if layer.get("text"):
-            chosen.pop("dataset", None)
-        if layer.get("dataset"):
-            chosen.pop("text", None)
-        chosen |= known(layer)
-    if "checkpoint" not in chosen:
-        raise fail("no checkpoint to refine.", "Name one, in the command, the TOML file or by a preset.")
-    return RefineConfig(**chosen)
-
-
-def read_toml(path: Path) -> dict[str, Any]:
-    """Return the values of a TOML file."""
-    if sys.version_info >= (3, 11):
-        import tomllib
-    else:
-        import tomli as tomllib
-    try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise fail(f"{path} cannot be read as TOML: {error}.", "Texts stand in quotes, lists in brackets.") from None
-
-
 def known(values: Mapping[str, Any]) -> Mapping[str, Any]:
     """Return the values, all of whose names are fields; refuse others and name the nearest field."""
-    names = list(_KINDS)
+    names = list(KINDS)
     for name in values:
         if name not in names:
             near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
@@ -296,35 +229,7 @@ def known(values: Mapping[str, Any]) -> Mapping[str, Any]:
     return values
 
 
-def parse_settings(settings: Iterable[str]) -> dict[str, Any]:
-    """Return the values of settings written ``KEY=VALUE``; see `parse_value`.
-
-    >>> parse_settings(["wrap=false", "evaluate_nfe=4,16"])
-    {'wrap': False, 'evaluate_nfe': (4, 16)}
-    """
-    pairs = [setting.partition("=") for setting in settings]
-    for name, sign, _ in pairs:
-        if not sign:
-            raise fail(f"a setting must have the form KEY=VALUE, and {name!r} has not.")
-    return {name.strip(): parse_value(name.strip(), text.strip()) for name, _, text in pairs}
-
-
-def parse_value(name: str, text: str) -> Any:
-    """Return the value of a key given as text, as on a command line; lists are separated by commas.
-
-    >>> parse_value("temperatures", "0.1,0.5"), parse_value("wrap", "false"), parse_value("window", "none")
-    ((0.1, 0.5), False, None)
-    """
-    known({name: text})
-    kind = _KINDS[name]
-    if kind.optional and text.lower() == "none":
-        return None
-    if kind.many:
-        return tuple(_parsed(name, part.strip(), kind.base) for part in text.split(",") if part.strip())
-    return _parsed(name, text, kind.base)
-
-
-class _Kind(typing.NamedTuple):
+class Kind(typing.NamedTuple):
     """Type of a field: its base type, whether None is allowed, whether it is a tuple of the base."""
 
     base: type
@@ -332,39 +237,33 @@ class _Kind(typing.NamedTuple):
     many: bool
 
 
-def _kind(annotation: Any) -> _Kind:
+def _kind(annotation: Any) -> Kind:
     origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
     if origin in (types.UnionType, typing.Union):
         return _kind(next(each for each in arguments if each is not type(None)))._replace(optional=True)
     if origin is tuple:
-        return _Kind(arguments[0], False, True)
-    return _Kind(str if origin is Literal else annotation, False, False)
+        return Kind(arguments[0], False, True)
+    return Kind(str if origin is Literal else annotation, False, False)
 
 
-_KINDS = {name: _kind(annotation) for name, annotation in typing.get_type_hints(RefineConfig).items()}
-_WORDS = {str: "a text", int: "an integer", float: "a number", bool: "true or false"}
+KINDS = {name: _kind(annotation) for name, annotation in typing.get_type_hints(RefineConfig).items()}
+WORDS = {str: "a text", int: "an integer", float: "a number", bool: "true or false"}
 
 
-def _converted(name: str, value: Any, kind: _Kind) -> Any:
+def _converted(name: str, value: Any, kind: Kind) -> Any:
     """Return the value in the type of its field; refuse what would have to be guessed."""
     if value is None and kind.optional:
         return None
     if kind.many:
         if not isinstance(value, (list, tuple)):
-            raise fail(f"{name} must be a list, each entry {_WORDS[kind.base]}.", **{name: value})
+            raise fail(f"{name} must be a list, each entry {WORDS[kind.base]}.", **{name: value})
         return tuple(_converted(name, each, kind._replace(many=False)) for each in value)
+    if kind.base is str and isinstance(value, os.PathLike):
+        return os.fspath(value)
     fits = isinstance(value, (int, float) if kind.base is float else kind.base)
     if not fits or (isinstance(value, bool) and kind.base is not bool):
-        raise fail(f"{name} must be {_WORDS[kind.base]}.", **{name: value})
+        raise fail(f"{name} must be {WORDS[kind.base]}.", **{name: value})
     return float(value) if kind.base is float else value
-
-
-def _parsed(name: str, text: str, base: type) -> Any:
-    words = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
-    try:
-        return words[text.lower()] if base is bool else base(text)
-    except (KeyError, ValueError):
-        raise fail(f"{name} must be {_WORDS[base]}.", **{name: text}) from None
 
 
 def _toml(value: Any) -> str:
