@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tokendrift.training.loop import SCHEDULES, LoopConfig, windows
+from tokendrift.training.loop import SCHEDULES, LoopConfig, Optimization, windows
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
@@ -27,3 +27,20 @@ def test_windows_reach_the_last_token_and_a_stream_of_one_window_is_enough():
     assert next(windows(torch.arange(8), 8, 2, seed=0)).tolist() == [list(range(8))] * 2
     drawn = next(windows(torch.arange(10), 8, 200, seed=0))
     assert set(drawn[:, 0].tolist()) == {0, 1, 2}
+
+
+def test_what_an_evaluation_gathered_is_given_back_after_the_weights_are():
+    """As FSDP2 needs it: a root that stays gathered would go on with the average."""
+    seen = []
+
+    class Sharded(torch.nn.Linear):
+        def reshard(self):
+            seen.append(self.weight.item())
+
+    model = Sharded(1, 1)
+    optimization = Optimization(model, LoopConfig(1))
+    weight = model.weight.item()
+    optimization.average.values[0].fill_(7.0)
+    with optimization.evaluating():
+        assert model.weight.item() == 7.0 and not model.training
+    assert seen == [weight]

@@ -11,6 +11,7 @@ import subprocess
 import sys
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import refine_worker as worker
@@ -21,7 +22,7 @@ from tokendrift import TokenDriftError
 from tokendrift.cli import app
 from tokendrift.evaluation import GenerativePerplexity
 from tokendrift.models import load_denoiser
-from tokendrift.training import evaluation_table, make_config, read_log, refine
+from tokendrift.training import Refined, evaluation_table, make_config, read_log, refine
 from tokendrift.training.few_step import FewStep
 from tokendrift.training.records import Records
 
@@ -365,6 +366,14 @@ def test_a_sharded_model_trains_like_a_whole_one_and_shares_its_checkpoints(inpu
             assert_close(one, two)
 
 
+@pytest.mark.slow
+def test_evaluating_a_sharded_model_does_not_change_its_training(inputs, pair):
+    changes = {"dropout": 0.0, "micro_batch": 2, "steps": 4, "evaluate_every": 1}
+    launched(inputs, 2, mode="shard", output=str(inputs / "sharded_evaluated"), **changes)
+    for one, two in zip(read_log(inputs / "sharded_evaluated", "train"), read_log(pair, "train"), strict=True):
+        assert_close(one, two)
+
+
 def test_the_command_shows_its_settings_and_names_the_nearest_key():
     command = CliRunner()
     shown = command.invoke(app, ["refine", "base", "--preset", "duo-owt", "--set", "evaluate_nfe=2", "--show"])
@@ -387,3 +396,12 @@ def test_the_command_refines_and_tells_where(inputs):
     assert "few-step generation" in done.stdout
     assert f"refined model: {inputs / 'by_command'}" in done.stdout
     load_denoiser(inputs / "by_command")
+
+
+@pytest.mark.parametrize("main", [True, False])
+def test_the_command_tells_where_without_evaluations_and_on_one_process_alone(inputs, monkeypatch, main):
+    monkeypatch.setattr("tokendrift.training.refine", lambda config: Refined(Path(config.output), []))
+    monkeypatch.setattr("accelerate.PartialState", lambda: SimpleNamespace(is_main_process=main))
+    done = CliRunner().invoke(app, ["refine", "base", "--output", "there", "--set", "evaluate_nfe="])
+    assert done.exit_code == 0, done.stderr
+    assert done.stdout == ("refined model: there\n" if main else "")

@@ -131,8 +131,11 @@ def refine(
             typer.echo(made.as_toml(), nl=False)
             return
         refined = train(made)
-        if refined.evaluations:  # on the main process alone
-            Console().print(evaluation_table(refined.evaluations))
+        from accelerate import PartialState
+
+        if PartialState().is_main_process:
+            if refined.evaluations:
+                Console().print(evaluation_table(refined.evaluations))
             typer.echo(f"refined model: {refined.folder}")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from tokendrift import __version__
@@ -25,7 +26,9 @@ WAYS = {
 }
 
 
-def model_card(config: RefineConfig, evaluations: Sequence[dict[str, Any]], *, steps: int, process: str) -> str:
+def model_card(
+    config: RefineConfig, evaluations: Sequence[dict[str, Any]], *, steps: int, process: str, judge: str | None = None
+) -> str:
     """Return a model card in Markdown, with the front matter of the hub.
 
     Args:
@@ -33,9 +36,13 @@ def model_card(config: RefineConfig, evaluations: Sequence[dict[str, Any]], *, s
         evaluations: Rows as `FewStep` measures them, each with ``step`` and ``nfe``; a row of real text has nfe None.
         steps: Optimiser steps taken.
         process: Name of the corruption process.
+        judge: Name of the judge behind Gen.-PPL; None where nothing was judged.
     """
     source = ", ".join(config.text) or config.dataset or "text of the caller"
-    base = f"base_model: {config.checkpoint}\n" if is_hub_id(config.checkpoint) else ""
+    base = f"base_model: {config.checkpoint}\n" if _on_the_hub(config.checkpoint) else ""
+    kept = "The weights are those of the last step."
+    if config.ema:
+        kept = f"The weights are the moving average of those in training\n(decay {config.ema:g})."
     tokens = "" if config.length is None else f" of {config.length} tokens"
     return f"""---
 library_name: tokendrift
@@ -55,12 +62,11 @@ model, process = load_denoiser("path/of/this/folder")
 ids = sample(model, process, (4, model.config.model_length), steps=8).ids
 ```
 
-The network runs with the unchanged samplers of its backbone. The weights are the moving average of those in training
-(decay {config.ema:g}).
+The network runs with the unchanged samplers of its backbone. {kept}
 
 ## What was measured
 
-{_table(config, evaluations)}
+{_table(config, evaluations, judge)}
 
 ## How it was trained
 
@@ -112,14 +118,19 @@ def _cells(rows: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
     return ["model", "step", "NFE", *(COLUMNS[name] for name in columns)], lines
 
 
-def _table(config: RefineConfig, rows: Sequence[dict[str, Any]]) -> str:
+def _on_the_hub(checkpoint: str) -> bool:
+    """Return whether a checkpoint is one of the hub: a relative path may look the same."""
+    return is_hub_id(checkpoint) and not Path(checkpoint).exists()
+
+
+def _table(config: RefineConfig, rows: Sequence[dict[str, Any]], judge: str | None) -> str:
     if not rows:
         return "Nothing was measured."
-    judge = f"judge `{config.judge}`" if config.judge else "no judge, so no Gen.-PPL"
+    by = f"judge `{judge}`" if judge else "no judge, so no Gen.-PPL"
     head, lines = _cells(rows)
     return "\n".join(
         [
-            f"{config.evaluate_samples} samples a row, {judge}; NFE are function evaluations a sample.",
+            f"{config.evaluate_samples} samples a row, {by}; NFE are function evaluations a sample.",
             "Before is the unrefined checkpoint, continuation the same checkpoint trained as long by its own",
             "objective; real text is of the training text.",
             "",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -50,6 +51,11 @@ class FewStep:
         self.device, self._judge = torch.device(device or "cpu"), judge
         self._metric: Any = None
         self._real_row: Row | None = None
+
+    @property
+    def way(self) -> dict[str, Any]:
+        """What the figures depend on beside the model, fit for JSON: those of another way do not compare."""
+        return {"judge": judge_name(self._judge), "nfes": list(self.nfes), "samples": len(self.real)}
 
     @torch.no_grad()
     def sample(
@@ -129,3 +135,13 @@ class FewStep:
         if not rows or any("gen_ppl" not in row for row in rows) or self.warnings(rows):
             return None
         return sum(math.log(row["gen_ppl"]) for row in rows) / len(rows)
+
+
+def judge_name(judge: Any) -> str | None:
+    """Return what a judge is called without loading it; None for none."""
+    if judge is None:
+        return None
+    model = getattr(judge, "judge", judge)  # that of a GenerativePerplexity
+    names = (getattr(model, name, None) for name in ("name", "name_or_path", "__name__"))
+    own = model if isinstance(model, (str, Path)) else next((name for name in names if name), type(model).__name__)
+    return str(own)

@@ -126,8 +126,9 @@ class Optimization:
         # FSDP2 keeps the root's parameters gathered after a call without gradients: the next step would train with
         # the average instead of the weights.
         for module in self.model.modules():
-            if hasattr(module, "reshard"):
-                module.reshard()
+            reshard: Any = getattr(module, "reshard", None)
+            if reshard is not None:
+                reshard()
 
     def step(
         self, step: int, objective: Objective, batches: Iterable[Tensor], *, count: int = 1, log: bool = False

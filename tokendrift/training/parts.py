@@ -35,6 +35,29 @@ def make_accelerator() -> Any:
     return Accelerator(mixed_precision="no", kwargs_handlers=[patience])
 
 
+def check_accelerator(accelerator: Any) -> None:
+    """Require an accelerator that leaves averaging, checkpoints and gradients to us as they are.
+
+    Raises:
+        TokenDriftError: For FSDP of the first version, DeepSpeed and others than DDP and FSDP2, and for an accelerator
+            that accumulates gradients itself.
+    """
+    kind = str(getattr(accelerator.distributed_type, "value", accelerator.distributed_type))
+    sharded = kind == "FSDP" and accelerator.is_fsdp2
+    if kind != "NO" and not kind.startswith("MULTI_") and not sharded:
+        raise fail(
+            f"several processes train by DDP or FSDP2, and accelerate was launched for {kind}"
+            f"{' of version 1' if kind == 'FSDP' else ''}.",
+            "Launch with --use_fsdp --fsdp_version 2 to shard weights, or with --multi_gpu.",
+        )
+    if accelerator.gradient_accumulation_steps != 1:
+        raise fail(
+            "gradient_accumulation_steps of accelerate must be 1: gradients would be divided by it again.",
+            "Leave it out, and set micro_batch: gradients accumulate over the micro-batches of a batch_size.",
+            gradient_accumulation_steps=accelerator.gradient_accumulation_steps,
+        )
+
+
 @contextmanager
 def termination() -> Iterator[Callable[[], bool]]:
     """Turn SIGTERM, with which clusters announce that they will kill, into an answer to whether it has come.

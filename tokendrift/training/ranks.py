@@ -1,4 +1,4 @@
-"""Noise that does not depend on how many processes share the batch."""
+"""What processes share: noise that does not depend on how many they are, and what one of them knows."""
 
 from __future__ import annotations
 
@@ -39,3 +39,19 @@ class RowsOfRank:
             name: None if value is None else value[own] for name, value in drawn._asdict().items()
         }
         return Corruption(**fields)
+
+
+def anywhere(accelerator: Any, here: bool) -> bool:
+    """Return whether something holds on any process."""
+    if accelerator.num_processes == 1:
+        return here
+    return bool(accelerator.reduce(torch.tensor(float(here), device=accelerator.device), "sum"))
+
+
+def told(accelerator: Any, value: Any) -> Any:
+    """Return what the main process has."""
+    if accelerator.num_processes == 1:
+        return value
+    from accelerate.utils import broadcast_object_list
+
+    return broadcast_object_list([value])[0]

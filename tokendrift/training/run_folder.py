@@ -17,6 +17,7 @@ from tokendrift.models import DiT, DiTConfig, save_denoiser
 from tokendrift.training.card import model_card
 from tokendrift.training.checkpointing import (
     Stored,
+    checkpoint_place,
     latest_checkpoint,
     load_checkpoint,
     prune_checkpoints,
@@ -42,6 +43,8 @@ class RunFolder:
         model: Sizes of the network.
         process: Its process.
         tokenizer: Its tokenizer.
+        text: Identity of the text, fit for JSON.
+        judge: Name of the judge, for the model card.
 
     Raises:
         TokenDriftError: If the folder holds a model that no refinement has written.
@@ -56,9 +59,11 @@ class RunFolder:
         model: DiTConfig,
         process: Process,
         tokenizer: TextTokenizer,
+        text: Any = None,
+        judge: str | None = None,
     ) -> None:
-        self.config, self.path = config, Path(config.output)
-        self.identity = {"together": together, "base": base}
+        self.config, self.path, self.judge = config, Path(config.output), judge
+        self.identity = {"together": together, "base": base, "tokenizer": tokenizer.identity(), "text": text}
         self.model, self.process, self.tokenizer = model, process, tokenizer
         if (self.path / "config.json").exists() and not (self.path / CONFIG).exists():
             raise fail(
@@ -84,6 +89,10 @@ class RunFolder:
     def load(self, place: Path) -> Stored:
         """Read a checkpoint."""
         return load_checkpoint(place)
+
+    def load_step(self, step: int) -> Stored:
+        """Read the checkpoint of a step."""
+        return load_checkpoint(checkpoint_place(self.path / CHECKPOINTS, step))
 
     def save(self, finished: int, groups: Groups, state: Mapping[str, Any], *, keep: Sequence[int] = ()) -> None:
         """Write a checkpoint, and remove those that are neither among the last nor of the steps to keep.
@@ -118,10 +127,21 @@ class RunFolder:
             differ.append(f"a forward call of all processes had {before} sequences and has {now}")
         if state["base"] != self.identity["base"]:
             differ.append("the weights of the checkpoint to refine have changed")
+        if state.get("tokenizer", self.identity["tokenizer"]) != self.identity["tokenizer"]:
+            differ.append("the vocabulary of the tokenizer has changed")
+        if state.get("text", self.identity["text"]) != self.identity["text"]:
+            differ.append(
+                "the text, or what the tokenizer makes of it, has changed (text added at the end counts, too)"
+            )
         if differ:
             raise fail(
                 f"{self.path} holds a run with another configuration: {'; '.join(differ)}.",
                 f"Choose another output, or go on with the configuration of that run, {self.path / CONFIG}.",
+            )
+        if state["step"] > self.config.steps:
+            raise fail(
+                f"steps is {self.config.steps}, but {self.path} holds a run of {state['step']} steps already.",
+                f"Pass at least {state['step']} steps, or choose another output.",
             )
 
     def export(self, groups: Groups, rows: Sequence[dict[str, Any]], steps: int, *, best: bool = False) -> None:
@@ -141,7 +161,8 @@ class RunFolder:
             raise OSError(str(error)) from error
         self.tokenizer.save(folder)
         kind = "masked" if self.process.mask_id is not None else "uniform-state"
-        write_atomically(folder / CARD, model_card(self.config, rows, steps=steps, process=kind))
+        card = model_card(self.config, rows, steps=steps, process=kind, judge=self.judge)
+        write_atomically(folder / CARD, card)
 
 
 def _plain(value: Any) -> Any:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -30,6 +32,11 @@ class TextTokenizer(NamedTuple):
             return [each.ids for each in fast.encode_batch(list(texts), add_special_tokens=False)]
         found = self.tokenizer(list(texts), add_special_tokens=False, truncation=False, verbose=False)
         return [list(ids) for ids in found["input_ids"]]
+
+    def identity(self) -> str:
+        """Return the SHA-256 of its vocabulary: not of its file, which other releases may write in another way."""
+        known = [sorted(self.tokenizer.get_vocab().items()), self.bos_id, self.eos_id]
+        return hashlib.sha256(json.dumps(known).encode()).hexdigest()
 
     def save(self, folder: Path) -> None:
         """Write the files that transformers and tokenizers read.

@@ -1,0 +1,37 @@
+"""Devices on which averages, checkpoints and gradients would be wrong are refused."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+from accelerate import DistributedType
+
+from tokendrift import TokenDriftError
+from tokendrift.training.parts import check_accelerator
+
+
+def accelerator(kind, *, fsdp2=False, accumulation=1):
+    return SimpleNamespace(distributed_type=kind, is_fsdp2=fsdp2, gradient_accumulation_steps=accumulation)
+
+
+@pytest.mark.parametrize("kind", [DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU])
+def test_alone_and_ddp_are_fine(kind):
+    check_accelerator(accelerator(kind))
+
+
+def test_fsdp2_is_fine_and_fsdp1_is_refused():
+    check_accelerator(accelerator(DistributedType.FSDP, fsdp2=True))
+    with pytest.raises(TokenDriftError, match=r"(?s)launched for FSDP of version 1.*--fsdp_version 2"):
+        check_accelerator(accelerator(DistributedType.FSDP))
+
+
+@pytest.mark.parametrize("kind", [DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM, DistributedType.XLA])
+def test_what_shards_in_other_ways_is_refused(kind):
+    with pytest.raises(TokenDriftError, match=rf"(?s)launched for {kind.value}\..*--fsdp_version 2"):
+        check_accelerator(accelerator(kind))
+
+
+def test_an_accelerator_that_divides_gradients_is_refused():
+    with pytest.raises(TokenDriftError, match=r"(?s)gradient_accumulation_steps of accelerate must be 1.*micro_batch"):
+        check_accelerator(accelerator(DistributedType.NO, accumulation=8))

@@ -1,0 +1,160 @@
+"""What a resumed run takes from its folder: the real best, comparable figures, the same text; or it says why not."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+import refine_worker as worker
+import torch
+
+from tokendrift import TokenDriftError
+from tokendrift.evaluation import GenerativePerplexity
+from tokendrift.models import load_denoiser
+from tokendrift.training import read_log, refine
+from tokendrift.training.checkpointing import load_checkpoint
+from tokendrift.training.few_step import FewStep
+from tokendrift.training.run_folder import RunFolder
+
+
+@pytest.fixture
+def run(tmp_path):
+    """Refine a tiny checkpoint in a folder of this test."""
+    worker.make_inputs(tmp_path)
+
+    def run(*, judge=None, **changes):
+        return refine(worker.config(tmp_path, **changes), judge=judge, progress=False)
+
+    return run
+
+
+def uniform():
+    return GenerativePerplexity(lambda ids, attention_mask: torch.zeros(*ids.shape, 1025), protocol="all")
+
+
+def scores(monkeypatch, by_step):
+    monkeypatch.setattr(FewStep, "score", lambda self, rows: by_step[rows[0]["step"]])
+
+
+def steps_of(folder):
+    return [path.name for path in sorted((folder / "checkpoints").iterdir())]
+
+
+def assert_best_is_of(folder, step):
+    place = folder / "checkpoints" / f"step-{step:08d}"
+    weights = load_checkpoint(place).tensors["average"]
+    best = load_denoiser(folder / "best")[0].state_dict()
+    assert all(torch.equal(best[name], weights[name]) for name in weights)
+
+
+def test_a_kill_between_a_checkpoint_and_the_best_model_costs_neither(run, tmp_path, monkeypatch):
+    scores(monkeypatch, {0: 9.0, 2: 2.0, 4: 1.0, 6: 3.0})
+    export = RunFolder.export
+
+    def killed(self, groups, rows, steps, *, best=False):
+        if best and steps == 4:
+            raise KeyboardInterrupt
+        export(self, groups, rows, steps, best=best)
+
+    monkeypatch.setattr(RunFolder, "export", killed)
+    with pytest.raises(KeyboardInterrupt):
+        run(evaluate_every=2)
+    monkeypatch.setattr(RunFolder, "export", export)
+    assert_best_is_of(run(evaluate_every=2).folder, 4)
+
+
+def test_a_best_that_could_not_be_saved_does_not_cost_the_one_before(run, tmp_path, monkeypatch):
+    scores(monkeypatch, {0: 9.0, 2: 2.0, 4: 1.0, 6: 3.0})
+    save = RunFolder.save
+
+    def full(self, finished, *args, **options):
+        if finished == 4:
+            raise OSError(28, "No space left on device")
+        save(self, finished, *args, **options)
+
+    monkeypatch.setattr(RunFolder, "save", full)
+    with pytest.warns(UserWarning, match="checkpoint of step 4 could not be written"):
+        folder = run(evaluate_every=2, keep=1).folder
+    assert steps_of(folder) == ["step-00000002", "step-00000006"]
+    assert_best_is_of(folder, 2)
+
+
+def test_a_best_model_that_cannot_be_written_is_written_at_the_next_start(run, monkeypatch):
+    scores(monkeypatch, {0: 9.0, 2: 2.0, 4: 3.0, 6: 3.0})
+    export = RunFolder.export
+
+    def full(self, *args, best=False):
+        if best:
+            raise OSError(28, "No space left on device")
+        export(self, *args, best=best)
+
+    monkeypatch.setattr(RunFolder, "export", full)
+    with pytest.warns(UserWarning, match=r"the best model, of step 2, could not be written"):
+        run(evaluate_every=2)
+    monkeypatch.setattr(RunFolder, "export", export)
+    assert_best_is_of(run(evaluate_every=2).folder, 2)
+
+
+def test_figures_of_another_judge_are_made_anew(run):
+    before = run(steps=2).evaluations
+    assert not any("gen_ppl" in row for row in before)
+    with pytest.warns(UserWarning, match=r"evaluations were made with {'judge': None, .* stays in log.jsonl alone"):
+        refined = run(steps=2, judge=uniform())
+    assert [(row["step"], row["nfe"]) for row in refined.evaluations] == [(0, None), (0, 2), (2, 2)]
+    assert all(row["gen_ppl"] == pytest.approx(1025.0, rel=1e-4) for row in refined.evaluations)
+    for old, new in zip(before, refined.evaluations, strict=True):  # the same models, the base among them
+        assert new["sample_entropy"] == pytest.approx(old["sample_entropy"])
+    state = json.loads((refined.folder / "checkpoints" / "step-00000002" / "state.json").read_text())
+    assert state["way"] == {"judge": "<lambda>", "nfes": [2], "samples": 4}
+    lines = len(read_log(refined.folder))
+    assert run(steps=2, judge=uniform()).evaluations == refined.evaluations
+    assert len(read_log(refined.folder)) == lines
+
+
+def test_a_changed_way_of_measuring_chooses_the_best_anew(run, monkeypatch):
+    scores(monkeypatch, {0: 9.0, 2: 1.0, 4: 5.0, 6: 6.0})
+    run(evaluate_every=2, steps=4)
+    with pytest.warns(UserWarning, match="evaluations were made with"):
+        folder = run(evaluate_every=2, steps=6, evaluate_samples=6).folder
+    assert_best_is_of(folder, 4)
+
+
+def test_without_evaluations_the_rows_before_stay(run):
+    before = run(steps=2).evaluations
+    assert run(steps=2, evaluate_nfe=()).evaluations == before
+
+
+def test_fewer_steps_than_were_taken_are_refused(run):
+    run(steps=4)
+    with pytest.raises(TokenDriftError, match=r"(?s)steps is 2, but .*run holds a run of 4 steps.*at least 4 steps"):
+        run(steps=2)
+
+
+@pytest.mark.parametrize("change", ["edited", "longer"])
+def test_a_changed_text_is_noticed(run, tmp_path, change):
+    run(steps=2)
+    text = tmp_path / "text.txt"
+    content = text.read_text()
+    text.write_text(content + "\nmore" if change == "longer" else content[:-1] + "#")
+    with pytest.raises(TokenDriftError, match=r"the text, or what .* \(text added at the end counts, too\)"):
+        run(steps=4)
+
+
+def test_a_changed_tokenizer_is_noticed(run, tmp_path):
+    file = tmp_path / "tokenizer.json"
+    shutil.copy(worker.PRETRAINED / "tokenizer.json", file)
+    run(steps=2, tokenizer=str(file))
+    content = json.loads(file.read_text())
+    vocab = content["model"]["vocab"]
+    vocab["!"], vocab["#"] = vocab["#"], vocab["!"]
+    file.write_text(json.dumps(content))
+    with pytest.raises(TokenDriftError, match="the vocabulary of the tokenizer has changed"):
+        run(steps=4, tokenizer=str(file))
+
+
+def test_an_accelerator_that_cannot_work_is_refused_before_any_work(run, tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "8")
+    with pytest.raises(TokenDriftError, match="gradient_accumulation_steps of accelerate must be 1"):
+        run()
+    assert not (tmp_path / "run").exists()
