@@ -37,7 +37,7 @@ def make(tmp_path):
             "save_steps": 2, "report_to": [], "use_cpu": True, "disable_tqdm": True, "learning_rate": 1e-2,
         }  # fmt: skip
         args = TrainingArguments(**{**options, **changes})
-        return ObjectiveTrainer(model, args, train_dataset=data, objective=objective), model
+        return ObjectiveTrainer(model, args, train_dataset=data, eval_dataset=data[:8], objective=objective), model
 
     return build
 
@@ -70,6 +70,42 @@ def test_accumulated_micro_batches_are_averaged(make):
     assert len(losses) == 2
     mean = sum(found.loss.item() for found in losses) / 2
     assert trainer.state.log_history[0]["loss"] == pytest.approx(mean, abs=1e-4)
+
+
+def test_diagnostics_are_the_means_over_accumulated_micro_batches(make):
+    trainer, _ = make(gradient_accumulation_steps=2, per_device_train_batch_size=2, max_steps=2)
+    found = []
+    inner = trainer.objective
+    trainer.objective = lambda *args, **options: found.append(each := inner(*args, **options)) or each
+    trainer.train()
+    logged = [entry["drift"] for entry in trainer.state.log_history if "drift" in entry]
+    drifts = [each.logs["drift"].item() for each in found]
+    assert logged == pytest.approx([(drifts[0] + drifts[1]) / 2, (drifts[2] + drifts[3]) / 2])
+
+
+@pytest.mark.parametrize("kind", ["drift", "continuation"])
+@pytest.mark.parametrize("own", [True, False], ids=["generator", "global numbers"])
+def test_evaluations_repeat_and_leave_training_as_it_is(make, kind, own):
+    ends = []
+    for evaluations in ({}, {"eval_strategy": "steps", "eval_steps": 1}):
+        trainer, model = make(kind, save_steps=100, **evaluations)
+        trainer.objective.generator = trainer.objective.generator if own else None
+        trainer.train()
+        pushed = None if trainer.drift is None else trainer.drift.queue_real.features().clone()
+        first, again = (trainer.evaluate()["eval_loss"] for _ in range(2))
+        assert first == again
+        if pushed is not None:
+            assert torch.equal(trainer.drift.queue_real.features(), pushed)
+        ends.append(model.vocab_embed.embedding.detach().clone())
+    assert torch.equal(*ends)
+    assert [entry["step"] for entry in trainer.state.log_history if "eval_loss" in entry] == [1, 2, 3, 4, 4, 4]
+
+
+def test_a_checkpoint_without_queues_is_said(make, tmp_path):
+    make()[0].train()
+    (tmp_path / "checkpoint-2" / QUEUES).unlink()
+    with pytest.warns(UserWarning, match=r"checkpoint-2 has no tokendrift_loss.pt: the queues start empty"):
+        make()[0].train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
 
 
 def test_queues_are_in_the_checkpoint_and_come_back(make, tmp_path):

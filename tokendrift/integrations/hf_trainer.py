@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -35,8 +38,11 @@ class ObjectiveTrainer(Trainer):
 
     The dataset gives ``input_ids``, clean ids of one length L. Diagnostics go where the Trainer's logs go. The
     drifting loss of the objective, if it has one, moves to the Trainer's device; its queues are written into every
-    checkpoint and read when training resumes from one. A micro-batch is a call of its own, and the gradients of
-    accumulated ones are averaged.
+    checkpoint and read when training resumes from one. A micro-batch is a call of its own; the gradients and the
+    diagnostics of accumulated ones are averaged.
+
+    Evaluation gives the objective's mean as ``eval_loss``: with the same noise every time, from ``args.seed``, and
+    without a trace in the queues or in the noise of training. There are no predictions.
 
     Args:
         model: The denoiser.
@@ -52,7 +58,7 @@ class ObjectiveTrainer(Trainer):
         self._signature_columns: Any = ["input_ids"]
         self.objective: Objective = objective
         self.drift: nn.Module | None = getattr(objective, "drift", None)
-        self._found: dict[str, float] = {}
+        self._found: list[dict[str, float]] = []  # one for each micro-batch since the last log
         if self.drift is not None:
             self.drift.to(self.args.device)
 
@@ -64,16 +70,52 @@ class ObjectiveTrainer(Trainer):
         num_items_in_batch: Any = None,
     ) -> Any:
         """Return the objective's loss of a batch."""
+        if self.drift is not None:
+            self.drift.train(model.training)  # it is no part of the model: what is evaluated stays out of its queues
         due = self.args.logging_steps > 0 and (self.state.global_step + 1) % max(1, int(self.args.logging_steps)) == 0
         loss, logs = self.objective(model, inputs["input_ids"], log=due and model.training)
         if due and model.training:
-            self._found = {name: float(value) for name, value in logs.items()}
+            self._found.append({name: float(value) for name, value in logs.items()})
         return (loss, {"loss": loss.detach()}) if return_outputs else loss
+
+    def prediction_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Tensor],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """Return the objective's loss of a batch, without predictions and labels."""
+        with torch.no_grad(), self.compute_loss_context_manager():
+            loss = self.compute_loss(model, self._prepare_inputs(inputs))
+        return loss.detach(), None, None
+
+    def evaluation_loop(self, *args: Any, **options: Any) -> Any:
+        """Evaluate as the Trainer does, with noise of its own."""
+        with self._own_noise():
+            return super().evaluation_loop(*args, **options)
+
+    @contextmanager
+    def _own_noise(self) -> Iterator[None]:
+        """Draw the same noise in every evaluation, and let training go on as if there had been none."""
+        device = self.args.device
+        generator: torch.Generator | None = getattr(self.objective, "generator", None)
+        state = None if generator is None else generator.get_state()
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            torch.manual_seed(self.args.seed)
+            if generator is not None:
+                generator.manual_seed(self.args.seed)
+            try:
+                yield
+            finally:
+                if generator is not None and state is not None:
+                    generator.set_state(state)
 
     def log(self, logs: dict[str, float], *args: Any, **options: Any) -> None:
         """Log, with what the objective has found."""
-        if "loss" in logs:
-            logs = {**logs, **self._found}
+        if "loss" in logs and self._found:
+            means = {name: sum(found[name] for found in self._found) / len(self._found) for name in self._found[0]}
+            logs, self._found = {**logs, **means}, []
         super().log(logs, *args, **options)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any, *args: Any, **options: Any) -> None:
@@ -84,6 +126,10 @@ class ObjectiveTrainer(Trainer):
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
-        file = Path(checkpoint) / QUEUES if checkpoint is not None else None
-        if self.drift is not None and file is not None and file.is_file():
+        if self.drift is None or checkpoint is None:
+            return
+        file = Path(checkpoint) / QUEUES
+        if file.is_file():
             self.drift.load_state_dict(torch.load(file, map_location=self.args.device, weights_only=True))
+        else:
+            warnings.warn(f"{checkpoint} has no {QUEUES}: the queues start empty.", stacklevel=2)
