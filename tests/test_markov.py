@@ -187,6 +187,15 @@ def test_distances_are_half_the_summed_differences_whatever_the_samples(seed):
     assert figures.validity.estimate == pytest.approx((valid.sum() / counts.sum()).item(), abs=1e-12)
 
 
+def test_an_interval_stands_although_some_redraws_have_no_valid_pair():
+    language = MarkovLanguage(torch.tensor([[0.0, 1.0], [0.5, 0.5]]))
+    figures = measure_ids(language, torch.tensor([[0, 0, 0], [0, 1, 0]]))  # a quarter of the redraws is 000 twice
+    low, high = figures.mode_imbalance[1:]
+    assert low <= figures.mode_imbalance.estimate <= high
+    none = measure_ids(language, torch.tensor([[0, 0, 0], [0, 0, 0]]))
+    assert all(map(math.isnan, none.mode_imbalance)) and none.total_variation.estimate == 1
+
+
 def test_real_text_lies_at_the_floor_with_the_true_entropies():
     language = MarkovLanguage.random()
     figures = measure_ids(language, language.sample(4096, seed=1))
@@ -308,6 +317,14 @@ PROCESS = SMALL.process("uniform")
         (lambda: measure_ids(SMALL, torch.full((3, 5), 6)), "ids from 6 to 6"),
         (lambda: measure_ids(SMALL, torch.zeros(1, 5).long()), "at least 2 sequences of at least 2 words"),
         (lambda: few_step(SMALL, ExactDenoiser(SMALL, PROCESS), PROCESS, steps=()), "at least one entry each"),
+        (
+            lambda: few_step(SMALL, ExactDenoiser(SMALL, PROCESS), PROCESS, steps=8),
+            r"(?s)steps must be a list\..*Pass steps=\(8,\)",
+        ),
+        (
+            lambda: few_step(SMALL, ExactDenoiser(SMALL, PROCESS), PROCESS, temperatures=0.8),
+            r"temperatures must be a list\.",
+        ),
         (
             lambda: few_step(SMALL, ExactDenoiser(SMALL, PROCESS), PROCESS, steps=(2,), samples=2).best(3),
             r"no row has nfe 3",

@@ -129,6 +129,9 @@ def few_step(
     """
     check_count("samples", samples, least=2)
     check_count("batch_size", batch_size, least=1)
+    for name, values in (("steps", steps), ("temperatures", temperatures)):
+        if not isinstance(values, Sequence):
+            raise fail(f"{name} must be a list.", f"Pass {name}=({values!r},).", **{name: values})
     if not steps or not temperatures:
         raise fail("steps and temperatures need at least one entry each.", steps=steps, temperatures=temperatures)
     floor = real_floor(language, samples, seed=seed)

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import isnan
+from math import isnan, nan
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from tokendrift._checks import check_count, check_ids, fail
-from tokendrift.evaluation.bootstrap import Interval, bootstrap_interval
+from tokendrift.evaluation.bootstrap import Interval, bootstrap_interval, interval_from, redraws
 from tokendrift.evaluation.diversity import sample_entropy, unigram_entropy
 from tokendrift.evaluation.markov.language import MarkovLanguage
 
@@ -29,7 +29,7 @@ class MarkovMeasures:
             rare costs as what is too frequent or impossible.
         mode_imbalance: The same among valid pairs,
             :math:`\tfrac12 \sum_{ab:\,p_{ab}>0} |\hat q_{ab} / \text{validity} - p_{ab}|`: what is wrong beside the
-            invalid pairs. NaN if there is no valid pair.
+            invalid pairs. NaN if there is no valid pair; redrawn sets without one do not count for its interval.
         floor: What real text of the same size measures for the last two: the noise of counting.
         unigram_entropy: Of all words together, nats (true: ``language.unigram_entropy``).
         conditional_entropy: Of a word given the one before, from pair counts, nats.
@@ -102,13 +102,14 @@ def measure_ids(
     def distance(differences: Tensor, counted: Tensor) -> Interval:
         """Return half the sum of |differences|, as the mean of their signs over pairs less what the truth has."""
         sign = differences.sign()
-        spread = bootstrap_interval(
-            lambda signs, pairs: signs.sum(dim=-1) / pairs.sum(dim=-1) / 2,
-            (sign[code] * counted).sum(dim=1),
-            counted.sum(dim=1),
-            resamples=resamples,
-            seed=seed,
-        )
+        signs, pairs = (sign[code] * counted).sum(dim=1), counted.sum(dim=1)
+        if not pairs.any():
+            return Interval(nan, nan, nan)
+        generator = torch.Generator().manual_seed(seed)
+        drawn = [signs[i].sum(dim=1) / pairs[i].sum(dim=1) / 2 for i in redraws(n, resamples, generator)]
+        replicates = torch.cat(drawn)
+        # A redrawn set without a counted pair (0 / 0) says nothing.
+        spread = interval_from(float(signs.sum() / pairs.sum() / 2), replicates[~replicates.isnan()])
         constant = float((sign * true).sum()) / 2
         return Interval(*(torch.tensor(spread, dtype=torch.float64) - constant).clamp_min(0).tolist())
 
