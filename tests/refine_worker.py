@@ -1,6 +1,7 @@
 """A small refinement, for tests that kill it or run it on several processes.
 
-``refine_worker.py run FOLDER [KEY=VALUE ...]`` refines, with ``shard`` in place of ``run`` by FSDP2;
+``refine_worker.py run FOLDER [KEY=VALUE ...]`` refines and prints the number of evaluations, with ``shard`` in place
+of ``run`` by FSDP2;
 ``refine_worker.py kill FOLDER KILLS SEED`` refines once undisturbed into FOLDER/whole, and once with SIGKILLs at
 random moments into FOLDER/killed.
 """
@@ -126,8 +127,13 @@ def main(mode, folder, *rest):
     else:
         torch.set_num_threads(1)
         sharding = Sharding(cpu=True) if mode == "shard" else None
-        refine(config(folder, **parse_settings(rest)), accelerator=sharding, progress=False)
+        refined = refine(config(folder, **parse_settings(rest)), accelerator=sharding, progress=False)
+        print(len(refined.evaluations), flush=True)
 
 
 if __name__ == "__main__":
     main(*sys.argv[1:])
+    if sys.argv[1] == "shard":
+        # All is written. Threads that the wrapper leaves to gloo now and then abort a regular exit ("terminate called
+        # without an active exception").
+        os._exit(0)

@@ -301,7 +301,7 @@ def test_what_cannot_work_is_refused_before_any_work(inputs, changes, message):
 
 
 def launched(folder, ranks, *, mode="run", **changes):
-    """Refine on several processes, as ``torchrun`` starts them."""
+    """Refine on several processes, as ``torchrun`` starts them; return the number of evaluations that each has."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -312,21 +312,26 @@ def launched(folder, ranks, *, mode="run", **changes):
     processes = []
     for rank in range(ranks):
         environment = os.environ | common | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-        processes.append(subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True))
+        processes.append(
+            subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        )
+    counts = []
     try:
         for process in processes:
-            _, errors = process.communicate(timeout=300)
+            output, errors = process.communicate(timeout=300)
             assert process.returncode == 0, errors
+            counts.append(int(output.split()[-1]))
     finally:
         for process in processes:
             process.kill()
+    return counts
 
 
 @pytest.fixture(scope="module")
 def pair(inputs):
     """The folder of a run of two processes."""
     changes = {"output": str(inputs / "pair"), "dropout": 0.0, "micro_batch": 2, "steps": 4}
-    launched(inputs, 2, **changes)
+    assert launched(inputs, 2, **changes) == [3, 0]
     return inputs / "pair"
 
 
@@ -364,6 +369,12 @@ def test_a_sharded_model_trains_like_a_whole_one_and_shares_its_checkpoints(inpu
         launched(inputs, 2, mode="shard", output=str(inputs / folder), **changes)
         for one, two in zip(read_log(inputs / folder), read_log(pair), strict=True):
             assert_close(one, two)
+
+
+@pytest.mark.slow
+def test_only_the_main_process_of_a_resumed_run_has_evaluations(inputs, pair):
+    shutil.copytree(pair, inputs / "again")
+    assert launched(inputs, 2, output=str(inputs / "again"), dropout=0.0, micro_batch=2, steps=4) == [3, 0]
 
 
 @pytest.mark.slow
