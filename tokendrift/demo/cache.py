@@ -16,6 +16,11 @@ def fingerprint(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:12]
 
 
+def place_of(folder: Path, name: str, key: Any) -> Path:
+    """Return where `cached` puts the result of a stage, whether it is there or not."""
+    return folder / f"{name}-{fingerprint(key)}"
+
+
 def cached(folder: Path, name: str, key: Any, make: Callable[[Path], object]) -> tuple[Path, bool]:
     """Return the folder of a stage, making it only if no run with the same key finished it before.
 
@@ -28,7 +33,7 @@ def cached(folder: Path, name: str, key: Any, make: Callable[[Path], object]) ->
     Returns:
         The stage's folder, and whether it was there already.
     """
-    final = folder / f"{name}-{fingerprint(key)}"
+    final = place_of(folder, name, key)
     if final.is_dir():
         return final, True
     folder.mkdir(parents=True, exist_ok=True)

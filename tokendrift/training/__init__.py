@@ -18,6 +18,7 @@ from tokendrift.training.refinement import Refined, refine
 from tokendrift.training.settings import PRESETS, make_config, parse_settings
 from tokendrift.training.text import DatasetRows, Documents, Piece, TextFiles
 from tokendrift.training.tokenizer import TextTokenizer, text_tokenizer
+from tokendrift.training.trajectories import OwnTrajectories, places
 
 __all__ = [
     "PRESETS",
@@ -30,6 +31,7 @@ __all__ = [
     "LoopConfig",
     "Objective",
     "Optimization",
+    "OwnTrajectories",
     "PackedText",
     "Piece",
     "RefineConfig",
@@ -41,6 +43,7 @@ __all__ = [
     "evaluation_table",
     "make_config",
     "parse_settings",
+    "places",
     "read_log",
     "refine",
     "text_tokenizer",

@@ -1,0 +1,183 @@
+"""The drift of token pairs: its law, what it counts, and that the lift makes no error in it."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tokendrift import PairDriftLoss, TokenDriftError, pair_drift
+
+IDS = torch.tensor([[0, 1, 2, 1], [2, 2, 0, 1]])
+
+
+def random_logits(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def laws(seed):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.rand(2, 5, 5, generator=generator, dtype=torch.float64).div(12).unbind()
+
+
+@given(st.integers(0, 1000), st.floats(0, 1))
+def test_the_drift_changes_its_sign_when_real_and_generated_change_places(seed, eps):
+    p, q = laws(seed)
+    assert torch.equal(pair_drift(p, q, eps), -pair_drift(q, p, eps))
+    assert (pair_drift(p, p, eps) == 0).all()
+    assert (pair_drift(p, q, eps).abs() <= 1).all()
+
+
+def test_the_generated_law_is_that_of_tokens_drawn_independently():
+    """By enumeration of all sequences: products over positions commute with the draw, features of a network do not."""
+    logits = random_logits(1, 3, 3)
+    p = logits.softmax(-1)[0]
+    expected = torch.zeros(2, 3, 3, dtype=torch.float64)
+    for sequence in itertools.product(range(3), repeat=3):
+        chance = p[range(3), sequence].prod()
+        for a, b in itertools.pairwise(sequence):
+            expected[0, a, b] += chance / 2
+        expected[1, sequence[0], sequence[2]] += chance
+    loss = PairDriftLoss(3, lags=(1, 2)).double()
+    loss(logits, IDS[:1, :3])
+    torch.testing.assert_close(loss.generated[0], expected)
+
+
+def test_real_pairs_are_counted_over_all_calls():
+    loss = PairDriftLoss(3)
+    loss.observe(IDS[:1])
+    loss.observe(IDS[1:])
+    counts = torch.zeros(3, 3)
+    for row in IDS.tolist():
+        for a, b in itertools.pairwise(row):
+            counts[a, b] += 1
+    torch.testing.assert_close(loss.real[0], counts / 6)
+    other = PairDriftLoss(3)
+    other.observe(IDS)
+    torch.testing.assert_close(other.real, loss.real)
+
+
+def test_visible_tokens_stand_for_themselves_and_the_mask_has_no_probability():
+    loss = PairDriftLoss(4, mask_id=3)
+    noisy = torch.tensor([[0, 3, 2]])
+    logits = torch.zeros(1, 3, 4, requires_grad=True)
+    loss(logits, torch.tensor([[0, 1, 2]]), noisy_ids=noisy).backward()
+    third = 1 / 6
+    expected = torch.zeros(4, 4)
+    expected[0, :3] = third
+    expected[:3, 2] += third
+    torch.testing.assert_close(loss.generated[0, 0], expected)
+    assert (logits.grad[:, [0, 2]] == 0).all() and (logits.grad[:, 1, 3] == 0).all()
+    assert logits.grad[:, 1, :3].abs().sum() > 0
+
+
+def test_the_gradient_is_that_of_the_pairs_under_a_fixed_drift():
+    loss = PairDriftLoss(3).double()
+    loss(random_logits(2, 4, 3, seed=1), IDS)
+    before = loss.generated[0, 0].clone()
+    logits = random_logits(2, 4, 3, seed=2).requires_grad_()
+    (found,) = torch.autograd.grad(loss(logits, IDS), logits)
+    p = logits.softmax(-1)
+    written = torch.einsum("bla,blc->ac", p[:, :-1], p[:, 1:]) / 6
+    drift = pair_drift(loss.real[0], before, 0.05 / 6)
+    (expected,) = torch.autograd.grad(-(drift * written).sum(), logits)
+    torch.testing.assert_close(found, expected)
+
+
+def test_descent_brings_the_law_of_free_logits_to_the_real_one():
+    text = torch.tensor([[0, 1], [1, 2], [2, 0]]).repeat(10, 1)
+    loss = PairDriftLoss(3, decay=0.5)
+    logits = torch.nn.Parameter(0.1 * torch.randn(30, 2, 3, generator=torch.Generator().manual_seed(0)))
+    optimiser = torch.optim.Adam([logits], lr=0.1)
+    for _ in range(150):
+        optimiser.zero_grad()
+        loss(logits, text).backward()
+        optimiser.step()
+    assert loss.total_variation().item() < 0.1
+
+
+def test_strata_keep_laws_of_their_own():
+    loss = PairDriftLoss(3, strata=2)
+    loss(torch.zeros(2, 4, 3), IDS, stratum=1)
+    assert (loss.generated[0] == 0).all()
+    torch.testing.assert_close(loss.generated[1, 0], torch.full((3, 3), 1 / 9))
+
+
+def test_evaluation_changes_no_law_and_the_state_is_all_there_is():
+    loss = PairDriftLoss(3)
+    loss(random_logits(2, 4, 3), IDS)
+    kept = {name: value.clone() for name, value in loss.state_dict().items()}
+    loss.eval()
+    value = loss(random_logits(2, 4, 3, seed=5), IDS)
+    assert all(torch.equal(kept[name], now) for name, now in loss.state_dict().items())
+    again = PairDriftLoss(3).eval()
+    again.load_state_dict(kept)
+    assert torch.equal(again(random_logits(2, 4, 3, seed=5), IDS), value)
+
+
+def test_classes_group_tokens():
+    classes = torch.tensor([0, 0, 1])
+    grouped, plain = PairDriftLoss(3, classes=classes), PairDriftLoss(3)
+    for loss in (grouped, plain):
+        loss(random_logits(2, 4, 3).float(), IDS)
+    fold = torch.nn.functional.one_hot(classes).float()
+    for name in ("real", "generated"):
+        torch.testing.assert_close(getattr(grouped, name), fold.T @ getattr(plain, name) @ fold)
+
+
+def test_padding_is_no_text():
+    short, long = PairDriftLoss(3), PairDriftLoss(3)
+    logits = random_logits(2, 4, 3).float()
+    here = torch.tensor([[True] * 3 + [False]] * 2)
+    short(logits[:, :3], IDS[:, :3])
+    long(logits, IDS, attention_mask=here)
+    torch.testing.assert_close(short.generated, long.generated)
+    torch.testing.assert_close(short.real, long.real)
+
+
+def test_backoff_gives_unseen_pairs_the_chance_of_their_tokens():
+    loss = PairDriftLoss(3, backoff=0.5)
+    loss.observe(torch.tensor([[0, 1, 2]]))
+    loss.eval()
+    assert loss.total_variation().item() == pytest.approx(0.5)  # of a law without any mass yet
+    expected = 0.5 * loss.real[0] + 0.5 * torch.outer(loss.real[0].sum(1), loss.real[0].sum(0))
+    torch.testing.assert_close(loss._target()[0], expected)
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"lags": ()}, "lags"),
+        ({"decay": 1.0}, "decay"),
+        ({"backoff": -0.1}, "backoff"),
+        ({"smoothing": 0.0}, "smoothing"),
+        ({"classes": torch.zeros(2, dtype=torch.int64)}, "classes"),
+        ({"mask_id": 3}, "mask_id"),
+        ({"strata": 0}, "strata"),
+    ],
+)
+def test_options_out_of_range_are_named(options, named):
+    with pytest.raises(TokenDriftError, match=named):
+        PairDriftLoss(3, **options)
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"logits": torch.zeros(2, 4, 5)}, "logits"),
+        ({"clean_ids": IDS + 2}, "clean_ids"),
+        ({"stratum": 1}, "stratum"),
+        ({"predicted": IDS > 0}, "predicted"),
+        ({"logits": torch.zeros(2, 1, 3), "clean_ids": IDS[:, :1]}, "lag"),
+        ({"logits": torch.full((2, 4, 3), torch.nan)}, "NaN"),
+    ],
+)
+def test_input_that_does_not_fit_changes_nothing(change, named):
+    loss = PairDriftLoss(3)
+    given = {"logits": torch.zeros(2, 4, 3), "clean_ids": IDS, **change}
+    with pytest.raises(TokenDriftError, match=named):
+        loss(given.pop("logits"), given.pop("clean_ids"), **given)
+    assert (loss.real == 0).all() and (loss.generated == 0).all()

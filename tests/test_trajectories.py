@@ -1,0 +1,125 @@
+"""Training on the model's own chains: where they stop, what is asked there, and that it helps where it should."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tokendrift import IdentityFeatures, PairDriftLoss, TokenDriftError, TokenDriftLoss
+from tokendrift.diffusion import MaskedDiffusion, UniformDiffusion
+from tokendrift.evaluation.markov import ExactDenoiser, MarkovLanguage, few_step
+from tokendrift.models import DiT, DiTConfig
+from tokendrift.training import Continuation, LoopConfig, OwnTrajectories, places, train
+
+LANGUAGE = MarkovLanguage.random(words=6, successors=2, length=8, seed=0)
+
+
+class Recorded(torch.nn.Module):
+    """The exact denoiser with a parameter, that remembers what it was asked."""
+
+    def __init__(self, process):
+        super().__init__()
+        self.exact, self.process = ExactDenoiser(LANGUAGE, process), process
+        self.bias = torch.nn.Parameter(torch.zeros(process.vocab_size))
+        self.asked = []
+
+    def forward(self, ids, sigma):
+        self.asked.append((ids.clone(), sigma.clone(), torch.is_grad_enabled()))
+        return self.exact(ids, sigma).clamp_min(-50) + self.bias
+
+
+def objective(process, steps, **options):
+    drift = PairDriftLoss(process.vocab_size, strata=len(places(process, steps)), mask_id=process.mask_id)
+    return OwnTrajectories(process, drift, steps, generator=torch.Generator().manual_seed(0), **options)
+
+
+def test_places_are_the_inputs_of_every_call_but_for_the_all_masked_one():
+    uniform, masked = UniformDiffusion(6), MaskedDiffusion(7)
+    assert places(uniform, (2, 4)) == ((4, 0), (2, 1), (4, 1), (4, 2), (4, 3))
+    assert places(masked, (4, 2)) == ((2, 1), (4, 1), (4, 2), (4, 3))
+    assert places(uniform, (1,)) == ((1, 0),)
+    with pytest.raises(TokenDriftError, match="steps"):
+        places(masked, (1,))
+    with pytest.raises(TokenDriftError, match="steps"):
+        places(uniform, ())
+
+
+@pytest.mark.parametrize("kind", ["masked", "uniform"])
+def test_the_gradient_is_taken_at_one_place_of_a_chain_at_its_time(kind):
+    process = LANGUAGE.process(kind)
+    learn, model = objective(process, (4,)), Recorded(LANGUAGE.process(kind))
+    for _ in range(6):
+        model.asked.clear()
+        learn(model, LANGUAGE.sample(16, seed=0)).loss.backward()
+        *chain, (ids, sigma, gradient) = model.asked
+        assert gradient and not any(grad for _, _, grad in chain)
+        taken = len(chain)
+        assert taken <= 3
+        torch.testing.assert_close(sigma, process.sigma(torch.full((16,), 1 - taken / 4)))
+        if kind == "masked":
+            hidden = (ids == process.mask_id).float().mean().item()
+            assert taken >= 1 and hidden == pytest.approx(1 - taken / 4, abs=0.2)
+    assert model.training
+
+
+def test_the_last_place_of_a_chain_gives_the_law_of_what_the_sampler_writes():
+    """One-shot completions after 1 of 2 steps are the samples of 2 steps: the pairs agree up to chance."""
+    process = LANGUAGE.process("masked")
+    learn, model = objective(process, (2,)), Recorded(process)
+    learn.drift.decay = 0.99
+    for _ in range(100):
+        learn(model, LANGUAGE.sample(256, seed=0))
+    sampled = few_step(LANGUAGE, model, process, steps=(2,), samples=20_000, seed=1).rows[0].measures
+    words = LANGUAGE.words
+    law = learn.drift.generated[0, 0, :words, :words].double()
+    assert law[LANGUAGE.allowed].sum().item() == pytest.approx(sampled.validity.estimate, abs=0.01)
+    distance = (law - LANGUAGE.pairs).abs().sum().item() / 2
+    assert distance == pytest.approx(sampled.total_variation.estimate, abs=0.02)
+
+
+def test_same_generator_same_losses():
+    process = LANGUAGE.process("uniform")
+    runs = [
+        [
+            objective(process, (2, 4), base_weight=0.1)(Recorded(process), LANGUAGE.sample(8, seed=s)).loss
+            for s in (0, 1)
+        ]
+        for _ in range(2)
+    ]
+    assert runs[0] == runs[1]
+
+
+def test_an_encoder_loss_works_there_too():
+    process = LANGUAGE.process("uniform")
+    drift = TokenDriftLoss(torch.eye(6), IdentityFeatures(), queue_size=32)
+    learn = OwnTrajectories(process, drift, (2,), generator=torch.Generator().manual_seed(0))
+    model = Recorded(process)
+    found = learn(model, LANGUAGE.sample(16, seed=0), log=True)
+    found.loss.backward()
+    assert model.bias.grad.abs().sum() > 0 and set(found.logs) == {"drift"}
+
+
+def test_strata_must_fit_the_chains():
+    process = LANGUAGE.process("uniform")
+    with pytest.raises(TokenDriftError, match="strata"):
+        OwnTrajectories(process, PairDriftLoss(6, strata=2), (4,))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["masked", "uniform"])
+def test_it_beats_the_continuation_at_every_temperature(kind):
+    """What few steps break on a known language is repaired beyond what temperature can do, at the right entropy."""
+    process = LANGUAGE.process(kind)
+    torch.manual_seed(0)
+    sizes = DiTConfig(process.vocab_size, 8, hidden_dim=32, cond_dim=16, n_blocks=2, n_heads=2, dropout=0.0)
+    base = DiT(sizes)
+    base_loop = LoopConfig(1500, batch_size=128, learning_rate=3e-3, warmup=100, ema=0.995)
+    train(base, Continuation(process, torch.Generator().manual_seed(1)), LANGUAGE.batches(128, seed=2), base_loop)
+    refined = DiT(sizes)
+    refined.load_state_dict(base.state_dict())
+    loop = LoopConfig(600, batch_size=64, learning_rate=1e-3, warmup=30)
+    train(refined, objective(process, (2, 4)), LANGUAGE.batches(64, seed=3), loop)
+    cooled = few_step(LANGUAGE, base, process, steps=(4,), temperatures=(1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4))
+    ours = few_step(LANGUAGE, refined, process, steps=(4,)).rows[0].measures
+    assert ours.total_variation.high < cooled.best(4).measures.total_variation.low
+    assert ours.unigram_entropy == pytest.approx(LANGUAGE.unigram_entropy, abs=0.05)

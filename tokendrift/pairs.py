@@ -1,0 +1,256 @@
+"""A drifting loss for what parallel sampling breaks: which tokens stand beside each other."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, distributed, nn
+
+from tokendrift._checks import (
+    check_count,
+    check_ids,
+    check_mask,
+    check_mask_id,
+    check_positive,
+    check_same_device,
+    check_tensor,
+    fail,
+)
+from tokendrift.references import rank_count
+
+__all__ = ["PairDriftLoss", "pair_drift"]
+
+
+def pair_drift(real: Tensor, generated: Tensor, eps: float) -> Tensor:
+    r"""Return the anti-symmetric drift between two laws of pairs, elementwise in [-1, 1].
+
+    .. math:: V_{ab} = \frac{P_{ab} - Q_{ab}}{P_{ab} + Q_{ab} + \epsilon}
+
+    It points from Q to P, changes its sign when they change places, and vanishes where they agree.
+
+    Args:
+        real: P, probabilities of any shape.
+        generated: Q, of the same shape.
+        eps: Probability below which a difference counts for little.
+
+    >>> pair_drift(torch.tensor([0.5, 0.0]), torch.tensor([0.0, 0.5]), 0.0)
+    tensor([ 1., -1.])
+    """
+    return (real - generated) / (real + generated + eps)
+
+
+class PairDriftLoss(nn.Module):
+    r"""Drift of the law of token pairs, which the soft-token lift gives without any error.
+
+    A sampler that takes several positions in one step draws them independently from the predicted :math:`p_i`. Features
+    that are products over positions commute with that draw: the pair :math:`(x_i, x_{i+g})` has the law
+    :math:`p_i \otimes p_{i+g}`, and
+
+    .. math:: q_{ab} = \frac1{B(L-g)} \sum_{b,i} p_{i}(a)\, p_{i+g}(b)
+
+    is exactly the law of the pairs that will be written. An encoder's features of soft tokens are not those of drawn
+    ones: they reward mere sharpening. With the laws P of real and Q of generated pairs, kept as running means, the loss
+    is
+
+    .. math:: \mathcal L = -\sum_{ab} \mathrm{sg}(V_{ab})\, q_{ab},\qquad V = \frac{P - Q}{P + Q + \epsilon}
+
+    averaged over the lags g: the step of drifting for linear features, with each coordinate in units of its own size. V
+    is anti-symmetric; the laws, unlike mean features, identify what is missing.
+
+    The laws have K x K entries: for vocabularies of some thousands all tokens, for larger ones ``classes`` of them.
+    Generated text of different noise levels goes to different ``strata``, or good text at low noise would hide bad text
+    at high noise. Masked models must not be asked at t = 1, where one input has to stand for all texts and the best
+    product law is a single text: `tokendrift.training.OwnTrajectories` leaves that step out.
+
+    Args:
+        vocab_size: V.
+        lags: Distances g between the tokens of a pair.
+        strata: Number S of separate laws of generated text.
+        decay: Share of the law of generated pairs that a call keeps. More gives less noise, and an older law.
+        smoothing: :math:`\epsilon` in units of one pair among those that Q remembers, ``(1 - decay) / (B (L - g))``:
+            what is rarer than that cannot be told from zero.
+        backoff: Share of P that is the product of its margins, for pairs that a small corpus lacks by chance.
+        classes: Class of each token, int64 (V,), for laws over classes; omitted, every token is its own.
+        mask_id: Vocabulary entry without probability (MDLM's mask).
+
+    Attributes:
+        real: Law P of the real pairs seen so far, (G, K, K), in ``state_dict``.
+        generated: Law Q, (S, G, K, K), in ``state_dict``.
+
+    Raises:
+        TokenDriftError: For an option out of range.
+
+    Source: this package; the field is in the spirit of arXiv 2605.19470, section 3.3. What it does is measured in the
+    study of the documentation.
+
+    >>> loss = PairDriftLoss(3)
+    >>> logits = torch.zeros(2, 4, 3, requires_grad=True)
+    >>> loss(logits, torch.tensor([[0, 1, 2, 0], [1, 2, 0, 1]])).backward()
+    >>> loss.total_variation()
+    tensor([[0.6667]])
+    """
+
+    real: Tensor
+    generated: Tensor
+    classes: Tensor | None
+    real_weight: Tensor
+    generated_weight: Tensor
+
+    def __init__(
+        self,
+        vocab_size: int,
+        *,
+        lags: Sequence[int] = (1,),
+        strata: int = 1,
+        decay: float = 0.95,
+        smoothing: float = 1.0,
+        backoff: float = 0.0,
+        classes: Tensor | None = None,
+        mask_id: int | None = None,
+    ) -> None:
+        super().__init__()
+        self.vocab_size = check_count("vocab_size", vocab_size, least=2)
+        check_mask_id(mask_id, vocab_size)
+        self.mask_id = mask_id
+        self.lags = tuple(check_count("lags", lag, least=1) for lag in lags)
+        if not self.lags:
+            raise fail("lags must name at least one distance, such as (1,).", lags=lags)
+        check_count("strata", strata, least=1)
+        for name, value in (("decay", decay), ("backoff", backoff)):
+            if not 0 <= value < 1:
+                raise fail(f"{name} must lie in [0, 1).", **{name: value})
+        self.decay, self.backoff = decay, backoff
+        size = vocab_size
+        if classes is not None:
+            if classes.shape != (vocab_size,) or classes.is_floating_point() or int(classes.min()) < 0:
+                raise fail(f"classes must be ids of classes, int64 (V,) = ({vocab_size},).", classes=classes)
+            size = int(classes.max()) + 1
+        self.register_buffer("classes", classes, persistent=False)
+        self.smoothing = check_positive("smoothing", smoothing)
+        self.register_buffer("real", torch.zeros(len(self.lags), size, size))
+        self.register_buffer("generated", torch.zeros(strata, len(self.lags), size, size))
+        self.register_buffer("real_weight", torch.zeros((), dtype=torch.float64))
+        self.register_buffer("generated_weight", torch.zeros(strata))
+
+    def forward(
+        self,
+        logits: Tensor,
+        clean_ids: Tensor,
+        *,
+        noisy_ids: Tensor | None = None,
+        predicted: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        stratum: int = 0,
+    ) -> Tensor:
+        """Return the loss, a float32 scalar; in training mode both laws then take the batch in.
+
+        The batch meets the laws of those before it: a batch among its own negatives would flee from itself. The first
+        of a stratum has no other.
+
+        Args:
+            logits: Raw denoiser output (B, L, V), any float dtype; L above every lag.
+            clean_ids: Real text (B, L). It need not be the text that was corrupted.
+            noisy_ids: x_t (B, L): what stands at positions that are not predicted.
+            predicted: Bool (B, L). Omitted: ``noisy_ids == mask_id`` if both are known, else all.
+            attention_mask: Positions that are text, (B, L), of logits and clean ids alike.
+            stratum: Which law of generated text the batch belongs to, 0 to S - 1.
+
+        Raises:
+            TokenDriftError: For input that does not fit; no law has changed then.
+        """
+        check_tensor("logits", logits, ("B", "L", "V"))
+        if logits.shape[2] != self.vocab_size:
+            raise fail(f"logits must have V = {self.vocab_size} entries.", logits=logits)
+        clean_ids = check_ids("clean_ids", clean_ids, self.vocab_size, like=logits)
+        check_same_device("logits", logits, laws=self.real, clean_ids=clean_ids, noisy_ids=noisy_ids)
+        if logits.shape[1] <= max(self.lags):
+            raise fail(f"sequences must be longer than the largest lag, {max(self.lags)}.", logits=logits)
+        if not 0 <= check_count("stratum", stratum) < len(self.generated):
+            raise fail(f"stratum must lie in 0 to {len(self.generated) - 1}.", stratum=stratum)
+        if noisy_ids is not None:
+            noisy_ids = check_ids("noisy_ids", noisy_ids, self.vocab_size, like=logits)
+            if predicted is None and self.mask_id is not None:
+                predicted = noisy_ids == self.mask_id
+        elif predicted is not None:
+            raise fail("predicted was given without noisy_ids.", "Pass noisy_ids=x_t.")
+        text = None if attention_mask is None else check_mask("attention_mask", attention_mask, logits.shape[:2])
+
+        chances = self._chances(logits)
+        if predicted is not None and noisy_ids is not None:
+            predicted = check_mask("predicted", predicted, logits.shape[:2])
+            chances = torch.where(predicted[..., None], chances, self._one_hot(noisy_ids))
+        written = self._pairs(chances, text)
+        if not written.isfinite().all():
+            raise fail("logits contain NaN or infinities; no law was changed.", logits=logits)
+        first = float(self.generated_weight[stratum]) == 0
+        if self.training:
+            self.observe(clean_ids, attention_mask=text)
+        others = written.detach() if first else self.generated[stratum].clone()
+        eps = self.smoothing * (1 - self.decay) / (len(logits) * (logits.shape[1] - self.lags[0]))
+        if self.training:
+            self._take(written.detach().clone(), stratum)
+        return -(pair_drift(self._target(), others, eps) * written).sum() / len(self.lags)
+
+    @torch.no_grad()
+    def observe(self, ids: Tensor, *, attention_mask: Tensor | None = None) -> None:
+        """Count real text (B, L) into P: of the whole corpus, say, before training. Every call weighs by its pairs."""
+        ids = check_ids("ids", ids, self.vocab_size)
+        pairs = self._pairs(self._one_hot(ids), attention_mask)
+        weight = torch.tensor(float(ids.numel()), dtype=torch.float64, device=pairs.device)
+        if rank_count() > 1:
+            pairs = pairs * weight
+            distributed.all_reduce(pairs)
+            distributed.all_reduce(weight)
+            pairs = pairs / weight
+        self.real_weight += weight
+        self.real.lerp_(pairs.to(self.real), float(weight / self.real_weight))
+
+    def total_variation(self) -> Tensor:
+        """Return half the summed absolute difference between P and Q, (S, G): how far the generated pairs are off."""
+        return (self._target() - self.generated).abs().sum(dim=(-1, -2)) / 2
+
+    def _target(self) -> Tensor:
+        """Return P with its backoff."""
+        if not self.backoff:
+            return self.real
+        first, second = self.real.sum(dim=2, keepdim=True), self.real.sum(dim=1, keepdim=True)
+        return (1 - self.backoff) * self.real + self.backoff * first * second
+
+    def _take(self, pairs: Tensor, stratum: int) -> None:
+        """Move Q of a stratum toward the pairs of the batch, those of all ranks."""
+        ranks = rank_count()
+        if ranks > 1:
+            distributed.all_reduce(pairs)
+            pairs = pairs / ranks
+        calls = self.generated_weight[stratum]
+        share = max(1 - self.decay, 1 / (1 + float(calls)))  # a plain mean until the window is full
+        self.generated[stratum].lerp_(pairs.to(self.generated), share)
+        self.generated_weight[stratum] += 1
+
+    def _chances(self, logits: Tensor) -> Tensor:
+        """Return p over classes, (B, L, K), in float32 or wider."""
+        wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        if self.mask_id is not None:
+            wide = wide.index_fill(-1, torch.tensor(self.mask_id, device=logits.device), -torch.inf)
+        return self._grouped(wide.softmax(dim=-1))
+
+    def _one_hot(self, ids: Tensor) -> Tensor:
+        kinds = ids.long() if self.classes is None else self.classes[ids.long()]
+        return nn.functional.one_hot(kinds, self.real.shape[-1]).to(self.real)
+
+    def _grouped(self, chances: Tensor) -> Tensor:
+        if self.classes is None:
+            return chances
+        return chances.new_zeros(*chances.shape[:2], self.real.shape[-1]).index_add(2, self.classes, chances)
+
+    def _pairs(self, chances: Tensor, text: Tensor | None) -> Tensor:
+        """Return the law of pairs at each lag, (G, K, K)."""
+        if text is not None:
+            chances = chances * text[..., None]
+        found = []
+        for lag in self.lags:
+            first, second = chances[:, :-lag].flatten(0, 1), chances[:, lag:].flatten(0, 1)
+            count = len(first) if text is None else (text[:, :-lag] & text[:, lag:]).sum().clamp_min(1)
+            found.append(first.T @ second / count)
+        return torch.stack(found)

@@ -1,0 +1,98 @@
+"""Drifting where the sampler goes: inputs from the model's own few-step chains."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tokendrift._checks import check_count, fail
+from tokendrift.diffusion import Mixture, Process
+from tokendrift.evaluation.judge import scoring
+from tokendrift.loss import TokenDriftLoss
+from tokendrift.pairs import PairDriftLoss
+from tokendrift.sampling import Chain, sample
+from tokendrift.training.objectives import Continuation, Network, StepLoss
+
+
+@dataclass
+class OwnTrajectories:
+    """A drifting loss on what the model meets when it samples in few steps, rather than on corrupted real text.
+
+    Each batch belongs to one place of one chain: after k of N ancestral steps from the prior, at time 1 - k/N. The
+    model draws its own way there without gradient, completes the text in one shot, and the loss compares the
+    completions with real text. Its last place is the last step of the sampler, whose completions are the samples.
+
+    Masked models leave out k = 0: there all inputs are one, and what is gained in consistency is lost in diversity.
+
+    Attributes:
+        process: Corruption and posterior.
+        drift: The loss. A `PairDriftLoss` keeps one law for each place: build it with ``strata=len(places(...))``.
+        steps: N, the chains that take turns at random.
+        base_weight: Weight of the NELBO on corrupted real text beside it: what keeps the rest of the model in place.
+        generator: Source of places, chains and noise.
+
+    Raises:
+        TokenDriftError: If there is no place, or the loss has another number of strata.
+    """
+
+    process: Process
+    drift: PairDriftLoss | TokenDriftLoss
+    steps: Sequence[int] = (2, 4)
+    base_weight: float = 0.0
+    generator: torch.Generator | None = field(default=None)
+
+    def __post_init__(self) -> None:
+        self.places = places(self.process, self.steps)
+        if isinstance(self.drift, PairDriftLoss) and len(self.drift.generated) != len(self.places):
+            raise fail(
+                f"drift must have a stratum for each of the {len(self.places)} places of these chains.",
+                "Build it with strata=len(places(process, steps)).",
+                strata=len(self.drift.generated),
+            )
+
+    def __call__(self, model: Network, x0: Tensor, *, log: bool = False) -> StepLoss:
+        number = int(torch.randint(len(self.places), (), generator=self.generator))
+        total, taken = self.places[number]
+        x_t = self.inputs(model, x0, total, taken)
+        times = torch.full((len(x0),), 1 - taken / total, device=x0.device)
+        logits = model(x_t, self.process.sigma(times))
+        where: dict[str, Any] = {"noisy_ids": x_t, "predicted": self.process.predicted(x_t)}
+        if isinstance(self.drift, PairDriftLoss):
+            where["stratum"] = number
+        loss = self.drift(logits, x0, **where)
+        logs = {"drift": loss.detach()}
+        if log and isinstance(self.drift, PairDriftLoss):
+            logs["total_variation"] = self.drift.total_variation().mean()
+        if self.base_weight:
+            base = Continuation(self.process, self.generator)(model, x0)
+            logs |= base.logs
+            loss = loss + self.base_weight * base.loss
+        return StepLoss(loss, logs)
+
+    def inputs(self, model: Network, x0: Tensor, steps: int, taken: int) -> Tensor:
+        """Return ids (B, L) after some of the steps of a chain, drawn by the model itself."""
+        seed = int(torch.randint(2**62, (), generator=self.generator))
+
+        def first(chain: Chain, total: int | None) -> Iterator[Mixture]:
+            for t, s in pairwise(chain.times(total)[: taken + 1]):
+                yield chain.posterior(t, s)
+
+        with scoring(model):
+            found = sample(
+                model, self.process, (len(x0), x0.shape[1]), steps=steps, sampler=first, seed=seed, device=x0.device
+            )
+        return found.ids.clone()  # one that autograd may keep
+
+
+def places(process: Process, steps: Sequence[int]) -> tuple[tuple[int, int], ...]:
+    """Return the places (N, k) of chains of N steps, their common start (N, 0) once and for masked models never."""
+    counts = sorted({check_count("steps", n, least=1) for n in steps})
+    if not counts or (process.mask_id is not None and max(counts) < 2):
+        raise fail("steps must name a chain of at least 1 step, of 2 for masked models.", steps=steps)
+    start = [(counts[-1], 0)] if process.mask_id is None else []
+    return (*start, *((n, k) for n in counts for k in range(1, n)))
