@@ -43,7 +43,7 @@ def check_accelerator(accelerator: Any) -> None:
             that accumulates gradients itself.
     """
     kind = str(getattr(accelerator.distributed_type, "value", accelerator.distributed_type))
-    sharded = kind == "FSDP" and accelerator.is_fsdp2
+    sharded = kind == "FSDP" and getattr(accelerator, "is_fsdp2", False)  # accelerate before 1.6 has none
     if kind != "NO" and not kind.startswith("MULTI_") and not sharded:
         raise fail(
             f"several processes train by DDP or FSDP2, and accelerate was launched for {kind}"
