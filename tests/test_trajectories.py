@@ -99,6 +99,22 @@ def test_an_encoder_loss_works_there_too():
     assert model.bias.grad.abs().sum() > 0 and set(found.logs) == {"drift"}
 
 
+def test_corrupted_real_text_can_stand_in_for_the_chains():
+    process = LANGUAGE.process("uniform")
+    learn, model = objective(process, (4,), own=False), Recorded(process)
+    learn(model, LANGUAGE.sample(16, seed=0))
+    assert len(model.asked) == 1
+
+
+def test_one_law_can_serve_all_places():
+    process = LANGUAGE.process("uniform")
+    drift = PairDriftLoss(6)
+    learn = OwnTrajectories(process, drift, (4,), generator=torch.Generator().manual_seed(0))
+    for _ in range(5):
+        learn(Recorded(process), LANGUAGE.sample(16, seed=0))
+    assert drift.generated_weight.tolist() == [5]
+
+
 def test_strata_must_fit_the_chains():
     process = LANGUAGE.process("uniform")
     with pytest.raises(TokenDriftError, match="strata"):

@@ -31,9 +31,10 @@ class OwnTrajectories:
 
     Attributes:
         process: Corruption and posterior.
-        drift: The loss. A `PairDriftLoss` keeps one law for each place: build it with ``strata=len(places(...))``.
+        drift: The loss. A `PairDriftLoss` has ``strata=len(places(...))``, a law for each place, or one law for all.
         steps: N, the chains that take turns at random.
         base_weight: Weight of the NELBO on corrupted real text beside it: what keeps the rest of the model in place.
+        own: If False, corrupted real text at the same times stands in for the chains: cheaper, and for comparison.
         generator: Source of places, chains and noise.
 
     Raises:
@@ -44,13 +45,14 @@ class OwnTrajectories:
     drift: PairDriftLoss | TokenDriftLoss
     steps: Sequence[int] = (2, 4)
     base_weight: float = 0.0
+    own: bool = True
     generator: torch.Generator | None = field(default=None)
 
     def __post_init__(self) -> None:
         self.places = places(self.process, self.steps)
-        if isinstance(self.drift, PairDriftLoss) and len(self.drift.generated) != len(self.places):
+        if isinstance(self.drift, PairDriftLoss) and len(self.drift.generated) not in (1, len(self.places)):
             raise fail(
-                f"drift must have a stratum for each of the {len(self.places)} places of these chains.",
+                f"drift must have a stratum for each of the {len(self.places)} places of these chains, or one for all.",
                 "Build it with strata=len(places(process, steps)).",
                 strata=len(self.drift.generated),
             )
@@ -58,12 +60,15 @@ class OwnTrajectories:
     def __call__(self, model: Network, x0: Tensor, *, log: bool = False) -> StepLoss:
         number = int(torch.randint(len(self.places), (), generator=self.generator))
         total, taken = self.places[number]
-        x_t = self.inputs(model, x0, total, taken)
         times = torch.full((len(x0),), 1 - taken / total, device=x0.device)
+        if self.own:
+            x_t = self.inputs(model, x0, total, taken)
+        else:
+            x_t = self.process.corrupt(x0, times, generator=self.generator).x_t
         logits = model(x_t, self.process.sigma(times))
         where: dict[str, Any] = {"noisy_ids": x_t, "predicted": self.process.predicted(x_t)}
         if isinstance(self.drift, PairDriftLoss):
-            where["stratum"] = number
+            where["stratum"] = number % len(self.drift.generated)
         loss = self.drift(logits, x0, **where)
         logs = {"drift": loss.detach()}
         if log and isinstance(self.drift, PairDriftLoss):

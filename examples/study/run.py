@@ -1,0 +1,173 @@
+"""The study: what drifting does for a masked and a uniform-state model at a size that two cores train in three hours.
+
+    pip install '.[all]' -r examples/study/requirements.txt
+    python examples/study/run.py --output study-output
+
+Two instruments (real English with a judge, and a language whose law is known), two processes, three seeds of the
+main comparison and one of the ablations. Every finished part is a folder below the output; the same command goes on
+where it was stopped, at the cost of the parts that were under way. At the end, and whenever asked by ``--report``,
+everything that is finished is collected into ``results.json``, tables and plots.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from functools import cache
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Annotated, Any, NamedTuple
+
+import english
+import markov
+import report
+import torch
+import typer
+from arms import CONTINUATION, MAIN, OUR_ABLATIONS, PAPER_ABLATIONS, Arm
+
+from tokendrift.demo.cache import cached, place_of
+from tokendrift.models import load_denoiser, save_denoiser
+
+SEEDS = (0, 1, 2)
+RESULTS = "results.json"
+QUICK_ENGLISH = english.Sizes(base_steps=1200, judge_steps=400, steps=60, ablation_steps=20, samples=64)
+QUICK_MARKOV = markov.Sizes(base_share=0.1, steps=60, ablation_steps=20, samples=512)
+
+
+class Plan(NamedTuple):
+    """What a worker needs to know to make an instrument."""
+
+    output: Path
+    files: tuple[Path, ...]
+    quick: bool
+
+
+class Cell(NamedTuple):
+    """One trained and measured model.
+
+    Attributes:
+        instrument: ``"english"`` or ``"markov"``.
+        kind: Process.
+        arm: How it was trained.
+        seed: Of text, times, noise and samples.
+        main: Whether it belongs to the main comparison, which runs longer and is measured in full.
+    """
+
+    instrument: str
+    kind: str
+    arm: Arm
+    seed: int
+    main: bool
+
+    def __str__(self) -> str:
+        return f"{self.instrument}, {self.kind}: {self.arm.name}, seed {self.seed}" + ("" if self.main else ", short")
+
+
+@cache
+def instrument(plan: Plan, name: str) -> Any:
+    """Return an instrument, read once a process."""
+    folder = plan.output / "parts" / name
+    if name == "markov":
+        return markov.Markov(folder, QUICK_MARKOV if plan.quick else markov.Sizes())
+    return english.English(folder, plan.files, QUICK_ENGLISH if plan.quick else english.Sizes())
+
+
+def cells(kinds: Iterable[str] = ("masked", "uniform"), seeds: Iterable[int] = SEEDS) -> Iterator[Cell]:
+    """Yield all cells, continuations first: the others are measured against them."""
+    names = ("markov", "english")
+    for main in (True, False):
+        yield from (Cell(n, k, CONTINUATION, s, main) for n in names for k in kinds for s in (seeds if main else (0,)))
+    for seed in seeds:
+        yield from (Cell(n, k, arm, seed, True) for n in names for k in kinds for arm in MAIN if arm != CONTINUATION)
+    ablations = (*(arm for arm in MAIN if arm != CONTINUATION), *PAPER_ABLATIONS, *OUR_ABLATIONS)
+    for name in names:
+        for arm in ablations:
+            # Only uniform-state encoders are told a time.
+            yield from (Cell(name, k, arm, 0, False) for k in kinds if k == "uniform" or not arm.encoder_time)
+
+
+def stage(plan: Plan, cell: Cell) -> tuple[str, dict[str, Any]]:
+    """Return the name and the key of a cell: everything that its result depends on."""
+    tool = instrument(plan, cell.instrument)
+    sizes = tool.sizes
+    key = {"base": tool.base_key(cell.kind), "arm": cell.arm.key(), "seed": cell.seed, "steps": steps_of(tool, cell)}
+    key |= {"sizes": [sizes.batch_size, sizes.learning_rate, sizes.samples], "full": cell.main}
+    return f"{cell.kind}-{cell.arm.slug}", key
+
+
+def steps_of(tool: Any, cell: Cell) -> int:
+    """Return the optimiser steps of a cell."""
+    return max(1, round((tool.sizes.steps if cell.main else tool.sizes.ablation_steps) * cell.arm.length))
+
+
+def folder_of(plan: Plan, cell: Cell) -> Path:
+    """Return the folder of a finished cell, training and measuring it first where it is missing."""
+    tool = instrument(plan, cell.instrument)
+    steps = steps_of(tool, cell)
+
+    def make(place: Path) -> None:
+        began = time.perf_counter()
+        baseline = None
+        if cell.arm.loss != "continuation":
+            theirs = folder_of(plan, cell._replace(arm=CONTINUATION))
+            baseline = (load_denoiser(theirs)[0], json.loads((theirs / RESULTS).read_text(encoding="utf-8")))
+        model, records = tool.train(cell.arm, cell.kind, cell.seed, steps)
+        trained = time.perf_counter()
+        full = cell.main or baseline is None
+        found = tool.evaluate(model, cell.kind, cell.seed, baseline=baseline, full=full)
+        found |= {"optimiser_steps": steps, "records": records, "training_seconds": trained - began}
+        save_denoiser(model, place, tool.process(cell.kind))
+        (place / RESULTS).write_text(json.dumps(found), encoding="utf-8")
+
+    return cached(tool.folder, *stage(plan, cell), make)[0]
+
+
+def work(plan: Plan, job: str | Cell, part: str = "") -> str:
+    """Make one cell, or a part of an instrument, in a worker process; return what was made."""
+    torch.set_num_threads(1)  # at this size, threads would only wait for one another
+    if isinstance(job, Cell):
+        folder_of(plan, job)
+        return str(job)
+    instrument(plan, job).parts()[part]()
+    return f"{job}: {part}"
+
+
+def main(
+    output: Annotated[Path, typer.Option(help="Folder of everything that is made.")] = Path("study-output"),
+    text: Annotated[list[Path] | None, typer.Option(help="Text files in place of the Bible.")] = None,
+    jobs: Annotated[int, typer.Option(min=1, help="Processes, one thread each.")] = max(1, os.cpu_count() or 1),
+    only: Annotated[str, typer.Option(help="A word that a cell's name must contain.")] = "",
+    quick: Annotated[bool, typer.Option(help="Minutes instead of hours: shows the machinery, not the method.")] = False,
+    only_report: Annotated[bool, typer.Option("--report", help="Collect what is finished and stop.")] = False,
+) -> None:
+    """Run the study, or what is left of it."""
+    plan = Plan(output.absolute(), tuple(path.absolute() for path in text or ()), quick)
+    wanted = [cell for cell in cells() if only in str(cell)]
+    if not only_report:
+        names = sorted({cell.instrument for cell in wanted})
+        for name in names:
+            instrument(plan, name)  # text and tokenizer, before the workers need them
+        waves = [
+            [(name, part) for name in names for part in instrument(plan, name).parts()],
+            [(cell, "") for cell in wanted if cell.arm == CONTINUATION],
+            [(cell, "") for cell in wanted if cell.arm != CONTINUATION],
+        ]
+        began, done, total = time.monotonic(), 0, sum(map(len, waves))
+        with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
+            for wave in waves:
+                for future in as_completed([pool.submit(work, plan, *job) for job in wave]):
+                    done += 1
+                    print(f"[{done}/{total}] {time.monotonic() - began:6.0f} s  {future.result()}", flush=True)
+    found = []
+    for cell in wanted:
+        place = place_of(instrument(plan, cell.instrument).folder, *stage(plan, cell)) / RESULTS
+        if place.exists():
+            found.append((cell, json.loads(place.read_text(encoding="utf-8"))))
+    report.write(output, {name: instrument(plan, name) for name in sorted({cell.instrument for cell in wanted})}, found)
+
+
+if __name__ == "__main__":
+    typer.run(main)
