@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import itertools
+from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from live_bytes import LiveBytes
 
-from tokendrift import PairDriftLoss, TokenDriftError, pair_drift
+from tokendrift import PairDriftLoss, TokenDriftError, frequent_first_classes, pair_drift
 
+WORKER = Path(__file__).with_name("pair_rank_worker.py")
 IDS = torch.tensor([[0, 1, 2, 1], [2, 2, 0, 1]])
 
 
@@ -58,6 +61,14 @@ def test_real_pairs_are_counted_over_all_calls():
     other = PairDriftLoss(3)
     other.observe(IDS)
     torch.testing.assert_close(other.real, loss.real)
+
+
+def test_a_call_weighs_by_its_pairs_padding_apart():
+    loss = PairDriftLoss(3, lags=(1, 2))
+    loss.observe(IDS, attention_mask=torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]]).bool())
+    loss.observe(torch.tensor([[0, 0]]).repeat(2, 2))
+    assert loss.real_weight.tolist() == [10, 6]
+    torch.testing.assert_close(loss.real[:, 0, 0], torch.tensor([6 / 10, 4 / 6]))
 
 
 def test_visible_tokens_stand_for_themselves_and_the_mask_has_no_probability():
@@ -126,6 +137,57 @@ def test_classes_group_tokens():
     fold = torch.nn.functional.one_hot(classes).float()
     for name in ("real", "generated"):
         torch.testing.assert_close(getattr(grouped, name), fold.T @ getattr(plain, name) @ fold)
+
+
+@given(st.integers(2, 40), st.integers(0, 60))
+def test_the_first_tokens_have_classes_of_their_own_and_the_others_fill_the_rest_evenly(classes, more):
+    found = frequent_first_classes(classes + more, classes)
+    own = classes // 2
+    assert found[:own].tolist() == list(range(own))
+    sizes = found[own:].bincount(minlength=classes)[own:]
+    assert found[own:].min() == own and found.max() == classes - 1 and sizes.max() - sizes.min() <= 1
+
+
+def test_the_mask_has_no_probability_among_classes():
+    loss = PairDriftLoss(6, classes=frequent_first_classes(6, 4), mask_id=5)
+    logits = torch.zeros(1, 3, 6, requires_grad=True)
+    loss(logits, torch.tensor([[0, 1, 4]]), noisy_ids=torch.tensor([[5, 5, 5]])).backward()
+    share = torch.tensor([1, 1, 2, 1]) / 5  # of tokens 2 and 4 in one class; 3 is alone without the mask
+    torch.testing.assert_close(loss.generated[0, 0], torch.outer(share, share))
+    assert (logits.grad[..., 5] == 0).all() and logits.grad[..., :5].abs().sum() > 0
+
+
+@pytest.mark.parametrize("mask_id", [None, 1999])
+def test_beside_the_logits_there_are_three_tensors_of_their_size(mask_id):
+    logits, ids = torch.zeros(1, 64, 2000, requires_grad=True), torch.zeros(1, 64, dtype=torch.int64)
+    loss = PairDriftLoss(2000, classes=frequent_first_classes(2000, 8), mask_id=mask_id)
+    with LiveBytes() as live:
+        loss(logits, ids).backward()
+    assert live.peak <= 3.1 * 4 * logits.numel()
+
+
+def test_fewer_tokens_than_classes_are_refused():
+    with pytest.raises(TokenDriftError, match="vocab_size must be an integer of at least 8"):
+        frequent_first_classes(7, 8)
+
+
+@pytest.fixture(scope="module")
+def ranks(run_ranks):
+    """What one process found, and what each of two found."""
+    single, *pair = run_ranks(WORKER, [(0, 1), (0, 2), (1, 2)])
+    return single, pair
+
+
+@pytest.mark.parametrize("case", ["even", "uneven"])
+@pytest.mark.parametrize("padded", [False, True])
+def test_two_processes_have_the_laws_and_the_gradient_of_one(ranks, case, padded):
+    single, pair = ranks[0][case, padded], [each[case, padded] for each in ranks[1]]
+    for law in ("real", "generated", "real_weight", "generated_weight"):
+        assert torch.equal(pair[0][law], pair[1][law])
+        torch.testing.assert_close(pair[0][law], single[law], rtol=0, atol=1e-12)
+    for of_mean in ("loss", "gradient"):  # as DDP averages gradients
+        torch.testing.assert_close((pair[0][of_mean] + pair[1][of_mean]) / 2, single[of_mean], rtol=0, atol=1e-12)
+    assert (single["gradient"].abs().amax(dim=(1, 2)) > 1e-4).all()
 
 
 def test_padding_is_no_text():

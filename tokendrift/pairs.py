@@ -19,10 +19,10 @@ from tokendrift._checks import (
 )
 from tokendrift.references import rank_count
 
-__all__ = ["PairDriftLoss", "pair_drift"]
+__all__ = ["PairDriftLoss", "frequent_first_classes", "pair_drift"]
 
 
-def pair_drift(real: Tensor, generated: Tensor, eps: float) -> Tensor:
+def pair_drift(real: Tensor, generated: Tensor, eps: float | Tensor) -> Tensor:
     r"""Return the anti-symmetric drift between two laws of pairs, elementwise in [-1, 1].
 
     .. math:: V_{ab} = \frac{P_{ab} - Q_{ab}}{P_{ab} + Q_{ab} + \epsilon}
@@ -38,6 +38,30 @@ def pair_drift(real: Tensor, generated: Tensor, eps: float) -> Tensor:
     tensor([ 1., -1.])
     """
     return (real - generated) / (real + generated + eps)
+
+
+def frequent_first_classes(vocab_size: int, classes: int) -> Tensor:
+    """Return a class for each token of a large vocabulary, int64 (V,), for the ``classes`` of `PairDriftLoss`.
+
+    The ids of byte-pair encodings such as GPT-2's are in the order of their merges, and so roughly of their frequency.
+    The first half of the classes goes to the first ids, one each; all other ids take turns at the other half. Which
+    tokens meet in a class there is chance. No model of such a vocabulary has been trained with them yet.
+
+    Args:
+        vocab_size: V, at least ``classes``.
+        classes: K, at least 2.
+
+    Raises:
+        TokenDriftError: If there are fewer tokens than classes.
+
+    >>> frequent_first_classes(8, 4)
+    tensor([0, 1, 2, 3, 2, 3, 2, 3])
+    """
+    check_count("classes", classes, least=2)
+    check_count("vocab_size", vocab_size, least=classes)
+    own = classes // 2
+    ids = torch.arange(vocab_size)
+    return torch.where(ids < own, ids, own + (ids - own) % (classes - own))
 
 
 class PairDriftLoss(nn.Module):
@@ -63,6 +87,11 @@ class PairDriftLoss(nn.Module):
     at high noise. Masked models must not be asked at t = 1, where one input has to stand for all texts and the best
     product law is a single text: `tokendrift.training.OwnTrajectories` leaves that step out.
 
+    With gradient accumulation each micro-batch is a call: it meets the laws that those before it have left, and
+    ``decay`` counts micro-batches. Where a process group is initialised every rank must call, in step and with the same
+    stratum. The laws are those of all ranks, the same on each, and losses averaged over ranks, as DDP does with
+    gradients, are the loss of one process with the whole batch.
+
     Args:
         vocab_size: V.
         lags: Distances g between the tokens of a pair.
@@ -71,7 +100,8 @@ class PairDriftLoss(nn.Module):
         smoothing: :math:`\epsilon` in units of one pair among those that Q remembers, ``(1 - decay) / (B (L - g))``:
             what is rarer than that cannot be told from zero.
         backoff: Share of P that is the product of its margins, for pairs that a small corpus lacks by chance.
-        classes: Class of each token, int64 (V,), for laws over classes; omitted, every token is its own.
+        classes: Class of each token, int64 (V,), for laws over classes (`frequent_first_classes` makes some); omitted,
+            every token is its own.
         mask_id: Vocabulary entry without probability (MDLM's mask).
 
     Attributes:
@@ -130,7 +160,7 @@ class PairDriftLoss(nn.Module):
         self.smoothing = check_positive("smoothing", smoothing)
         self.register_buffer("real", torch.zeros(len(self.lags), size, size))
         self.register_buffer("generated", torch.zeros(strata, len(self.lags), size, size))
-        self.register_buffer("real_weight", torch.zeros((), dtype=torch.float64))
+        self.register_buffer("real_weight", torch.zeros(len(self.lags), dtype=torch.float64))
         self.register_buffer("generated_weight", torch.zeros(strata))
 
     def forward(
@@ -180,31 +210,37 @@ class PairDriftLoss(nn.Module):
         if predicted is not None and noisy_ids is not None:
             predicted = check_mask("predicted", predicted, logits.shape[:2])
             chances = torch.where(predicted[..., None], chances, self._one_hot(noisy_ids))
-        written = self._pairs(chances, text)
-        if not written.isfinite().all():
+        counts = self._counts(clean_ids, text)
+        written = self._pairs(chances, text, counts)
+        law, total = _of_all_ranks(written.detach(), counts)
+        if not law.isfinite().all():  # after the ranks have met: all of them stop
             raise fail("logits contain NaN or infinities; no law was changed.", logits=logits)
-        first = float(self.generated_weight[stratum]) == 0
         if self.training:
             self.observe(clean_ids, attention_mask=text)
-        others = written.detach() if first else self.generated[stratum].clone()
-        eps = self.smoothing * (1 - self.decay) / (len(logits) * (logits.shape[1] - self.lags[0]))
+        others = law if float(self.generated_weight[stratum]) == 0 else self.generated[stratum]
+        eps = self.smoothing * (1 - self.decay) / total.clamp_min(1)
+        drift = pair_drift(self._target(), others, eps.to(law)[:, None, None])
         if self.training:
-            self._take(written.detach().clone(), stratum)
-        return -(pair_drift(self._target(), others, eps) * written).sum() / len(self.lags)
+            self._take(law, stratum)
+        share = rank_count() * counts / total.clamp_min(1)  # 1 where all ranks have as many
+        return -(share.to(law)[:, None, None] * drift * written).sum() / len(self.lags)
 
     @torch.no_grad()
     def observe(self, ids: Tensor, *, attention_mask: Tensor | None = None) -> None:
         """Count real text (B, L) into P: of the whole corpus, say, before training. Every call weighs by its pairs."""
         ids = check_ids("ids", ids, self.vocab_size)
-        pairs = self._pairs(self._one_hot(ids), attention_mask)
-        weight = torch.tensor(float(ids.numel()), dtype=torch.float64, device=pairs.device)
-        if rank_count() > 1:
-            pairs = pairs * weight
-            distributed.all_reduce(pairs)
-            distributed.all_reduce(weight)
-            pairs = pairs / weight
-        self.real_weight += weight
-        self.real.lerp_(pairs.to(self.real), float(weight / self.real_weight))
+        text = None if attention_mask is None else check_mask("attention_mask", attention_mask, ids.shape)
+        kinds, size, found = self._kinds(ids), self.real.shape[-1], []
+        for lag in self.lags:  # counted rather than multiplied: one-hot vectors of a corpus would fill the memory
+            cells = kinds[:, :-lag] * size + kinds[:, lag:]
+            cells = cells.flatten() if text is None else cells[text[:, :-lag] & text[:, lag:]]
+            found.append(cells.bincount(minlength=size * size).view(size, size))
+        counts = self._counts(ids, text)
+        here = torch.stack(found).to(self.real) / counts.clamp_min(1).to(self.real)[:, None, None]
+        law, total = _of_all_ranks(here, counts)
+        self.real_weight += total
+        share = total / self.real_weight.clamp_min(1)
+        self.real.lerp_(law, share.to(law)[:, None, None])
 
     def total_variation(self) -> Tensor:
         """Return half the summed absolute difference between P and Q, (S, G): how far the generated pairs are off."""
@@ -218,11 +254,7 @@ class PairDriftLoss(nn.Module):
         return (1 - self.backoff) * self.real + self.backoff * first * second
 
     def _take(self, pairs: Tensor, stratum: int) -> None:
-        """Move Q of a stratum toward the pairs of the batch, those of all ranks."""
-        ranks = rank_count()
-        if ranks > 1:
-            distributed.all_reduce(pairs)
-            pairs = pairs / ranks
+        """Move Q of a stratum toward the pairs of the batch."""
         calls = self.generated_weight[stratum]
         share = max(1 - self.decay, 1 / (1 + float(calls)))  # a plain mean until the window is full
         self.generated[stratum].lerp_(pairs.to(self.generated), share)
@@ -236,21 +268,39 @@ class PairDriftLoss(nn.Module):
         return self._grouped(wide.softmax(dim=-1))
 
     def _one_hot(self, ids: Tensor) -> Tensor:
-        kinds = ids.long() if self.classes is None else self.classes[ids.long()]
-        return nn.functional.one_hot(kinds, self.real.shape[-1]).to(self.real)
+        return nn.functional.one_hot(self._kinds(ids), self.real.shape[-1]).to(self.real)
+
+    def _kinds(self, ids: Tensor) -> Tensor:
+        """Return the class of each token."""
+        return ids.long() if self.classes is None else self.classes[ids.long()]
 
     def _grouped(self, chances: Tensor) -> Tensor:
         if self.classes is None:
             return chances
         return chances.new_zeros(*chances.shape[:2], self.real.shape[-1]).index_add(2, self.classes, chances)
 
-    def _pairs(self, chances: Tensor, text: Tensor | None) -> Tensor:
+    def _counts(self, ids: Tensor, text: Tensor | None) -> Tensor:
+        """Return how many pairs there are at each lag, float64 (G,)."""
+        if text is None:
+            text = torch.ones_like(ids, dtype=torch.bool)
+        return torch.stack([(text[:, :-lag] & text[:, lag:]).sum() for lag in self.lags]).double()
+
+    def _pairs(self, chances: Tensor, text: Tensor | None, counts: Tensor) -> Tensor:
         """Return the law of pairs at each lag, (G, K, K)."""
         if text is not None:
             chances = chances * text[..., None]
         found = []
-        for lag in self.lags:
+        for lag, count in zip(self.lags, counts.clamp_min(1).to(chances), strict=True):
             first, second = chances[:, :-lag].flatten(0, 1), chances[:, lag:].flatten(0, 1)
-            count = len(first) if text is None else (text[:, :-lag] & text[:, lag:]).sum().clamp_min(1)
             found.append(first.T @ second / count)
         return torch.stack(found)
+
+
+def _of_all_ranks(law: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the law (G, K, K) of the pairs of all ranks, and how many they are, (G,)."""
+    if rank_count() == 1:
+        return law, counts
+    sums, total = law * counts.to(law)[:, None, None], counts.clone()
+    distributed.all_reduce(sums)
+    distributed.all_reduce(total)
+    return sums / total.clamp_min(1).to(law)[:, None, None], total

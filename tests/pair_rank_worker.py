@@ -1,0 +1,44 @@
+"""One rank of the tests of laws of pairs across processes: ``python pair_rank_worker.py RANK RANKS STORE OUT``."""
+
+from __future__ import annotations
+
+import sys
+
+import torch
+from torch import distributed
+
+from tokendrift import PairDriftLoss
+
+V, L = 5, 6
+SPLITS = {"even": (3, 3), "uneven": (4, 2)}
+
+
+def calls(rank, ranks, split, padded):
+    """Ask three times at two strata; return losses, gradients and laws."""
+    generator = torch.Generator().manual_seed(0)
+    loss = PairDriftLoss(V, lags=(1, 3), strata=2, decay=0.5).double()
+    table = torch.randn(V, V, generator=generator, dtype=torch.float64).requires_grad_()
+    first = 0 if ranks == 1 else sum(split[:rank])
+    mine = slice(0, sum(split)) if ranks == 1 else slice(first, first + split[rank])
+    found = {"loss": [], "gradient": []}
+    for stratum in (0, 1, 0):
+        clean, noisy = torch.randint(V, (2, sum(split), L), generator=generator)
+        text = torch.arange(L) < torch.randint(2, L + 1, (sum(split), 1), generator=generator)
+        value = loss(table[noisy[mine]], clean[mine], attention_mask=text[mine] if padded else None, stratum=stratum)
+        found["loss"].append(value.detach())
+        found["gradient"] += torch.autograd.grad(value, table)
+    return {name: torch.stack(values) for name, values in found.items()} | loss.state_dict()
+
+
+def main(rank, ranks, store, out):
+    torch.set_num_threads(1)
+    if ranks > 1:
+        distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=ranks)
+    found = {(case, padded): calls(rank, ranks, SPLITS[case], padded) for case in SPLITS for padded in (False, True)}
+    torch.save(found, out)
+    if ranks > 1:
+        distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), int(sys.argv[2]), *sys.argv[3:])
