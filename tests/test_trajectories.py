@@ -9,7 +9,7 @@ from tokendrift import IdentityFeatures, PairDriftLoss, TokenDriftError, TokenDr
 from tokendrift.diffusion import MaskedDiffusion, UniformDiffusion
 from tokendrift.evaluation.markov import ExactDenoiser, MarkovLanguage, few_step
 from tokendrift.models import DiT, DiTConfig
-from tokendrift.training import Continuation, LoopConfig, OwnTrajectories, places, train
+from tokendrift.training import Continuation, LoopConfig, Optimization, OwnTrajectories, places, train
 
 LANGUAGE = MarkovLanguage.random(words=6, successors=2, length=8, seed=0)
 
@@ -97,6 +97,36 @@ def test_an_encoder_loss_works_there_too():
     found = learn(model, LANGUAGE.sample(16, seed=0), log=True)
     found.loss.backward()
     assert model.bias.grad.abs().sum() > 0 and set(found.logs) == {"drift"}
+
+
+@pytest.mark.parametrize("kind", ["masked", "uniform"])
+def test_processes_draw_the_chains_that_one_draws(kind):
+    process, x0 = LANGUAGE.process(kind), LANGUAGE.sample(8, seed=0)
+    found = [
+        objective(process, (4,), share=share).inputs(Recorded(process), rows, 4, 3)
+        for share, rows in (((0, 1), x0), ((0, 2), x0[:4]), ((1, 2), x0[4:]))
+    ]
+    assert torch.equal(found[0], torch.cat(found[1:]))
+
+
+def test_processes_call_the_network_equally_often_though_nobody_moves():
+    process = LANGUAGE.process("masked")
+    learn, model = objective(process, (50,), share=(1, 2)), Recorded(process)
+    learn.inputs(model, LANGUAGE.sample(1, seed=0), 50, 20)
+    assert len(model.asked) == 20
+
+
+@pytest.mark.parametrize("autocast", [None, torch.bfloat16])
+def test_chains_are_drawn_without_dropout_and_the_gradient_with_it(autocast):
+    process, modes = LANGUAGE.process("uniform"), []
+    sizes = DiTConfig(process.vocab_size, 8, hidden_dim=16, cond_dim=4, n_blocks=1, n_heads=2)
+    model = DiT(sizes)
+    model.blocks[0].register_forward_pre_hook(lambda block, _: modes.append(block.training))
+    optimization = Optimization(model, LoopConfig(1, batch_size=8), autocast=autocast)
+    learn = objective(process, (4,))
+    learn.places = ((4, 2),)
+    optimization.step(0, learn, [LANGUAGE.sample(8, seed=0)])
+    assert modes == [False, False, True]
 
 
 def test_corrupted_real_text_can_stand_in_for_the_chains():

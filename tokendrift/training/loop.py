@@ -76,6 +76,24 @@ class LoopConfig:
         return self.learning_rate * warm * (0.51 + 0.49 * math.cos(math.pi * progress))
 
 
+class Autocast(nn.Module):
+    """A network under autocast: still a module, so that objectives that sample from it find its modes.
+
+    Args:
+        network: What is called.
+        device: Type of its device.
+        dtype: That of autocast.
+    """
+
+    def __init__(self, network: nn.Module, device: str, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.network, self.device, self.dtype = network, device, dtype
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        with torch.autocast(self.device, self.dtype):
+            return self.network(*args, **kwargs)
+
+
 class Optimization:
     """A model with its AdamW, learning rate, clipping and weight average: losses of micro-batches in, a step out.
 
@@ -86,6 +104,9 @@ class Optimization:
             processes. None trains on the model's own device, alone.
         autocast: Dtype of the network under autocast; None for none. Its logits keep that dtype: losses are made for
             it, and widening would double the largest tensor of the step.
+
+    Attributes:
+        network: The model as objectives call it, under autocast where that was asked for.
     """
 
     def __init__(
@@ -105,11 +126,7 @@ class Optimization:
         self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self.device = self.parameters[0].device
         self.average = WeightAverage(self.parameters, config.ema)
-
-    def network(self, *args: Any, **kwargs: Any) -> Tensor:
-        """Call the model, under autocast where that was asked for."""
-        with torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None):
-            return self.model(*args, **kwargs)
+        self.network: nn.Module = model if autocast is None else Autocast(model, self.device.type, autocast)
 
     def bare_network(self, *args: Any, **kwargs: Any) -> Tensor:
         """Call the model inside the wrapper of several processes, which then need not call together."""
@@ -145,11 +162,10 @@ class Optimization:
         self.model.train()
         for group in self.optimizer.param_groups:
             group["lr"] = self.config.rate(step)
-        network = self.model if self.autocast is None else self.network
         logs: dict[str, Tensor] = {}
         for number, x0 in enumerate(batches):
             with self._accumulating(last=number == count - 1):
-                loss, found = objective(network, x0.to(self.device), log=log)
+                loss, found = objective(self.network, x0.to(self.device), log=log)
                 self._backward(loss if count == 1 else loss / count)
             for name, value in found.items():
                 logs[name] = logs.get(name, torch.zeros_like(value)) + value / count

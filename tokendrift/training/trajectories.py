@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tokendrift._checks import check_count, fail
 from tokendrift.diffusion import Mixture, Process
-from tokendrift.evaluation.judge import scoring
 from tokendrift.loss import TokenDriftLoss
 from tokendrift.pairs import PairDriftLoss
 from tokendrift.sampling import Chain, sample
@@ -29,6 +29,9 @@ class OwnTrajectories:
 
     Masked models leave out k = 0: there all inputs are one, and what is gained in consistency is lost in diversity.
 
+    Several processes meet at the same place if their generators are in the same state; with `share`, and a process that
+    corrupts each one's rows of the whole batch, they do what one process does with all of it.
+
     Attributes:
         process: Corruption and posterior.
         drift: The loss. A `PairDriftLoss` has ``strata=len(places(...))``, a law for each place, or one law for all.
@@ -36,6 +39,7 @@ class OwnTrajectories:
         base_weight: Weight of the NELBO on corrupted real text beside it: what keeps the rest of the model in place.
         own: If False, corrupted real text at the same times stands in for the chains: cheaper, and for comparison.
         generator: Source of places, chains and noise.
+        share: Number of this process, and how many train together: the rows of their chains are numbered through.
 
     Raises:
         TokenDriftError: If there is no place, or the loss has another number of strata.
@@ -47,6 +51,7 @@ class OwnTrajectories:
     base_weight: float = 0.0
     own: bool = True
     generator: torch.Generator | None = field(default=None)
+    share: tuple[int, int] = (0, 1)
 
     def __post_init__(self) -> None:
         self.places = places(self.process, self.steps)
@@ -58,7 +63,7 @@ class OwnTrajectories:
             )
 
     def __call__(self, model: Network, x0: Tensor, *, log: bool = False) -> StepLoss:
-        number = int(torch.randint(len(self.places), (), generator=self.generator))
+        number = self._random(len(self.places))
         total, taken = self.places[number]
         times = torch.full((len(x0),), 1 - taken / total, device=x0.device)
         if self.own:
@@ -72,7 +77,8 @@ class OwnTrajectories:
         loss = self.drift(logits, x0, **where)
         logs = {"drift": loss.detach()}
         if log and isinstance(self.drift, PairDriftLoss):
-            logs["total_variation"] = self.drift.total_variation().mean()
+            met = self.drift.generated_weight > 0  # a law without any text yet says nothing
+            logs["total_variation"] = self.drift.total_variation()[met].mean()
         if self.base_weight:
             base = Continuation(self.process, self.generator)(model, x0)
             logs |= base.logs
@@ -81,17 +87,42 @@ class OwnTrajectories:
 
     def inputs(self, model: Network, x0: Tensor, steps: int, taken: int) -> Tensor:
         """Return ids (B, L) after some of the steps of a chain, drawn by the model itself."""
-        seed = int(torch.randint(2**62, (), generator=self.generator))
+        rank, ranks = self.share
 
         def first(chain: Chain, total: int | None) -> Iterator[Mixture]:
             for t, s in pairwise(chain.times(total)[: taken + 1]):
-                yield chain.posterior(t, s)
+                law = chain.posterior(t, s)
+                if ranks > 1:
+                    _ = chain.log_p  # one call a step on every process: a wrapped network waits for all of them
+                yield law
 
-        with scoring(model):
-            found = sample(
-                model, self.process, (len(x0), x0.shape[1]), steps=steps, sampler=first, seed=seed, device=x0.device
-            )
-        return found.ids.clone()  # one that autograd may keep
+        seed, first_row = self._random(2**62), rank * len(x0)
+        options: dict[str, Any] = {"steps": steps, "sampler": first, "seed": seed, "first_row": first_row}
+        with without_dropout(model):
+            return sample(model, self.process, (len(x0), x0.shape[1]), device=x0.device, **options).ids
+
+    def _random(self, count: int) -> int:
+        """Draw a number from 0 to count - 1."""
+        place = None if self.generator is None else self.generator.device
+        return int(torch.randint(count, (), generator=self.generator, device=place))
+
+
+@contextmanager
+def without_dropout(model: Network) -> Iterator[None]:
+    """Let a model be in evaluation mode inside the block; every module gets its mode back.
+
+    Gradients are the sampler's to switch off, and not by inference mode: autograd could not use the weights that FSDP
+    gathers there.
+    """
+    modules = list(model.modules()) if isinstance(model, nn.Module) else []
+    modes = [module.training for module in modules]
+    for module in modules:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module, mode in zip(modules, modes, strict=True):
+            module.training = mode
 
 
 def places(process: Process, steps: Sequence[int]) -> tuple[tuple[int, int], ...]:
