@@ -2,8 +2,8 @@
 
 ``refine_worker.py run FOLDER [KEY=VALUE ...]`` refines and prints the number of evaluations, with ``shard`` in place
 of ``run`` by FSDP2;
-``refine_worker.py kill FOLDER KILLS SEED`` refines once undisturbed into FOLDER/whole, and once with SIGKILLs at
-random moments into FOLDER/killed.
+``refine_worker.py kill FOLDER KILLS SEED [KEY=VALUE ...]`` refines once undisturbed into FOLDER/whole, and once with
+SIGKILLs at random moments into FOLDER/killed.
 """
 
 from __future__ import annotations
@@ -79,10 +79,10 @@ def wait(child):
         raise SystemExit(f"a child ended with {code}")
 
 
-def kill(folder, kills, seed):
+def kill(folder, kills, seed, **changes):
     """Refine undisturbed, then with kills at random moments of start, steps, evaluations and checkpoints."""
     wait(fork(lambda: make_inputs(folder)))
-    made = config(folder, steps=8 * kills, evaluate_every=3)
+    made = config(folder, steps=8 * kills, evaluate_every=3, **changes)
     began = time.monotonic()
     wait(fork(lambda: refine(made.replace(output=str(folder / "whole")), progress=False)))
     whole = time.monotonic() - began
@@ -123,7 +123,7 @@ class Sharding(accelerate.Accelerator):
 def main(mode, folder, *rest):
     folder = Path(folder)
     if mode == "kill":
-        kill(folder, *map(int, rest))
+        kill(folder, int(rest[0]), int(rest[1]), **parse_settings(rest[2:]))
     else:
         torch.set_num_threads(1)
         sharding = Sharding(cpu=True) if mode == "shard" else None

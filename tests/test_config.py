@@ -38,7 +38,31 @@ def test_presets_have_the_values_of_the_paper(preset, rate):
     assert (made.learning_rate, made.queue_size, made.drift_scale) == (rate, 1024, 1.0)
     assert made.temperatures == (0.02, 0.05, 0.2)
     assert made.accumulation(processes=4) == 64
-    assert set(PRESETS) == {"mdlm-owt", "duo-owt"}
+    assert set(PRESETS) == {"mdlm-owt", "duo-owt", "pairs"}
+
+
+def test_the_preset_of_pairs_serves_any_checkpoint_at_twice_the_rate():
+    with pytest.raises(TokenDriftError, match="no checkpoint to refine"):
+        make_config(preset="pairs")
+    made = make_config(preset="pairs", values={"checkpoint": "base", "text": ["a.txt"]})
+    assert (made.objective, made.chains, made.weight_of_base(), made.pair_decay) == ("pairs", (2, 4), 0.1, 0.98)
+    assert made.learning_rate == 2 * RefineConfig("base").learning_rate
+    assert (made.dataset, made.judge, made.steps) == (None, None, RefineConfig("base").steps)
+
+
+@pytest.mark.parametrize(
+    ("objective", "given", "weight"),
+    [
+        ("drift", None, 0.0),
+        ("drift", 1.0, 0.0),
+        ("combined", None, 1.0),
+        ("pairs", None, 0.1),
+        ("pairs", 0.0, 0.0),
+        ("pairs", 2.0, 2.0),
+    ],
+)
+def test_the_weight_of_the_base_is_that_of_the_objective_unless_it_is_given(objective, given, weight):
+    assert RefineConfig("base", objective=objective, base_weight=given).weight_of_base() == weight
 
 
 def test_later_sources_win_and_a_text_replaces_the_dataset(tmp_path):
@@ -66,7 +90,7 @@ def test_settings_have_the_types_of_their_keys():
         ({"zzz": 1}, "unknown key 'zzz'; known are checkpoint, output"),
         (
             {"objective": "gan"},
-            "objective must be one of 'drift', 'continuation', 'combined', 'mirror-kl', 'mirror-mse'",
+            "objective must be one of 'drift', 'continuation', 'combined', 'pairs', 'mirror-kl', 'mirror-mse'",
         ),
         ({"steps": 1.5}, "steps must be an integer"),
         ({"steps": True}, "steps must be an integer"),
@@ -80,6 +104,11 @@ def test_settings_have_the_types_of_their_keys():
         ({"length": 2}, "length must be an integer of at least 3"),
         ({"dropout": 1.5}, r"dropout must lie in \[0, 1\)"),
         ({"entropy_tolerance": 5}, r"entropy_tolerance must lie in \[0, 1\): a share"),
+        ({"objective": "combined", "base_weight": 0.0}, "base_weight must be a finite number above 0"),
+        ({"chains": ()}, "chains must name at least one number of steps"),
+        ({"chains": (2, 0)}, "chains must be an integer of at least 1"),
+        ({"pair_decay": 1.0}, r"pair_decay must lie in \[0, 1\)"),
+        ({"pair_classes": 1}, "pair_classes must be an integer of at least 2"),
         ({"precision": "fp16"}, "precision must be one of 'fp32', 'bf16'"),
     ],
 )

@@ -22,7 +22,8 @@ from tokendrift import TokenDriftError
 from tokendrift.cli import app
 from tokendrift.evaluation import GenerativePerplexity
 from tokendrift.models import load_denoiser
-from tokendrift.training import Refined, evaluation_table, make_config, read_log, refine
+from tokendrift.training import Drift, Refined, evaluation_table, make_config, read_log, refine
+from tokendrift.training.checkpointing import load_checkpoint
 from tokendrift.training.few_step import FewStep
 from tokendrift.training.records import Records
 
@@ -81,8 +82,8 @@ def test_sigterm_costs_no_step(inputs, whole):
     assert_same_model(whole, run(inputs, "ended").folder)
 
 
-def killed(tmp_path, kills, seed):
-    command = [sys.executable, str(WORKER), "kill", str(tmp_path), str(kills), str(seed)]
+def killed(tmp_path, kills, seed, *settings):
+    command = [sys.executable, str(WORKER), "kill", str(tmp_path), str(kills), str(seed), *settings]
     single = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=single)
     assert done.returncode == 0, done.stderr
@@ -92,13 +93,18 @@ def killed(tmp_path, kills, seed):
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="forks its runs, to start them quickly")
 def test_a_killed_run_ends_with_the_bits_of_an_uninterrupted_one(tmp_path):
-    assert killed(tmp_path, 2, seed=0) == 2
+    assert killed(tmp_path, 2, 0) == 2
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="forks its runs, to start them quickly")
+def test_kills_change_no_law_and_no_chain(tmp_path):
+    assert killed(tmp_path, 2, 0, "objective=pairs", "pair_sequences=40") == 2
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="forks its runs, to start them quickly")
 def test_fifty_kills_change_no_bit(tmp_path):
-    assert killed(tmp_path, 50, seed=1) == 50
+    assert killed(tmp_path, 50, 1) == 50
 
 
 def test_a_damaged_checkpoint_is_named_and_the_one_before_taken(inputs, whole):
@@ -178,6 +184,39 @@ def test_every_objective_trains_both_kinds_of_model(tmp_path, objective):
     assert expected <= record.keys()
     base, refined = load_denoiser(tmp_path / "base")[0], load_denoiser(folder)[0]
     assert not torch.equal(base.vocab_embed.embedding, refined.vocab_embed.embedding)
+
+
+@pytest.mark.parametrize("masked", [True, False])
+def test_pairs_are_counted_ahead_and_trained_on_chains_of_either_kind(tmp_path, masked):
+    worker.make_inputs(tmp_path, masked=masked)
+    changes = {"steps": 2, "precision": "bf16", "freeze_queues": True, "evaluate_nfe": (), "pair_classes": 100}
+    folder = run(tmp_path, "run", objective="pairs", pair_sequences=40, **changes).folder
+    assert {"drift", "nelbo", "total_variation"} <= read_log(folder, "train")[-1].keys()
+    laws = load_checkpoint(folder / "checkpoints" / "step-00000002").tensors["queues"]
+    assert laws["real"].shape == (1, 100, 100) and len(laws["generated"]) == (4 if masked else 5)
+    pairs_of_a_sequence, sequences = worker.LENGTH - 1, 40 + 2 * 8  # ahead, and in two steps
+    assert laws["real_weight"].tolist() == [pairs_of_a_sequence * sequences]
+    assert laws["generated_weight"].sum() == 4  # micro-batches
+    assert "on its own few-step chains" in (folder / "README.md").read_text()
+
+
+def test_chains_without_a_place_are_refused_before_any_work(inputs):
+    with pytest.raises(TokenDriftError, match=r"steps must name a chain of .* 2 for masked models"):
+        run(inputs, "no_place", objective="pairs", chains=(1,))
+    assert not (inputs / "no_place").exists()
+
+
+@pytest.mark.parametrize(("objective", "held"), [("drift", False), ("combined", True), ("mirror-kl", True)])
+def test_logits_are_held_only_where_something_reads_them(inputs, monkeypatch, objective, held):
+    asked = []
+
+    def recorded(*args, hold_logits):
+        asked.append(hold_logits)
+        return Drift(*args, hold_logits=hold_logits)
+
+    monkeypatch.setattr("tokendrift.training.run.Drift", recorded)
+    run(inputs, f"held-{objective}", objective=objective, steps=1, evaluate_nfe=())
+    assert asked == [held]
 
 
 def test_the_folder_is_what_others_read(whole):
@@ -357,6 +396,27 @@ def test_a_run_of_two_processes_goes_on_as_one(inputs, pair):
     shrunk = run(inputs, "shrinks", dropout=0.0, steps=4).folder
     for one, two in zip(read_log(shrunk, "train"), read_log(pair, "train"), strict=True):
         assert two["drift"] == pytest.approx(one["drift"], abs=1e-5)
+
+
+CHAINS = {"objective": "pairs", "pair_sequences": 41, "dropout": 0.0, "steps": 4}
+
+
+@pytest.fixture(scope="module")
+def chains(inputs):
+    """The folder of a run on its own chains."""
+    return run(inputs, "chains", **CHAINS).folder
+
+
+@pytest.mark.parametrize("mode", ["run", pytest.param("shard", marks=pytest.mark.slow)])
+def test_two_processes_draw_the_chains_and_keep_the_laws_of_one(inputs, chains, mode):
+    launched(inputs, 2, mode=mode, output=str(inputs / f"chains-{mode}"), micro_batch=2, **CHAINS)
+    for one, two in zip(read_log(chains), read_log(inputs / f"chains-{mode}"), strict=True):
+        assert_close(one, two)
+    kept = [
+        load_checkpoint(folder / "checkpoints" / "step-00000004").tensors["queues"]
+        for folder in (chains, inputs / f"chains-{mode}")
+    ]
+    torch.testing.assert_close(kept[0], kept[1], rtol=1e-4, atol=1e-8)
 
 
 @pytest.mark.slow

@@ -92,10 +92,10 @@ def refine(
     text: Annotated[list[str] | None, typer.Option(help="Text or JSON-lines file; repeatable.")] = None,
     dataset: Annotated[str | None, typer.Option(help="Hugging Face dataset: name or folder.")] = None,
     output: Annotated[str | None, typer.Option(help="Folder of the refined model and its checkpoints.")] = None,
-    preset: Annotated[str | None, typer.Option(help="mdlm-owt or duo-owt: the paper's values.")] = None,
+    preset: Annotated[str | None, typer.Option(help="mdlm-owt or duo-owt: the paper's values; pairs: ours.")] = None,
     config: Annotated[Path | None, typer.Option(help="TOML file of settings.")] = None,
     objective: Annotated[
-        str | None, typer.Option(help="drift, continuation, combined, mirror-kl or mirror-mse.")
+        str | None, typer.Option(help="drift, continuation, combined, pairs, mirror-kl or mirror-mse.")
     ] = None,
     steps: Annotated[int | None, typer.Option(help="Optimiser steps.")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Sequences a step, over all devices.")] = None,

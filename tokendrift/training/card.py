@@ -21,6 +21,7 @@ WAYS = {
     "drift": "the drifting loss of TokenDrift (arXiv 2605.19470) alone, without the denoising loss",
     "continuation": "its own denoising objective",
     "combined": "the drifting loss of TokenDrift (arXiv 2605.19470) beside its own denoising objective",
+    "pairs": "a drift of the law of token pairs on its own few-step chains (`PairDriftLoss`)",
     "mirror-kl": "the KL mirror teacher of TokenDrift (arXiv 2605.19470)",
     "mirror-mse": "the MSE mirror teacher of TokenDrift (arXiv 2605.19470)",
 }

@@ -16,7 +16,8 @@ from tokendrift._checks import check_choice, check_count, check_positive, fail
 from tokendrift.field import NORMALIZATIONS
 from tokendrift.training.loop import LoopConfig
 
-OBJECTIVES = ("drift", "continuation", "combined", "mirror-kl", "mirror-mse")
+OBJECTIVES = ("drift", "continuation", "combined", "pairs", "mirror-kl", "mirror-mse")
+BASE_WEIGHTS = {"combined": 1.0, "pairs": 0.1}  # unless it is given; no other objective has one
 DOCUMENTS = ("file", "paragraph", "line")
 PRECISIONS = ("fp32", "bf16")
 KERNELS = ("gaussian", "laplace", "sharp_laplace")
@@ -51,11 +52,18 @@ class RefineConfig:
         length: L; by default that of the checkpoint.
         wrap: Begin every sequence with BOS and end it with EOS, as the released checkpoints were trained.
         shuffle: Sequences in a block that is shuffled as a whole; 1 keeps the order of the text.
-        objective: ``"drift"``; ``"continuation"``, the backbone's own objective; ``"combined"``, both; ``"mirror-kl"``
-            and ``"mirror-mse"``, the paper's teachers in logit space.
+        objective: ``"drift"``; ``"continuation"``, the backbone's own objective; ``"combined"``, both; ``"pairs"``,
+            `PairDriftLoss` on the model's own few-step chains (`OwnTrajectories`); ``"mirror-kl"`` and
+            ``"mirror-mse"``, the paper's teachers in logit space.
         baseline: First train the checkpoint by its own objective on the same batches and noise, into the folder
             ``continuation`` of the output, and show both.
-        base_weight: Weight of the backbone's own objective in ``"combined"``.
+        base_weight: Weight of the backbone's own objective beside the drift; by default 1 in ``"combined"`` and 0.1 in
+            ``"pairs"``, where 0 leaves it out.
+        chains: Numbers of steps of the chains in ``"pairs"``.
+        pair_decay: Share of the law of generated pairs that a micro-batch keeps.
+        pair_classes: Most classes of tokens in the laws of pairs. Where the vocabulary is larger, rare tokens share
+            classes (`frequent_first_classes`).
+        pair_sequences: Sequences of the text whose pairs are counted before the first step; training goes on counting.
         temperatures: tau of the field.
         queue_size: Features in each queue.
         drift_scale: alpha.
@@ -106,9 +114,13 @@ class RefineConfig:
     length: int | None = None
     wrap: bool = True
     shuffle: int = 1024
-    objective: Literal["drift", "continuation", "combined", "mirror-kl", "mirror-mse"] = "drift"
+    objective: Literal["drift", "continuation", "combined", "pairs", "mirror-kl", "mirror-mse"] = "drift"
     baseline: bool = False
-    base_weight: float = 1.0
+    base_weight: float | None = None
+    chains: tuple[int, ...] = (2, 4)
+    pair_decay: float = 0.98
+    pair_classes: int = 4096
+    pair_sequences: int = 4096
     temperatures: tuple[float, ...] = (0.02, 0.05, 0.2)
     queue_size: int = 1024
     drift_scale: float = 1.0
@@ -154,14 +166,22 @@ class RefineConfig:
         check_choice("normalization", self.normalization, NORMALIZATIONS)
         for name in ("shuffle", "micro_batch", "checkpoint_every", "keep", "evaluate_batch"):
             check_count(name, getattr(self, name), least=1)
-        for name in ("queue_size", "evaluate_every", "seed"):
+        for name in ("queue_size", "pair_sequences", "evaluate_every", "seed"):
             check_count(name, getattr(self, name))
         check_count("evaluate_samples", self.evaluate_samples, least=2)
         for nfe in self.evaluate_nfe:
             check_count("evaluate_nfe", nfe, least=1)
         if self.length is not None:
             check_count("length", self.length, least=3 if self.wrap else 1)
-        check_positive("base_weight", self.base_weight)
+        if self.base_weight is not None and (self.base_weight or self.objective == "combined"):
+            check_positive("base_weight", self.base_weight)
+        if not self.chains:
+            raise fail("chains must name at least one number of steps, such as (2, 4).", chains=self.chains)
+        for steps in self.chains:
+            check_count("chains", steps, least=1)
+        check_count("pair_classes", self.pair_classes, least=2)
+        if not 0 <= self.pair_decay < 1:
+            raise fail("pair_decay must lie in [0, 1).", pair_decay=self.pair_decay)
         if self.dropout is not None and not 0 <= self.dropout < 1:
             raise fail("dropout must lie in [0, 1), or be left out for that of the checkpoint.", dropout=self.dropout)
         if not 0 <= self.entropy_tolerance < 1:
@@ -186,6 +206,15 @@ class RefineConfig:
         """Return the part that the optimiser reads."""
         names = {field.name for field in dataclasses.fields(LoopConfig)}
         return LoopConfig(**{name: value for name, value in dataclasses.asdict(self).items() if name in names})
+
+    def weight_of_base(self) -> float:
+        """Return the weight of the backbone's own objective beside the drift; 0 where there is none.
+
+        >>> RefineConfig("base", objective="pairs").weight_of_base()
+        0.1
+        """
+        default = BASE_WEIGHTS.get(self.objective, 0.0)
+        return self.base_weight if default and self.base_weight is not None else default
 
     def accumulation(self, processes: int) -> int:
         """Return the micro-batches of a step for each process.

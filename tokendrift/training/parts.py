@@ -19,8 +19,10 @@ from tokendrift.features import PooledFeatures
 from tokendrift.field import DriftField
 from tokendrift.loss import MirrorTeacherLoss, TokenDriftLoss
 from tokendrift.models import DiT
+from tokendrift.pairs import PairDriftLoss, frequent_first_classes
 from tokendrift.training.config import RefineConfig
 from tokendrift.training.text import DatasetRows, Documents, TextFiles
+from tokendrift.training.trajectories import places
 
 
 def make_accelerator() -> Any:
@@ -85,10 +87,22 @@ def text_source(config: RefineConfig) -> Documents:
     return TextFiles(config.text, documents=config.documents, field=config.text_field)
 
 
-def drifting_loss(config: RefineConfig, base: DiT, process: Process) -> TokenDriftLoss | MirrorTeacherLoss | None:
-    """Return the loss around a frozen copy of the checkpoint; None for the backbone's own objective."""
+def drifting_loss(
+    config: RefineConfig, base: DiT, process: Process
+) -> TokenDriftLoss | MirrorTeacherLoss | PairDriftLoss | None:
+    """Return the loss, around a frozen copy of the checkpoint where it has one; None for the backbone's own objective.
+
+    Raises:
+        TokenDriftError: If the process has no place in chains of that length.
+    """
     if config.objective == "continuation":
         return None
+    if config.objective == "pairs":
+        size, classes = process.vocab_size, None
+        if size > config.pair_classes:
+            classes = frequent_first_classes(size, config.pair_classes)
+        strata = len(places(process, config.chains))
+        return PairDriftLoss(size, strata=strata, decay=config.pair_decay, classes=classes, mask_id=process.mask_id)
     level = process.sigma(torch.tensor(config.encoder_time)).item() if config.encoder_time else 0.0
     features = PooledFeatures(base, window=config.window, sigma=level)
     options: dict[str, Any] = {

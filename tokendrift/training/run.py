@@ -12,10 +12,13 @@ import torch
 from torch import Tensor
 
 from tokendrift._checks import fail
+from tokendrift._objective import DriftObjective
 from tokendrift.diffusion import Process
 from tokendrift.errors import TokenDriftError
+from tokendrift.loss import TokenDriftLoss
 from tokendrift.models import DiT
 from tokendrift.models.checkpoints import build, read_checkpoint
+from tokendrift.pairs import PairDriftLoss
 from tokendrift.training.checkpointing import Stored
 from tokendrift.training.config import RefineConfig
 from tokendrift.training.few_step import FewStep, Row, judge_name
@@ -28,9 +31,11 @@ from tokendrift.training.records import Records
 from tokendrift.training.run_folder import RunFolder
 from tokendrift.training.text import Documents, TextFiles
 from tokendrift.training.tokenizer import text_tokenizer
+from tokendrift.training.trajectories import OwnTrajectories
 
 NOISE, DROPOUT, ORDER, SAMPLES = range(4)  # what random numbers are for; each has a stream of its own
-SHOWN = ("drift", "nelbo", "token_entropy", "raw_drift_rms")
+SHOWN = ("drift", "nelbo", "token_entropy", "raw_drift_rms", "total_variation")
+COUNTED = 64  # sequences whose pairs are counted at a time
 
 Best = dict[str, float]  # step and score of the best evaluation
 
@@ -119,6 +124,7 @@ class Run:
             for message in messages:
                 records.warn(finished, message)
             if stored is None:
+                self._count_pairs()
                 self._evaluate(0)
             else:
                 self._resume(stored)
@@ -133,6 +139,15 @@ class Run:
             self._finish()
         return [*self.evaluations, *self.beside] if self.main else []
 
+    def _count_pairs(self) -> None:
+        """Count the pairs of real text ahead: the first batches alone lack most of those that text has."""
+        if not isinstance(self.drift, PairDriftLoss) or not self.config.pair_sequences:
+            return
+        text = self._data(self.data.documents).take(self.config.pair_sequences)
+        for part in text.split(COUNTED):
+            mine = (torch.arange(len(part)) % self.ranks == self.rank)[:, None].expand_as(part)
+            self.drift.observe(part.to(self.accelerator.device), attention_mask=mine.to(self.accelerator.device))
+
     def _step(self, step: int) -> int:
         """Take a step with all that is due after it; return the number of finished steps."""
         config, finished = self.config, step + 1
@@ -142,7 +157,7 @@ class Run:
         log = save or step == 0 or finished % config.log_every == 0  # before saving: a diverged state is not kept
         torch.manual_seed(mix(config.seed, DROPOUT, step, self.rank))
         frozen: AbstractContextManager[None] = nullcontext()
-        if self.drift is not None and config.freeze_queues:
+        if config.freeze_queues and isinstance(self.drift, DriftObjective):
             frozen = self.drift.frozen_queues()
         with frozen:
             batches = self._batches(step)
@@ -308,8 +323,13 @@ class Run:
         process = cast(Process, RowsOfRank(self.process, self.rank, self.ranks))
         if self.drift is None:
             return Continuation(process, self.generator)
-        weight = self.config.base_weight if self.config.objective == "combined" else 0.0
-        return Drift(process, self.drift, weight, self.generator)
+        weight = self.config.weight_of_base()
+        if isinstance(self.drift, PairDriftLoss):
+            options: dict[str, Any] = {"generator": self.generator, "share": (self.rank, self.ranks)}
+            return OwnTrajectories(process, self.drift, self.config.chains, weight, **options)
+        # The lift alone reads the logits: they need not exist.
+        lean = isinstance(self.drift, TokenDriftLoss) and not weight
+        return Drift(process, self.drift, weight, self.generator, hold_logits=not lean)
 
     def _completed(self, config: RefineConfig, base: DiT) -> RefineConfig:
         """Return the configuration with what the checkpoint decides."""

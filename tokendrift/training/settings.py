@@ -1,4 +1,4 @@
-"""Where a configuration comes from: flags, a TOML file, and the paper's presets."""
+"""Where a configuration comes from: flags, a TOML file, and presets."""
 
 from __future__ import annotations
 
@@ -32,9 +32,18 @@ _PAPER = {
     "judge": "gpt2-large",
     "evaluate_every": 1000,
 }
+# Ours, for either backbone: it names no checkpoint and no text, and its rate is twice that of a refinement without it.
+_PAIRS = {
+    "objective": "pairs",
+    "chains": (2, 4),
+    "base_weight": 0.1,
+    "pair_decay": 0.98,
+    "learning_rate": 2 * RefineConfig.learning_rate,
+}
 PRESETS: Mapping[str, Mapping[str, Any]] = {
     "mdlm-owt": {"checkpoint": "kuleshov-group/mdlm-owt", "learning_rate": 3e-5, **_PAPER},
     "duo-owt": {"checkpoint": "s-sahoo/duo", "learning_rate": 5e-5, **_PAPER},
+    "pairs": _PAIRS,
 }
 
 
