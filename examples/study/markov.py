@@ -21,6 +21,7 @@ from tokendrift.training import Continuation, Denoising, LoopConfig, train
 
 NFES = (2, 4, 8)
 TEMPERATURES = (1.0, 0.8, 0.6, 0.4, 0.2)
+OWN_TEMPERATURES = (1.0, 0.6, 0.2)
 BASE_STEPS = {"masked": 5000, "uniform": 8000}
 
 
@@ -30,7 +31,7 @@ class Sizes:
 
     base_share: float = 1.0
     steps: int = 1200
-    ablation_steps: int = 250
+    ablation_steps: int = 150
     batch_size: int = 64
     learning_rate: float = 3e-4
     samples: int = 4096
@@ -104,7 +105,7 @@ class Markov:
             model,
             process,
             steps=NFES,
-            temperatures=TEMPERATURES if full else (1.0,),
+            temperatures=(TEMPERATURES if baseline is None else OWN_TEMPERATURES) if full else (1.0,),
             samples=self.sizes.samples,
             seed=seed,
         )

@@ -19,6 +19,7 @@ from matplotlib.figure import Figure
 from tokendrift.evaluation import temperature_at, write_atomically
 
 KIND_NAMES = {"masked": "Masked (MDLM)", "uniform": "Uniform-state (DUO)"}
+KINDS = ("sample", "unigram")
 Found = dict[str, Any]
 
 
@@ -95,42 +96,53 @@ def _english_main(arms: dict[Arm, list[Found]]) -> str:
 
 
 def _english_matched(arms: dict[Arm, list[Found]]) -> str:
-    """At each NFE: the share of the log gap closed, and Gen.-PPL over the continuation's at equal entropies."""
-    head = ["arm", "NFE", "log gap closed", "equal sample entropy: temperature", "nucleus"]
-    rows = [[*head, "equal unigram entropy: temperature", "nucleus", "both at real text's sample entropy"]]
+    """At some NFE: the share of the log gap closed, and Gen.-PPL over the continuation's at equal entropies."""
+    head = ["arm", "NFE", "log gap closed, T = 1"]
+    head += [
+        f"ratio at its own {entropy} entropy, by {means}" for entropy in KINDS for means in ("temperature", "nucleus")
+    ]
+    head += [f"{what} at real text's {entropy} entropy" for entropy in KINDS for what in ("ratio", "log gap closed")]
+    rows = [head]
     continued = arms.get(CONTINUATION, [])
     for arm, seeds in arms.items():
-        if arm == CONTINUATION:
-            continue
         for number, row in enumerate(seeds[0]["rows"]):
             if "matched" not in row:
                 continue
             steps = row["steps"]
-            cells = [arm.name, str(steps)]
             pairs = list(zip(seeds, continued, strict=False))
-            cells.append(_spread((_gap_closed(a, b, number) for a, b in pairs), ".0%"))
-            for match in ("sample, temperature", "sample, top_p", "unigram, temperature", "unigram, top_p"):
-                at = [found["rows"][number]["matched"][match] for found in seeds]
-                missed = "" if all(one["matched"] for one in at) else " (entropy not reached)"
-                cells.append(_spread((one["ratio"]["estimate"] for one in at), ".2f") + missed)
-            cells.append(_spread((_at_real(a, steps) / _at_real(b, steps) for a, b in pairs), ".2f"))
+            cells = [arm.name, str(steps), _spread((_gap_closed(a, b, number) for a, b in pairs), ".0%")]
+            for entropy in KINDS:
+                for means in ("temperature", "top_p"):
+                    at = [found["rows"][number]["matched"][f"{entropy}, {means}"] for found in seeds]
+                    missed = "" if all(one["matched"] for one in at) else " *"
+                    cells.append(_spread((one["ratio"]["estimate"] for one in at), ".2f") + missed)
+            for entropy in KINDS:
+                ours, theirs = ([_at_real(f, steps, entropy) for f in found] for found in zip(*pairs, strict=True))
+                cells.append(_spread((a / b for a, b in zip(ours, theirs, strict=True)), ".2f"))
+                cells.append(_spread((_gap(a, b[1], number) for a, b in zip(ours, pairs, strict=True)), ".0%"))
             rows.append(cells)
     return _table(rows)
 
 
 def _gap_closed(found: Found, continued: Found, number: int) -> float:
-    ours, theirs = (math.log(_value(one["rows"][number], "gen_ppl")) for one in (found, continued))
-    return (theirs - ours) / (theirs - math.log(_value(found["real"], "gen_ppl")))
+    return _gap(_value(found["rows"][number], "gen_ppl"), continued, number)
 
 
-def _at_real(found: Found, steps: int) -> float:
-    """Return Gen.-PPL at the temperature that gives the sample entropy of real text; NaN where none does."""
+def _gap(gen_ppl: float, continued: Found, number: int) -> float:
+    """Return the share of the log gap between the continuation at T = 1 and real text that a Gen.-PPL closes."""
+    theirs = math.log(_value(continued["rows"][number], "gen_ppl"))
+    return (theirs - math.log(gen_ppl)) / (theirs - math.log(_value(continued["real"], "gen_ppl")))
+
+
+def _at_real(found: Found, steps: int, entropy: str) -> float:
+    """Return Gen.-PPL at the temperature that gives an entropy of real text; NaN where none does."""
+    name = f"{entropy}_entropy"
     points = sorted(
-        (point["temperature"], _value(point, "sample_entropy"), math.log(_value(point, "gen_ppl")))
+        (point["temperature"], _value(point, name), math.log(_value(point, "gen_ppl")))
         for point in found["curve"]
         if point["steps"] == steps and point["top_p"] == 1.0
     )
-    target = _value(found["real"], "sample_entropy")
+    target = _value(found["real"], name)
     if not points or not min(h for _, h, _ in points) <= target <= max(h for _, h, _ in points):
         return math.nan
     temperature = temperature_at([(t, h) for t, h, _ in points], target)

@@ -41,8 +41,10 @@ def cached(folder: Path, name: str, key: Any, make: Callable[[Path], object]) ->
     try:
         make(place)
         (place / "key.json").write_text(json.dumps(key, indent=2, sort_keys=True, default=str), encoding="utf-8")
-        place.rename(final)
+        if not final.is_dir():  # another process may have been faster
+            place.rename(final)
     except BaseException:  # Ctrl-C too: nothing half-made stays
         shutil.rmtree(place, ignore_errors=True)
         raise
+    shutil.rmtree(place, ignore_errors=True)
     return final, False

@@ -1,0 +1,122 @@
+"""The study's parts: every arm trains, keys tell arms apart, what is finished is found again and reported."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from tokendrift.models import DiT, DiTConfig
+
+STUDY = Path(__file__).parents[1] / "examples" / "study"
+NAMES = ("arms", "english", "markov", "report", "run")
+
+
+@pytest.fixture(scope="module")
+def study():
+    """The study's modules, which lie beside each other and not in the package."""
+    sys.path.insert(0, str(STUDY))
+    try:
+        yield {name: __import__(name) for name in NAMES}
+    finally:
+        sys.path.remove(str(STUDY))
+        for name in NAMES:
+            sys.modules.pop(name, None)
+
+
+def every_arm(study):
+    arms = study["arms"]
+    return (*arms.MAIN, *arms.PAPER_ABLATIONS, *arms.OUR_ABLATIONS)
+
+
+def test_no_two_arms_have_one_name_or_one_setting(study):
+    arms = every_arm(study)
+    assert len({arm.slug for arm in arms}) == len(arms)
+    assert len({json.dumps(arm.key()) for arm in arms}) == len(arms)
+    assert study["arms"].PAPER.key() == {}
+
+
+@pytest.mark.parametrize("kind", ["masked", "uniform"])
+def test_every_arm_trains(study, kind):
+    tool = study["markov"].Markov(Path("unused"))
+    process = tool.process(kind)
+    torch.manual_seed(0)
+    sizes = DiTConfig(process.vocab_size, 16, hidden_dim=16, cond_dim=8, n_blocks=2, n_heads=2, dropout=0.0)
+    text = tool.language.sample(32, seed=0)
+    for arm in every_arm(study):
+        model = DiT(sizes)
+        torch.nn.init.normal_(model.output_layer.linear.weight, std=0.1)  # a head of zeros has nothing to drift
+        learn = study["arms"].objective(arm, DiT(sizes), process, 0, text)
+        for _ in range(2):
+            loss = learn(model, text[:8]).loss
+        loss.backward()
+        assert math.isfinite(loss.item()), arm.name
+        assert any((p.grad != 0).any() for p in model.parameters() if p.grad is not None), arm.name
+
+
+def test_the_main_comparison_has_three_seeds_and_continuations_come_first(study):
+    cells = list(study["run"].cells())
+    main = [cell for cell in cells if cell.main]
+    assert {cell.seed for cell in main} == {0, 1, 2}
+    assert len(main) == 3 * 2 * 2 * len(study["arms"].MAIN)
+    first = next(number for number, cell in enumerate(cells) if cell.arm.loss != "continuation")
+    assert all(cell.arm.loss != "continuation" for cell in cells[first:])
+
+
+def interval(value):
+    return {"estimate": value, "low": 0.9 * value, "high": 1.1 * value}
+
+
+def measured(ppl, entropy, **more):
+    names = ("distinct_3", "repetition_4", "copied_share")
+    entropies = {"sample_entropy": interval(entropy), "unigram_entropy": interval(entropy + 2)}
+    return {"gen_ppl": interval(ppl), **entropies, **{name: interval(0.1) for name in names}, **more}
+
+
+def english(ppl, curve, matched):
+    """Results of a model of given Gen.-PPL at NFE 4, with its curve over temperatures."""
+    row = measured(ppl, 3.3, steps=4)
+    if matched:
+        match = {"ratio": interval(0.5), "matched": True}
+        row["matched"] = {f"{e}, {m}": match for e in ("sample", "unigram") for m in ("temperature", "top_p")}
+    points = [measured(p, h, steps=4, temperature=t, top_p=1.0) for t, h, p in curve]
+    return {"nelbo": 4.0, "rows": [row], "real": measured(30.0, 3.2), "curve": points}
+
+
+def test_the_report_compares_at_the_entropy_of_real_text(study, tmp_path):
+    arms, run, report = study["arms"], study["run"], study["report"]
+    cells = [
+        (
+            run.Cell("english", "uniform", arms.CONTINUATION, 0, True),
+            english(400.0, [(0.8, 3.1, 100.0), (1.0, 3.3, 400.0)], False),
+        ),
+        (
+            run.Cell("english", "uniform", arms.PAIRS, 0, True),
+            english(200.0, [(0.8, 3.2, 50.0), (1.0, 3.4, 200.0)], True),
+        ),
+    ]
+    tool = type("Tool", (), {"source": "a test", "sizes": study["english"].Sizes(), "facts": lambda self: {}})()
+    report.write(tmp_path, {"english": tool}, cells)
+    table = (tmp_path / "english-uniform-matched.md").read_text().splitlines()[2]
+    # Interpolated in the logarithm between 100 and 400 at entropy 3.2: 200. So 50 / 200, and ln(400/50) / ln(400/30).
+    assert table.split(" | ")[-4:] == ["0.25", "80%", "0.25", "80% |"]
+    plain = json.loads((tmp_path / "results.json").read_text())
+    assert [cell["arm"] for cell in plain["cells"]] == ["continuation", arms.PAIRS.name]
+    assert (tmp_path / "english-nfe.svg").exists()
+
+
+@pytest.mark.slow
+def test_a_second_run_makes_nothing_again(study, tmp_path, capfd):
+    run = study["run"]
+    chosen = "markov, masked: continuation, seed 0"
+    run.main(output=tmp_path, jobs=1, only=chosen, quick=True, only_report=False)
+    folders = {path: path.stat().st_mtime_ns for path in (tmp_path / "parts" / "markov").iterdir()}
+    assert len(folders) == 4  # two bases; the main comparison and the short one
+    run.main(output=tmp_path, jobs=1, only=chosen, quick=True, only_report=False)
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "parts" / "markov").iterdir()} == folders
+    assert "with 2 cells" in capfd.readouterr().out
+    assert (tmp_path / "markov-masked.md").read_text().count("continuation") == 2
