@@ -6,6 +6,7 @@
 #   make lint        ruff and mypy only
 #   make docs        build the documentation into site/
 #   make examples    run the examples
+#   make study       three hours on two cores: the study of docs/study.md, into study-output/; goes on where it stopped
 #   make clean       remove .venv and everything that was built
 #
 # Variables, each set on the command line as in `make demo PYTHON=python3.12`:
@@ -16,7 +17,7 @@
 #   TORCH_FLAGS  pip options for that step alone. Where your index serves torch with CUDA and you want the smaller
 #                CPU build, put here the --index-url that the install page of PyTorch names for CPU
 #   PIP_FLAGS    pip options for every other step
-#   ARGS         arguments of `tokendrift demo`, such as ARGS=--quick
+#   ARGS         arguments of `tokendrift demo` or of the study, such as ARGS=--quick
 #   PYTEST_ARGS  arguments of pytest
 
 PYTHON ?= python3
@@ -32,10 +33,10 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 EXAMPLES := $(wildcard examples/*.py)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow lint docs examples clean
+.PHONY: help setup demo study test test-slow lint docs examples clean
 
 help:
-	@sed -n '3,9s/^# \{0,1\}//p' Makefile
+	@sed -n '3,10s/^# \{0,1\}//p' Makefile
 
 # One stamp a stage: a second call installs nothing, a changed pyproject.toml only what follows from it.
 setup: $(VENV)/.installed
@@ -57,6 +58,10 @@ $(VENV)/.installed: $(VENV)/.torch pyproject.toml
 demo: setup
 	$(BIN)/tokendrift demo $(ARGS)
 
+study: setup
+	$(PIP) $(PIP_FLAGS) --requirement examples/study/requirements.txt $(if $(TORCH),'$(TORCH)')
+	$(BIN)/python examples/study/run.py $(ARGS)
+
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -75,5 +80,5 @@ examples: setup
 	@set -e; for script in $(EXAMPLES); do echo "== $$script"; $(BIN)/python $$script; done
 
 clean:
-	rm -rf $(VENV) build dist site demo-output report.html .pytest_cache .hypothesis .mypy_cache .ruff_cache
+	rm -rf $(VENV) build dist site demo-output study-output report.html .pytest_cache .hypothesis .mypy_cache .ruff_cache
 	find . -name __pycache__ -type d -not -path './.git/*' -prune -exec rm -rf {} +

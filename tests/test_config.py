@@ -45,7 +45,7 @@ def test_the_preset_of_pairs_serves_any_checkpoint_at_twice_the_rate():
     with pytest.raises(TokenDriftError, match="no checkpoint to refine"):
         make_config(preset="pairs")
     made = make_config(preset="pairs", values={"checkpoint": "base", "text": ["a.txt"]})
-    assert (made.objective, made.chains, made.weight_of_base(), made.pair_decay) == ("pairs", (2, 4), 0.1, 0.98)
+    assert (made.objective, made.chains, made.weight_of_base(), made.pair_decay) == ("pairs", (2, 4), 0.1, 0.95)
     assert made.learning_rate == 2 * RefineConfig("base").learning_rate
     assert (made.dataset, made.judge, made.steps) == (None, None, RefineConfig("base").steps)
 

@@ -80,7 +80,7 @@ PAPER = Arm("TokenDrift, the paper's setting", "main")
 CONTINUATION = Arm("continuation", "main", loss="continuation")
 
 
-PAIRS = Arm("pairs on own chains", "main", loss="pairs", base_weight=0.1, chains=(2, 4), decay=0.98, rate=2.0)
+PAIRS = Arm("pairs on own chains", "main", loss="pairs", base_weight=0.1, chains=(2, 4), rate=2.0)
 MAIN = (CONTINUATION, PAPER, PAIRS)
 
 
@@ -103,6 +103,7 @@ PAPER_ABLATIONS = (
     _variant("queue 64", "queue", queue=64),
     _variant("attraction : repulsion = 1 : 0", "balance", field=_field(repulsion=0.0)),
     _variant("attraction : repulsion = 2 : 1", "balance", field=_field(attraction=2.0)),
+    _variant("attraction : repulsion = 0 : 1", "balance", field=_field(attraction=0.0)),
     _variant("attraction : repulsion = 1 : 2", "balance", field=_field(repulsion=2.0)),
 )
 OUR_ABLATIONS = (

@@ -118,7 +118,7 @@ class RefineConfig:
     baseline: bool = False
     base_weight: float | None = None
     chains: tuple[int, ...] = (2, 4)
-    pair_decay: float = 0.98
+    pair_decay: float = 0.95
     pair_classes: int = 4096
     pair_sequences: int = 4096
     temperatures: tuple[float, ...] = (0.02, 0.05, 0.2)

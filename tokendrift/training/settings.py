@@ -37,7 +37,7 @@ _PAIRS = {
     "objective": "pairs",
     "chains": (2, 4),
     "base_weight": 0.1,
-    "pair_decay": 0.98,
+    "pair_decay": 0.95,
     "learning_rate": 2 * RefineConfig.learning_rate,
 }
 PRESETS: Mapping[str, Mapping[str, Any]] = {
