@@ -70,7 +70,7 @@ class OwnTrajectories:
             x_t = self.inputs(model, x0, total, taken)
         else:
             x_t = self.process.corrupt(x0, times, generator=self.generator).x_t
-        logits = model(x_t, self.process.sigma(times))
+        logits = self._completion(model(x_t, self.process.sigma(times)), x_t, times)
         where: dict[str, Any] = {"noisy_ids": x_t, "predicted": self.process.predicted(x_t)}
         if isinstance(self.drift, PairDriftLoss):
             where["stratum"] = number % len(self.drift.generated)
@@ -84,6 +84,18 @@ class OwnTrajectories:
             logs |= base.logs
             loss = loss + self.base_weight * base.loss
         return StepLoss(loss, logs)
+
+    def _completion(self, logits: Tensor, x_t: Tensor, times: Tensor) -> Tensor:
+        """Return logits of the law that the step to time 0 draws from.
+
+        A uniform-state model predicts a position from all others; its sampler adds what the position itself shows,
+        q(x0 = j | x_t) ~ p_j (alpha [j = x_t] + (1 - alpha) / V).
+        """
+        if self.process.mask_id is not None:
+            return logits
+        alpha = self.process.schedule.alpha(times)
+        shown = torch.log1p(self.process.vocab_size * alpha / (1 - alpha)).to(logits)
+        return logits.scatter_add(2, x_t[..., None], shown[:, None, None].expand(-1, x_t.shape[1], 1))
 
     def inputs(self, model: Network, x0: Tensor, steps: int, taken: int) -> Tensor:
         """Return ids (B, L) after some of the steps of a chain, drawn by the model itself."""
