@@ -1,4 +1,4 @@
-"""What the study compares: one named setting an arm, each a single change to the paper's."""
+"""What the study compares: one named setting an arm; an ablation is a single change to the paper's setting or ours."""
 
 from __future__ import annotations
 
@@ -26,7 +26,8 @@ class Arm:
     Attributes:
         name: How the tables call it.
         group: The question it belongs to.
-        loss: The backbone's own objective alone, the drifting loss, a mirror teacher, or the drift of token pairs.
+        loss: The backbone's own objective alone, the drifting loss, a mirror teacher, the drift of token pairs, or none
+            for the base as it is.
         base_weight: Weight of the backbone's objective beside the drift.
         lift: ``"soft"`` or ``"straight_through"``.
         window: Positions pooled into one feature; None pools the sequence.
@@ -45,7 +46,7 @@ class Arm:
 
     name: str
     group: str
-    loss: Literal["continuation", "drift", "mirror-kl", "mirror-mse", "pairs"] = "drift"
+    loss: Literal["none", "continuation", "drift", "mirror-kl", "mirror-mse", "pairs"] = "drift"
     base_weight: float = 0.0
     lift: Literal["soft", "straight_through"] = "soft"
     window: int | None = None
@@ -76,6 +77,7 @@ class Arm:
         }
 
 
+BASE = Arm("base, not trained further", "main", loss="none", length=0.0)
 PAPER = Arm("TokenDrift, the paper's setting", "main")
 CONTINUATION = Arm("continuation", "main", loss="continuation")
 
@@ -107,6 +109,10 @@ PAPER_ABLATIONS = (
     _variant("attraction : repulsion = 1 : 2", "balance", field=_field(repulsion=2.0)),
 )
 OUR_ABLATIONS = (
+    replace(CONTINUATION, name="continuation, twice the rate", group="cost", rate=2.0),
+    replace(CONTINUATION, name="continuation, three times the steps", group="cost", length=3.0),
+    _variant("TokenDrift, twice the rate", "cost", rate=2.0),
+    replace(PAIRS, name="pairs, half the rate", group="cost", rate=1.0),
     _variant("own clean text hidden", "pair", exclude_pair=True),
     _variant("separate", "normalisation", field=_field(normalization="separate")),
     _variant("two-sided", "normalisation", field=_field(normalization="two_sided")),
@@ -145,7 +151,7 @@ def objective(arm: Arm, base: DiT, process: Process, seed: int, text: Tensor) ->
         text: Real text (n, L) that laws of pairs are counted from.
     """
     generator = torch.Generator().manual_seed(10 + seed)
-    if arm.loss == "continuation":
+    if arm.loss in ("none", "continuation"):
         return Continuation(process, generator)
     if arm.loss == "pairs":
         strata = len(places(process, arm.chains)) if arm.stratified else 1

@@ -168,10 +168,12 @@ class English:
         return stream[: len(stream) // LENGTH * LENGTH].view(-1, LENGTH)
 
     def train(self, arm: Arm, kind: str, seed: int, steps: int) -> tuple[DiT, list[dict[str, float]]]:
-        """Train the base further; arms of one seed see the same text, times and noise."""
+        """Train the base further; arms of one seed see the same text, those on corrupted text the same noise."""
         base, process, sizes = self.base(kind), self.process(kind), self.sizes
         model = DiT(dataclasses.replace(base.config, dropout=0.0))
         model.load_state_dict(base.state_dict())
+        if steps == 0:
+            return model.eval(), []
         rate = sizes.learning_rate * arm.rate
         loop = LoopConfig(steps, batch_size=sizes.batch_size, learning_rate=rate, warmup=warmup(steps))
         batches = windows(self.corpus.denoiser, LENGTH, sizes.batch_size, seed=100 + seed)

@@ -87,10 +87,12 @@ class Markov:
         return self.language.sample(20_000, seed=10**6 + 1)
 
     def train(self, arm: Arm, kind: str, seed: int, steps: int) -> tuple[DiT, list[dict[str, float]]]:
-        """Train the base further; arms of one seed see the same text, times and noise."""
+        """Train the base further; arms of one seed see the same text, those on corrupted text the same noise."""
         base, sizes = self.base(kind), self.sizes
         model = DiT(base.config)
         model.load_state_dict(base.state_dict())
+        if steps == 0:
+            return model.eval(), []
         rate = sizes.learning_rate * arm.rate
         loop = LoopConfig(steps, batch_size=sizes.batch_size, learning_rate=rate, warmup=warmup(steps))
         batches = self.language.batches(sizes.batch_size, seed=100 + seed)

@@ -34,7 +34,7 @@ class Results:
         found: dict[Arm, list[Found]] = {}
         for cell, result in self.cells:
             if (cell.instrument, cell.kind, cell.main) == (instrument, kind, main):
-                found.setdefault(cell.arm, []).append(result)
+                found.setdefault(cell.arm, []).append({**result, "seed": cell.seed})
         return found
 
     def kinds(self, instrument: str, main: bool) -> list[str]:
@@ -82,7 +82,8 @@ def tables(results: Results, facts: Found) -> dict[str, str]:
 
 
 def _english_main(arms: dict[Arm, list[Found]]) -> str:
-    rows = [["model", "NFE", "Gen.-PPL", "sample entropy", "unigram entropy", "distinct-3", "rep-4", "copied", "NELBO"]]
+    head = ["model", "NFE", "Gen.-PPL", "sample entropy", "unigram entropy", "distinct-3", "rep-4", "copied"]
+    rows = [[*head, "NELBO", "training s"]]
     real = next(iter(arms.values()))[0]["real"]
     names = ("sample_entropy", "unigram_entropy", "distinct_3", "repetition_4", "copied_share")
     rows.append(["real text", "", f"{_value(real, 'gen_ppl'):.1f}", *(f"{_value(real, n):.3f}" for n in names), ""])
@@ -91,7 +92,9 @@ def _english_main(arms: dict[Arm, list[Found]]) -> str:
             at = [found["rows"][number] for found in seeds]
             figures = [_spread((_value(row, name) for row in at), ".3f") for name in names]
             ppl = _spread((_value(row, "gen_ppl") for row in at), ".1f")
-            rows.append([arm.name, str(steps), ppl, *figures, _spread((found["nelbo"] for found in seeds), ".3f")])
+            nelbo = _spread((found["nelbo"] for found in seeds), ".3f")
+            seconds = f"{statistics.mean(found['training_seconds'] for found in seeds):.0f}"
+            rows.append([arm.name, str(steps), ppl, *figures, nelbo, seconds])
     return _table(rows)
 
 
@@ -103,13 +106,13 @@ def _english_matched(arms: dict[Arm, list[Found]]) -> str:
     ]
     head += [f"{what} at real text's {entropy} entropy" for entropy in KINDS for what in ("ratio", "log gap closed")]
     rows = [head]
-    continued = arms.get(CONTINUATION, [])
+    continued = {found["seed"]: found for found in arms.get(CONTINUATION, [])}
     for arm, seeds in arms.items():
         for number, row in enumerate(seeds[0]["rows"]):
             if "matched" not in row:
                 continue
             steps = row["steps"]
-            pairs = list(zip(seeds, continued, strict=False))
+            pairs = [(found, continued[found["seed"]]) for found in seeds if found["seed"] in continued]
             cells = [arm.name, str(steps), _spread((_gap_closed(a, b, number) for a, b in pairs), ".0%")]
             for entropy in KINDS:
                 for means in ("temperature", "top_p"):
@@ -117,21 +120,22 @@ def _english_matched(arms: dict[Arm, list[Found]]) -> str:
                     missed = "" if all(one["matched"] for one in at) else " *"
                     cells.append(_spread((one["ratio"]["estimate"] for one in at), ".2f") + missed)
             for entropy in KINDS:
-                ours, theirs = ([_at_real(f, steps, entropy) for f in found] for found in zip(*pairs, strict=True))
-                cells.append(_spread((a / b for a, b in zip(ours, theirs, strict=True)), ".2f"))
-                cells.append(_spread((_gap(a, b[1], number) for a, b in zip(ours, pairs, strict=True)), ".0%"))
+                there = [[_at_real(found, steps, entropy) for found in pair] for pair in pairs]
+                cells.append(_spread((ours / theirs for ours, theirs in there), ".2f"))
+                real = _value(seeds[0]["real"], "gen_ppl")
+                cells.append(_spread((_gap(ours, theirs, real) for ours, theirs in there), ".0%"))
             rows.append(cells)
     return _table(rows)
 
 
 def _gap_closed(found: Found, continued: Found, number: int) -> float:
-    return _gap(_value(found["rows"][number], "gen_ppl"), continued, number)
+    ours, theirs = (_value(one["rows"][number], "gen_ppl") for one in (found, continued))
+    return _gap(ours, theirs, _value(continued["real"], "gen_ppl"))
 
 
-def _gap(gen_ppl: float, continued: Found, number: int) -> float:
-    """Return the share of the log gap between the continuation at T = 1 and real text that a Gen.-PPL closes."""
-    theirs = math.log(_value(continued["rows"][number], "gen_ppl"))
-    return (theirs - math.log(gen_ppl)) / (theirs - math.log(_value(continued["real"], "gen_ppl")))
+def _gap(ours: float, theirs: float, real: float) -> float:
+    """Return the share of the log gap between the continuation and real text that a Gen.-PPL closes."""
+    return math.log(theirs / ours) / math.log(theirs / real)
 
 
 def _at_real(found: Found, steps: int, entropy: str) -> float:
@@ -182,22 +186,22 @@ def _english_ablations(results: Results) -> str:
 
 def _markov_main(arms: dict[Arm, list[Found]], exact: Found) -> str:
     nfes = sorted({row["nfe"] for row in exact["rows"]})
-    rows = [["model", "sampled at", *(f"{n} NFE: validity / TV / among valid / H word" for n in nfes), "NELBO"]]
+    rows = [["model", "sampled at", *(f"{n} NFE: validity / whole / TV / among valid / H word" for n in nfes), "NELBO"]]
     for name, seeds in {"exact denoiser": [exact], **{arm.name: seeds for arm, seeds in arms.items()}}.items():
         nelbo = _spread((found["nelbo"] for found in seeds), ".2f") if "nelbo" in seeds[0] else ""
         for at in ("T = 1", "best T"):
             cells = [name, at]
             for nfe in nfes:
                 chosen = [_markov_row(found, nfe, at == "T = 1") for found in seeds]
-                figures = ("validity", "total_variation", "mode_imbalance")
+                figures = ("validity", "sequence_validity", "total_variation", "mode_imbalance")
                 told = [_spread((_value(row, name) for row in chosen), ".3f") for name in figures]
                 told.append(f"{statistics.mean(row['unigram_entropy'] for row in chosen):.2f}")
                 label = "" if at == "T = 1" else f" (T {statistics.mean(r['temperature'] for r in chosen):.2g})"
                 cells.append(" / ".join(told) + label)
             rows.append([*cells, nelbo if at == "T = 1" else ""])
     real = exact["real"]
-    told = f"{_value(real, 'validity'):.3f} / {_value(real, 'total_variation'):.3f} / "
-    told += f"{_value(real, 'mode_imbalance'):.3f} / {real['unigram_entropy']:.2f}"
+    told = f"1 / 1 / {_value(real, 'total_variation'):.3f} / {_value(real, 'mode_imbalance'):.3f} / "
+    told += f"{real['unigram_entropy']:.2f}"
     rows.append(["real text", "", *[told] * len(nfes), f"{exact['true']['entropy']:.2f}"])
     return _table(rows)
 
@@ -346,12 +350,15 @@ def _mean(values: Iterable[float]) -> float:
 
 
 def _spread(values: Iterable[float], form: str) -> str:
-    """Return mean and, of several seeds, standard deviation."""
+    """Return mean and, of several seeds, standard deviation; of which seeds, if not of all."""
+    values = list(values)
     known = [value for value in values if not math.isnan(value)]
     if not known:
         return "-"
     told = format(statistics.mean(known), form)
-    return told if len(known) == 1 else f"{told} ± {format(statistics.stdev(known), form)}"
+    if len(known) > 1:
+        told += f" ± {format(statistics.stdev(known), form)}"
+    return told if len(known) == len(values) else f"{told} ({len(known)} of {len(values)} seeds)"
 
 
 def _interval(found: Found, form: str = ".2f") -> str:
