@@ -125,6 +125,31 @@ def test_without_evaluations_the_rows_before_stay(run):
     assert run(steps=2, evaluate_nfe=()).evaluations == before
 
 
+@pytest.mark.parametrize("objective", ["drift", "combined"])
+def test_a_run_from_before_the_pairs_goes_on(run, monkeypatch, objective):
+    run(steps=2, objective=objective)
+    check = RunFolder.check_same_run
+
+    def from_before(self, state):
+        known = {name: value for name, value in state["config"].items() if name != "chains" and "pair_" not in name}
+        check(self, {**state, "config": known | {"base_weight": 1.0}})
+
+    monkeypatch.setattr(RunFolder, "check_same_run", from_before)
+    run(steps=4, objective=objective)
+    if objective == "combined":
+        with pytest.raises(TokenDriftError, match=r"configuration: base_weight was 1\.0 and is 2\.0"):
+            run(steps=4, objective=objective, base_weight=2.0)
+
+
+def test_settings_of_pairs_belong_to_runs_on_pairs(run, tmp_path):
+    run(steps=2)
+    run(steps=2, chains=(8,), pair_decay=0.5, pair_classes=16, pair_sequences=0)
+    pairs = {"output": str(tmp_path / "pairs"), "objective": "pairs", "pair_sequences": 8, "steps": 2}
+    run(**pairs)
+    with pytest.raises(TokenDriftError, match=r"configuration: pair_decay was 0\.95 and is 0\.5"):
+        run(**pairs, pair_decay=0.5)
+
+
 def test_fewer_steps_than_were_taken_are_refused(run):
     run(steps=4)
     with pytest.raises(TokenDriftError, match=r"(?s)steps is 2, but .*run holds a run of 4 steps.*at least 4 steps"):

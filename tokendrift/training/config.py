@@ -29,6 +29,8 @@ BOOKKEEPING = frozenset(
         *("evaluate_every", "evaluate_samples", "evaluate_nfe", "evaluate_batch"),
     )
 )
+# What no other objective than "pairs" reads.
+PAIR_SETTINGS = frozenset(("chains", "pair_decay", "pair_classes", "pair_sequences"))
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from tokendrift.training.checkpointing import (
     save_checkpoint,
     write_atomically,
 )
-from tokendrift.training.config import BOOKKEEPING, RefineConfig
+from tokendrift.training.config import BOOKKEEPING, KINDS, PAIR_SETTINGS, RefineConfig
 from tokendrift.training.tokenizer import TextTokenizer
 
 CONFIG, CARD = "config.toml", "README.md"
@@ -114,13 +114,17 @@ class RunFolder:
         Raises:
             TokenDriftError: If not; what differs is named.
         """
-        other = state["config"]
+        # A setting that the run did not know yet had what is its default now.
+        told = {name: value for name, value in state["config"].items() if name in KINDS and name not in BOOKKEEPING}
+        other = _learned(RefineConfig(**told))
         # A constant rate does not know when it ends, so that a run may be made longer.
         free = BOOKKEEPING | {"micro_batch"} | ({"steps"} if self.config.schedule == "constant" else set())
+        if self.config.objective != "pairs":
+            free |= PAIR_SETTINGS
         differ = [
-            f"{name} was {other.get(name)!r} and is {value!r}"
-            for name, value in dataclasses.asdict(self.config).items()
-            if name not in free and _plain(value) != _plain(other.get(name))
+            f"{name} was {other[name]!r} and is {value!r}"
+            for name, value in _learned(self.config).items()
+            if name not in free and value != other[name]
         ]
         before, now = state["together"], self.identity["together"]
         if before != now:
@@ -165,5 +169,6 @@ class RunFolder:
         write_atomically(folder / CARD, card)
 
 
-def _plain(value: Any) -> Any:
-    return list(value) if isinstance(value, tuple) else value
+def _learned(config: RefineConfig) -> dict[str, Any]:
+    """Return the settings, the weight of the backbone's own objective as it is used."""
+    return dataclasses.asdict(config) | {"base_weight": config.weight_of_base()}
