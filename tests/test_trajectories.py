@@ -78,6 +78,16 @@ def test_the_last_place_of_a_chain_gives_the_law_of_what_the_sampler_writes(kind
     assert distance == pytest.approx(sampled.total_variation.estimate, abs=0.02)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_completions_of_uniform_states_are_the_posterior_of_the_last_step(dtype):
+    process = LANGUAGE.process("uniform")
+    generator = torch.Generator().manual_seed(0)
+    x_t, times = torch.randint(6, (4, 8), generator=generator), torch.tensor([1.0, 0.75, 0.5, 0.25])
+    logits = torch.randn(4, 8, 6, generator=generator).to(dtype)
+    law = objective(process, (4,))._completion(logits, x_t, times).softmax(dim=-1)
+    torch.testing.assert_close(law, process.posterior(logits.float(), x_t, times, torch.zeros(4)))
+
+
 def test_same_generator_same_losses():
     process = LANGUAGE.process("uniform")
     runs = [

@@ -35,7 +35,8 @@ class OwnTrajectories:
     Attributes:
         process: Corruption and posterior.
         drift: The loss. A `PairDriftLoss` has ``strata=len(places(...))``, a law for each place, or one law for all.
-        steps: N, the chains that take turns at random.
+        steps: N of the chains. Their places take turns at random, not the chains: of chains of 2 and 4 steps a masked
+            model is at the longer in three calls of four.
         base_weight: Weight of the NELBO on corrupted real text beside it: what keeps the rest of the model in place.
         own: If False, corrupted real text at the same times stands in for the chains: cheaper, and for comparison.
         generator: Source of places, chains and noise.
@@ -70,11 +71,11 @@ class OwnTrajectories:
             x_t = self.inputs(model, x0, total, taken)
         else:
             x_t = self.process.corrupt(x0, times, generator=self.generator).x_t
-        logits = self._completion(model(x_t, self.process.sigma(times)), x_t, times)
         where: dict[str, Any] = {"noisy_ids": x_t, "predicted": self.process.predicted(x_t)}
         if isinstance(self.drift, PairDriftLoss):
             where["stratum"] = number % len(self.drift.generated)
-        loss = self.drift(logits, x0, **where)
+        # No name for the logits: they would be held while the model is called again for the base loss.
+        loss = self.drift(self._completion(model(x_t, self.process.sigma(times)), x_t, times), x0, **where)
         logs = {"drift": loss.detach()}
         if log and isinstance(self.drift, PairDriftLoss):
             met = self.drift.generated_weight > 0  # a law without any text yet says nothing
@@ -93,9 +94,10 @@ class OwnTrajectories:
         """
         if self.process.mask_id is not None:
             return logits
+        wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
         alpha = self.process.schedule.alpha(times)
-        shown = torch.log1p(self.process.vocab_size * alpha / (1 - alpha)).to(logits)
-        return logits.scatter_add(2, x_t[..., None], shown[:, None, None].expand(-1, x_t.shape[1], 1))
+        shown = torch.log1p(self.process.vocab_size * alpha / (1 - alpha)).to(wide)
+        return wide.scatter_add(2, x_t[..., None], shown[:, None, None].expand(-1, x_t.shape[1], 1))
 
     def inputs(self, model: Network, x0: Tensor, steps: int, taken: int) -> Tensor:
         """Return ids (B, L) after some of the steps of a chain, drawn by the model itself."""
