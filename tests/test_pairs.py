@@ -34,6 +34,11 @@ def test_the_drift_changes_its_sign_when_real_and_generated_change_places(seed, 
     assert (pair_drift(p, q, eps).abs() <= 1).all()
 
 
+def test_there_is_no_drift_where_there_is_nothing():
+    nothing = torch.zeros(2, 2)
+    assert (pair_drift(nothing, nothing, 0.0) == 0).all()
+
+
 def test_the_generated_law_is_that_of_tokens_drawn_independently():
     """By enumeration of all sequences: products over positions commute with the draw, features of a network do not."""
     logits = random_logits(1, 3, 3)
@@ -164,6 +169,54 @@ def test_beside_the_logits_there_are_three_tensors_of_their_size(mask_id):
     with LiveBytes() as live:
         loss(logits, ids).backward()
     assert live.peak <= 3.1 * 4 * logits.numel()
+
+
+@pytest.mark.parametrize(("length", "size"), [(512, 256), (128, 1024)])
+@pytest.mark.parametrize("observed", [None, 0.0, 0.5])
+def test_without_classes_there_are_five_tensors_of_the_logits_size_and_four_of_a_laws(length, size, observed):
+    logits, ids = torch.zeros(8, length, size, requires_grad=True), torch.zeros(8, length, dtype=torch.int64)
+    given = {}
+    if observed is not None:
+        given = {"noisy_ids": ids, "predicted": torch.arange(length).expand(8, -1) >= observed * length}
+    loss = PairDriftLoss(size)
+    with LiveBytes() as live:
+        loss(logits, ids, **given).backward()
+    law, forward = loss.real.numel(), 4 if observed else 3
+    assert live.peak <= 1.01 * 4 * max(5 * logits.numel() + law, forward * logits.numel() + 4 * law)
+
+
+def test_what_is_observed_stands_beside_what_is_predicted_in_classes_too():
+    loss = PairDriftLoss(6, classes=frequent_first_classes(6, 4))
+    predicted = torch.tensor([[True, False, True]])
+    loss(torch.zeros(1, 3, 6), torch.tensor([[0, 1, 4]]), noisy_ids=torch.tensor([[0, 5, 0]]), predicted=predicted)
+    share, observed = torch.tensor([1, 1, 2, 2]) / 6, torch.tensor([0.0, 0.0, 0.0, 1.0])
+    expected = (torch.outer(share, observed) + torch.outer(observed, share)) / 2
+    torch.testing.assert_close(loss.generated[0, 0], expected)
+
+
+def test_autocast_of_the_caller_changes_nothing():
+    found = []
+    for autocast in (False, True):
+        loss, logits = PairDriftLoss(8), (3 * random_logits(2, 4, 8).float()).requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            value = loss(logits, IDS)
+        value.backward()
+        found.append((value.detach(), logits.grad, loss.generated))
+    for plain, under in zip(*found, strict=True):
+        assert torch.equal(plain, under)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_laws_stay_wide_in_a_converted_module(dtype):
+    loss = PairDriftLoss(3, classes=torch.tensor([0, 1, 1]))
+    loss(random_logits(2, 4, 3).float(), IDS)
+    loss.real_weight += 2**25  # where float32 would stand still
+    kept = {name: value.clone() for name, value in loss.named_buffers()}
+    torch.nn.ModuleList([loss]).to(dtype)
+    for name, value in loss.named_buffers():
+        assert value.dtype == kept[name].dtype and torch.equal(value, kept[name])
+    loss.observe(IDS[:1])
+    assert loss.real_weight.item() == 2**25 + 6 + 3
 
 
 def test_fewer_tokens_than_classes_are_refused():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, distributed, nn
@@ -17,6 +17,7 @@ from tokendrift._checks import (
     check_tensor,
     fail,
 )
+from tokendrift.kernels import exact_matmul
 from tokendrift.references import rank_count
 
 __all__ = ["PairDriftLoss", "frequent_first_classes", "pair_drift"]
@@ -27,17 +28,19 @@ def pair_drift(real: Tensor, generated: Tensor, eps: float | Tensor) -> Tensor:
 
     .. math:: V_{ab} = \frac{P_{ab} - Q_{ab}}{P_{ab} + Q_{ab} + \epsilon}
 
-    It points from Q to P, changes its sign when they change places, and vanishes where they agree.
+    It points from Q to P, changes its sign when they change places, and vanishes where they agree: also, without eps,
+    where neither has anything.
 
     Args:
         real: P, probabilities of any shape.
         generated: Q, of the same shape.
-        eps: Probability below which a difference counts for little.
+        eps: Probability below which a difference counts for little, at least 0.
 
-    >>> pair_drift(torch.tensor([0.5, 0.0]), torch.tensor([0.0, 0.5]), 0.0)
-    tensor([ 1., -1.])
+    >>> pair_drift(torch.tensor([0.5, 0.0, 0.0]), torch.tensor([0.0, 0.5, 0.0]), 0.0)
+    tensor([ 1., -1.,  0.])
     """
-    return (real - generated) / (real + generated + eps)
+    total = real + generated + eps
+    return (real - generated) / total.masked_fill_(total == 0, 1)
 
 
 def frequent_first_classes(vocab_size: int, classes: int) -> Tensor:
@@ -73,9 +76,13 @@ class PairDriftLoss(nn.Module):
 
     .. math:: q_{ab} = \frac1{B(L-g)} \sum_{b,i} p_{i}(a)\, p_{i+g}(b)
 
-    is exactly the law of the pairs that will be written. An encoder's features of soft tokens are not those of drawn
-    ones: they reward mere sharpening. With the laws P of real and Q of generated pairs, kept as running means, the loss
-    is
+    is exactly the law of the pairs that will be written, where the logits are those of the law that the sampler's step
+    to time 0 draws from. Those of a masked model are. A uniform-state model predicts a position from the others alone,
+    and that step draws from :math:`q(x_0 = j | x_t) \propto p_j (\alpha_t [j = x_t] + (1 - \alpha_t) / V)`: the second
+    factor has to be in the logits, where `tokendrift.training.OwnTrajectories` puts it. Without it the law is that of
+    draws from p. An encoder's features of soft tokens are not those of drawn ones: they reward mere sharpening.
+
+    With the laws P of real and Q of generated pairs, kept as running means, the loss is
 
     .. math:: \mathcal L = -\sum_{ab} \mathrm{sg}(V_{ab})\, q_{ab},\qquad V = \frac{P - Q}{P + Q + \epsilon}
 
@@ -87,10 +94,12 @@ class PairDriftLoss(nn.Module):
     at high noise. Masked models must not be asked at t = 1, where one input has to stand for all texts and the best
     product law is a single text: `tokendrift.training.OwnTrajectories` leaves that step out.
 
-    With gradient accumulation each micro-batch is a call: it meets the laws that those before it have left, and
+    With gradient accumulation each micro-batch is a call: it meets the law Q that those before it have left, and
     ``decay`` counts micro-batches. Where a process group is initialised every rank must call, in step and with the same
     stratum. The laws are those of all ranks, the same on each, and losses averaged over ranks, as DDP does with
     gradients, are the loss of one process with the whole batch.
+
+    Laws and their products are float32 or wider, under autocast and in a module converted to bfloat16 too.
 
     Args:
         vocab_size: V.
@@ -173,10 +182,10 @@ class PairDriftLoss(nn.Module):
         attention_mask: Tensor | None = None,
         stratum: int = 0,
     ) -> Tensor:
-        """Return the loss, a float32 scalar; in training mode both laws then take the batch in.
+        """Return the loss, a float32 scalar; in training mode both laws take the batch in.
 
-        The batch meets the laws of those before it: a batch among its own negatives would flee from itself. The first
-        of a stratum has no other.
+        P does so at once, and the batch meets it with its own real text. Q does so last: the batch meets that of the
+        calls before, since among its own negatives it would flee from itself. The first of a stratum has no other.
 
         Args:
             logits: Raw denoiser output (B, L, V), any float dtype; L above every lag.
@@ -200,7 +209,9 @@ class PairDriftLoss(nn.Module):
             raise fail(f"stratum must lie in 0 to {len(self.generated) - 1}.", stratum=stratum)
         if noisy_ids is not None:
             noisy_ids = check_ids("noisy_ids", noisy_ids, self.vocab_size, like=logits)
-            if predicted is None and self.mask_id is not None:
+            if predicted is not None:
+                predicted = check_mask("predicted", predicted, logits.shape[:2])
+            elif self.mask_id is not None:
                 predicted = noisy_ids == self.mask_id
         elif predicted is not None:
             raise fail("predicted was given without noisy_ids.", "Pass noisy_ids=x_t.")
@@ -208,8 +219,7 @@ class PairDriftLoss(nn.Module):
 
         chances = self._chances(logits)
         if predicted is not None and noisy_ids is not None:
-            predicted = check_mask("predicted", predicted, logits.shape[:2])
-            chances = torch.where(predicted[..., None], chances, self._one_hot(noisy_ids))
+            chances = self._observed(chances, noisy_ids, predicted)
         counts = self._counts(clean_ids, text)
         written = self._pairs(chances, text, counts)
         law, total = _of_all_ranks(written.detach(), counts)
@@ -234,9 +244,9 @@ class PairDriftLoss(nn.Module):
         for lag in self.lags:  # counted rather than multiplied: one-hot vectors of a corpus would fill the memory
             cells = kinds[:, :-lag] * size + kinds[:, lag:]
             cells = cells.flatten() if text is None else cells[text[:, :-lag] & text[:, lag:]]
-            found.append(cells.bincount(minlength=size * size).view(size, size))
+            found.append(cells.bincount(minlength=size * size).view(size, size).to(self.real))
         counts = self._counts(ids, text)
-        here = torch.stack(found).to(self.real) / counts.clamp_min(1).to(self.real)[:, None, None]
+        here = torch.stack(found).div_(counts.clamp_min(1).to(self.real)[:, None, None])
         law, total = _of_all_ranks(here, counts)
         self.real_weight += total
         share = total / self.real_weight.clamp_min(1)
@@ -267,8 +277,13 @@ class PairDriftLoss(nn.Module):
             wide = wide.index_fill(-1, torch.tensor(self.mask_id, device=logits.device), -torch.inf)
         return self._grouped(wide.softmax(dim=-1))
 
-    def _one_hot(self, ids: Tensor) -> Tensor:
-        return nn.functional.one_hot(self._kinds(ids), self.real.shape[-1]).to(self.real)
+    def _observed(self, chances: Tensor, ids: Tensor, predicted: Tensor) -> Tensor:
+        """Return the chances with certainty of what stands at positions that are not predicted."""
+        if predicted.all():
+            return chances
+        seen = ~predicted[..., None]
+        # Scattered: one-hot vectors, which are int64, would be the largest tensor of all.
+        return chances.masked_fill(seen, 0).scatter_add_(2, self._kinds(ids)[..., None], seen.to(chances))
 
     def _kinds(self, ids: Tensor) -> Tensor:
         """Return the class of each token."""
@@ -290,10 +305,21 @@ class PairDriftLoss(nn.Module):
         if text is not None:
             chances = chances * text[..., None]
         found = []
-        for lag, count in zip(self.lags, counts.clamp_min(1).to(chances), strict=True):
-            first, second = chances[:, :-lag].flatten(0, 1), chances[:, lag:].flatten(0, 1)
-            found.append(first.T @ second / count)
+        with exact_matmul(chances.device):
+            for lag, count in zip(self.lags, counts.clamp_min(1).to(chances), strict=True):
+                first, second = chances[:, :-lag].flatten(0, 1), chances[:, lag:].flatten(0, 1)
+                found.append(first.T @ second / count)
         return torch.stack(found)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PairDriftLoss:
+        before = dict(self.named_buffers(recurse=False))
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for name, kept in before.items():
+            least = torch.float64 if name == "real_weight" else torch.float32  # it counts beyond 2^24
+            now = getattr(self, name)
+            if kept.is_floating_point() and now.dtype.itemsize < least.itemsize:
+                setattr(self, name, kept.to(now.device))
+        return self
 
 
 def _of_all_ranks(law: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
