@@ -69,6 +69,19 @@ def test_paragraphs_of_a_text_file_are_samples(tmp_path):
     assert read_samples(path).texts == ["one\nstill one", "two"]
 
 
+def test_a_header_is_known_whatever_the_ending(jsonl):
+    path = jsonl("", {"tokendrift": {"model": "m"}}, {"ids": [1, 2], "nfe": 4})
+    found = read_samples(path.rename(path.with_suffix(".json")))
+    assert (found.ids, found.nfe, found.metadata) == ([[1, 2]], 4, {"model": "m"})
+
+
+def test_a_text_that_merely_begins_with_a_brace_is_prose(tmp_path):
+    path = tmp_path / "samples.txt"
+    for text in ('{"text": "tokendrift"}', "{tokendrift", "[1]"):
+        path.write_text(text)
+        assert read_samples(path).texts == [text]
+
+
 BAD = [
     ("{broken", "no JSON"),
     ("[1]", "a JSON object was expected, not list"),
@@ -122,6 +135,33 @@ def test_a_report_is_written_whole_with_the_rights_of_any_new_file(tmp_path):
     plain.touch()
     assert path.stat().st_mode == plain.stat().st_mode
     assert list(path.parent.iterdir()) == [path]
+
+
+def test_a_link_stays_and_leads_to_the_new_file(tmp_path):
+    target, link = tmp_path / "elsewhere" / "real.json", tmp_path / "link.json"
+    link.symlink_to(target)
+    for text in ("first", "second"):  # what it leads to need not be there yet
+        write_atomically(link, text)
+        assert link.is_symlink() and target.read_text() == text
+    assert list(target.parent.iterdir()) == [target]
+    link.unlink()
+    link.symlink_to(link)
+    with pytest.raises(TokenDriftError, match=r"link\.json could not be written"):
+        write_atomically(link, "x")
+
+
+def test_a_pipe_is_written_to_and_a_folder_refused(tmp_path):
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDWR | os.O_NONBLOCK)
+    try:
+        write_atomically(pipe, "text\n")
+        assert pipe.is_fifo() and os.read(reader, 99) == b"text\n"
+    finally:
+        os.close(reader)
+    with pytest.raises(TokenDriftError, match=r"could not be written: Is a directory\.\n"):
+        write_atomically(tmp_path, "x")
+    assert list(tmp_path.iterdir()) == [pipe]
 
 
 @pytest.mark.parametrize("place", [(os, "fsync"), (Path, "replace")])

@@ -25,8 +25,8 @@ def read_samples(path: str | os.PathLike[str], *, skip_bad: bool = False) -> Sam
 
     ``.jsonl``: one object a line with ``"ids"`` (a list of integers), ``"text"``, or both, and ``"nfe"`` if it is
     known. The first line may instead be ``{"tokendrift": {...}}``, whose object becomes the metadata; then all lines
-    are of one run, and its NFE is the largest of theirs. Any other ending: UTF-8 text, whose paragraphs, between blank
-    lines, are the samples.
+    are of one run, and its NFE is the largest of theirs. A file with such a first line is read so whatever its ending.
+    Any other: UTF-8 text, whose paragraphs, between blank lines, are the samples.
 
     Args:
         path: The file.
@@ -42,7 +42,7 @@ def read_samples(path: str | os.PathLike[str], *, skip_bad: bool = False) -> Sam
     except (OSError, UnicodeDecodeError) as error:
         why = "is not UTF-8 text" if isinstance(error, UnicodeDecodeError) else f"cannot be read: {error.strerror}"
         raise TokenDriftError(f"samples file {place} {why}.\n  Pass a .jsonl or .txt file.") from error
-    if place.suffix != ".jsonl":
+    if place.suffix != ".jsonl" and not has_header(content):
         texts = list(_paragraphs(content))
         if not texts:
             raise _empty(place, ())
@@ -71,13 +71,39 @@ def read_samples(path: str | os.PathLike[str], *, skip_bad: bool = False) -> Sam
     return _together(place, lines, metadata, tuple(bad))
 
 
+def has_header(content: str) -> bool:
+    """Return whether the first line of a file is the header that `tokendrift sample` writes."""
+    first = content.lstrip().partition("\n")[0]
+    try:
+        return first.startswith("{") and HEADER in _object(first)
+    except ValueError:
+        return False
+
+
 def write_atomically(path: str | os.PathLike[str], text: str) -> None:
     """Write a UTF-8 file whole or not at all: where writing fails, an older file of that name stays as it was.
+
+    A link stays, and the file that it leads to is replaced. What is no regular file, such as a pipe or
+    ``/dev/stdout``, is written to as it is.
 
     Raises:
         TokenDriftError: If the folder cannot be written to or the disk is full.
     """
     place = Path(path)
+    try:
+        if place.exists() and not place.is_file():
+            place.write_text(text, encoding="utf-8", newline="\n")
+        else:
+            _replace(place.resolve(), text)
+    except (OSError, RuntimeError) as error:  # before Python 3.13 links in a circle are a RuntimeError
+        why = getattr(error, "strerror", None) or error
+        older = " The older file is unchanged." if place.is_file() else ""
+        raise TokenDriftError(
+            f"{place} could not be written: {why}.{older}\n  Free some space, or write elsewhere."
+        ) from error
+
+
+def _replace(place: Path, text: str) -> None:
     part = place.with_name(f".{place.name}.{os.getpid()}.part")
     try:
         place.parent.mkdir(parents=True, exist_ok=True)
@@ -86,11 +112,6 @@ def write_atomically(path: str | os.PathLike[str], text: str) -> None:
             file.flush()
             os.fsync(file.fileno())  # a full disk may show only here
         part.replace(place)
-    except OSError as error:
-        older = " The older file is unchanged." if place.exists() else ""
-        raise TokenDriftError(
-            f"{place} could not be written: {error.strerror or error}.{older}\n  Free some space, or write elsewhere."
-        ) from error
     finally:
         part.unlink(missing_ok=True)
 
