@@ -7,6 +7,7 @@ import json
 import math
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -342,6 +343,22 @@ def test_dropout_is_off_while_scoring_and_back_afterwards():
     assert not model.transformer.h.training
 
 
+def test_what_a_model_caches_while_it_is_scored_serves_its_training_too():
+    class Caching(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight, self.cache = torch.nn.Parameter(torch.zeros(V, V)), None
+
+        def forward(self, ids, mask=None):
+            self.cache = torch.ones(V) if self.cache is None else self.cache
+            return self.weight[ids] * self.cache
+
+    model = Caching()
+    generative_perplexity(texts_of([9]), model, protocol="all")
+    model(torch.tensor([[1, 2]])).sum().backward()
+    assert model.weight.grad.sum() == 2 * V
+
+
 def test_a_call_reads_as_many_tokens_whatever_the_length_and_progress_counts_its_windows():
     seen, shapes = [], []
     judge = lambda ids, mask: shapes.append(tuple(ids.shape)) or bigram(ids)  # noqa: E731
@@ -356,10 +373,31 @@ def test_a_judge_by_name_is_recorded_with_its_precision_and_revision(tiny_gpt2, 
     exact = generative_perplexity(texts_of([9]), tmp_path, word_tokenizer())
     rough = generative_perplexity(texts_of([9]), str(tmp_path), word_tokenizer(), precision="bfloat16", revision="main")
     assert (exact.judge, exact.precision, exact.revision) == (str(tmp_path), "float32", None)
-    assert (rough.precision, rough.revision) == ("bfloat16", "main")
+    assert (rough.precision, rough.revision) == ("bfloat16", None)  # a folder has no branches
     # Eight bits of mantissa: logits of size 1 are off by up to 1/256, and so is a mean of NLL.
     assert math.isclose(math.log(rough.perplexity), math.log(exact.perplexity), abs_tol=0.02)
     assert json.loads(json.dumps(exact.to_dict()))["sample_nll"] == exact.sample_nll.tolist()
+
+
+@pytest.mark.parametrize("interface", ["older", "new"])
+def test_tf32_is_recorded_whichever_interface_allowed_it(interface):
+    """A CPU runs none: logits that say they are on CUDA stand for those of a GPU."""
+    matmul, judge = torch.backends.cuda.matmul, Judge(bigram)
+    logits = SimpleNamespace(dtype=torch.float32, is_cuda=True)
+    if interface == "new" and not hasattr(matmul, "fp32_precision"):
+        pytest.skip("before torch 2.9")
+    assert judge.precision(logits) == "float32"
+    try:
+        if interface == "new":
+            matmul.fp32_precision = "tf32"
+        else:
+            torch.set_float32_matmul_precision("high")
+        assert judge.precision(logits) == "tf32"
+        assert judge.precision(SimpleNamespace(dtype=torch.float32, is_cuda=False)) == "float32"
+    finally:
+        torch.set_float32_matmul_precision("highest")
+        if hasattr(matmul, "fp32_precision"):
+            matmul.fp32_precision = "none"
 
 
 def test_weights_come_from_safetensors_alone(tiny_gpt2, tmp_path):
@@ -476,6 +514,7 @@ def test_ids_outside_the_judges_vocabulary_are_named(tiny_gpt2):
         ({"protocol": "ppl"}, "protocol must be one of 'mdlm', 'sedd', 'sdtt', 'bd3', 'all'"),
         ({}, "Pass eos_id, or take protocol='all'"),
         ({"protocol": "all", "precision": "float32"}, "precision and revision are for a judge loaded by name"),
+        ({"protocol": "all", "device": "gpu"}, "device 'gpu' cannot be used"),
         ({"protocol": "all", "batch_size": 0}, "batch_size must be an integer of at least 1"),
         ({"protocol": "all", "max_length": 1}, "max_length must be an integer of at least 2"),
         ({"protocol": "all", "max_length": 8, "stride": 8}, "stride must be below max_length = 8"),

@@ -6,12 +6,13 @@ import inspect
 import os
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from tokendrift._checks import check_choice, fail
+from tokendrift._checks import check_choice, check_device, fail
 from tokendrift.errors import TokenDriftError
 
 DEFAULT_JUDGE = "gpt2-large"  # that of the literature
@@ -33,7 +34,7 @@ class Judge:
 
     Attributes:
         name: Name or folder; for an object that of its configuration or else its class.
-        revision: Commit of the loaded weights where the hub names one, else as given, else None.
+        revision: Commit of the loaded weights where the hub names one, else as given; None for a local folder.
         window: Positions that the model knows, None if it does not say.
         vocab_size: V, None if the model does not say.
         eos_id: End-of-text token of the tokenizer or else of the model, None if neither has exactly one.
@@ -48,6 +49,8 @@ class Judge:
         precision: str | None = None,
         revision: str | None = None,
     ) -> None:
+        if device is not None:
+            check_device(device)
         named_by = str(model) if isinstance(model, (str, os.PathLike)) else None
         if named_by is not None:
             model, tokenizer = load_judge(
@@ -74,7 +77,8 @@ class Judge:
         config = getattr(model, "config", None)
         own_name = getattr(config, "_name_or_path", "") or getattr(model, "__name__", "") or type(model).__name__
         self.name = named_by if named_by is not None else str(own_name)
-        self.revision: str | None = getattr(config, "_commit_hash", None) or revision
+        local = named_by is not None and Path(named_by).is_dir()  # has no branches, whatever was asked for
+        self.revision: str | None = getattr(config, "_commit_hash", None) or (None if local else revision)
         self.window = _count(getattr(config, "max_position_embeddings", None))
         self.vocab_size = _count(getattr(config, "vocab_size", None))
         own = _count(getattr(tokenizer, "eos_token_id", None))
@@ -119,8 +123,7 @@ class Judge:
         """Return the narrower dtype of weights and logits, and whether TF32 products were allowed."""
         dtypes = [logits.dtype] + ([self.weights.dtype] if self.weights is not None else [])
         narrow = str(min(dtypes, key=lambda dtype: dtype.itemsize)).removeprefix("torch.")
-        relaxed = logits.is_cuda and torch.get_float32_matmul_precision() != "highest"
-        return "tf32" if narrow == "float32" and relaxed else narrow
+        return "tf32" if narrow == "float32" and logits.is_cuda and _relaxed() else narrow
 
 
 def token_nll(logits: Tensor, ids: Tensor) -> Tensor:
@@ -224,11 +227,19 @@ def scoring(model: object) -> Iterator[None]:
     for module in modules:
         module.training = False
     try:
-        with torch.inference_mode():
+        with torch.no_grad():  # in inference mode a model may cache tensors that its training cannot use afterwards
             yield
     finally:
         for module, mode in zip(modules, modes, strict=True):
             module.training = mode
+
+
+def _relaxed() -> bool:
+    """Return whether products of float32 may be TF32 on CUDA, whichever of PyTorch's interfaces allowed it."""
+    matmul = torch.backends.cuda.matmul
+    if hasattr(matmul, "fp32_precision"):  # from torch 2.9; the older function raises once this one was used
+        return bool(matmul.fp32_precision == "tf32")
+    return torch.get_float32_matmul_precision() != "highest"
 
 
 def _parameters(function: Callable[..., Any]) -> Collection[str]:
