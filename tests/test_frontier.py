@@ -7,21 +7,26 @@ import math
 
 import pytest
 import torch
+from conftest import make_dit
 
 from tokendrift import TokenDriftError
 from tokendrift.diffusion import MaskedDiffusion
 from tokendrift.evaluation import (
     Frontier,
     GenerativePerplexity,
+    Interval,
     Point,
     SampleSet,
     Setting,
     at_matched_entropy,
     denoiser_samples,
+    draws,
+    matched_entropy,
     measure,
     sweep,
     temperature_at,
 )
+from tokendrift.sampling import sample
 
 V, LENGTH = 16, 24
 LAW = torch.linspace(2.0, -2.0, V, dtype=torch.float64)  # logits of the judge and of a model that draws from its law
@@ -82,6 +87,28 @@ def test_an_entropy_out_of_reach_has_no_gen_ppl(frontier):
     assert hot.to_dict()["at_entropy_of_real_text"][0]["gen_ppl"] is None
 
 
+def test_real_text_of_a_sweep_is_cut_to_the_number_of_samples_and_spread(frontier):
+    rows = [[token] * LENGTH for token in range(V)]
+    found = sweep({"law": drawer(LAW)}, [Setting(4)], figures, real=rows, count=4)
+    assert found.real.samples == 4
+    every_fourth = figures([rows[0], rows[4], rows[8], rows[12]]).gen_ppl.estimate
+    assert found.real.gen_ppl.estimate == pytest.approx(every_fourth, rel=0.5)  # of rows that span a factor of 55
+    for real in (frontier.real, rows[:3]):
+        with pytest.raises(TokenDriftError, match="samples and a point 4: the entropy of all tokens depends"):
+            sweep({"law": drawer(LAW)}, [Setting(4)], figures, real=real, count=4)
+    few = Frontier(frontier.points, figures(drawer(LAW)(Setting(1), 20)))
+    with pytest.raises(TokenDriftError, match="real text has 20 samples and a point 200"):
+        few.at_entropy_of_real_text("the law", 4)
+
+
+def test_a_sweep_measures_real_text_as_its_points(frontier):
+    other = measure(drawer(LAW)(Setting(1), 200), JUDGE, resamples=50)
+    with pytest.raises(TokenDriftError, match="not measured alike: resamples is 200 for one and 50"):
+        sweep({"law": drawer(LAW)}, [Setting(4)], figures, real=other, count=200)
+    with pytest.raises(TokenDriftError, match="not measured alike"):
+        Frontier(frontier.points, other).at_entropy_of_real_text("the law", 4)
+
+
 def test_the_numbers_behind_the_plot_are_in_the_json(frontier):
     pytest.importorskip("matplotlib")
     plain = json.loads(json.dumps(frontier.to_dict()))
@@ -130,6 +157,39 @@ def test_an_entropy_that_no_temperature_reaches_claims_nothing(frontier):
     assert (found.matched, found.verdict(), found.temperature) == (False, "not matched", 1.0)
 
 
+def test_few_samples_do_not_make_entropies_agree(frontier):
+    """The interval of ten samples holds a difference that no comparison at equal entropy may have."""
+    model, other = (figures(drawer(law, seed=s)(Setting(4), 10)) for law, s in ((LAW, 4), (LAW * 0.7, 13)))
+    found = matched_entropy(model, other, other, kind="sample", temperature=0.7)
+    assert not found.entropy_difference.excludes(0) and abs(found.entropy_difference.estimate) > 0.05
+    assert not found.matched and found.verdict() == "not matched"
+
+
+@pytest.mark.parametrize(
+    ("left", "low", "high", "at_end", "matched"),
+    [
+        (0.01, -0.1, 0.1, False, True),
+        (0.01, 0.005, 0.015, False, True),  # beyond chance, and of no consequence
+        (0.04, -0.1, 0.2, False, True),
+        (0.04, -0.1, 0.2, True, False),  # a better temperature may lie beyond the grid
+        (0.04, 0.01, 0.07, False, False),
+        (0.06, -0.1, 0.2, False, False),
+        (-0.01, -0.1, 0.1, True, True),
+    ],
+)
+def test_what_counts_as_matched(frontier, left, low, high, at_end, matched):
+    real = frontier.real
+    found = matched_entropy(real, real, real, kind="sample", temperature=1.0, at_end=at_end)
+    assert found._replace(entropy_difference=Interval(left, low, high)).matched is matched
+
+
+def test_an_end_of_the_grid_is_named_as_such(frontier):
+    model = frontier.curve("the law", 4)[2].measures
+    for temperatures, at_end in (((1.0, 0.7), False), ((0.7, 0.5), True), ((1.5, 1.2), True), ((1.5, 0.5), False)):
+        found = at_matched_entropy(model, drawer(LAW), figures, real=frontier.real, steps=4, temperatures=temperatures)
+        assert found.at_end is found.to_dict()["at_end"] is at_end
+
+
 def test_a_known_curve_saves_the_grid(frontier):
     calls = []
 
@@ -159,6 +219,41 @@ def test_a_denoiser_is_sampled_alike_whatever_the_batches():
     assert first.nfe == 3 and dict(first.metadata) == {"steps": 3, "temperature": 0.8, "top_p": 1.0}
     nucleus = draws[0](Setting(3, top_p=0.2), 10)
     assert {token for row in nucleus.ids for token in row} == {0}  # the likeliest holds 0.22
+
+
+def test_nfe_is_what_the_busiest_row_took_part_in_as_in_a_samples_file():
+    """Each row of a masked batch skips the calls in which nothing of it moves; the batch skips hardly any."""
+    model = make_dit()
+    draw = denoiser_samples(model, MaskedDiffusion(13, mask_id=12), 8, seed=1)
+    found = sample(model, MaskedDiffusion(13, mask_id=12), (4, 8), steps=32, seed=1)
+    assert draw(Setting(32), 4).nfe == found.row_nfe.max() < found.nfe
+
+
+def test_samples_are_drawn_without_dropout_and_the_mode_comes_back():
+    class Dropped(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.dropout = torch.nn.Dropout(0.5)
+
+        def forward(self, x_t, sigma):
+            return self.dropout(torch.cat([LAW, LAW[:1]]).float().expand(*x_t.shape, V + 1))
+
+    model = Dropped().train()
+    draw = denoiser_samples(model, MaskedDiffusion(V + 1), 8, seed=5)
+    assert draw(Setting(3), 10).ids == draw(Setting(3), 10).ids
+    assert model.training and model.dropout.training
+
+
+def test_a_batch_holds_few_logits_at_once(monkeypatch):
+    sizes = []
+
+    def denoiser(x_t, sigma):
+        sizes.append(len(x_t))
+        return torch.zeros(*x_t.shape, V + 1)
+
+    monkeypatch.setattr(draws, "LOGITS", 3 * 8 * (V + 1))
+    denoiser_samples(denoiser, MaskedDiffusion(V + 1), 8)(Setting(1), 7)
+    assert sizes == [3, 3, 1]
 
 
 @pytest.mark.parametrize(

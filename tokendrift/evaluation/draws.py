@@ -7,7 +7,9 @@ from typing import Any, NamedTuple, TypeAlias
 
 from tokendrift._checks import check_count
 from tokendrift.diffusion.process import Denoiser, Process
+from tokendrift.evaluation.judge import scoring
 from tokendrift.evaluation.measures import Measures
+from tokendrift.evaluation.nelbo import LOGITS
 from tokendrift.evaluation.samples import Samples, SampleSet
 from tokendrift.sampling import sample
 
@@ -33,38 +35,41 @@ MeasureSamples: TypeAlias = Callable[[Samples], Measures]
 
 
 def denoiser_samples(
-    denoiser: Denoiser, process: Process, length: int, *, batch_size: int = 64, seed: int = 0, **options: Any
+    denoiser: Denoiser, process: Process, length: int, *, batch_size: int | None = None, seed: int = 0, **options: Any
 ) -> DrawSamples:
     """Return a function that draws from a denoiser, for `sweep` and `at_matched_entropy`.
 
     Row i has the random numbers of (seed, i) at every setting and for every model, which makes comparisons paired.
+    NFE is the most forward calls that a row took part in, as in a samples file.
 
     Args:
-        denoiser: Maps ids (B, L) and sigma (B,) to logits (B, L, V).
+        denoiser: Maps ids (B, L) and sigma (B,) to logits (B, L, V); a module is put into evaluation mode and back.
         process: `MaskedDiffusion` or `UniformDiffusion`.
         length: L.
-        batch_size: Sequences a batch.
+        batch_size: Sequences a forward call; by default 64, or as many as have `LOGITS` logits together.
         seed: Of the run.
         **options: Further options of `tokendrift.sampling.sample`, such as ``sampler`` or ``noise_removal``.
     """
+    rows = max(1, min(64, LOGITS // (length * process.vocab_size))) if batch_size is None else batch_size
 
     def draw(setting: Setting, count: int) -> SampleSet:
         ids: list[list[int]] = []
         nfe = 0
-        for first in range(0, check_count("count", count, least=1), batch_size):
-            found = sample(
-                denoiser,
-                process,
-                (min(batch_size, count - first), length),
-                steps=setting.steps,
-                temperature=setting.temperature,
-                top_p=setting.top_p,
-                seed=seed,
-                first_row=first,
-                **options,
-            )
+        for first in range(0, check_count("count", count, least=1), rows):
+            with scoring(denoiser):
+                found = sample(
+                    denoiser,
+                    process,
+                    (min(rows, count - first), length),
+                    steps=setting.steps,
+                    temperature=setting.temperature,
+                    top_p=setting.top_p,
+                    seed=seed,
+                    first_row=first,
+                    **options,
+                )
             ids += found.ids.tolist()
-            nfe = max(nfe, found.nfe)
+            nfe = max(nfe, int(found.row_nfe.max()))
         return SampleSet(ids=ids, nfe=nfe, metadata=setting._asdict())
 
     return draw

@@ -12,10 +12,12 @@ from torch import Tensor
 
 from tokendrift._checks import check_count, fail
 from tokendrift.evaluation.bootstrap import Interval, interval_from
+from tokendrift.evaluation.comparison import check_alike
 from tokendrift.evaluation.draws import DrawSamples, MeasureSamples, Setting
+from tokendrift.evaluation.guard import SAME_SIZE
 from tokendrift.evaluation.matching import KINDS, entropy
-from tokendrift.evaluation.measures import Measures
-from tokendrift.evaluation.samples import Samples
+from tokendrift.evaluation.measures import Measures, as_sample_set
+from tokendrift.evaluation.samples import Samples, spread
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -47,28 +49,40 @@ def sweep(
 ) -> Frontier:
     """Sample and measure every model at every setting.
 
+    Real text is cut to as many samples as each point has, spread over it: the entropy of all tokens together depends
+    on their number.
+
     Args:
         models: Names and what draws from them.
         settings: Steps, temperatures and nuclei; `Setting` has all combinations of none, list those you want.
         measure: Measures a set.
-        real: Real text of the same length, or its measures.
+        real: Real text of the same length, at least ``count`` samples; or the measures of as many. In ids of the
+            models' vocabulary, or texts if ``measure`` counts in the judge's.
         count: Samples for each point.
         progress: Called with each point when it is done.
 
     Raises:
-        TokenDriftError: If there is no model or no setting.
+        TokenDriftError: If there is no model or no setting, or real text and points are not of one number or were not
+            measured alike.
     """
     settings = list(settings)
     if not models or not settings:
         raise fail("sweep needs at least one model and one setting.", models=list(models), settings=settings)
     check_count("count", count, least=2)
+    if isinstance(real, Measures):
+        _check_number(real.samples, count)
+    else:
+        given = as_sample_set(real)
+        _check_number(min(count, len(given)), count)
+        real = measure(given.only(sorted(spread([0] * len(given), [0] * count))))
     points = []
     for name, draw in models.items():
         for setting in settings:
             points.append(Point(name, setting, measure(draw(setting, count))))
+            check_alike(points[-1].measures, real)
             if progress is not None:
                 progress(points[-1])
-    return Frontier(tuple(points), real if isinstance(real, Measures) else measure(real))
+    return Frontier(tuple(points), real)
 
 
 @dataclass(frozen=True)
@@ -108,12 +122,18 @@ class Frontier:
             steps: Steps of the sampler.
             kind: ``"sample"`` or ``"unigram"``.
             top_p: Nucleus.
+
+        Raises:
+            TokenDriftError: If real text and points were not measured alike, or are not of one number of samples.
         """
         target = entropy(self.real, kind).estimate
         bracket = _bracket([point.measures for point in self.curve(model, steps, top_p)], kind, target)
         if bracket is None:
             return None
         a, b = bracket
+        for point in bracket:
+            check_alike(point, self.real)
+            _check_number(self.real.samples, point.samples)
         name = f"{kind}_entropy"
         logs = [torch.tensor(m.log_gen_ppl, dtype=torch.float64) for m in bracket]
         ends = [torch.tensor(entropy(m, kind).estimate, dtype=torch.float64) for m in bracket]
@@ -153,6 +173,15 @@ class Frontier:
         from tokendrift.evaluation._plots import draw_frontier
 
         return draw_frontier(self, kind, axes)
+
+
+def _check_number(real: int, count: int) -> None:
+    """Require as many samples of real text as of each point."""
+    if abs(real - count) > SAME_SIZE * count:
+        raise fail(
+            f"real text has {real} samples and a point {count}: the entropy of all tokens depends on their number.",
+            "Measure as many, or pass real text itself, which is cut; draw fewer where there is no more of it.",
+        )
 
 
 def _bracket(curve: list[Measures], kind: str, target: float) -> tuple[Measures, Measures] | None:

@@ -19,6 +19,7 @@ from tokendrift.evaluation.measures import Measures
 
 KINDS = ("sample", "unigram")
 TOLERANCE = 0.02  # nats up to which entropies agree for any purpose
+ALLOWANCE = 0.05  # nats up to which they agree where the interval holds no difference: few samples excuse no more
 TEMPERATURES = (1.0, 0.85, 0.7, 0.55, 0.4, 0.25, 0.1)
 
 
@@ -33,6 +34,7 @@ class MatchedEntropy(NamedTuple):
         model: Figures of the model.
         baseline: Figures of the baseline at that temperature.
         real: Figures of real text.
+        at_end: Whether the temperature is an end of the grid, with the model's entropy beyond it.
     """
 
     ratio: Interval
@@ -42,11 +44,18 @@ class MatchedEntropy(NamedTuple):
     model: Measures
     baseline: Measures
     real: Measures
+    at_end: bool = False
 
     @property
     def matched(self) -> bool:
-        """Whether the entropies agree, within `TOLERANCE` or chance; no temperature may reach the model's."""
-        return abs(self.entropy_difference.estimate) <= TOLERANCE or not self.entropy_difference.excludes(0.0)
+        """Whether the entropies agree, so that the ratio says something.
+
+        They do within `TOLERANCE`; and within `ALLOWANCE` where the interval of the difference holds 0, unless the
+        temperature is held at an end of its grid, beyond which a better one may lie.
+        """
+        left = abs(self.entropy_difference.estimate)
+        by_chance = not (self.at_end or self.entropy_difference.excludes(0.0))
+        return left <= TOLERANCE or (by_chance and left <= ALLOWANCE)
 
     def verdict(self) -> str:
         """Return ``"better"`` or ``"worse"`` where the interval leaves out 1, else ``"not distinguishable"``.
@@ -114,12 +123,13 @@ def at_matched_entropy(
         curve = [(t, entropy(measure(baseline(Setting(steps, t), count)), kind).estimate) for t in grid]
     target = entropy(model, kind).estimate
     temperature = temperature_at(curve, target)
+    at_end = any(temperature == end and target != reached for end, reached in (min(curve), max(curve)))
     matched = measure(baseline(Setting(steps, temperature), count))
-    return matched_entropy(model, matched, real, kind=kind, temperature=temperature)
+    return matched_entropy(model, matched, real, kind=kind, temperature=temperature, at_end=at_end)
 
 
 def matched_entropy(
-    model: Measures, baseline: Measures, real: Measures, *, kind: str, temperature: float
+    model: Measures, baseline: Measures, real: Measures, *, kind: str, temperature: float, at_end: bool = False
 ) -> MatchedEntropy:
     """Return the comparison of a model with a baseline already sampled at the matching temperature.
 
@@ -129,11 +139,12 @@ def matched_entropy(
         real: Of real text.
         kind: Which entropy was matched.
         temperature: Of the baseline.
+        at_end: Whether it is an end of the grid, with the model's entropy beyond it.
     """
     check_alike(model, real)
     found = compare(model, baseline)
     difference = found.differences[f"{check_kind(kind)}_entropy"]
-    return MatchedEntropy(found.gen_ppl_ratio, kind, temperature, difference, model, baseline, real)
+    return MatchedEntropy(found.gen_ppl_ratio, kind, temperature, difference, model, baseline, real, at_end)
 
 
 def temperature_at(curve: Sequence[tuple[float, float]], entropy: float) -> float:

@@ -6,9 +6,11 @@ import torch
 from torch import Tensor
 
 from tokendrift._checks import check_count
-from tokendrift.diffusion.process import Denoiser, Process
+from tokendrift.diffusion.process import Corruption, Denoiser, Process
 from tokendrift.evaluation.bootstrap import Interval, bootstrap_interval
 from tokendrift.evaluation.judge import scoring
+
+LOGITS = 1 << 27  # held at once: half a GiB in float32
 
 
 def sequence_nelbo(
@@ -17,24 +19,28 @@ def sequence_nelbo(
     """Return the NELBO of each sequence, nats per token, float64 (n,) on the CPU.
 
     One time and one noise for each sequence, fixed by the seed and spread evenly over a batch: models that
-    share seed and ids see the same noise and compare in pairs.
+    share seed and ids see the same noise and compare in pairs. A forward call takes as many sequences of the batch
+    as have `LOGITS` logits together.
 
     Args:
         denoiser: Maps noisy ids (B, L) and sigma (B,) to logits (B, L, V); a module is put into evaluation mode
             and back.
         process: Corruption and objective.
         ids: Clean ids (n, L), on the denoiser's device.
-        batch_size: Sequences a forward call.
+        batch_size: Sequences whose times are spread together.
         seed: Of times and noise.
     """
     check_count("batch_size", batch_size, least=1)
     generator = torch.Generator(ids.device).manual_seed(seed)
+    rows = max(1, LOGITS // (ids.shape[1] * process.vocab_size))
     parts = []
     with scoring(denoiser):
         for batch in ids.split(batch_size):
             noisy = process.corrupt(batch, generator=generator)
-            nelbo = process.nelbo(noisy.denoise(denoiser), batch, noisy.x_t, noisy.t)
-            parts.append(nelbo.double().mean(dim=1).cpu())
+            for part, clean in zip(zip(*(x.split(rows) for x in noisy), strict=True), batch.split(rows), strict=True):
+                few = Corruption(*part)
+                nelbo = process.nelbo(few.denoise(denoiser), clean, few.x_t, few.t)
+                parts.append(nelbo.double().mean(dim=1).cpu())
     return torch.cat(parts)
 
 
@@ -61,7 +67,7 @@ def nelbo_interval(
         denoiser: As for `sequence_nelbo`.
         process: As for `sequence_nelbo`.
         ids: Clean ids (n, L) that nothing was trained on.
-        batch_size: Sequences a forward call.
+        batch_size: As for `sequence_nelbo`.
         resamples: As for `bootstrap_interval`.
         level: As for `bootstrap_interval`.
         seed: Of times, noise and redraws.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
@@ -16,6 +16,8 @@ CLEAN_UP = (
     (" .", "."), (" ?", "?"), (" !", "!"), (" ,", ","), (" ' ", "'"),
     (" n't", "n't"), (" 'm", "'m"), (" 's", "'s"), (" 've", "'ve"), (" 're", "'re"),
 )  # fmt: skip
+
+GOLDEN = 0.6180339887498949
 
 
 class BadLine(NamedTuple):
@@ -56,6 +58,15 @@ class SampleSet:
 
     def __len__(self) -> int:
         return len(self.scored())
+
+    def only(self, chosen: Sequence[int]) -> SampleSet:
+        """Return the samples of these indices as a set."""
+        ids, texts = self.ids, self.texts
+        return replace(
+            self,
+            ids=ids if ids is None else [ids[i] for i in chosen],
+            texts=texts if texts is None else [texts[i] for i in chosen],
+        )
 
     def scored(self) -> list[str] | list[list[int]]:
         """Return what a judge reads: the texts, or the ids where there are none."""
@@ -116,6 +127,29 @@ def id_sequences(
         if ids.ndim != 1:
             raise fail(f"sample {i} must be one sequence of ids, (L,).", sample=ids)
     return sequences, max(map(len, sequences))
+
+
+def spread(sizes: Sequence[int], lengths: Sequence[int]) -> list[int]:
+    """Return the index of a sequence for each length: spread evenly over the sequences that are long enough.
+
+    Where none is long enough it is the longest that is left; with fewer sequences than lengths the last go without.
+
+    Args:
+        sizes: Length of every sequence.
+        lengths: Wanted lengths, falling.
+
+    >>> spread([9, 2, 9, 2, 9, 2, 9, 2], [5, 5])
+    [0, 4]
+    """
+    left = torch.tensor(sizes)
+    chosen = []
+    for k, length in enumerate(lengths[: len(left)]):
+        fit = (left >= length).nonzero()[:, 0]
+        # Multiples of the golden section fall evenly however many there are of one length.
+        best = int(fit[int(k * GOLDEN % 1 * len(fit))] if len(fit) else left.argmax())
+        chosen.append(best)
+        left[best] = -1  # taken
+    return chosen
 
 
 def tokenize(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
