@@ -8,9 +8,11 @@ import math
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from tokendrift import TokenDriftError
-from tokendrift.diffusion import MaskedDiffusion
+from tokendrift.diffusion import MaskedDiffusion, UniformDiffusion
 from tokendrift.evaluation import (
     GenerativePerplexity,
     Interval,
@@ -24,6 +26,7 @@ from tokendrift.evaluation import (
     longest_repeat,
     measure,
     most_frequent_share,
+    nelbo,
     nelbo_interval,
     perplexity_interval,
     perplexity_ratio_interval,
@@ -33,6 +36,8 @@ from tokendrift.evaluation import (
     sequence_nelbo,
     unigram_entropy,
 )
+from tokendrift.evaluation.evaluator import cut_to_lengths
+from tokendrift.evaluation.samples import cleaned, id_sequences, spread
 
 V = 20
 
@@ -146,6 +151,8 @@ def test_the_judge_reads_the_decoded_text_and_diversity_the_ids(judge):
     assert from_text.perplexity.nll == found.perplexity.nll and from_text.vocabulary == "judge"
     with pytest.raises(TokenDriftError, match="vocabulary='generated' needs the ids as generated"):
         measure(["bcd", "eff"], judge, vocabulary="generated")
+    with pytest.raises(TokenDriftError, match="ids came that no tokenizer decodes"):
+        measure(ids, judge, vocabulary="judge")
 
 
 def test_samples_too_short_to_score_are_an_error_or_counted(judge):
@@ -206,7 +213,8 @@ def test_a_difference_is_claimed_only_beyond_its_interval(judge):
     [
         ({"protocol": "sdtt"}, "protocol is 'all' for one and 'sdtt' for the other"),
         ({"judge": lambda ids, mask: bigram(ids).float()}, "precision is 'float64' for one and 'float32'"),
-        ({"vocabulary": "judge"}, "vocabulary is 'generated' for one and 'judge'"),
+        ({"vocabulary": "judge", "tokenizer": Letters()}, "vocabulary is 'generated' for one and 'judge'"),
+        ({"tokenizer": Letters()}, "retokenised is False for one and True"),
         ({"resamples": 20}, "resamples is 10 for one and 20"),
         ({"level": 0.9}, "level is 0.95 for one and 0.9"),
     ],
@@ -217,6 +225,40 @@ def test_sets_measured_differently_do_not_compare(judge, change, says):
     b = measure(random_ids(), GenerativePerplexity(model, Letters(), protocol=protocol), **{"resamples": 10, **change})
     with pytest.raises(TokenDriftError, match=says):
         compare(a, b)
+
+
+def test_gaps_before_punctuation_are_closed_in_every_text_alike(gappy):
+    texts = ["a .b .", "b .c ,d"]
+    ids = [tokens.tolist() for tokens in id_sequences(texts, None, gappy.judge.tokenizer)[0]]
+    closed = measure([cleaned(text) for text in texts], gappy, resamples=10)
+    for samples in (texts, SampleSet(ids=ids), SampleSet(ids=ids, texts=texts)):
+        found = measure(samples, gappy, tokenizer=gappy.judge.tokenizer, clean_up_spaces=True, resamples=10)
+        assert found.clean_up_spaces is True and found.perplexity.nll == closed.perplexity.nll
+    with pytest.raises(TokenDriftError, match="clean_up_spaces is True for one and False"):
+        compare(found, measure(ids, gappy, tokenizer=gappy.judge.tokenizer, resamples=10))
+
+
+def test_real_text_is_cleaned_before_it_is_cut(gappy):
+    """Closing a gap takes a token: cut first, real text would be shorter than the samples."""
+    texts = ["a .b .c .", "b .c ,d ."] * 5
+    found = evaluate({"text": texts}, gappy, real=[text + text for text in texts], clean_up_spaces=True, resamples=10)
+    assert found["text"].real.length.estimate == found["text"].measures.length.estimate == 6
+
+
+@pytest.fixture
+def gappy():
+    """Judge texts of the tokens a to d, blank, point and comma."""
+    letters = "abcd .,"
+
+    class Gappy(Letters):
+        def decode_batch(self, rows, skip_special_tokens):
+            return ["".join(letters[token] for token in row) for row in rows]
+
+        def encode_batch(self, texts, add_special_tokens):
+            rows = [[letters.index(letter) for letter in text] for text in texts]
+            return [type("Encoding", (), {"ids": row, "attention_mask": [1] * len(row)}) for row in rows]
+
+    return GenerativePerplexity(bigram, Gappy(), protocol="all")
 
 
 # ------------------------------------------------------------------------------------------------ evaluation
@@ -230,6 +272,32 @@ def test_real_text_is_cut_to_the_samples(judge):
     assert found["short"].measures.samples == 10
     with pytest.raises(KeyError):
         found["other"]
+
+
+def test_the_samples_of_real_text_are_spread_over_it_among_those_that_are_long_enough(judge):
+    real = [[i] * 5 for i in range(10)] + [[i] * 20 for i in range(10)]
+    cut = cut_to_lengths(SampleSet(ids=real), (16,) * 4, judge, None, "generated", as_text=False)
+    assert [len(ids) for ids in cut.ids] == [16] * 4
+    tokens = sorted(ids[0] for ids in cut.ids)
+    assert tokens[0] == 0 and tokens[-1] >= 6 and len(set(tokens)) == 4
+
+
+@given(sizes=st.lists(st.integers(1, 9), min_size=1, max_size=30), lengths=st.lists(st.integers(1, 9), max_size=30))
+def test_no_sequence_stands_for_two_and_as_many_as_can_are_long_enough(sizes, lengths):
+    lengths = sorted(lengths, reverse=True)
+    chosen = spread(sizes, lengths)
+    assert len(chosen) == len(set(chosen)) == min(len(sizes), len(lengths))
+    best = sorted(sizes, reverse=True)[: len(lengths)]  # the longest of all for the longest wanted
+    if all(size >= length for size, length in zip(best, lengths, strict=False)):
+        assert all(sizes[i] >= length for i, length in zip(chosen, lengths, strict=False))
+
+
+def test_real_text_is_read_as_the_set_beside_it_was(judge):
+    """One set came as ids and one with texts: lengths alone do not say how their real text is to be read."""
+    ids = random_ids(12, 8).tolist()
+    both = SampleSet(ids=ids, texts=Letters().decode_batch(ids, skip_special_tokens=False))
+    found = evaluate({"ids": ids, "file": both}, judge, real=both, resamples=10)
+    assert [(row.measures.retokenised, row.real.retokenised) for row in found.rows] == [(False, False), (True, True)]
 
 
 def test_no_gen_ppl_is_printed_without_what_belongs_to_it(judge):
@@ -282,6 +350,20 @@ def test_the_nelbo_of_a_denoiser_that_knows_only_the_uniform_law_is_log_v():
     assert found.low < math.log(V) < found.high
     assert found.estimate == pytest.approx(values.mean().item(), abs=1e-12)
     assert torch.equal(values, sequence_nelbo(denoiser, process, ids, batch_size=64))
+
+
+@pytest.mark.parametrize("process", [MaskedDiffusion(V + 1), UniformDiffusion(V + 1)])
+def test_the_nelbo_holds_few_logits_at_once_and_its_noise_does_not_depend_on_how_few(process, monkeypatch):
+    shapes = []
+
+    def denoiser(x_t, sigma):
+        shapes.append(tuple(x_t.shape))
+        return torch.randn(V + 1, V + 1, generator=torch.Generator().manual_seed(0))[x_t]
+
+    whole = sequence_nelbo(denoiser, process, random_ids(10, 24))
+    monkeypatch.setattr(nelbo, "LOGITS", 3 * 24 * (V + 1))
+    torch.testing.assert_close(sequence_nelbo(denoiser, process, random_ids(10, 24)), whole)
+    assert shapes == [(10, 24), (3, 24), (3, 24), (3, 24), (1, 24)]
 
 
 def test_measures_are_frozen(judge):

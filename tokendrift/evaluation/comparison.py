@@ -10,7 +10,7 @@ from tokendrift._checks import fail
 from tokendrift.evaluation.bootstrap import Interval, interval_from
 from tokendrift.evaluation.measures import Measures
 
-MUST_AGREE = ("vocabulary", "level", "retokenised")
+MUST_AGREE = ("vocabulary", "level", "retokenised", "clean_up_spaces")
 
 
 class Comparison(NamedTuple):

@@ -12,7 +12,7 @@ from tokendrift.evaluation.comparison import Comparison, compare
 from tokendrift.evaluation.generative_perplexity import GenerativePerplexity
 from tokendrift.evaluation.guard import Verdict, check_samples
 from tokendrift.evaluation.measures import Measures, as_sample_set, measure, training_ids
-from tokendrift.evaluation.samples import Samples, SampleSet, decode, id_sequences, tokenize
+from tokendrift.evaluation.samples import Samples, SampleSet, cleaned, decode, id_sequences, spread, tokenize
 
 COLUMNS = (
     ("gen_ppl", "Gen.-PPL", 1),
@@ -122,7 +122,7 @@ def evaluate(
         judge: A configured evaluator.
         real: Text that neither denoiser nor judge was trained on, at least as many samples as the largest set.
         tokenizer: The denoiser's: decodes ids that came without text, and encodes real text that came without ids.
-        clean_up_spaces: As for `decode`.
+        clean_up_spaces: As for `measure`.
         training: Training text, to find copies.
         nelbo: Held-out NELBO of the denoisers by name.
         resamples: As for `measure`.
@@ -162,15 +162,18 @@ def evaluate(
         "skip_bad": skip_bad,
         "progress": progress,
     }
-    found: dict[tuple[int, ...], Measures] = {}
+    if clean_up_spaces and real_set.texts is not None:  # before it is cut: closing a gap may take a token
+        real_set = replace(real_set, texts=[cleaned(text) for text in real_set.texts])
+    found: dict[tuple[bool, tuple[int, ...]], Measures] = {}
     rows = []
     for name, samples in given.items():
         measures = measure(samples, judge, nelbo=(nelbo or {}).get(name), **options)
         lengths = tuple(sorted(measures.per_sample["length"].tolist(), reverse=True))
-        if lengths not in found:
+        kind = measures.retokenised, lengths
+        if kind not in found:
             cut = cut_to_lengths(real_set, lengths, judge, tokenizer, vocabulary, as_text=measures.retokenised)
-            found[lengths] = measure(cut, judge, **options)
-        expected = found[lengths]
+            found[kind] = measure(cut, judge, **options)
+        expected = found[kind]
         rows.append(Row(name, measures, expected, compare(measures, expected), check_samples(measures, expected)))
     return Evaluation(tuple(rows))
 
@@ -186,6 +189,8 @@ def cut_to_lengths(
 ) -> SampleSet:
     """Return as many samples of real text, of these lengths or, where real text is shorter, of its own.
 
+    They are spread over the text, among the samples that are long enough.
+
     Args:
         real: Real text.
         lengths: Of the generated samples, in tokens of the vocabulary, falling.
@@ -198,13 +203,13 @@ def cut_to_lengths(
     whole = real.ids if vocabulary == "generated" and real.ids is not None else None
     if whole is None:
         whole = [ids.tolist() for ids in id_sequences(real.scored(), None, own)[0]]
-    chosen = whole[: len(lengths)]
-    if sorted(map(len, chosen), reverse=True) == list(lengths[: len(chosen)]):
-        kept = real.texts[: len(chosen)] if real.texts is not None else None
-        ids, texts = chosen, kept
+    chosen = spread([len(ids) for ids in whole], lengths)
+    if all(len(whole[i]) == length for i, length in zip(chosen, lengths, strict=False)):
+        chosen = sorted(chosen)
+        ids = [list(whole[i]) for i in chosen]
+        texts = [real.texts[i] for i in chosen] if real.texts is not None else None
     else:
-        longest = sorted(range(len(chosen)), key=lambda i: -len(chosen[i]))
-        ids = [list(chosen[i][:length]) for i, length in zip(longest, lengths, strict=False)]
+        ids = [list(whole[i][:length]) for i, length in zip(chosen, lengths, strict=False)]
         texts = None
     if as_text and texts is None:
         if own is None:

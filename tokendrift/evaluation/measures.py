@@ -25,7 +25,7 @@ from tokendrift.evaluation.generative_perplexity import GenerativePerplexity, Pe
 from tokendrift.evaluation.overlap import copied_share, self_bleu
 from tokendrift.evaluation.protocols import log_perplexity
 from tokendrift.evaluation.repetition import longest_repeat, sample_repetition
-from tokendrift.evaluation.samples import Samples, SampleSet, decode, id_sequences
+from tokendrift.evaluation.samples import Samples, SampleSet, cleaned, decode, id_sequences
 
 ORDERS = (1, 2, 3, 4)
 VOCABULARIES = ("generated", "judge")
@@ -57,7 +57,7 @@ class Measures:
         vocabulary: What entropy, diversity and repetition are counted in: ``"generated"``, the ids as they came, or
             ``"judge"``, the judge's tokens of the texts.
         retokenised: Whether the judge read texts in tokens of its own, rather than the ids as they came.
-        clean_up_spaces: Whether gaps before punctuation were closed in decoding; None if nothing was decoded here.
+        clean_up_spaces: Whether gaps before punctuation were closed in what the judge read; None if it read ids.
         skipped: Samples left out because they give the judge nothing to predict.
         level: Confidence of the intervals.
         perplexity: The judge's result, with its protocol, precision, judge and revision.
@@ -151,7 +151,7 @@ def measure(
         samples: Ids (n, L) or a list of sequences, texts, or a `SampleSet`; n at least 2.
         judge: A configured evaluator; what it has accumulated is left alone, so one serves many sets.
         tokenizer: The denoiser's, to decode ids where there are no texts.
-        clean_up_spaces: As for `decode`.
+        clean_up_spaces: As for `decode`, for texts that came as for those decoded here.
         vocabulary: What the other figures are counted in, ``"generated"`` or ``"judge"``; by default the ids as
             generated where they are known. Compare sets in one vocabulary only.
         nfe: Forward calls that a sample cost; by default that of the `SampleSet`.
@@ -176,10 +176,13 @@ def measure(
     check_resampling(level, resamples)
     given = as_sample_set(samples)
     nfe = given.nfe if nfe is None else check_count("nfe", nfe)
-    decoded = given.texts is None and tokenizer is not None
-    texts = decode(tokenizer, given.ids or [], clean_up_spaces=clean_up_spaces) if decoded else given.texts
+    texts = given.texts
+    if texts is None and tokenizer is not None:
+        texts = decode(tokenizer, given.ids or [])
+    if texts is not None and clean_up_spaces:
+        texts = [cleaned(text) for text in texts]
     read = id_sequences(texts if texts is not None else given.scored(), None, judge.judge.tokenizer)[0]
-    vocabulary = _vocabulary(vocabulary, given)
+    vocabulary = _vocabulary(vocabulary, given, texts)
     own = read if vocabulary == "judge" else id_sequences(given.ids or [])[0]
     kept = [i for i, ids in enumerate(read) if len(ids) > 1 and len(own[i]) > 0] if skip_bad else range(len(read))
     if len(kept) < 2:
@@ -206,7 +209,7 @@ def measure(
         nfe=nfe,
         vocabulary=vocabulary,
         retokenised=texts is not None,
-        clean_up_spaces=clean_up_spaces if decoded else None,
+        clean_up_spaces=clean_up_spaces if texts is not None else None,
         skipped=len(read) - len(own),
         level=level,
         perplexity=judged,
@@ -233,7 +236,8 @@ def training_ids(training: Samples, tokenizer: Any) -> list[Tensor]:
     return [ids for ids in id_sequences(training, None, tokenizer)[0] if len(ids)]
 
 
-def _vocabulary(asked: str | None, given: SampleSet) -> str:
+def _vocabulary(asked: str | None, given: SampleSet, texts: list[str] | None) -> str:
+    """Return what to count in; ids that nothing decodes are not the judge's merely because it was asked for."""
     if asked is None:
         return "generated" if given.ids is not None else "judge"
     check_choice("vocabulary", asked, VOCABULARIES)
@@ -241,6 +245,11 @@ def _vocabulary(asked: str | None, given: SampleSet) -> str:
         raise fail(
             "vocabulary='generated' needs the ids as generated, and only texts came.",
             "Pass ids beside the texts, or vocabulary='judge' for all sets.",
+        )
+    if asked == "judge" and texts is None:
+        raise fail(
+            "vocabulary='judge' counts the judge's tokens of texts, and ids came that no tokenizer decodes.",
+            "Pass tokenizer=..., the judge's own where it shares the denoiser's vocabulary, or the texts.",
         )
     return asked
 
