@@ -6,6 +6,7 @@ import csv
 import errno
 import json
 import os
+import shutil
 
 import pytest
 from typer.testing import CliRunner
@@ -107,6 +108,48 @@ def test_sampling_the_baseline_colder_wins_nothing_at_equal_entropy(folder, tmp_
     assert "At equal entropy with base" in (tmp_path / "report.html").read_text(encoding="utf-8")
 
 
+@pytest.fixture(scope="module")
+def copies(tmp_path_factory):
+    """Two checkpoint folders, each with its own copy of the tokenizer, as `refine` leaves them."""
+    place = tmp_path_factory.mktemp("checkpoints")
+    for name in ("base", "refined"):
+        shutil.copytree(PRETRAINED / "masked", place / name)
+        shutil.copy(TOKENIZER, place / name)
+    return place
+
+
+def test_checkpoints_with_copies_of_one_tokenizer_share_their_vocabulary(folder, copies, tmp_path):
+    result = run(
+        "--checkpoint", copies / "base", "--checkpoint", copies / "refined", "--nfe", 32, "-n", 4, "--baseline", "base",
+        "--real", folder / "real.txt", *JUDGE, "--json", tmp_path / "report.json",
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    found = json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))
+    assert {row["vocabulary"] for row in found["rows"]} == {"generated"}
+    # A row of this length skips some of 32 calls. The baseline takes the 32 steps nevertheless: at temperature 1 both
+    # are one model with one noise, down to the samples.
+    assert all(row["made"]["steps"] == 32 > row["nfe"] for row in found["rows"])
+    for one in found["at_equal_entropy"]:
+        assert one["temperature"] == 1 and one["matched"] and one["entropy_difference"]["estimate"] == 0
+        assert one["baseline"]["nfe"] == found["rows"][0]["nfe"]
+        assert one["ratio"]["estimate"] == pytest.approx(1, abs=1e-5)  # rounding of batches
+
+
+def test_a_baseline_beside_ids_of_an_unknown_vocabulary_is_read_by_its_own_tokenizer(folder, copies, tmp_path):
+    lines = [json.dumps({"ids": [5000 + i] * 9, "text": SENTENCES[i], "nfe": 2}) for i in range(4)]
+    (tmp_path / "foreign.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    result = run(
+        tmp_path / "foreign.jsonl", "--checkpoint", copies / "base", "--nfe", 2, "-n", 4, "--baseline", "base",
+        "--real", folder / "real.txt", *JUDGE, "--json", tmp_path / "report.json",
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    found = json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))
+    assert {row["vocabulary"] for row in found["rows"]} == {"judge"}
+    assert found["rows"][1]["nelbo"]["estimate"] > 0
+    for one in found["at_equal_entropy"]:
+        assert one["baseline"]["vocabulary"] == "judge" and one["baseline"]["retokenised"] is True
+
+
 def test_the_baseline_is_not_compared_at_an_nfe_that_it_was_not_sampled_at(outcome):
     assert "repeater against uniform: Gen.-PPL ratio" not in " ".join(outcome.output.split())
 
@@ -149,6 +192,7 @@ def test_a_broken_line_stops_it_or_is_named(folder):
         (("{dull}", "--real", "{empty}"), "is empty"),
         (("{dull}", "--training-text", "nowhere.txt"), "text file nowhere.txt cannot be read"),
         (("{dull}", "--judge", "{folder}"), "could not be loaded"),
+        (("{dull}", "--device", "gpu"), "device 'gpu' cannot be used"),
         (("{dull}", "--dtype", "float8"), "dtype must be one of 'float32', 'bfloat16'"),
         (("{dull}", "a={dull}", "a={dull}"), "two sets of samples are called 'a, 4 NFE'"),
     ],

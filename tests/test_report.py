@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import io
 import json
 import re
@@ -19,7 +20,7 @@ from tokendrift.demo.stages import PRETRAINED
 from tokendrift.evaluation import SampleSet
 from tokendrift.evaluation.report import as_json, page
 from tokendrift.evaluation.report.phrases import marked, most_repeated
-from tokendrift.evaluation.report.sources import Source, common_tokenizer, labels, named, real_windows
+from tokendrift.evaluation.report.sources import Source, common_tokenizer, labels, named, read_real, real_windows
 
 tokenizers = pytest.importorskip("tokenizers")
 pytest.importorskip("matplotlib")
@@ -132,6 +133,19 @@ def test_gen_ppl_never_stands_without_what_belongs_beside_it(report, parsed):
     assert [line[0] for line in lines] == [*sets, "real text"]
 
 
+def test_the_caption_names_the_judge_as_it_is_called(report):
+    """Square brackets in a folder's name are no markup."""
+    from rich.console import Console
+
+    first, *others = report.evaluation.rows
+    judged = first.measures.perplexity._replace(judge="/models/[v2]/judge")
+    row = dataclasses.replace(first, measures=dataclasses.replace(first.measures, perplexity=judged))
+    console = Console(width=300, file=io.StringIO())
+    evaluation = dataclasses.replace(report.evaluation, rows=(row, *others))
+    console.print(dataclasses.replace(report, evaluation=evaluation).table())
+    assert "Judge /models/[v2]/judge, " in " ".join(console.file.getvalue().split())
+
+
 def test_the_guard_speaks_of_every_set(report):
     said = report.guard()
     assert any(line.startswith("dull, 4 NFE: flag: unigram_entropy") for line in said)
@@ -220,8 +234,68 @@ def test_names_come_from_the_argument_or_the_file():
     assert named("runs/x.4.jsonl") == ("x.4", "runs/x.4.jsonl")
     assert named("org/mdlm-1.5") == ("mdlm-1.5", "org/mdlm-1.5")
     twice = [Source("a", SampleSet(texts=["x", "y"], nfe=4), place) for place in ("one", "two")]
+    many = [Source("a", SampleSet(texts=["x"], nfe=7, metadata={"steps": steps}), "") for steps in (64, 128)]
+    assert labels(many) == ["a, 7 NFE of 64 steps", "a, 7 NFE of 128 steps"]
     with pytest.raises(TokenDriftError, match=r"two sets of samples are called 'a, 4 NFE': one, two\.\n.*NAME=FILE"):
         labels(twice)
+
+
+def test_copies_of_a_tokenizer_are_one_and_others_do_not_mix(tokenizer, tmp_path):
+    pytest.importorskip("transformers")
+    places = [tmp_path / name / "tokenizer.json" for name in ("one", "two", "other")]
+    for place in places:
+        place.parent.mkdir()
+        tokenizer.save(str(place))
+    sets = [
+        Source(
+            place.parent.name, SampleSet(ids=[[300, 301]], texts=["a"], metadata={"tokenizer": str(place.parent)}), ""
+        )
+        for place in places
+    ]
+    texts = Source("texts", SampleSet(texts=["a"]), "")
+    assert common_tokenizer([*sets, texts], None).get_vocab() == tokenizer.get_vocab()
+    stored = json.loads(places[2].read_text())
+    first, second = list(stored["model"]["vocab"])[:2]
+    vocabulary = stored["model"]["vocab"]
+    vocabulary[first], vocabulary[second] = vocabulary[second], vocabulary[first]
+    places[2].write_text(json.dumps(stored))
+    assert common_tokenizer(sets[:2], None) is not None
+    with pytest.raises(TokenDriftError, match=r"the tokenizers of .* differ: .*one, .*other\. Ids of two vocab"):
+        common_tokenizer(sets, None)
+    unknown = Source("unknown", SampleSet(ids=[[1]], texts=["a"]), "")
+    assert common_tokenizer([*sets[:2], unknown], None) is None
+    places[1].unlink()  # made on another machine
+    assert common_tokenizer(sets[:2], None) is None
+
+
+def test_an_unfinished_file_is_said_to_be(tokenizer):
+    header = {"n": 256, "complete": False}
+    sets = [
+        ("part", as_samples(tokenizer, language(20), metadata=header)),
+        ("whole", as_samples(tokenizer, language(20))),
+    ]
+    said = [line for line in make_report(tokenizer, sets).guard() if "unfinished" in line]
+    assert said == ["part: part.jsonl is unfinished: 20 samples of 256."]
+
+
+def test_sets_of_as_many_steps_are_compared_whatever_their_measured_nfe(tokenizer):
+    """Rows of a masked model skip calls, so two models hardly ever measure the same NFE."""
+    made = [("a", 30, 32), ("b", 31, 32), ("a", 59, 64), ("b", 59, 64), ("c", 30, None)]
+    sets = [
+        (name, as_samples(tokenizer, language(5), nfe=nfe, metadata={} if steps is None else {"steps": steps}))
+        for name, nfe, steps in made
+    ]
+    assert [(a, b) for a, b, _ in make_report(tokenizer, sets).comparisons()] == [
+        ("a, 30 NFE", "b, 31 NFE"), ("a, 59 NFE", "b, 59 NFE")
+    ]  # fmt: skip
+
+
+def test_real_text_by_line_is_known_by_its_header_whatever_the_ending(tmp_path):
+    path = tmp_path / "real.json"
+    path.write_text('{"tokendrift": {}}\n{"text": "one"}\n{"text": "two"}\n')
+    assert read_real(str(path)).texts == ["one", "two"]
+    path.write_text('{"text": "one"}')
+    assert read_real(str(path)) == '{"text": "one"}'
 
 
 def test_ids_without_text_need_a_tokenizer():

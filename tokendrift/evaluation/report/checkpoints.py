@@ -72,7 +72,8 @@ def at_entropy_of_each(
 ) -> tuple[Matched, ...]:
     """Compare every set with a baseline sampled at the temperature that gives the baseline the set's entropy.
 
-    Sets are compared at NFE at which the baseline was sampled, for both kinds of entropy.
+    Sets are compared at the steps at which the baseline was sampled, for both kinds of entropy: their NFE is measured,
+    and lower where a row needed fewer calls than there were steps.
 
     Args:
         evaluation: The figures of the sets.
@@ -84,19 +85,21 @@ def at_entropy_of_each(
         seed: Of sampling.
     """
     pairs = list(zip(evaluation.rows, sources, strict=True))
-    nfes = {row.measures.nfe for row, source in pairs if source.model == baseline}
+    sampled = {source.steps for source in sources if source.model == baseline}
     draw = denoiser_samples(model, process, model.config.model_length, seed=seed)
     curves: dict[tuple[int, int], dict[float, list[float]]] = {}
     found = []
     for row, source in pairs:
-        nfe, count = row.measures.nfe, row.measures.samples
-        if source.model == baseline or nfe is None or nfe not in nfes:
+        steps, count = source.steps, row.measures.samples
+        if source.model == baseline or steps is None or steps not in sampled:
             continue
-        if (nfe, count) not in curves:
-            drawn = {t: measure(draw(Setting(nfe, t), count)) for t in TEMPERATURES}
-            curves[nfe, count] = {t: [entropy(m, kind).estimate for kind in KINDS] for t, m in drawn.items()}
+        if (steps, count) not in curves:
+            drawn = {t: measure(draw(Setting(steps, t), count)) for t in TEMPERATURES}
+            curves[steps, count] = {t: [entropy(m, kind).estimate for kind in KINDS] for t, m in drawn.items()}
         for i, kind in enumerate(KINDS):
-            curve = [(t, entropies[i]) for t, entropies in curves[nfe, count].items()]
-            matched = at_matched_entropy(row.measures, draw, measure, real=row.real, steps=nfe, kind=kind, curve=curve)
+            curve = [(t, entropies[i]) for t, entropies in curves[steps, count].items()]
+            matched = at_matched_entropy(
+                row.measures, draw, measure, real=row.real, steps=steps, kind=kind, curve=curve
+            )
             found.append(Matched(row.name, baseline, matched))
     return tuple(found)

@@ -105,7 +105,7 @@ class Report:
         from rich.table import Table
         from rich.text import Text
 
-        view = Table(title="Samples beside real text", caption=self.caption(), box=HORIZONTALS, show_lines=True)
+        view = Table(title="Samples beside real text", caption=Text(self.caption()), box=HORIZONTALS, show_lines=True)
         view.add_column("", overflow="fold", min_width=9)
         for heading in ("NFE", "n", "precision"):
             view.add_column(heading, justify="right", no_wrap=True)
@@ -151,15 +151,19 @@ class Report:
                 lines.append(
                     f"{row.name}: samples left out because they are too short to be scored: {row.measures.skipped}."
                 )
+            if source.samples.metadata.get("complete") is False:
+                asked = source.samples.metadata.get("n", "all")
+                lines.append(f"{row.name}: {source.origin} is unfinished: {len(source.samples)} samples of {asked}.")
             if bad := source.samples.bad_lines:
                 first = f"the first is line {bad[0].number} ({bad[0].reason})"
                 lines.append(f"{row.name}: {len(bad)} line{'s' * (len(bad) > 1)} of {source.origin} left out: {first}.")
         return lines
 
     def comparisons(self) -> list[tuple[str, str, Comparison]]:
-        """Return the comparisons of sets of one NFE, or of all where no two have the same."""
+        """Return the comparisons of sets of as many steps, or of all where no two have the same."""
+        steps = dict(zip((row.name for row in self.evaluation.rows), (s.steps for s in self.sources), strict=True))
         pairs = list(combinations(self.evaluation.rows, 2))
-        alike = [(a, b) for a, b in pairs if a.measures.nfe == b.measures.nfe]
+        alike = [(a, b) for a, b in pairs if steps[a.name] == steps[b.name]]
         return [(a.name, b.name, self.evaluation.compare(a.name, b.name)) for a, b in alike or pairs]
 
     def differences(self) -> list[str]:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 import tokendrift
-from tokendrift._checks import check_choice, check_count, fail
+from tokendrift._checks import check_choice, check_count, check_device, fail
 from tokendrift.evaluation.bootstrap import Interval
 from tokendrift.evaluation.evaluator import Evaluation, cut_to_lengths, evaluate
 from tokendrift.evaluation.generative_perplexity import GenerativePerplexity
@@ -44,7 +44,7 @@ class EvaluateConfig:
         nfe: Function evaluations at which each checkpoint is sampled.
         n: Samples of each checkpoint and NFE.
         temperature: Of sampling checkpoints.
-        baseline: Name of one of the checkpoints: every set of its NFE is compared with it at equal entropy.
+        baseline: Name of one of the checkpoints: every set of as many steps is compared with it at equal entropy.
         keep: Folder for the samples of checkpoints; a temporary one by default.
         real: Text that neither denoiser nor judge was trained on: samples of a ``.jsonl`` file, or any other
             file, cut into windows of the samples' length that are spread over it.
@@ -103,6 +103,7 @@ class EvaluateConfig:
         check_count("seed", self.seed)
         check_choice("dtype", self.dtype, tuple(PRECISIONS))
         check_choice("protocol", self.protocol, PROTOCOLS)
+        check_device(self.device)
 
 
 def evaluate_files(config: EvaluateConfig, *, progress: Callable[[str], object] = lambda stage: None) -> Report:
@@ -152,10 +153,17 @@ def evaluate_files(config: EvaluateConfig, *, progress: Callable[[str], object] 
     if tokenizer is None and real_set.texts is not None:
         real_set = dataclasses.replace(real_set, ids=None)  # ids of an unknown vocabulary compare with nothing
     models = dict(load_models(config.checkpoint, config.device))
+    # What a checkpoint draws and predicts is read in its own vocabulary, also beside sets whose vocabulary is unknown.
+    known = {name: common_tokenizer([s for s in sources if s.model == name], config.tokenizer) for name in models}
+    if config.baseline is not None and known[config.baseline] is None:
+        raise fail(
+            f"no tokenizer is known that decodes what the baseline {config.baseline} draws.",
+            "Name it: --tokenizer tokenizer.json, a folder, or a hub name.",
+        )
     nelbo: dict[str, Interval] = {}
     for name, (model, process) in models.items():
         progress(f"NELBO of {name}")
-        found = held_out_nelbo(model, process, real, tokenizer, resamples=config.resamples, seed=config.seed)
+        found = held_out_nelbo(model, process, real, known[name], resamples=config.resamples, seed=config.seed)
         if found is not None:
             nelbo |= {key: found for key, source in zip(keys, sources, strict=True) if source.model == name}
     done = 0
@@ -166,7 +174,6 @@ def evaluate_files(config: EvaluateConfig, *, progress: Callable[[str], object] 
         progress(f"judging: {done} samples")
 
     options: dict[str, Any] = {
-        "tokenizer": tokenizer,
         "training": training,
         "resamples": config.resamples,
         "seed": config.seed,
@@ -177,18 +184,20 @@ def evaluate_files(config: EvaluateConfig, *, progress: Callable[[str], object] 
         {key: source.samples for key, source in zip(keys, sources, strict=True)},
         judge,
         real=real_set,
+        tokenizer=tokenizer,
         nelbo=nelbo,
         **options,
     )
     matched: tuple[Matched, ...] = ()
     if config.baseline is not None:
         vocabulary = evaluation.rows[0].measures.vocabulary
+        as_the_sets = options | {"tokenizer": known[config.baseline], "vocabulary": vocabulary}
         matched = at_entropy_of_each(
             evaluation,
             sources,
             config.baseline,
             *models[config.baseline],
-            measure=lambda samples: measure(samples, judge, vocabulary=vocabulary, **options),
+            measure=lambda samples: measure(samples, judge, **as_the_sets),
             seed=config.seed,
         )
     texts = {key: _texts(source.samples, tokenizer) for key, source in zip(keys, sources, strict=True)}

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from tokendrift._checks import fail
-from tokendrift.evaluation.files import read_samples
+from tokendrift.evaluation.files import has_header, read_samples
 from tokendrift.evaluation.samples import SampleSet, decode, id_sequences, tokenize
 
 
@@ -24,6 +24,12 @@ class Source(NamedTuple):
     samples: SampleSet
     origin: str
 
+    @property
+    def steps(self) -> int | None:
+        """Steps of the sampler, as the file says, else its NFE: rows in which nothing moved cost fewer calls."""
+        said = self.samples.metadata.get("steps")
+        return said if isinstance(said, int) else self.samples.nfe
+
 
 def named(argument: str) -> tuple[str, str]:
     """Return name and place of ``NAME=PLACE`` or ``PLACE``, whose name is then the last part without its ending.
@@ -35,7 +41,7 @@ def named(argument: str) -> tuple[str, str]:
     if equals and name.strip() and place and not Path(argument).exists():
         return name.strip(), place
     path = Path(argument)
-    return (path.stem if path.suffix in {".jsonl", ".txt", ".safetensors", ".ckpt"} else path.name), argument
+    return (path.stem if path.suffix in {".jsonl", ".json", ".txt", ".safetensors", ".ckpt"} else path.name), argument
 
 
 def read_sources(arguments: Sequence[str], *, skip_bad: bool = False) -> list[Source]:
@@ -84,13 +90,19 @@ def sample_checkpoints(
 def labels(sources: Sequence[Source]) -> list[str]:
     """Return a name for each set: that of its model, with its NFE where a model has several sets.
 
+    Sets of one NFE are told apart by their steps: with more steps than tokens, rows hardly need more calls.
+
     Raises:
-        TokenDriftError: If two sets have one name and one NFE.
+        TokenDriftError: If two sets have one name, one NFE and as many steps.
     """
     models = [source.model for source in sources]
     found = [
         source.model if models.count(source.model) == 1 else f"{source.model}, {source.samples.nfe} NFE"
         for source in sources
+    ]
+    found = [
+        f"{label} of {source.steps} steps" if found.count(label) > 1 and source.steps != source.samples.nfe else label
+        for label, source in zip(found, sources, strict=True)
     ]
     for label in found:
         if found.count(label) > 1:
@@ -100,22 +112,33 @@ def labels(sources: Sequence[Source]) -> list[str]:
 
 
 def common_tokenizer(sources: Sequence[Source], name: str | None) -> Any:
-    """Return the denoisers' tokenizer: the one named, or that which all samples files name and which can be read.
+    """Return the denoisers' tokenizer: the one named, or that which all files of ids name and which can be read.
+
+    Two places are one tokenizer where what lies there is the same: every checkpoint folder has a copy of its own.
 
     Raises:
-        TokenDriftError: If the one named cannot be read, or ids without texts come without a tokenizer.
+        TokenDriftError: If the one named cannot be read, files name tokenizers that differ, or ids without texts come
+            without a tokenizer.
     """
     from tokendrift.models.tokenizer import load_tokenizer
 
     if name is not None:
         return load_tokenizer(name)
-    own = {source.samples.metadata.get("tokenizer") for source in sources}
+    own = {source.samples.metadata.get("tokenizer"): source for source in sources if source.samples.ids is not None}
+    try:
+        found = {place: load_tokenizer(place, fetch=False) for place in own if isinstance(place, str)}
+    except ValueError:  # made on another machine; texts are then counted in the judge's tokens
+        found = {}
     tokenizer = None
-    if len(own) == 1 and isinstance(found := own.pop(), str):
-        try:
-            tokenizer = load_tokenizer(found, fetch=False)
-        except ValueError:  # made on another machine; texts are then counted in the judge's tokens
-            tokenizer = None
+    if found and len(found) == len(own):
+        (first, tokenizer), *others = found.items()
+        for place, other in others:
+            if _content(other) != _content(tokenizer):
+                raise fail(
+                    f"the tokenizers of {own[first].origin} and {own[place].origin} differ: {first}, {place}. Ids of "
+                    "two vocabularies do not compare.",
+                    'Evaluate them apart, or as texts: without "ids", samples are counted in the judge\'s tokens.',
+                )
     for source in sources:
         if source.samples.texts is None and tokenizer is None:
             raise fail(
@@ -123,6 +146,14 @@ def common_tokenizer(sources: Sequence[Source], name: str | None) -> Any:
                 "Name the denoiser's: --tokenizer tokenizer.json, a folder, or a hub name.",
             )
     return tokenizer
+
+
+def _content(tokenizer: Any) -> str:
+    """Return all that makes a tokenizer, so that copies are equal wherever they lie."""
+    backend = getattr(tokenizer, "backend_tokenizer", tokenizer)
+    if hasattr(backend, "to_str"):
+        return str(backend.to_str())
+    return repr((type(tokenizer).__name__, sorted(tokenizer.get_vocab().items())))
 
 
 def read_text(path: str) -> str:
@@ -142,8 +173,11 @@ def read_text(path: str) -> str:
 
 
 def read_real(path: str, *, skip_bad: bool = False) -> SampleSet | str:
-    """Return real text: samples of a ``.jsonl`` file, or any other file's text whole, for `real_windows`."""
-    return read_samples(path, skip_bad=skip_bad) if Path(path).suffix == ".jsonl" else read_text(path)
+    """Return real text: the samples of a file that has them by line, or any other's text whole, for `real_windows`."""
+    if Path(path).suffix == ".jsonl":
+        return read_samples(path, skip_bad=skip_bad)
+    text = read_text(path)
+    return read_samples(path, skip_bad=skip_bad) if has_header(text) else text
 
 
 def real_windows(text: str, sources: Sequence[Source], tokenizer: Any, judge_tokenizer: Any) -> SampleSet:
