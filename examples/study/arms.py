@@ -84,6 +84,7 @@ CONTINUATION = Arm("continuation", "main", loss="continuation")
 
 PAIRS = Arm("pairs on own chains", "main", loss="pairs", base_weight=0.1, chains=(2, 4), rate=2.0)
 MAIN = (CONTINUATION, PAPER, PAIRS)
+LONGER = replace(PAIRS, name="pairs, no base loss, twice the steps", base_weight=0.0, length=2.0)
 
 
 def _field(**options: Any) -> DriftField:

@@ -26,7 +26,7 @@ import markov
 import report
 import torch
 import typer
-from arms import BASE, CONTINUATION, MAIN, OUR_ABLATIONS, PAPER_ABLATIONS, Arm
+from arms import BASE, CONTINUATION, LONGER, MAIN, OUR_ABLATIONS, PAPER_ABLATIONS, Arm
 
 from tokendrift.demo.cache import cached, place_of
 from tokendrift.models import load_denoiser, save_denoiser
@@ -83,6 +83,7 @@ def cells(kinds: Iterable[str] = ("masked", "uniform"), seeds: Iterable[int] = S
     yield from (Cell(n, k, BASE, 0, True) for n in names for k in kinds)
     for seed in seeds:
         yield from (Cell(n, k, arm, seed, True) for n in names for k in kinds for arm in MAIN if arm != CONTINUATION)
+    yield Cell("markov", "uniform", LONGER, 0, True)
     theirs = (*(arm for arm in MAIN if arm != CONTINUATION), *PAPER_ABLATIONS)
     for name in names:
         for arm in (*theirs, *OUR_ABLATIONS):
