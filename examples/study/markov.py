@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
@@ -119,14 +120,24 @@ class Markov:
 
     @cached_property
     def exact(self) -> dict[str, Any]:
-        """The exact denoiser of each process, which a base converges to."""
-        rows = {}
-        for kind in self.kinds:
-            process = self.process(kind)
-            denoiser = ExactDenoiser(self.language, process)
-            found = few_step(self.language, denoiser, process, steps=NFES, temperatures=TEMPERATURES)
-            rows[kind] = found.to_dict()
-        return rows
+        """The exact denoiser of each process, which a base converges to: `few_step` results, made once and kept."""
+
+        def make(place: Path) -> None:
+            rows = {}
+            for kind in self.kinds:
+                process = self.process(kind)
+                exact = ExactDenoiser(self.language, process)
+                found = few_step(
+                    self.language, exact, process, steps=NFES, temperatures=TEMPERATURES, samples=self.sizes.samples
+                )
+                rows[kind] = found.to_dict()
+            (place / "exact.json").write_text(json.dumps(rows), encoding="utf-8")
+
+        key = {"samples": self.sizes.samples, "temperatures": TEMPERATURES, "steps": NFES}
+        found: dict[str, Any] = json.loads(
+            (cached(self.folder, "exact", key, make)[0] / "exact.json").read_text(encoding="utf-8")
+        )
+        return found
 
 
 def _config(process: Process, kind: str) -> DiTConfig:
