@@ -92,7 +92,7 @@ def _english_main(arms: dict[Arm, list[Found]]) -> str:
     rows = [[*head, "NELBO", "training s"]]
     real = next(iter(arms.values()))[0]["real"]
     names = ("sample_entropy", "unigram_entropy", "distinct_3", "repetition_4", "copied_share")
-    rows.append(["real text", "", f"{_value(real, 'gen_ppl'):.1f}", *(f"{_value(real, n):.3f}" for n in names), ""])
+    rows.append(["real text", "", f"{_value(real, 'gen_ppl'):.1f}", *(f"{_value(real, n):.3f}" for n in names), "", ""])
     for number, steps in enumerate(row["steps"] for row in next(iter(arms.values()))[0]["rows"]):
         for arm, seeds in arms.items():
             at = [found["rows"][number] for found in seeds]
