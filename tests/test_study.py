@@ -119,7 +119,7 @@ def test_a_second_run_makes_nothing_again(study, tmp_path, capfd):
     chosen = "markov, masked: continuation, seed 0"
     run.main(output=tmp_path, jobs=1, only=chosen, quick=True, only_report=False)
     folders = {path: path.stat().st_mtime_ns for path in (tmp_path / "parts" / "markov").iterdir()}
-    assert len(folders) == 4  # two bases; the main comparison and the short one
+    assert len(folders) == 5  # two bases, the main comparison and the short one, the exact denoiser
     run.main(output=tmp_path, jobs=1, only=chosen, quick=True, only_report=False)
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "parts" / "markov").iterdir()} == folders
     assert "with 2 cells" in capfd.readouterr().out

@@ -90,9 +90,10 @@ class PairDriftLoss(nn.Module):
     is anti-symmetric; the laws, unlike mean features, identify what is missing.
 
     The laws have K x K entries: for vocabularies of some thousands all tokens, for larger ones ``classes`` of them.
-    Generated text of different noise levels goes to different ``strata``, or good text at low noise would hide bad text
-    at high noise. Masked models must not be asked at t = 1, where one input has to stand for all texts and the best
-    product law is a single text: `tokendrift.training.OwnTrajectories` leaves that step out.
+    Generated text of different noise levels can have laws of its own, ``strata``, so that good text at low noise does
+    not hide bad text at high noise; in the study one law for all did as well. Masked models must not be asked at
+    t = 1, where one input has to stand for all texts and the best product law is a single text:
+    `tokendrift.training.OwnTrajectories` leaves that step out.
 
     With gradient accumulation each micro-batch is a call: it meets the law Q that those before it have left, and
     ``decay`` counts micro-batches. Where a process group is initialised every rank must call, in step and with the same

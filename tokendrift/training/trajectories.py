@@ -38,6 +38,8 @@ class OwnTrajectories:
         steps: N of the chains. Their places take turns at random, not the chains: of chains of 2 and 4 steps a masked
             model is at the longer in three calls of four.
         base_weight: Weight of the NELBO on corrupted real text beside it: what keeps the rest of the model in place.
+            Masked models need it (0.1 will do): their first step is no place of these chains, and without it may
+            collapse.
         own: If False, corrupted real text at the same times stands in for the chains: cheaper, and for comparison.
         generator: Source of places, chains and noise.
         share: Number of this process, and how many train together: the rows of their chains are numbered through.
