@@ -405,9 +405,11 @@ def _table(rows: Sequence[Sequence[str]]) -> str:
 
 
 def _short(value: Any) -> Any:
-    """Return JSON-like data with five significant digits, None for what is not finite, and the judge without its path."""
+    """Return JSON-like data with five significant digits, None for what is not finite, and names in place of paths."""
     if isinstance(value, dict):
-        return {str(key): Path(each).name if key == "judge" else _short(each) for key, each in value.items()}
+        return {str(key): _short(each) for key, each in value.items()}
+    if isinstance(value, str) and value.startswith("/"):
+        return Path(value).name
     if isinstance(value, (list, tuple)):
         return [_short(each) for each in value]
     if isinstance(value, float):
