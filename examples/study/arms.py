@@ -35,8 +35,6 @@ class Arm:
         queue: Capacity of each queue, in features.
         exclude_pair: Hide an anchor's own clean text.
         field: The drift field.
-        backoff: Share of the product of margins in the law of real pairs.
-        decay: Memory of the law of generated pairs.
         chains: Train on the model's own chains of these lengths; empty for corrupted real text.
         corrupted: Take corrupted real text at the times of the chains in place of the chains themselves.
         stratified: Keep a law of generated pairs for each place of the chains.
@@ -54,8 +52,6 @@ class Arm:
     queue: int = 1024
     exclude_pair: bool = False
     field: DriftField = PAPER_FIELD
-    backoff: float = 0.0
-    decay: float = 0.95
     chains: tuple[int, ...] = ()
     corrupted: bool = False
     stratified: bool = True
@@ -80,8 +76,6 @@ class Arm:
 BASE = Arm("base, not trained further", "main", loss="none", length=0.0)
 PAPER = Arm("TokenDrift, the paper's setting", "main")
 CONTINUATION = Arm("continuation", "main", loss="continuation")
-
-
 PAIRS = Arm("pairs on own chains", "main", loss="pairs", base_weight=0.1, chains=(2, 4), rate=2.0)
 MAIN = (CONTINUATION, PAPER, PAIRS)
 LONGER = replace(PAIRS, name="pairs, no base loss, twice the steps", base_weight=0.0, length=2.0)
@@ -156,9 +150,7 @@ def objective(arm: Arm, base: DiT, process: Process, seed: int, text: Tensor) ->
         return Continuation(process, generator)
     if arm.loss == "pairs":
         strata = len(places(process, arm.chains)) if arm.stratified else 1
-        pairs = PairDriftLoss(
-            process.vocab_size, strata=strata, decay=arm.decay, backoff=arm.backoff, mask_id=process.mask_id
-        )
+        pairs = PairDriftLoss(process.vocab_size, strata=strata, mask_id=process.mask_id)
         for part in text.split(512):
             pairs.observe(part)
         return OwnTrajectories(process, pairs, arm.chains, arm.base_weight, not arm.corrupted, generator)

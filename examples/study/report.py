@@ -305,7 +305,11 @@ def _draw_nfe(axes: Axes, arms: dict[Arm, list[Found]]) -> None:
         for run in runs:
             axes.plot(steps, run, color=f"C{number}", alpha=0.35, linewidth=0.8)
         axes.plot(
-            steps, [_mean(column) for column in zip(*runs, strict=True)], "o-", color=f"C{number}", label=arm.name
+            steps,
+            [statistics.mean(column) for column in zip(*runs, strict=True)],
+            "o-",
+            color=f"C{number}",
+            label=arm.name,
         )
     axes.axhline(_value(seeds[0]["real"], "gen_ppl"), color="black", linestyle="--", linewidth=1, label="real text")
     axes.set(xscale="log", xlabel="NFE", ylabel="Gen.-PPL", xticks=steps, xticklabels=steps)
@@ -345,7 +349,7 @@ def _draw_markov(axes: Axes, arms: dict[Arm, list[Found]], exact: Found) -> None
             runs = [[_value(_markov_row(f, nfe, plain), "total_variation") for nfe in nfes] for f in seeds]
             label = f"{name}, {'T = 1' if plain else 'best T'}"
             style = "o-" if plain else "o:"
-            across = [_mean(column) for column in zip(*runs, strict=True)]
+            across = [statistics.mean(column) for column in zip(*runs, strict=True)]
             axes.plot(nfes, across, style, color=f"C{number}", markersize=4, linewidth=1, label=label)
     floor = _value(exact["real"], "total_variation")
     axes.axhline(floor, color="black", linestyle="--", linewidth=1, label="real text")
@@ -376,10 +380,6 @@ def _draw_ratios(axes: Axes, arms: dict[Arm, list[Found]]) -> None:
 def _value(row: Found, name: str) -> float:
     found = row[name]["estimate"]
     return math.nan if found is None else float(found)
-
-
-def _mean(values: Iterable[float]) -> float:
-    return statistics.mean(values)
 
 
 def _spread(values: Iterable[float], form: str) -> str:

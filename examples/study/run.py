@@ -94,7 +94,7 @@ def cells(kinds: Iterable[str] = ("masked", "uniform"), seeds: Iterable[int] = S
 
 
 def stage(plan: Plan, cell: Cell) -> tuple[str, dict[str, Any]]:
-    """Return the name and the key of a cell: everything that its result depends on."""
+    """Return the name and the key of a cell: what its result depends on, beside the constants of these files."""
     tool = instrument(plan, cell.instrument)
     sizes = tool.sizes
     key = {"base": tool.base_key(cell.kind), "arm": cell.arm.key(), "seed": cell.seed, "steps": steps_of(tool, cell)}

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from tokendrift._checks import check_count, fail
 from tokendrift.diffusion import Mixture, Process
+from tokendrift.evaluation.judge import scoring
 from tokendrift.loss import TokenDriftLoss
 from tokendrift.pairs import PairDriftLoss
 from tokendrift.sampling import Chain, sample
@@ -114,31 +114,13 @@ class OwnTrajectories:
 
         seed, first_row = self._random(2**62), rank * len(x0)
         options: dict[str, Any] = {"steps": steps, "sampler": first, "seed": seed, "first_row": first_row}
-        with without_dropout(model):
+        with scoring(model):
             return sample(model, self.process, (len(x0), x0.shape[1]), device=x0.device, **options).ids
 
     def _random(self, count: int) -> int:
         """Draw a number from 0 to count - 1."""
         place = None if self.generator is None else self.generator.device
         return int(torch.randint(count, (), generator=self.generator, device=place))
-
-
-@contextmanager
-def without_dropout(model: Network) -> Iterator[None]:
-    """Let a model be in evaluation mode inside the block; every module gets its mode back.
-
-    Gradients are the sampler's to switch off, and not by inference mode: autograd could not use the weights that FSDP
-    gathers there.
-    """
-    modules = list(model.modules()) if isinstance(model, nn.Module) else []
-    modes = [module.training for module in modules]
-    for module in modules:
-        module.training = False
-    try:
-        yield
-    finally:
-        for module, mode in zip(modules, modes, strict=True):
-            module.training = mode
 
 
 def places(process: Process, steps: Sequence[int]) -> tuple[tuple[int, int], ...]:
