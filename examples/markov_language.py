@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from rich.console import Console
 
-from tokendrift.evaluation.markov import ExactDenoiser, MarkovLanguage, few_step
+from tokendrift.markov import ExactDenoiser, MarkovLanguage, few_step
 
 torch.set_num_threads(1)  # at this size, threads would only wait for one another
 language = MarkovLanguage.random()

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from tokendrift import TokenDriftError
+from tokendrift.files import write_atomically
 from tokendrift.training import checkpointing
 from tokendrift.training.checkpointing import (
     latest_checkpoint,
@@ -15,7 +16,6 @@ from tokendrift.training.checkpointing import (
     load_checkpoint,
     prune_checkpoints,
     save_checkpoint,
-    write_atomically,
 )
 
 GROUPS = {"model": {"a": torch.arange(3.0), "b": torch.ones(2, 2)}, "optimizer": {}}
@@ -81,14 +81,14 @@ def test_where_none_can_be_read_nothing_is_given_up(tmp_path):
 def test_one_that_the_disk_does_not_give_keeps_its_name(tmp_path, monkeypatch):
     for step in (2, 4):
         save_checkpoint(tmp_path, step, GROUPS, {})
-    digest = checkpointing._digest
+    digest = checkpointing.file_digest
 
     def fails(file):
         if "00000004" in str(file):
             raise OSError(5, "Input/output error")
         return digest(file)
 
-    monkeypatch.setattr(checkpointing, "_digest", fails)
+    monkeypatch.setattr(checkpointing, "file_digest", fails)
     told = []
     assert latest_checkpoint(tmp_path, told.append)[0].name == "step-00000002"
     assert "Input/output error" in told[0]

@@ -29,7 +29,7 @@ def test_an_unknown_process_is_one_message(run, tmp_path):
 def test_a_missing_text_file_is_one_message(run, tmp_path):
     result = run("demo", "--text", str(tmp_path / "none.txt"), "--output", str(tmp_path / "out"))
     assert result.exit_code == 2 and not (tmp_path / "out").exists()
-    assert "cannot be read as UTF-8 text" in result.stderr and "Pass plain text files" in result.stderr
+    assert "cannot be read" in result.stderr
 
 
 def test_an_unknown_option_is_refused(run):

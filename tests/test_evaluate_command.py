@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from tokendrift import cli
 from tokendrift.demo.stages import PRETRAINED
-from tokendrift.sampling.run import SampleConfig, sample_to_file
+from tokendrift.sampling.to_file import SampleConfig, sample_to_file
 
 pytest.importorskip("transformers")
 pytest.importorskip("matplotlib")

@@ -20,7 +20,7 @@ from tokendrift.diffusion import (
 from tokendrift.diffusion._order_statistics import log_mean_exp_below
 from tokendrift.evaluation import validation_nelbo
 from tokendrift.training import Continuation, CurriculumContinuation, train
-from tokendrift.training.loop import LoopConfig
+from tokendrift.training.optimization import LoopConfig
 
 V = 7
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tokendrift.training.loop import SCHEDULES, LoopConfig, Optimization, windows
+from tokendrift.training.optimization import SCHEDULES, LoopConfig, Optimization, windows
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from tokendrift import TokenDriftError
 from tokendrift.diffusion import LogLinear, MaskedDiffusion, UniformDiffusion
-from tokendrift.evaluation.markov import ExactDenoiser, MarkovLanguage, few_step, measure_ids, real_floor
+from tokendrift.markov import ExactDenoiser, MarkovLanguage, few_step, measure_ids, real_floor
 from tokendrift.models import DiT, DiTConfig
 from tokendrift.sampling import FirstHitting
 from tokendrift.training import Continuation, Denoising, LoopConfig, train

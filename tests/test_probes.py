@@ -16,8 +16,9 @@ from tokendrift.demo.stages import PRETRAINED
 from tokendrift.diffusion import MaskedDiffusion, UniformDiffusion
 from tokendrift.evaluation import GenerativePerplexity
 from tokendrift.evaluation.bootstrap import Interval
-from tokendrift.evaluation.markov import ExactDenoiser, MarkovLanguage
-from tokendrift.evaluation.probes import (
+from tokendrift.markov import ExactDenoiser, MarkovLanguage
+from tokendrift.models import load_denoiser, save_denoiser
+from tokendrift.probes import (
     decay_table,
     information_decay,
     marginal_trap,
@@ -29,8 +30,7 @@ from tokendrift.evaluation.probes import (
     trap_table,
     unigram_law,
 )
-from tokendrift.evaluation.probes.checkpoints import _moved
-from tokendrift.models import load_denoiser, save_denoiser
+from tokendrift.probes.probe import _moved
 
 A, B, C, D, MASK = range(5)
 RIGHT, WRONG = math.log(0.9), math.log(0.1)
@@ -392,7 +392,7 @@ def test_the_command_prints_both_probes_and_writes_all_numbers(text, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (["--text", "none.txt"], "cannot be read as UTF-8 text"),
+        (["--text", "none.txt"], "cannot be read"),
         (["--compare", MASKED_BASE], "the checkpoints have V = 1024 and V = 1025"),
         (["--prompts", "100000"], "too few for 100000 prompts of 16"),
         (["--positions", "20", "--prompt-length", "20"], "do not fit into the model's 32"),

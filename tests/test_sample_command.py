@@ -21,8 +21,8 @@ from tokendrift.diffusion import MaskedDiffusion, UniformDiffusion
 from tokendrift.evaluation.files import read_samples
 from tokendrift.models import DiT, save_denoiser
 from tokendrift.sampling import FirstHitting, Psi, ReMDM, named_sampler, remdm_loop, sample
-from tokendrift.sampling.run import SampleConfig, sample_to_file
 from tokendrift.sampling.sample_file import SampleFile
+from tokendrift.sampling.to_file import SampleConfig, sample_to_file
 
 TOKENIZER = PRETRAINED / "tokenizer.json"
 KINDS = {"masked": MaskedDiffusion, "uniform": UniformDiffusion}

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from tokendrift import TokenDriftError
-from tokendrift.evaluation import BadLine, read_samples, write_atomically
+from tokendrift.evaluation import BadLine, read_samples
+from tokendrift.files import write_atomically
 from tokendrift.sampling.sample_file import SampleFile
 
 

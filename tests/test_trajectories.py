@@ -7,7 +7,7 @@ import torch
 
 from tokendrift import IdentityFeatures, PairDriftLoss, TokenDriftError, TokenDriftLoss
 from tokendrift.diffusion import MaskedDiffusion, UniformDiffusion
-from tokendrift.evaluation.markov import ExactDenoiser, MarkovLanguage, few_step
+from tokendrift.markov import ExactDenoiser, MarkovLanguage, few_step
 from tokendrift.models import DiT, DiTConfig
 from tokendrift.training import Continuation, LoopConfig, Optimization, OwnTrajectories, places, train
 

@@ -177,7 +177,7 @@ def sample(
     with plain_errors("finished batches are kept: run the same command again to go on"):
         from rich.progress import Progress
 
-        from tokendrift.sampling.run import SampleConfig, sample_to_file
+        from tokendrift.sampling.to_file import SampleConfig, sample_to_file
 
         with Progress(console=Console(stderr=True), transient=True) as bar:
             task = bar.add_task("sampling", total=n)
@@ -246,8 +246,8 @@ def probe(
     With --compare: does refinement close the trap, beyond what a lower temperature does?
     """
     with plain_errors():
-        from tokendrift.evaluation.files import write_atomically
-        from tokendrift.evaluation.probes import probe_checkpoints
+        from tokendrift.files import write_atomically
+        from tokendrift.probes import probe_checkpoints
 
         with Console(stderr=True).status("probing") as status:
             report = probe_checkpoints(
@@ -331,9 +331,9 @@ def evaluate(
         "device": device,
     }  # fmt: skip
     with plain_errors("with --keep, samples of checkpoints are kept: run the same command again to go on"):
-        from tokendrift.evaluation.files import write_atomically
         from tokendrift.evaluation.report import EvaluateConfig, as_json, evaluate_files, page
         from tokendrift.evaluation.report.html import require_matplotlib
+        from tokendrift.files import write_atomically
 
         config = EvaluateConfig(**options)  # type: ignore[arg-type]
         if html_file is not None:

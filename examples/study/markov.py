@@ -16,7 +16,7 @@ from torch import Tensor
 from tokendrift.demo.cache import cached
 from tokendrift.diffusion import Process
 from tokendrift.evaluation import validation_nelbo
-from tokendrift.evaluation.markov import ExactDenoiser, MarkovLanguage, few_step
+from tokendrift.markov import ExactDenoiser, MarkovLanguage, few_step
 from tokendrift.models import DiT, DiTConfig, load_denoiser, save_denoiser
 from tokendrift.training import Continuation, Denoising, LoopConfig, train
 

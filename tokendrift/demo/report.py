@@ -13,9 +13,9 @@ import torch
 
 from tokendrift.demo.run import Outcome, Row
 from tokendrift.demo.stages import DemoConfig
-from tokendrift.evaluation import write_atomically
 from tokendrift.evaluation.matching import entropy
 from tokendrift.evaluation.report.html import INK, inline_svg, render
+from tokendrift.files import write_atomically
 
 if TYPE_CHECKING:
     from markupsafe import Markup

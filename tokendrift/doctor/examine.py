@@ -18,9 +18,10 @@ from torch import Tensor
 from tokendrift._checks import check_count, check_device, fail
 from tokendrift.diffusion import MaskedDiffusion, Process
 from tokendrift.doctor import probes
+from tokendrift.doctor.findings import Report, Verdict
 from tokendrift.doctor.probes import Alternative, Estimate
-from tokendrift.doctor.report import Report, Verdict
 from tokendrift.errors import TokenDriftError
+from tokendrift.files import read_text
 from tokendrift.models import DiT, build, read_checkpoint
 from tokendrift.models.tokenizer import GPT2_VOCABULARY, find_tokenizer, load_tokenizer
 
@@ -57,7 +58,7 @@ def diagnose(
     """
     check_count("tokens", tokens, least=1)
     device = check_device(device or "cpu")
-    documents = None if text is None else [_read_text(text)]
+    documents = None if text is None else [read_text(text, argument="--text")]
     named = None if tokenizer is None else (load_tokenizer(tokenizer), str(tokenizer))
     progress("reading the checkpoint")
     checkpoint = read_checkpoint(source, revision=revision)
@@ -278,10 +279,3 @@ def _default_documents() -> list[str]:
     from tokendrift.demo.corpus import python_documents, split
 
     return split(python_documents()).held_out
-
-
-def _read_text(path: Path) -> str:
-    try:
-        return Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise fail(f"--text {path} cannot be read as UTF-8 text: {error}.", "Pass a plain text file.") from None

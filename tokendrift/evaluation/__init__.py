@@ -16,7 +16,7 @@ from tokendrift.evaluation.diversity import (
 )
 from tokendrift.evaluation.draws import DrawSamples, MeasureSamples, Setting, denoiser_samples
 from tokendrift.evaluation.evaluator import Evaluation, Row, evaluate
-from tokendrift.evaluation.files import read_samples, write_atomically
+from tokendrift.evaluation.files import read_samples
 from tokendrift.evaluation.frontier import Frontier, Point, sweep
 from tokendrift.evaluation.generative_perplexity import (
     GenerativePerplexity,
@@ -98,5 +98,4 @@ __all__ = [
     "temperature_at",
     "unigram_entropy",
     "validation_nelbo",
-    "write_atomically",
 ]

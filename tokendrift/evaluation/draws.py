@@ -7,10 +7,10 @@ from typing import Any, NamedTuple, TypeAlias
 
 from tokendrift._checks import check_count
 from tokendrift.diffusion.process import Denoiser, Process
-from tokendrift.evaluation.judge import scoring
 from tokendrift.evaluation.measures import Measures
 from tokendrift.evaluation.nelbo import LOGITS
 from tokendrift.evaluation.samples import Samples, SampleSet
+from tokendrift.modes import evaluation_mode
 from tokendrift.sampling import sample
 
 
@@ -56,7 +56,7 @@ def denoiser_samples(
         ids: list[list[int]] = []
         nfe = 0
         for first in range(0, check_count("count", count, least=1), rows):
-            with scoring(denoiser):
+            with evaluation_mode(denoiser):
                 found = sample(
                     denoiser,
                     process,

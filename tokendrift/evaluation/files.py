@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 from tokendrift._checks import fail
 from tokendrift.errors import TokenDriftError
 from tokendrift.evaluation.samples import BadLine, SampleSet
+from tokendrift.files import read_text
 from tokendrift.sampling.sample_file import HEADER
 
 
@@ -37,11 +38,7 @@ def read_samples(path: str | os.PathLike[str], *, skip_bad: bool = False) -> Sam
             together (lines with and without ids or text, several NFE).
     """
     place = Path(path)
-    try:
-        content = place.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        why = "is not UTF-8 text" if isinstance(error, UnicodeDecodeError) else f"cannot be read: {error.strerror}"
-        raise TokenDriftError(f"samples file {place} {why}.\n  Pass a .jsonl or .txt file.") from error
+    content = read_text(place, argument="samples file")
     if place.suffix != ".jsonl" and not has_header(content):
         texts = list(_paragraphs(content))
         if not texts:
@@ -78,42 +75,6 @@ def has_header(content: str) -> bool:
         return first.startswith("{") and HEADER in _object(first)
     except ValueError:
         return False
-
-
-def write_atomically(path: str | os.PathLike[str], text: str) -> None:
-    """Write a UTF-8 file whole or not at all: where writing fails, an older file of that name stays as it was.
-
-    A link stays, and the file that it leads to is replaced. What is no regular file, such as a pipe or
-    ``/dev/stdout``, is written to as it is.
-
-    Raises:
-        TokenDriftError: If the folder cannot be written to or the disk is full.
-    """
-    place = Path(path)
-    try:
-        if place.exists() and not place.is_file():
-            place.write_text(text, encoding="utf-8", newline="\n")
-        else:
-            _replace(place.resolve(), text)
-    except (OSError, RuntimeError) as error:  # before Python 3.13 links in a circle are a RuntimeError
-        why = getattr(error, "strerror", None) or error
-        older = " The older file is unchanged." if place.is_file() else ""
-        raise TokenDriftError(
-            f"{place} could not be written: {why}.{older}\n  Free some space, or write elsewhere."
-        ) from error
-
-
-def _replace(place: Path, text: str) -> None:
-    part = place.with_name(f".{place.name}.{os.getpid()}.part")
-    try:
-        place.parent.mkdir(parents=True, exist_ok=True)
-        with part.open("w", encoding="utf-8", newline="\n") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())  # a full disk may show only here
-        part.replace(place)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def _object(line: str) -> dict[str, Any]:

@@ -170,7 +170,7 @@ class Frontier:
         Raises:
             TokenDriftError: If matplotlib is missing.
         """
-        from tokendrift.evaluation._plots import draw_frontier
+        from tokendrift.evaluation.plots import draw_frontier
 
         return draw_frontier(self, kind, axes)
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, distributed
 
 from tokendrift._checks import check_choice, check_count, fail
-from tokendrift.evaluation.judge import DEFAULT_JUDGE, Judge, check_range, scoring, token_nll
+from tokendrift.evaluation.judge import DEFAULT_JUDGE, Judge, check_range, token_nll
 from tokendrift.evaluation.protocols import (
     NEED_EOS,
     PROTOCOLS,
@@ -22,6 +22,7 @@ from tokendrift.evaluation.protocols import (
     scored_targets,
 )
 from tokendrift.evaluation.samples import Samples, id_sequences
+from tokendrift.modes import evaluation_mode
 from tokendrift.references import rank_count
 
 
@@ -208,7 +209,7 @@ class GenerativePerplexity:
         nll = torch.zeros(len(sequences), dtype=torch.float64)
         tokens = torch.zeros(len(sequences), dtype=torch.int64)
         precision = ""
-        with scoring(self.judge.model):
+        with evaluation_mode(self.judge.model):
             for batch in self._batches(pieces):
                 owners = torch.tensor([owner for owner, _ in batch])
                 ids, mask, counted = self._collate(sequences, batch)

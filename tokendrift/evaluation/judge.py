@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import inspect
 import os
-from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -217,21 +216,6 @@ def load_judge(
         ) from error
     # Widened or narrowed after loading: releases of transformers differ in what they load a checkpoint as.
     return model.to(device=device, dtype=PRECISIONS[precision]).eval(), tokenizer
-
-
-@contextmanager
-def scoring(model: object) -> Iterator[None]:
-    """Score without gradient and without dropout; every module gets its mode back."""
-    modules = list(model.modules()) if isinstance(model, nn.Module) else []
-    modes = [module.training for module in modules]
-    for module in modules:
-        module.training = False
-    try:
-        with torch.no_grad():  # in inference mode a model may cache tensors that its training cannot use afterwards
-            yield
-    finally:
-        for module, mode in zip(modules, modes, strict=True):
-            module.training = mode
 
 
 def _relaxed() -> bool:

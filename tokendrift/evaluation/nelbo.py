@@ -8,7 +8,7 @@ from torch import Tensor
 from tokendrift._checks import check_count
 from tokendrift.diffusion.process import Corruption, Denoiser, Process
 from tokendrift.evaluation.bootstrap import Interval, bootstrap_interval
-from tokendrift.evaluation.judge import scoring
+from tokendrift.modes import evaluation_mode
 
 LOGITS = 1 << 27  # held at once: half a GiB in float32
 
@@ -34,7 +34,7 @@ def sequence_nelbo(
     generator = torch.Generator(ids.device).manual_seed(seed)
     rows = max(1, LOGITS // (ids.shape[1] * process.vocab_size))
     parts = []
-    with scoring(denoiser):
+    with evaluation_mode(denoiser):
         for batch in ids.split(batch_size):
             noisy = process.corrupt(batch, generator=generator)
             for part, clean in zip(zip(*(x.split(rows) for x in noisy), strict=True), batch.split(rows), strict=True):

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from tokendrift._checks import check_count, check_floating, check_ids, check_positive, check_tensor, fail
 from tokendrift.errors import TokenDriftError
 from tokendrift.evaluation.bootstrap import Interval, check_resampling, interval_from, redraws
-from tokendrift.evaluation.judge import Judge, check_range, scoring
+from tokendrift.evaluation.judge import Judge, check_range
 from tokendrift.evaluation.samples import Samples, id_sequences
+from tokendrift.modes import evaluation_mode
 
 PERMUTATIONS_AT_ONCE = 64
 
@@ -239,7 +240,7 @@ def judge_features(samples: Samples, judge: Judge, *, batch_size: int = 64, trun
     check_range(torch.cat(sequences), judge.vocab_size)
     order = sorted(range(len(sequences)), key=lambda i: -len(sequences[i]))
     rows: dict[int, Tensor] = {}
-    with scoring(judge.model):
+    with evaluation_mode(judge.model):
         for start in range(0, len(order), batch_size):
             chosen = order[start : start + batch_size]
             parts = [sequences[i] for i in chosen]

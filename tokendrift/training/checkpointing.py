@@ -6,9 +6,7 @@ each tensor file. It is written under another name, flushed to the disk and then
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
 import shutil
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
@@ -18,6 +16,7 @@ from torch import Tensor
 
 from tokendrift._checks import fail
 from tokendrift.errors import TokenDriftError
+from tokendrift.files import file_digest, flush_to_disk
 
 STATE = "state.json"
 NAME, UNFINISHED, BROKEN = "step-", ".saving-", "broken-"
@@ -66,15 +65,15 @@ def save_checkpoint(
                 save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, file)
             except SafetensorError as error:
                 raise OSError(str(error)) from error
-            digests[group] = _digest(file)
-            _flush(file)
+            digests[group] = file_digest(file)
+            flush_to_disk(file)
         content = json.dumps({**state, "step": step, "sha256": digests}, indent=1)
         (made / STATE).write_text(content + "\n", encoding="utf-8")
         for path in (made / STATE, made):
-            _flush(path)
+            flush_to_disk(path)
         remove_checkpoint(place)  # of the same step, from a run that was cut off before
         made.rename(place)
-        _flush(folder)
+        flush_to_disk(folder)
     except OSError:
         shutil.rmtree(made, ignore_errors=True)
         raise
@@ -96,7 +95,7 @@ def load_checkpoint(place: Path) -> Stored:
         tensors = {}
         for group, digest in state["sha256"].items():
             file = place / f"{group}.safetensors"
-            if _digest(file) != digest:
+            if file_digest(file) != digest:
                 raise fail(f"{file} is not what was written: its SHA-256 differs.")
             tensors[group] = load_file(file)
     except (FileNotFoundError, ValueError, KeyError, AttributeError, TypeError, SafetensorError) as error:
@@ -165,30 +164,3 @@ def remove_checkpoint(place: Path) -> None:
     """Remove a checkpoint; its state goes first, so that an interruption leaves nothing that looks whole."""
     (place / STATE).unlink(missing_ok=True)
     shutil.rmtree(place, ignore_errors=True)
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Write a text file that is the old one or the new one, whenever the process is killed."""
-    made = path.with_name(f".{path.name}.new")
-    made.write_text(text, encoding="utf-8")
-    _flush(made)
-    made.replace(path)
-
-
-def _digest(file: Path) -> str:
-    with file.open("rb") as stream:
-        found = hashlib.sha256()
-        while block := stream.read(1 << 20):
-            found.update(block)
-    return found.hexdigest()
-
-
-def _flush(path: Path) -> None:
-    """Wait until a file or a folder is on the disk."""
-    if path.is_dir() and os.name == "nt":
-        return  # folders cannot be opened there
-    handle = os.open(path, os.O_RDONLY if path.is_dir() or os.name != "nt" else os.O_RDWR)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from tokendrift._checks import check_choice, check_count, check_positive, fail
 from tokendrift.field import NORMALIZATIONS
-from tokendrift.training.loop import LoopConfig
+from tokendrift.training.optimization import LoopConfig
 
 OBJECTIVES = ("drift", "continuation", "combined", "pairs", "mirror-kl", "mirror-mse")
 BASE_WEIGHTS = {"combined": 1.0, "pairs": 0.1}  # unless it is given; no other objective has one

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from tokendrift.diffusion import Process
+from tokendrift.models.tokenizer import TextTokenizer
 from tokendrift.training.packing import mix
-from tokendrift.training.tokenizer import TextTokenizer
 
 Row = dict[str, Any]
 

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from tokendrift._checks import check_count, fail
+from tokendrift.models.tokenizer import TextTokenizer
 from tokendrift.training.text import Documents, Piece, Place
-from tokendrift.training.tokenizer import TextTokenizer
 
 LOT = 64  # pieces that are tokenised together, on as many threads as there are
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -11,7 +10,6 @@ from datetime import timedelta
 from typing import Any, Literal, cast
 
 import torch
-from torch import nn
 
 from tokendrift._checks import fail
 from tokendrift.diffusion import Process
@@ -116,13 +114,3 @@ def drifting_loss(
         eta = config.mirror_step
         return MirrorTeacherLoss(features.embedding, features, distance=distance, step_size=eta, **options)
     return TokenDriftLoss(features.embedding, features, drift_scale=config.drift_scale, **options)
-
-
-def weight_digest(model: nn.Module) -> str:
-    """Return the SHA-256 of all weights: two models with the same one are the same."""
-    from safetensors.torch import save
-
-    found = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        found.update(save({name: tensor.detach().cpu().contiguous()}))
-    return found.hexdigest()

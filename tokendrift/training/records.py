@@ -11,7 +11,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from tokendrift.training.checkpointing import write_atomically
+from tokendrift.files import write_atomically
 
 LOG, CURVES = "log.jsonl", "tensorboard"
 WANDB = "wandb-id.txt"  # under which id Weights & Biases knows the run

@@ -15,22 +15,23 @@ from tokendrift._checks import fail
 from tokendrift._objective import DriftObjective
 from tokendrift.diffusion import Process
 from tokendrift.errors import TokenDriftError
+from tokendrift.files import weight_digest
 from tokendrift.loss import TokenDriftLoss
 from tokendrift.models import DiT
 from tokendrift.models.checkpoints import build, read_checkpoint
+from tokendrift.models.tokenizer import text_tokenizer
 from tokendrift.pairs import PairDriftLoss
 from tokendrift.training.checkpointing import Stored
 from tokendrift.training.config import RefineConfig
 from tokendrift.training.few_step import FewStep, Row, judge_name
-from tokendrift.training.loop import Optimization, Tensors
 from tokendrift.training.objectives import Continuation, Drift, Objective
+from tokendrift.training.optimization import Optimization, Tensors
 from tokendrift.training.packing import PackedText, mix
-from tokendrift.training.parts import drifting_loss, termination, text_source, weight_digest
+from tokendrift.training.parts import drifting_loss, termination, text_source
 from tokendrift.training.ranks import RowsOfRank, anywhere, told
 from tokendrift.training.records import Records
 from tokendrift.training.run_folder import RunFolder
 from tokendrift.training.text import Documents, TextFiles
-from tokendrift.training.tokenizer import text_tokenizer
 from tokendrift.training.trajectories import OwnTrajectories
 
 NOISE, DROPOUT, ORDER, SAMPLES = range(4)  # what random numbers are for; each has a stream of its own

@@ -13,7 +13,9 @@ from torch import Tensor
 from tokendrift import __version__
 from tokendrift._checks import fail
 from tokendrift.diffusion import Process
+from tokendrift.files import write_atomically
 from tokendrift.models import DiT, DiTConfig, save_denoiser
+from tokendrift.models.tokenizer import TextTokenizer
 from tokendrift.training.card import model_card
 from tokendrift.training.checkpointing import (
     Stored,
@@ -22,10 +24,8 @@ from tokendrift.training.checkpointing import (
     load_checkpoint,
     prune_checkpoints,
     save_checkpoint,
-    write_atomically,
 )
 from tokendrift.training.config import BOOKKEEPING, KINDS, PAIR_SETTINGS, RefineConfig
-from tokendrift.training.tokenizer import TextTokenizer
 
 CONFIG, CARD = "config.toml", "README.md"
 CHECKPOINTS, BEST = "checkpoints", "best"

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from tokendrift._checks import check_count, fail
 from tokendrift.diffusion import Mixture, Process
-from tokendrift.evaluation.judge import scoring
 from tokendrift.loss import TokenDriftLoss
+from tokendrift.modes import evaluation_mode
 from tokendrift.pairs import PairDriftLoss
 from tokendrift.sampling import Chain, sample
 from tokendrift.training.objectives import Continuation, Network, StepLoss
@@ -114,7 +114,7 @@ class OwnTrajectories:
 
         seed, first_row = self._random(2**62), rank * len(x0)
         options: dict[str, Any] = {"steps": steps, "sampler": first, "seed": seed, "first_row": first_row}
-        with scoring(model):
+        with evaluation_mode(model):
             return sample(model, self.process, (len(x0), x0.shape[1]), device=x0.device, **options).ids
 
     def _random(self, count: int) -> int:

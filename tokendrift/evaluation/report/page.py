@@ -6,9 +6,9 @@ from collections.abc import Callable, Sequence
 from importlib.resources import files
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from tokendrift.evaluation._plots import arms
 from tokendrift.evaluation.bootstrap import Interval
 from tokendrift.evaluation.measures import Measures
+from tokendrift.evaluation.plots import arms
 from tokendrift.evaluation.report.html import as_label, inline_svg, render
 from tokendrift.evaluation.report.phrases import WORDS, marked, most_repeated
 from tokendrift.evaluation.report.report import HEADINGS, Matched, Report, in_short, shown

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from tokendrift._checks import fail
 from tokendrift.evaluation.files import has_header, read_samples
 from tokendrift.evaluation.samples import SampleSet, decode, id_sequences, tokenize
+from tokendrift.files import read_text
 
 
 class Source(NamedTuple):
@@ -67,12 +68,12 @@ def sample_checkpoints(
         nfes: Function evaluations, one set for each.
         folder: For the files.
         progress: Called with what is being sampled.
-        **options: Of `tokendrift.sampling.run.SampleConfig`.
+        **options: Of `tokendrift.sampling.to_file.SampleConfig`.
 
     Raises:
-        TokenDriftError: As for `tokendrift.sampling.run.sample_to_file`.
+        TokenDriftError: As for `tokendrift.sampling.to_file.sample_to_file`.
     """
-    from tokendrift.sampling.run import SampleConfig, sample_to_file
+    from tokendrift.sampling.to_file import SampleConfig, sample_to_file
 
     for name, place in map(named, checkpoints):
         for nfe in nfes:
@@ -156,17 +157,13 @@ def _content(tokenizer: Any) -> str:
     return repr((type(tokenizer).__name__, sorted(tokenizer.get_vocab().items())))
 
 
-def read_text(path: str) -> str:
-    """Return a UTF-8 text file.
+def read_some_text(path: str) -> str:
+    """Return the content of a UTF-8 text file that is not empty.
 
     Raises:
         TokenDriftError: If it cannot be read, or holds no text.
     """
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        why = "is not UTF-8 text" if isinstance(error, UnicodeDecodeError) else f"cannot be read: {error.strerror}"
-        raise fail(f"text file {path} {why}.", "Pass a plain text file.") from None
+    text = read_text(path, argument="text file")
     if not text.strip():
         raise fail(f"text file {path} is empty.", "Pass a file with text.")
     return text
@@ -176,7 +173,7 @@ def read_real(path: str, *, skip_bad: bool = False) -> SampleSet | str:
     """Return real text: the samples of a file that has them by line, or any other's text whole, for `real_windows`."""
     if Path(path).suffix == ".jsonl":
         return read_samples(path, skip_bad=skip_bad)
-    text = read_text(path)
+    text = read_some_text(path)
     return read_samples(path, skip_bad=skip_bad) if has_header(text) else text
 
 

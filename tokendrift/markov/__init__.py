@@ -5,10 +5,10 @@ it perfectly. `few_step` samples any denoiser under any process and measures wha
 figure has its true value, and real text of the same size stands beside it.
 """
 
-from tokendrift.evaluation.markov.few_step import FewStep, FewStepRow, few_step
-from tokendrift.evaluation.markov.language import MarkovLanguage
-from tokendrift.evaluation.markov.measures import MarkovMeasures, measure_ids, real_floor
-from tokendrift.evaluation.markov.oracle import ExactDenoiser
+from tokendrift.markov.curve import FewStep, FewStepRow, few_step
+from tokendrift.markov.language import MarkovLanguage
+from tokendrift.markov.law_measures import MarkovMeasures, measure_ids, real_floor
+from tokendrift.markov.oracle import ExactDenoiser
 
 __all__ = [
     "ExactDenoiser",

@@ -11,9 +11,9 @@ import torch
 from tokendrift._checks import check_count, fail
 from tokendrift.diffusion import Denoiser, Process
 from tokendrift.evaluation.bootstrap import Interval
-from tokendrift.evaluation.judge import scoring
-from tokendrift.evaluation.markov.language import MarkovLanguage
-from tokendrift.evaluation.markov.measures import MarkovMeasures, measure_ids, real_floor
+from tokendrift.markov.language import MarkovLanguage
+from tokendrift.markov.law_measures import MarkovMeasures, measure_ids, real_floor
+from tokendrift.modes import evaluation_mode
 from tokendrift.sampling import sample
 
 if TYPE_CHECKING:
@@ -121,7 +121,7 @@ def few_step(
         TokenDriftError: If an option is out of range, or samples hold what is no word.
 
     >>> language = MarkovLanguage.random(words=6, successors=2, length=5)
-    >>> from tokendrift.evaluation.markov import ExactDenoiser
+    >>> from tokendrift.markov import ExactDenoiser
     >>> process = language.process("masked")
     >>> found = few_step(language, ExactDenoiser(language, process), process, steps=(1, 100), samples=64)
     >>> found.rows[0].measures.validity.estimate < found.rows[1].measures.validity.estimate
@@ -141,7 +141,7 @@ def few_step(
             parts = []
             for first in range(0, samples, batch_size):
                 shape = (min(batch_size, samples - first), language.length)
-                with scoring(denoiser):
+                with evaluation_mode(denoiser):
                     parts.append(
                         sample(
                             denoiser,

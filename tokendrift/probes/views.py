@@ -5,16 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from tokendrift.evaluation._plots import canvas
 from tokendrift.evaluation.bootstrap import Interval
+from tokendrift.evaluation.plots import canvas
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
     from rich.table import Table
 
-    from tokendrift.evaluation.probes.information_decay import InformationDecay
-    from tokendrift.evaluation.probes.marginal_trap import MarginalTrap
+    from tokendrift.probes.information_decay import InformationDecay
+    from tokendrift.probes.marginal_trap import MarginalTrap
 
 
 def decay_table(

@@ -13,8 +13,8 @@ from torch import Tensor
 from tokendrift._checks import check_count, check_ids, check_positive, check_tensor, fail
 from tokendrift.diffusion.process import Denoiser, Process
 from tokendrift.evaluation.bootstrap import Interval
-from tokendrift.evaluation.judge import scoring
-from tokendrift.evaluation.probes.setting import Setting, interval_of_means
+from tokendrift.modes import evaluation_mode
+from tokendrift.probes.setting import Setting, interval_of_means
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -66,19 +66,19 @@ class InformationDecay:
 
     def table(self, decode: Callable[[int], str] = str) -> Table:
         """Return a `rich` table (extra ``cli``), a row for each distance; ``decode`` gives the text of one token."""
-        from tokendrift.evaluation.probes.views import decay_table
+        from tokendrift.probes.views import decay_table
 
         return decay_table({"": self}, decode)
 
     def plot(self, axes: Axes | None = None) -> tuple[Figure, Axes]:
         """Draw entropy and divergence over distance with their intervals; returns matplotlib's (fig, ax)."""
-        from tokendrift.evaluation.probes.views import plot_decay
+        from tokendrift.probes.views import plot_decay
 
         return plot_decay({"": self}, axes)
 
     def heat_map(self, decode: Callable[[int], str] = str, axes: Axes | None = None) -> tuple[Figure, Axes]:
         """Draw the mean probability of every token that is among the first three somewhere; returns (fig, ax)."""
-        from tokendrift.evaluation.probes.views import heat_map
+        from tokendrift.probes.views import heat_map
 
         return heat_map(self, decode, axes)
 
@@ -133,7 +133,7 @@ def information_decay(
     noise, rows = setting.noise(positions), len(setting.rows)
     entropy, divergence = (torch.zeros(rows, positions, dtype=torch.float64) for _ in range(2))
     mean = torch.zeros(positions, process.vocab_size, dtype=torch.float64)
-    with scoring(denoiser):
+    with evaluation_mode(denoiser):
         for span in setting.batches():
             ids = torch.cat([setting.rows[span], noise[span]], dim=1)
             log_p = setting.predict(ids, noisy=positions, temperature=temperature)

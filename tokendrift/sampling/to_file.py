@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 import tokendrift
 from tokendrift._checks import check_choice, check_count, check_device, fail
 from tokendrift.diffusion import Process
+from tokendrift.files import weight_digest
 from tokendrift.models import DiT, build, read_checkpoint
 from tokendrift.models.tokenizer import find_tokenizer, load_tokenizer
 from tokendrift.sampling.loop import NOISE_REMOVAL, Samples
@@ -124,7 +123,7 @@ class Source:
             "torch": torch.__version__,
             **dataclasses.asdict(config),
             "revision": found.revision,
-            "weights": fingerprint(self.model),
+            "weights": weight_digest(self.model)[:16],
             "process": repr(self.process),
             "length": self.length,
             "tokenizer": where,
@@ -211,13 +210,3 @@ def sample_to_file(
         file.append(source.rows(file.count, size, tick))
     file.finish()
     return file
-
-
-def fingerprint(model: nn.Module) -> str:
-    """Return sixteen hex digits of the weights: another checkpoint under the same name has others."""
-    from safetensors.torch import save
-
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(save({name: tensor.detach().cpu().contiguous()}))
-    return digest.hexdigest()[:16]

@@ -19,15 +19,15 @@ from tokendrift.evaluation.generative_perplexity import GenerativePerplexity
 from tokendrift.evaluation.judge import DEFAULT_JUDGE, PRECISIONS
 from tokendrift.evaluation.measures import measure
 from tokendrift.evaluation.protocols import PROTOCOLS
-from tokendrift.evaluation.report.checkpoints import at_entropy_of_each, held_out_nelbo, load_models
+from tokendrift.evaluation.report.checkpoint_rows import at_entropy_of_each, held_out_nelbo, load_models
 from tokendrift.evaluation.report.report import REAL, Matched, Report
 from tokendrift.evaluation.report.sources import (
     common_tokenizer,
     labels,
     named,
     read_real,
+    read_some_text,
     read_sources,
-    read_text,
     real_windows,
     sample_checkpoints,
 )
@@ -121,7 +121,7 @@ def evaluate_files(config: EvaluateConfig, *, progress: Callable[[str], object] 
     progress("reading")
     sources = read_sources(config.samples, skip_bad=config.skip_bad)
     real = read_real(config.real, skip_bad=config.skip_bad)
-    training = None if config.training_text is None else SampleSet(texts=[read_text(config.training_text)])
+    training = None if config.training_text is None else SampleSet(texts=[read_some_text(config.training_text)])
     progress(f"loading the judge {config.judge}")
     judge = GenerativePerplexity(
         config.judge,

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from tokendrift._checks import check_ids, fail
 from tokendrift.diffusion import Process
-from tokendrift.evaluation.markov.language import MarkovLanguage
+from tokendrift.markov.language import MarkovLanguage
 
 SPARE = 1e-12  # share of each transition spread over all words, so that impossible contexts have an answer, too
 

@@ -15,16 +15,17 @@ from tokendrift.diffusion import Process
 from tokendrift.evaluation.bootstrap import Interval
 from tokendrift.evaluation.generative_perplexity import GenerativePerplexity
 from tokendrift.evaluation.judge import DEFAULT_JUDGE
-from tokendrift.evaluation.probes.information_decay import InformationDecay, information_decay, unigram_law
-from tokendrift.evaluation.probes.marginal_trap import (
+from tokendrift.evaluation.samples import decode
+from tokendrift.files import read_text
+from tokendrift.probes.information_decay import InformationDecay, information_decay, unigram_law
+from tokendrift.probes.marginal_trap import (
     PROTOCOL,
     MarginalTrap,
     marginal_trap,
     matched_temperature,
     trap_change,
 )
-from tokendrift.evaluation.probes.views import decay_table, trap_table
-from tokendrift.evaluation.samples import decode
+from tokendrift.probes.views import decay_table, trap_table
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -139,10 +140,7 @@ def probe_checkpoints(
     from tokendrift.models import build, load_denoiser, read_checkpoint
     from tokendrift.models.tokenizer import load_tokenizer
 
-    try:
-        written = Path(text).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise fail(f"text {text} cannot be read as UTF-8 text: {error}.", "Pass a plain text file.") from None
+    written = read_text(text, argument="text")
     progress("loading")
     source = read_checkpoint(checkpoint)
     found = {BEFORE: build(source, device=device)}

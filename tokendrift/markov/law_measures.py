@@ -12,7 +12,7 @@ from torch import Tensor
 from tokendrift._checks import check_count, check_ids, fail
 from tokendrift.evaluation.bootstrap import Interval, bootstrap_interval, interval_from, redraws
 from tokendrift.evaluation.diversity import sample_entropy, unigram_entropy
-from tokendrift.evaluation.markov.language import MarkovLanguage
+from tokendrift.markov.language import MarkovLanguage
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,8 @@ from tokendrift.diffusion.process import Denoiser, Process
 from tokendrift.evaluation.bootstrap import Interval
 from tokendrift.evaluation.diversity import unigram_entropy
 from tokendrift.evaluation.generative_perplexity import GenerativePerplexity
-from tokendrift.evaluation.judge import scoring
-from tokendrift.evaluation.probes.setting import Setting, entropies, interval_of_means
+from tokendrift.modes import evaluation_mode
+from tokendrift.probes.setting import Setting, entropies, interval_of_means
 from tokendrift.sampling.categorical import draw
 
 if TYPE_CHECKING:
@@ -79,13 +79,13 @@ class MarginalTrap:
 
     def table(self) -> Table:
         """Return a `rich` table (extra ``cli``), a row for each k."""
-        from tokendrift.evaluation.probes.views import trap_table
+        from tokendrift.probes.views import trap_table
 
         return trap_table({"": self})
 
     def plot(self, axes: Axes | None = None) -> tuple[Figure, Axes]:
         """Draw the gap over k with its interval; returns matplotlib's (fig, ax)."""
-        from tokendrift.evaluation.probes.views import plot_trap
+        from tokendrift.probes.views import plot_trap
 
         return plot_trap({"": self}, axes)
 
@@ -143,7 +143,7 @@ def marginal_trap(
         )
     noise, uniform = setting.noise(max(sizes)), setting.uniform(max(sizes))
     pairs, entropy = [], []
-    with scoring(denoiser):
+    with evaluation_mode(denoiser):
         for k in sizes:
             found = [
                 _draw_twice(setting, span, noise[span, :k], uniform[span, :k], temperature)
@@ -239,7 +239,7 @@ def matched_temperature(
     noise = setting.noise(check_count("positions", positions, least=1))
 
     def mean_entropy(temperature: float) -> float:
-        with scoring(denoiser):
+        with evaluation_mode(denoiser):
             rows = (torch.cat([setting.rows[span], noise[span]], dim=1) for span in setting.batches())
             laws = (setting.predict(ids, noisy=positions, temperature=temperature) for ids in rows)
             return float(torch.cat([entropies(log_p) for log_p in laws]).mean())

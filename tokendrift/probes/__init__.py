@@ -11,10 +11,10 @@ Source: the two analyses of "On the Role of Discreteness in Diffusion LLMs" (arX
 turn into frequent words with distance, and defines the marginal trap.
 """
 
-from tokendrift.evaluation.probes.checkpoints import ProbeReport, probe_checkpoints
-from tokendrift.evaluation.probes.information_decay import InformationDecay, Share, information_decay, unigram_law
-from tokendrift.evaluation.probes.marginal_trap import MarginalTrap, marginal_trap, matched_temperature, trap_change
-from tokendrift.evaluation.probes.views import (
+from tokendrift.probes.information_decay import InformationDecay, Share, information_decay, unigram_law
+from tokendrift.probes.marginal_trap import MarginalTrap, marginal_trap, matched_temperature, trap_change
+from tokendrift.probes.probe import ProbeReport, probe_checkpoints
+from tokendrift.probes.views import (
     decay_table,
     heat_map,
     plot_decay,

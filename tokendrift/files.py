@@ -1,0 +1,101 @@
+"""Reading text, writing files whole or not at all, and digests: what every room above does with files."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from pathlib import Path
+
+from torch import nn
+
+from tokendrift.errors import TokenDriftError
+
+BLOCK = 1 << 20  # bytes read at a time for a digest
+
+
+class FileError(TokenDriftError, OSError):
+    """A file that cannot be read or written. The message names the file, the reason, and what to do."""
+
+
+def read_text(path: str | os.PathLike[str], *, argument: str = "file") -> str:
+    """Return the content of a UTF-8 text file; a byte order mark at its start is dropped.
+
+    Args:
+        path: The file.
+        argument: What the file was passed as, for the message of the error.
+
+    Raises:
+        FileError: If it cannot be read, or is not UTF-8.
+    """
+    try:
+        return Path(path).read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise FileError(
+            f"{argument} {path} is not UTF-8 text (byte {error.start}).\n  Pass a plain text file in UTF-8."
+        ) from None
+    except OSError as error:
+        raise FileError(f"{argument} {path} cannot be read: {error.strerror}.\n  Pass a file that exists.") from None
+
+
+def write_atomically(path: str | os.PathLike[str], text: str) -> None:
+    """Write a UTF-8 file whole or not at all: if writing fails or is interrupted, an older file of that name remains.
+
+    A symbolic link is kept, and the file that it points to is replaced. A path that is not a regular file, such as a
+    pipe or ``/dev/stdout``, is written to directly. Missing folders are made.
+
+    Raises:
+        FileError: If the folder cannot be written to or the disk is full.
+    """
+    place = Path(path)
+    try:
+        if place.exists() and not place.is_file():
+            place.write_text(text, encoding="utf-8", newline="\n")
+        else:
+            _replace(place.resolve(), text)
+    except (OSError, RuntimeError) as error:  # before Python 3.13 a circle of links raises RuntimeError
+        why = getattr(error, "strerror", None) or error
+        older = " The older file is unchanged." if place.is_file() else ""
+        raise FileError(
+            f"{place} could not be written: {why}.{older}\n  Free some space, or write elsewhere."
+        ) from error
+
+
+def _replace(place: Path, text: str) -> None:
+    part = place.with_name(f".{place.name}.{os.getpid()}.part")
+    try:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        part.write_text(text, encoding="utf-8", newline="\n")
+        flush_to_disk(part)  # a full disk may show only here
+        part.replace(place)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def flush_to_disk(path: Path) -> None:
+    """Wait until a file or a folder is on the disk."""
+    if path.is_dir() and os.name == "nt":
+        return  # Windows cannot open folders
+    handle = os.open(path, os.O_RDONLY if path.is_dir() or os.name != "nt" else os.O_RDWR)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def file_digest(path: Path) -> str:
+    """Return the SHA-256 of a file's bytes, in hexadecimal digits."""
+    found = hashlib.sha256()
+    with path.open("rb") as stream:
+        while block := stream.read(BLOCK):
+            found.update(block)
+    return found.hexdigest()
+
+
+def weight_digest(model: nn.Module) -> str:
+    """Return the SHA-256 of a model's ``state_dict``, in hexadecimal digits: equal digests mean equal weights."""
+    from safetensors.torch import save
+
+    found = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        found.update(save({name: tensor.detach().cpu().contiguous()}))
+    return found.hexdigest()

@@ -1,0 +1,30 @@
+"""Evaluation mode for a block of code."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+
+@contextmanager
+def evaluation_mode(model: object) -> Iterator[None]:
+    """Run a block with a model in evaluation mode and without gradient.
+
+    Every submodule gets back the mode that it had, so a model that is partly frozen stays so. A model that is no
+    ``nn.Module``, such as a function, has no mode, and only gradients are switched off.
+
+    ``torch.no_grad`` is used rather than inference mode, in which a model might cache tensors that training cannot use.
+    """
+    modules = list(model.modules()) if isinstance(model, nn.Module) else []
+    modes = [module.training for module in modules]
+    for module in modules:
+        module.training = False
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, mode in zip(modules, modes, strict=True):
+            module.training = mode
