@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from tokendrift._checks import INTEGER_DTYPES, check_mask, check_tensor, fail
-from tokendrift.sampling.sample_set import BadLine as BadLine
-from tokendrift.sampling.sample_set import SampleSet as SampleSet
+from tokendrift.sampling.sample_set import BadLine, SampleSet
+
+__all__ = ["BadLine", "Ids", "SampleSet", "Samples", "cleaned", "decode", "id_sequences", "spread", "tokenize"]
 
 # The replacements of transformers' clean_up_tokenization, in its order.
 CLEAN_UP = (

@@ -16,6 +16,7 @@ from torch import Tensor
 from tokendrift._checks import fail
 
 GPT2_VOCABULARY = 50257  # released models have one entry more: MDLM's mask, DUO's [PAD]
+UNUSED = ("truncation", "padding", "post_processor")  # parts of a serialised tokenizer that `encode` does not apply
 ENDS = ("<|endoftext|>", "<eos>", "</s>", "[SEP]")  # a lone tokenizer.json does not say which token ends a text
 
 # ------------------------------------------------------------------------------------------ finding and loading
@@ -179,12 +180,13 @@ def _first_id(tokenizer: Any, *names: str) -> int | None:
 def tokenizer_identity(tokenizer: Any) -> str:
     """Return the SHA-256 of all that makes a tokenizer: equal for copies, wherever they lie.
 
-    A fast tokenizer is read in its whole serialised form (normaliser, splitting, merges, vocabulary and special
-    tokens) but for truncation and padding, which `encode` switches off. Of a slow one, class and vocabulary count.
+    A fast tokenizer is read in its whole serialised form: normaliser, splitting, merges, vocabulary, special tokens.
+    Truncation, padding and what is put around texts are left out, because `encode` does not apply them. Of a slow
+    tokenizer, the class and the vocabulary count.
     """
     backend = getattr(tokenizer, "backend_tokenizer", tokenizer)
     if hasattr(backend, "to_str"):
-        content = json.loads(backend.to_str()) | {"truncation": None, "padding": None}
+        content = json.loads(backend.to_str()) | dict.fromkeys(UNUSED)
     else:
         content = [type(tokenizer).__name__, sorted(tokenizer.get_vocab().items())]
     return _sha256(content)

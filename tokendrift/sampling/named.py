@@ -35,22 +35,16 @@ come from the name, as strings: ``psi:A,B,C`` calls the entry ``psi`` with eta, 
 
 
 def sampler_names() -> list[str]:
-    """Return how each sampler of the table is spelled, its arguments in capitals.
+    """Return how each sampler of the table is spelled, with its required arguments in capitals.
 
     >>> sampler_names()[-1]
-    'psi:HIGH,MIDDLE,LOW[,PROFILE]'
+    'psi:HIGH,MIDDLE,LOW'
     """
     spelled = []
     for name, build in SAMPLERS.items():
-        required, optional = [], ""
-        for parameter in list(inspect.signature(build).parameters.values())[1:]:
-            if parameter.kind is not parameter.POSITIONAL_OR_KEYWORD:
-                continue
-            if parameter.default is parameter.empty:
-                required.append(parameter.name.upper())
-            else:
-                optional += f"[,{parameter.name.upper()}]"
-        spelled.append(f"{name}:{','.join(required)}{optional}" if required else name)
+        _, *others = inspect.signature(build).parameters.values()
+        arguments = [one.name.upper() for one in others if one.default is one.empty]
+        spelled.append(f"{name}:{','.join(arguments)}" if arguments else name)
     return spelled
 
 
@@ -70,17 +64,16 @@ def named_sampler(name: str, *, eta: float = 0.02) -> Sampler:
     ReMDM(rule='cap', eta=0.1)
     """
     key, colon, rest = name.partition(":")
-    arguments = rest.split(",") if colon else []
+    arguments = [eta, *(rest.split(",") if colon else [])]
     build = SAMPLERS.get(key)
-    if build is not None:
-        try:
-            inspect.signature(build).bind(eta, *arguments)
-        except TypeError:
-            build = None
-    if build is None:
+    try:
+        if build is None:
+            raise TypeError
+        inspect.signature(build).bind(*arguments)
+    except TypeError:
         raise fail(
             f"sampler must be one of {', '.join(sampler_names())}.",
             "The arguments of a sampler follow its name, for example psi:pure-posterior,max-capped-0.02,pure-posterior",
             sampler=name,
-        )
-    return build(eta, *arguments)
+        ) from None
+    return build(*arguments)

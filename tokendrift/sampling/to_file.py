@@ -28,27 +28,32 @@ DTYPES = ("float32", "bfloat16", "float16", "float64")
 class SampleConfig:
     """What a file of samples depends on, apart from the weights.
 
+    The descriptions are also the help texts of the command. ``device="auto"`` becomes the name of the chosen device.
+
     Attributes:
-        checkpoint: Hub id, folder or file.
-        n: Number of samples.
-        steps: Number of reverse steps of each window; None for samplers that set it themselves (``first-hitting``).
-        sampler: A name in the table of samplers, see `named_sampler`.
-        eta: Chance of remasking of the ReMDM samplers.
-        temperature: Divides the logits, see `sample`.
-        top_k: Draw among the k likeliest tokens, see `sample`.
-        top_p: Draw within the nucleus of this probability, see `sample`.
-        nucleus: Whether the token that crosses top_p is in the nucleus: ``"keep"`` or ``"drop"``, see `sample`.
-        noise_removal: What happens at the end of time: ``"ancestral"``, ``"greedy"`` or ``"none"``, see `sample`.
-        length: Tokens of a sample; by default the length of the model. Longer samples are drawn window by window.
-        stride: New tokens of each further window; half of the model's length by default.
-        prefix: Text that every sample begins with.
-        seed: Random seed of the run.
-        batch_size: Samples in a forward call. It does not change the random numbers of a sample.
-        revision: Branch, tag or commit of a hub id.
-        tokenizer: ``tokenizer.json``, folder or hub name; by default the checkpoint's own tokenizer.
-        dtype: Dtype of the parameters: ``"float32"``, ``"bfloat16"``, ``"float16"`` or ``"float64"``.
-        device: Device to sample on, such as ``"cpu"`` or ``"cuda:0"``; ``"auto"`` takes CUDA if it is available, else
-            the CPU, and the attribute then has that device's name.
+        checkpoint: Hub id, folder, safetensors file or Lightning .ckpt.
+        n: Number of samples. Default: 64.
+        steps: Number of reverse steps, of each window. Required by every sampler but first-hitting.
+        sampler: Name of a sampler in the table, see `named_sampler`. Default: ancestral.
+        eta: Probability that a ReMDM sampler masks a token again; other samplers ignore it. Default: 0.02.
+        temperature: Divides the logits: below 1 sharpens every prediction, 1 is the model's own law. Default: 1.
+        top_k: Draw among the k likeliest tokens. Default: all tokens.
+        top_p: Draw among the likeliest tokens up to this probability. Default: 1, all tokens.
+        nucleus: Whether the token that crosses top-p can be drawn: keep (it can) or drop (it cannot). Default: keep.
+        noise_removal: How the last noise is removed: ancestral (by the last step), greedy (by the likeliest tokens,
+            with one more function evaluation) or none. Default: ancestral.
+        length: Tokens of a sample. Samples longer than the model are drawn window by window. Default: the length of
+            the model.
+        stride: New tokens of each further window. Default: half of the model's length.
+        prefix: Text that every sample begins with. Default: none.
+        seed: Random seed. Each sample derives its own seed from it, so that results do not depend on the batch size.
+            Default: 0.
+        batch_size: Samples drawn together in one forward call. Default: 32.
+        revision: Branch, tag or commit of a hub id. Default: the main branch.
+        tokenizer: A tokenizer.json, a folder or a hub id. Default: the checkpoint's own tokenizer, or GPT-2's for a
+            vocabulary of its size.
+        dtype: Data type of the parameters: float32, bfloat16, float16 or float64. Default: float32.
+        device: Device such as cpu or cuda:0; auto takes cuda if it is available, else cpu. Default: auto.
 
     Raises:
         TokenDriftError: If an option is out of range.
