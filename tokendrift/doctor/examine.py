@@ -163,7 +163,7 @@ def check_nelbo(
     progress("trying other assumptions")
     alternatives = _alternatives(model, process, tokenizer, useless=useless)
     base = probes.window_nelbo(model, process, few, counted=False)
-    better = _rescue(base, few, alternatives, bound) if useless else _better(base, few, alternatives)
+    better = _best_alternative(base, few, alternatives, bound if useless else None)
     # 3. The verdict.
     if better is not None:
         report.figures["perplexity_otherwise"] = better.found.perplexity
@@ -193,24 +193,20 @@ class _Better(NamedTuple):
     base: Estimate
 
 
-def _rescue(base: Tensor, windows: Tensor, alternatives: Iterator[Alternative], bound: float) -> _Better | None:
-    """Return the best alternative under which the network knows more than word counts."""
-    useful = []
-    for each in alternatives:
-        found = probes.estimate(probes.window_nelbo(each.model, each.process, windows))
-        if found.mean + 2 * found.error < bound:
-            useful.append(_Better(each, found, probes.estimate(base)))
-    return min(useful, key=lambda better: better.found.mean, default=None)
+def _best_alternative(
+    base: Tensor, windows: Tensor, alternatives: Iterator[Alternative], bound: float | None
+) -> _Better | None:
+    """Return the best alternative that is better beyond doubt, None if there is none.
 
-
-def _better(base: Tensor, windows: Tensor, alternatives: Iterator[Alternative]) -> _Better | None:
-    """Return the best alternative that is better beyond doubt than what works already, under the same noise."""
+    With a bound, for a network that knows no more than word counts, an alternative must know more than those. Without
+    one it must be better than what works already, under the same noise.
+    """
     sure = []
     for each in alternatives:
-        values = probes.window_nelbo(each.model, each.process, windows, counted=False)
-        gain = probes.estimate(base - values)
-        if gain.mean > max(4 * gain.error, 0.005):
-            sure.append(_Better(each, probes.estimate(values), probes.estimate(base)))
+        values = probes.window_nelbo(each.model, each.process, windows, counted=False if bound is None else None)
+        found, gain = probes.estimate(values), probes.estimate(base - values)
+        if gain.mean > max(4 * gain.error, 0.005) if bound is None else found.mean + 2 * found.error < bound:
+            sure.append(_Better(each, found, probes.estimate(base)))
     return min(sure, key=lambda better: better.found.mean, default=None)
 
 

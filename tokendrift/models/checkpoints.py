@@ -30,11 +30,11 @@ DEFAULTS = {"vocab_size": 50258, "model_length": 1024, "hidden_dim": 768, "cond_
 
 
 class Checkpoint(NamedTuple):
-    """A checkpoint as read, before a network is made of it.
+    """The content of a checkpoint, before a network is built from it.
 
     Attributes:
         source: Folder or file that the weights came from.
-        config: Fields of ``config.json``, or what a Lightning checkpoint says in their names.
+        config: Fields of ``config.json``, or what a Lightning checkpoint says under the same names.
         tensors: Weights by the parameter names of `DiT`.
         weights: What the weights are, such as ``"safetensors"`` or ``"averaged (EMA) weights of step 1000000"``.
         revision: Commit of a hub repository, None for local files.
@@ -48,7 +48,7 @@ class Checkpoint(NamedTuple):
 
     @property
     def folder(self) -> Path:
-        """Folder where a tokenizer may lie."""
+        """Folder in which the tokenizer is looked for."""
         return self.source if self.source.is_dir() else self.source.parent
 
 
@@ -70,9 +70,9 @@ def load_denoiser(
         revision: Branch, tag or commit of a hub repository.
         config: Fields that replace or complete those of ``config.json``, such as ``{"model_type": "mdlm"}``
             for a bare weight file or ``{"mask_id": 103}``.
-        ema: Take the averaged weights of a Lightning checkpoint where it has them, as its authors do.
-        dtype: Dtype of the parameters, float32 by default whatever the file holds.
-        device: Where they go, the CPU by default.
+        ema: Whether to take the averaged weights of a Lightning checkpoint if it has them, as its authors do.
+        dtype: Dtype of the parameters. Default: float32, whatever the file holds.
+        device: Device of the parameters. Default: the CPU.
 
     Returns:
         The network in evaluation mode and its process.
@@ -88,7 +88,7 @@ def load_denoiser(
 def read_checkpoint(
     source: str | Path, *, revision: str | None = None, config: Mapping[str, Any] | None = None, ema: bool = True
 ) -> Checkpoint:
-    """Read configuration and weights without making a network of them; arguments as in `load_denoiser`."""
+    """Read configuration and weights without building a network; arguments as in `load_denoiser`."""
     path = Path(source)
     commit = None
     if not path.exists() and hub.is_hub_id(str(source)):
@@ -109,7 +109,7 @@ def read_checkpoint(
 def build(
     checkpoint: Checkpoint, *, dtype: torch.dtype | None = None, device: torch.device | str | None = None
 ) -> tuple[DiT, Process]:
-    """Make the network and the process of a checkpoint; arguments and errors as in `load_denoiser`."""
+    """Build the network and the process of a checkpoint; arguments and errors as in `load_denoiser`."""
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise fail("dtype must be a floating torch.dtype, such as torch.bfloat16.", dtype=dtype)
     config = complete_config(checkpoint)
@@ -129,10 +129,10 @@ def build(
 
 
 def complete_config(checkpoint: Checkpoint) -> DiTConfig:
-    """Return all sizes: those stated, else those that the weights show, else the defaults of the hub's classes.
+    """Return all sizes: those stated, else those read off the weights, else the defaults of the hub's classes.
 
     Raises:
-        TokenDriftError: If the model type is neither stated nor known, or the number of heads is not to be had.
+        TokenDriftError: If the model type is missing or unknown, or the number of heads cannot be determined.
     """
     stated = {name: value for name, value in checkpoint.config.items() if value is not None}
     kind = str(stated.get("model_type")).lower()
@@ -170,12 +170,12 @@ def save_denoiser(
 ) -> None:
     """Write a model as a folder that `load_denoiser` and the hub's layout share.
 
-    A folder that this makes appears whole or not at all. In one that is there already, the configuration goes
-    first and comes last, so that an interruption leaves a folder that does not load, never a mixed one.
+    A new folder appears whole or not at all. In a folder that exists already, the configuration is removed first and
+    written last, so that an interruption leaves a folder that does not load, never a mixture of two models.
 
     Args:
         model: The network, compiled or not.
-        folder: Made if missing; its other files stay.
+        folder: Made if it does not exist; its other files stay.
         process: Masked (written as model_type ``mdlm``) or uniform (``DUO``); its schedule is kept too. Default: the
             log-linear process that the ``mask_id`` of the model's configuration stands for.
         dtype: Stored dtype; that of the parameters by default.
