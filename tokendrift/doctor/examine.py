@@ -1,7 +1,7 @@
-"""Is this checkpoint what it says it is? Weights, vocabulary, tokenizer, mask, and the NELBO on text.
+"""Check a checkpoint: weights, vocabulary, tokenizer, mask id, and the NELBO on text.
 
-Behind the command ``tokendrift doctor``. Every verdict names what was measured; where something is wrong, the
-assumption whose change gives the better NELBO is named.
+This is what the command ``tokendrift doctor`` does. Every verdict states what was measured. If something is wrong, the
+diagnosis names the assumption whose change gives a better NELBO.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from tokendrift.models import DiT, build, read_checkpoint
 from tokendrift.models.tokenizer import GPT2_VOCABULARY, encode, end_of_text, find_tokenizer, load_tokenizer
 
 PUBLISHED = {"masked": ("MDLM", 23.2), "uniform": ("DUO", 25.2)}  # OpenWebText, MDLM and DUO papers
-NEAR = 0.10  # of the published perplexity
-ENOUGH = 2000  # tokens whose word counts say something
+NEAR = 0.10  # relative distance from the published perplexity
+ENOUGH = 2000  # tokens from which the entropy of the word counts can be estimated
 
 
 def diagnose(
@@ -98,7 +98,7 @@ def diagnose(
 
 
 def check_weights(report: Diagnosis, model: DiT) -> bool:
-    """Look for weights that cannot be those of a trained network."""
+    """Look for weights that a trained network cannot have; return whether there are none."""
     broken = [name for name, value in model.named_parameters() if not value.isfinite().all()]
     if broken:
         report.add("weights are finite", "fail", f"NaN or infinite: {', '.join(broken)}")
@@ -111,7 +111,7 @@ def check_weights(report: Diagnosis, model: DiT) -> bool:
 
 
 def check_tokenizer(report: Diagnosis, process: Process, tokenizer: Any, where: str) -> bool:
-    """Hold vocabulary and mask id against the tokenizer; return whether text can be encoded for the model."""
+    """Compare vocabulary and mask id with the tokenizer; return whether text can be encoded for the model."""
     count, size = len(tokenizer), process.vocab_size
     report.checkpoint["tokenizer"] = where
     if count > size:
@@ -139,7 +139,7 @@ def check_tokenizer(report: Diagnosis, process: Process, tokenizer: Any, where: 
 def check_nelbo(
     report: Diagnosis, model: DiT, process: Process, windows: Tensor, tokenizer: Any, progress: Callable[[str], object]
 ) -> None:
-    """Measure the NELBO on windows (n, L) and say what it means."""
+    """Measure the NELBO on windows (n, L) and judge it."""
     # 1. The NELBO, beside the entropy of the word counts: a network that reads context lies well below it.
     progress(f"measuring the NELBO of {len(windows)} windows of {windows.shape[1]} tokens")
     values = probes.window_nelbo(model, process, windows)
@@ -168,7 +168,7 @@ def check_nelbo(
     if better is not None:
         report.figures["perplexity_otherwise"] = better.found.perplexity
         report.add("NELBO", "fail", measured)
-        said = f"perplexity {_figure(better.found)} then, {_figure(better.base)} as it is, on {len(few)} windows"
+        said = f"perplexity {_figure(better.found)} with this, {_figure(better.base)} without, on {len(few)} windows"
         report.add("what is wrong", "fail", f"{better.alternative.diagnosis} ({said})")
     elif useless:
         report.add("NELBO", "fail", measured)
@@ -180,13 +180,13 @@ def check_nelbo(
 
 def _alternatives(model: DiT, process: Process, tokenizer: Any, *, useless: bool) -> Iterator[Alternative]:
     yield from probes.sigma_alternatives(model, process)
-    if useless:  # a wrong process or mask leaves nothing that works; no need to try them on what does
+    if useless:  # with a wrong process or mask nothing works, so a network that works needs no trial of others
         masks = (getattr(tokenizer, "mask_token_id", None), probes.unpredicted_id(model), process.vocab_size - 1)
         yield from probes.process_alternatives(model, process, masks)
 
 
 class _Better(NamedTuple):
-    """An alternative, what it gives, and what the checkpoint gives as it is on the same windows."""
+    """An alternative, its NELBO, and the NELBO of the checkpoint as it is on the same windows."""
 
     alternative: Alternative
     found: Estimate
@@ -211,7 +211,7 @@ def _best_alternative(
 
 
 def _useless(model: DiT, process: Process, found: Estimate, share: Tensor, unigram: float, length: int) -> str:
-    """Say why the network knows no more than word counts, from its predictions at pure noise."""
+    """Explain why the network knows no more than word counts, from its predictions at pure noise."""
     learned = probes.marginal(model, process, length)
     entropy = torch.special.entr(learned).sum().item()
     cost = -(share * learned.clamp_min(1e-12).log()).sum().item()
@@ -234,7 +234,7 @@ def _useless(model: DiT, process: Process, found: Estimate, share: Tensor, unigr
 
 
 def _compare(report: Diagnosis, model: DiT, process: Process, found: Estimate) -> None:
-    """Hold the perplexity against the published one where there is one."""
+    """Compare the perplexity with the published one if there is one."""
     released = model.config.vocab_size == GPT2_VOCABULARY + 1 and model.config.model_length == 1024
     if not released:
         report.add("published value", "note", "none for this vocabulary and length")

@@ -35,7 +35,7 @@ class OtherCondition(nn.Module):
 
 
 class Alternative(NamedTuple):
-    """One assumption changed: what would be wrong if it gave a better NELBO, and what to do."""
+    """One assumption changed: what is wrong if this gives a better NELBO, and what to do about it."""
 
     diagnosis: str
     model: Denoiser

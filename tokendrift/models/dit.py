@@ -122,7 +122,7 @@ class OutputLayer(nn.Module):
 class DiT(nn.Module):
     """Denoiser of MDLM and DUO: noisy ids and sigma in, raw logits out.
 
-    SUBS and log-softmax belong to the process, not to the network. Follows the denoiser protocol
+    SUBS and log-softmax belong to the process, not to the network. The network follows the denoiser protocol
     ``(x_t (B, L) int64, sigma (B,) or None) -> logits (B, L, V)``.
 
     Args:

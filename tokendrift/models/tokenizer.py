@@ -178,7 +178,7 @@ def _first_id(tokenizer: Any, *names: str) -> int | None:
 
 
 def tokenizer_identity(tokenizer: Any) -> str:
-    """Return the SHA-256 of all that makes a tokenizer: equal for copies, wherever they lie.
+    """Return the SHA-256 of all that determines the ids of a text: copies of a tokenizer have equal identities.
 
     A fast tokenizer is read in its whole serialised form: normaliser, splitting, merges, vocabulary, special tokens.
     Truncation, padding and what is put around texts are left out, because `encode` does not apply them. Of a slow

@@ -31,7 +31,11 @@ class WeightFile(NamedTuple):
 
 
 def read_weights(path: Path, *, ema: bool) -> WeightFile:
-    """Read a folder or a weight file; a ``config.json`` in the folder counts where the file brings no configuration.
+    """Read a folder or a weight file. If the file has no configuration, the ``config.json`` in its folder is read.
+
+    Args:
+        path: A folder with ``config.json`` and weights, or a weight file whose name ends as one of `FORMATS`.
+        ema: Whether averaged weights are preferred where the file has both.
 
     Raises:
         TokenDriftError: If a file is missing, unreadable or of no format of the table.
