@@ -131,10 +131,10 @@ def sample(
     views = window_views(length, window, stride)
     if trajectory and (size < rows or len(views) > 1):
         raise fail("trajectory belongs to one window and one batch.", "Call sample for each of them.", trajectory=True)
-    known, fixed = _checked_given(given, given_mask, shape, process)
+    values, fixed = _checked_given(given, given_mask, shape, process)
     if device is None:
         device = next((p.device for p in denoiser.parameters()), None) if isinstance(denoiser, nn.Module) else None
-    place = torch.device("cpu" if device is None else device)
+    target = torch.device("cpu" if device is None else device)
     seed = int(torch.randint(2**62, ())) if seed is None else seed
 
     # 2. Draw batch after batch; each row has the random numbers of its number within the run.
@@ -146,7 +146,7 @@ def sample(
     with evaluation_mode(denoiser):
         for first in range(0, rows, size):
             part = slice(first, first + size)
-            ids, free = known[part].to(place, copy=True), ~fixed[part].to(place)
+            ids, free = values[part].to(target, copy=True), ~fixed[part].to(target)
             batches.append(run.sequences(ids, free, views, seed, first_row + first))
             if on_batch is not None:
                 on_batch(batches[-1])

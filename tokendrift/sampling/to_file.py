@@ -177,13 +177,9 @@ class CheckpointSampler:
 
     def lines(self, drawn: Samples) -> list[dict[str, Any]]:
         """Return samples as the lines of the file."""
-        lines: list[dict[str, Any]] = [{"ids": ids} for ids in drawn.ids.tolist()]
-        if self.tokenizer is not None:
-            for line, text in zip(lines, decode(self.tokenizer, drawn.ids), strict=True):
-                line["text"] = text
-        for line, nfe in zip(lines, drawn.row_nfe.tolist(), strict=True):
-            line["nfe"] = nfe
-        return lines
+        ids, calls = drawn.ids.tolist(), drawn.row_nfe.tolist()
+        texts = [{}] * len(ids) if self.tokenizer is None else [{"text": text} for text in decode(self.tokenizer, ids)]
+        return [{"ids": row, **text, "nfe": nfe} for row, text, nfe in zip(ids, texts, calls, strict=True)]
 
     def _prefix_ids(self) -> list[int]:
         """Return the ids of the prefix, none without one."""
