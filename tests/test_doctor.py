@@ -17,7 +17,7 @@ from tokendrift import TokenDriftError, cli
 from tokendrift.demo.corpus import prose
 from tokendrift.demo.stages import PRETRAINED
 from tokendrift.diffusion import MaskedDiffusion, UniformDiffusion
-from tokendrift.doctor import Report, diagnose, examine
+from tokendrift.doctor import Diagnosis, diagnose, examine
 from tokendrift.doctor.probes import Estimate, estimate, window_nelbo
 from tokendrift.evaluation import validation_nelbo
 from tokendrift.models import DiT, DiTConfig, load_denoiser
@@ -176,7 +176,7 @@ def test_a_network_that_reads_the_time_itself_is_noticed(monkeypatch):
     model, process = load_denoiser(PRETRAINED / "uniform")
     tokenizer = load_tokenizer(PRETRAINED / "tokenizer.json")
     windows = examine._windows(documents(), tokenizer, process, 32, 2 * TOKENS)
-    report = Report({"source": "x"})
+    report = Diagnosis({"source": "x"})
     examine.check_nelbo(report, TrainedOnTime(model, process), process, windows, tokenizer, print)
     assert "reads its second argument as the time t, not as sigma" in failures(report)["what is wrong"]
 
@@ -192,14 +192,14 @@ def test_a_tokenizer_that_does_not_fit_is_noticed(checkpoint):
 
 def test_the_mask_is_held_against_the_tokenizer(checkpoint):
     tokenizer = load_tokenizer(PRETRAINED / "tokenizer.json")
-    report = Report({})
+    report = Diagnosis({})
     assert examine.check_tokenizer(report, MaskedDiffusion(1025, 700), tokenizer, "here")
     assert "700 is an ordinary token of the tokenizer" in failures(report)["mask id"]
     tokenizer.add_special_tokens({"mask_token": "<mask>"})
-    report = Report({})
+    report = Diagnosis({})
     examine.check_tokenizer(report, MaskedDiffusion(1025, 1023), tokenizer, "here")
     assert "the model has 1023, the tokenizer's mask token is 1024" in failures(report)["mask id"]
-    report = Report({})
+    report = Diagnosis({})
     examine.check_tokenizer(report, MaskedDiffusion(1025, 1024), tokenizer, "here")
     assert report.healthy
 
@@ -219,7 +219,7 @@ def test_the_mask_is_held_against_the_tokenizer(checkpoint):
 def test_the_published_value_is_compared_where_it_can_be(process, perplexity, source, verdict, said):
     with torch.device("meta"):
         model = DiT(DiTConfig(50258, 1024, 8, 4, 1, 1))
-    report = Report({"source": source})
+    report = Diagnosis({"source": source})
     examine._compare(report, model, process, Estimate(math.log(perplexity), 0.01))
     assert (report.checks[0].verdict, said in report.checks[0].message) == (verdict, True)
 

@@ -20,13 +20,12 @@ from tokendrift.evaluation import (
     Setting,
     at_matched_entropy,
     denoiser_samples,
-    draws,
     matched_entropy,
     measure,
     sweep,
     temperature_at,
 )
-from tokendrift.sampling import sample
+from tokendrift.sampling import sample, sample_set
 
 V, LENGTH = 16, 24
 LAW = torch.linspace(2.0, -2.0, V, dtype=torch.float64)  # logits of the judge and of a model that draws from its law
@@ -251,7 +250,7 @@ def test_a_batch_holds_few_logits_at_once(monkeypatch):
         sizes.append(len(x_t))
         return torch.zeros(*x_t.shape, V + 1)
 
-    monkeypatch.setattr(draws, "LOGITS", 3 * 8 * (V + 1))
+    monkeypatch.setattr(sample_set, "LOGITS_AT_ONCE", 3 * 8 * (V + 1))
     denoiser_samples(denoiser, MaskedDiffusion(V + 1), 8)(Setting(1), 7)
     assert sizes == [3, 3, 1]
 

@@ -21,7 +21,7 @@ from typer.testing import CliRunner
 from tokendrift import TokenDriftError
 from tokendrift.cli import app
 from tokendrift.evaluation import GenerativePerplexity
-from tokendrift.models import load_denoiser
+from tokendrift.models import load_denoiser, save_denoiser
 from tokendrift.training import Drift, Refined, evaluation_table, make_config, read_log, refine
 from tokendrift.training.checkpointing import load_checkpoint
 from tokendrift.training.few_step import FewStep
@@ -284,7 +284,7 @@ def test_falling_entropy_is_warned_of(tmp_path):
     model, process = load_denoiser(tmp_path / "base")
     with torch.no_grad():
         model.output_layer.linear.bias[7] += 20  # says little else
-    model.save_pretrained(tmp_path / "base", process)
+    save_denoiser(model, tmp_path / "base", process)
     with pytest.warns(UserWarning, match=r"after [01] steps, at 2 function evaluations .* an entropy of 0\.\d\d nats"):
         run(tmp_path, "run", steps=1)
     assert "the model repeats itself" in read_log(tmp_path / "run", "message")[0]["message"]
@@ -317,7 +317,7 @@ def test_a_changed_base_is_noticed(tmp_path):
     model, process = load_denoiser(tmp_path / "base")
     with torch.no_grad():
         model.vocab_embed.embedding[0, 0] += 1
-    model.save_pretrained(tmp_path / "base", process)
+    save_denoiser(model, tmp_path / "base", process)
     with pytest.raises(TokenDriftError, match="the weights of the checkpoint to refine have changed"):
         run(tmp_path, "run", steps=2)
 

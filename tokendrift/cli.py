@@ -9,10 +9,14 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from tokendrift.errors import TokenDriftError
+from tokendrift.sampling.named import sampler_names
+from tokendrift.sampling.to_file import SampleConfig
 
 try:
     import typer
     from rich.console import Console
+
+    from tokendrift.options import options_of
 except ImportError as error:
     raise SystemExit(f"tokendrift: {error}; the command needs the extra 'all': pip install 'tokendrift[all]'") from None
 
@@ -140,84 +144,93 @@ def refine(
 
 
 @app.command()
+@options_of(
+    SampleConfig,
+    n={"names": ("-n",), "min": 1},
+    steps={"min": 1},
+    sampler={"help": f"Sampler: {', '.join(sampler_names())}. Default: ancestral."},
+    top_k={"min": 1},
+    length={"min": 1},
+    stride={"min": 1},
+    seed={"min": 0},
+    batch_size={"min": 1},
+)
 def sample(
-    checkpoint: Annotated[str, typer.Argument(help="Hub id, folder, safetensors file or Lightning .ckpt.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="JSONL file; an unfinished one is gone on with.")],
-    n: Annotated[int, typer.Option("-n", min=1, help="Samples.")] = 64,
-    steps: Annotated[int | None, typer.Option(min=1, help="Reverse steps; not with first-hitting.")] = None,
-    sampler: Annotated[
-        str,
-        typer.Option(help="ancestral, analytic, first-hitting, remdm-cap|rescale|conf|loop or psi:HIGH,MIDDLE,LOW."),
-    ] = "ancestral",
-    eta: Annotated[float, typer.Option(help="Chance of remasking (ReMDM).")] = 0.02,
-    temperature: Annotated[float, typer.Option(help="Divides the logits.")] = 1.0,
-    top_p: Annotated[float, typer.Option(help="Draw within the nucleus of this probability.")] = 1.0,
-    nucleus: Annotated[str, typer.Option(help="keep or drop the token that crosses top-p.")] = "keep",
-    top_k: Annotated[int | None, typer.Option(min=1, help="Draw among the likeliest k tokens.")] = None,
-    noise_removal: Annotated[str, typer.Option(help="ancestral, greedy or none.")] = "ancestral",
-    prefix: Annotated[str | None, typer.Option(help="Text that every sample begins with.")] = None,
-    length: Annotated[int | None, typer.Option(min=1, help="Tokens a sample; the model's own by default.")] = None,
-    stride: Annotated[
-        int | None, typer.Option(min=1, help="New tokens a window, past the model's length; half of it by default.")
-    ] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Of the run; sample i has its own numbers.")] = 0,
-    batch_size: Annotated[int, typer.Option(min=1, help="Samples drawn together.")] = 32,
-    tokenizer: Annotated[
-        str | None, typer.Option(help="tokenizer.json, folder or hub id; by default the checkpoint's, or GPT-2's.")
-    ] = None,
-    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.")] = None,
-    dtype: Annotated[str, typer.Option(help="Of the parameters: float32, bfloat16, float16 or float64.")] = "float32",
-    device: Annotated[str, typer.Option(help="Where to sample.")] = "cpu",
+    output: Annotated[
+        Path,
+        typer.Option(
+            "--output",
+            "-o",
+            help="Output file in JSON Lines format. If the file exists and is incomplete, sampling resumes.",
+        ),
+    ],
+    **options: Any,
 ) -> None:
     """Draw samples from a checkpoint into a file.
 
-    Batches are written as they come. After an interruption the same command goes on, and ends with the same bytes.
+    Batches are written as they are drawn. After an interruption, the same command resumes at the first batch that is
+    not complete and ends with the same bytes.
     """
-    options = {name: value for name, value in locals().items() if name != "output"}
     with plain_errors("finished batches are kept: run the same command again to go on"):
         from rich.progress import Progress
 
-        from tokendrift.sampling.to_file import SampleConfig, sample_to_file
+        from tokendrift.sampling.to_file import sample_to_file
 
+        config = SampleConfig(**options)
         with Progress(console=Console(stderr=True), transient=True) as bar:
-            task = bar.add_task("sampling", total=n)
-            file = sample_to_file(
-                SampleConfig(**options), output, progress=lambda done: bar.update(task, completed=done)
-            )
-    typer.echo(f"{file.count} samples in {output}, {file.nfe['mean']:.1f} function evaluations each")
+            task = bar.add_task(f"sampling on {config.device}", total=config.n)
+            file = sample_to_file(config, output, progress=lambda done: bar.update(task, completed=done))
+    calls = f"{file.nfe['mean']:.1f} function evaluations each"
+    typer.echo(f"{file.count} samples in {output}, {calls}, drawn on {config.device}")
 
 
 @app.command()
 def doctor(
     checkpoint: Annotated[str, typer.Argument(help="Hub id, folder, safetensors file or Lightning .ckpt.")],
     text: Annotated[
-        Path | None, typer.Option(help="UTF-8 text for the NELBO instead of Python's own documentation.")
+        Path | None,
+        typer.Option(help="UTF-8 text file to measure the NELBO on. Default: Python's own documentation."),
     ] = None,
     tokenizer: Annotated[
-        str | None, typer.Option(help="tokenizer.json, folder or hub id; by default the checkpoint's, or GPT-2's.")
+        str | None,
+        typer.Option(
+            help="Tokenizer: a tokenizer.json, a folder or a hub id. Default: the checkpoint's own, or GPT-2's for a "
+            "vocabulary of its size."
+        ),
     ] = None,
-    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.")] = None,
-    tokens: Annotated[int, typer.Option(min=1, help="Tokens of text to measure the NELBO on.")] = 16_384,
-    device: Annotated[str, typer.Option(help="Where to measure.")] = "cpu",
+    revision: Annotated[
+        str | None, typer.Option(help="Branch, tag or commit of a hub id. Default: the main branch.")
+    ] = None,
+    tokens: Annotated[int, typer.Option(min=1, help="Number of tokens of text to measure the NELBO on.")] = 16_384,
+    device: Annotated[
+        str, typer.Option(help="Device such as cpu or cuda:0; auto takes cuda if it is available, else cpu.")
+    ] = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
 ) -> None:
     """Check a checkpoint: weights, vocabulary, tokenizer, mask id, and the NELBO on text.
 
-    Exit code 0 if nothing is wrong, 1 if something is, 2 if it cannot be examined.
+    The exit code is 0 if nothing is wrong, 1 if something is, and 2 if the checkpoint cannot be examined.
     """
     with plain_errors():
         from tokendrift.doctor import diagnose
 
-        options: dict[str, Any] = {"text": text, "tokenizer": tokenizer, "revision": revision, "tokens": tokens}
         with Console(stderr=True).status("examining") as status:
-            report = diagnose(checkpoint, device=device, progress=status.update, **options)
+            found = diagnose(
+                checkpoint,
+                text=text,
+                tokenizer=tokenizer,
+                revision=revision,
+                tokens=tokens,
+                device=device,
+                progress=status.update,
+            )
     if as_json:
-        typer.echo(json.dumps(report.as_dict(), indent=2))
+        typer.echo(json.dumps(found.as_dict(), indent=2))
     else:
         console = Console()
-        for table in report.tables():
+        for table in found.tables():
             console.print(table)
-    if not report.healthy:
+    if not found.healthy:
         raise typer.Exit(1)
 
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple, TypeAlias
+from collections.abc import Sequence
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
 from tokendrift._checks import INTEGER_DTYPES, check_mask, check_tensor, fail
+from tokendrift.sampling.sample_set import BadLine, SampleSet
+
+__all__ = ["BadLine", "Ids", "SampleSet", "Samples", "cleaned", "decode", "id_sequences", "spread", "tokenize"]
 
 # The replacements of transformers' clean_up_tokenization, in its order.
 CLEAN_UP = (
@@ -18,60 +20,6 @@ CLEAN_UP = (
 )  # fmt: skip
 
 GOLDEN = 0.6180339887498949
-
-
-class BadLine(NamedTuple):
-    """A line that holds no sample.
-
-    Attributes:
-        number: Its number in the file, from 1.
-        reason: What is wrong with it.
-    """
-
-    number: int
-    reason: str
-
-
-@dataclass(frozen=True)
-class SampleSet:
-    """Samples of one model, or real text; ids or texts of each, or both.
-
-    Attributes:
-        ids: Ids of each sample as generated, None if they are not known.
-        texts: Text of each sample, None if it is not known.
-        nfe: Forward calls of the denoiser that a sample cost, None for real text or where it is not known.
-        metadata: What the file says about its making.
-        bad_lines: Lines left out, by number and reason.
-    """
-
-    ids: list[list[int]] | None = None
-    texts: list[str] | None = None
-    nfe: int | None = None
-    metadata: Mapping[str, Any] = field(default_factory=dict)
-    bad_lines: tuple[BadLine, ...] = ()
-
-    def __post_init__(self) -> None:
-        if self.ids is None and self.texts is None:
-            raise fail("a SampleSet needs ids or texts, and has neither.")
-        if self.ids is not None and self.texts is not None and len(self.ids) != len(self.texts):
-            raise fail(f"a SampleSet has {len(self.ids)} sequences of ids but {len(self.texts)} texts.")
-
-    def __len__(self) -> int:
-        return len(self.scored())
-
-    def only(self, chosen: Sequence[int]) -> SampleSet:
-        """Return the samples of these indices as a set."""
-        ids, texts = self.ids, self.texts
-        return replace(
-            self,
-            ids=ids if ids is None else [ids[i] for i in chosen],
-            texts=texts if texts is None else [texts[i] for i in chosen],
-        )
-
-    def scored(self) -> list[str] | list[list[int]]:
-        """Return what a judge reads: the texts, or the ids where there are none."""
-        return self.texts if self.texts is not None else self.ids or []
-
 
 Ids: TypeAlias = Tensor | Sequence[Tensor] | Sequence[Sequence[int]]
 """Ids, (n, L) or one sequence a sample."""

@@ -131,7 +131,7 @@ class RunFolder:
             differ.append(f"a forward call of all processes had {before} sequences and has {now}")
         if state["base"] != self.identity["base"]:
             differ.append("the weights of the checkpoint to refine have changed")
-        if state.get("tokenizer", self.identity["tokenizer"]) != self.identity["tokenizer"]:
+        if "tokenizer" in state and not self.tokenizer.has_identity(state["tokenizer"]):
             differ.append("the vocabulary of the tokenizer has changed")
         if state.get("text", self.identity["text"]) != self.identity["text"]:
             differ.append(
