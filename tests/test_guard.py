@@ -12,7 +12,6 @@ from tokendrift import TokenDriftError
 from tokendrift.demo.corpus import prose
 from tokendrift.demo.stages import EOS, JUDGE_WINDOW, LENGTH, PRETRAINED, load_judge
 from tokendrift.evaluation import (
-    CHECKS,
     GenerativePerplexity,
     SampleSet,
     Setting,
@@ -21,6 +20,7 @@ from tokendrift.evaluation import (
     evaluate,
     measure,
 )
+from tokendrift.evaluation.guard import RULES
 from tokendrift.models import load_denoiser
 
 COUNT = 128
@@ -153,7 +153,7 @@ def test_sets_of_different_size_are_judged_only_where_size_does_not_matter(world
     few, many = (measure(world.windows[:n], cheap, resamples=50) for n in (40, 80))
     verdict = check_samples(few, many)
     assert [f.figure for f in verdict.findings if f.level == "comment" and f.figure != "gen_ppl"] == ["samples"]
-    assert set(verdict.unchecked) == {c.figure for c in CHECKS if c.whole_set} | {"copied_share"}
+    assert set(verdict.unchecked) == {c.figure for c in RULES if c.whole_set} | {"copied_share"}
     short = measure(world.windows[:80, :16], cheap, resamples=50)
     assert any(finding.figure == "length" for finding in check_samples(short, many).findings)
 

@@ -276,7 +276,7 @@ def test_real_text_is_cut_to_the_samples(judge):
 
 def test_the_samples_of_real_text_are_spread_over_it_among_those_that_are_long_enough(judge):
     real = [[i] * 5 for i in range(10)] + [[i] * 20 for i in range(10)]
-    cut = cut_to_lengths(SampleSet(ids=real), (16,) * 4, judge, None, "generated", as_text=False)
+    cut = cut_to_lengths(SampleSet(ids=real), (16,) * 4, None, "generated", as_text=False)
     assert [len(ids) for ids in cut.ids] == [16] * 4
     tokens = sorted(ids[0] for ids in cut.ids)
     assert tokens[0] == 0 and tokens[-1] >= 6 and len(set(tokens)) == 4

@@ -15,15 +15,14 @@ from tokendrift.evaluation.diversity import (
     unigram_entropy,
 )
 from tokendrift.evaluation.draws import DrawSamples, MeasureSamples, Setting, denoiser_samples
-from tokendrift.evaluation.evaluator import Evaluation, Row, evaluate
-from tokendrift.evaluation.files import read_samples
+from tokendrift.evaluation.evaluator import EvaluatedSet, Evaluation, evaluate
 from tokendrift.evaluation.frontier import Frontier, Point, sweep
 from tokendrift.evaluation.generative_perplexity import (
     GenerativePerplexity,
     PerplexityResult,
     generative_perplexity,
 )
-from tokendrift.evaluation.guard import CHECKS, Finding, Verdict, check_samples
+from tokendrift.evaluation.guard import Verdict, check_samples
 from tokendrift.evaluation.matching import (
     MatchedEntropy,
     at_matched_entropy,
@@ -35,6 +34,7 @@ from tokendrift.evaluation.nelbo import nelbo_interval, sequence_nelbo, validati
 from tokendrift.evaluation.overlap import copied_share, self_bleu
 from tokendrift.evaluation.protocols import PROTOCOLS
 from tokendrift.evaluation.repetition import longest_repeat, sample_repetition
+from tokendrift.evaluation.sample_reader import read_samples
 from tokendrift.evaluation.samples import BadLine, SampleSet, decode
 from tokendrift.evaluation.two_sample import (
     KernelDistance,
@@ -46,13 +46,12 @@ from tokendrift.evaluation.two_sample import (
 )
 
 __all__ = [
-    "CHECKS",
     "PROTOCOLS",
     "BadLine",
     "Comparison",
     "DrawSamples",
+    "EvaluatedSet",
     "Evaluation",
-    "Finding",
     "Frontier",
     "GenerativePerplexity",
     "Interval",
@@ -63,7 +62,6 @@ __all__ = [
     "Measures",
     "PerplexityResult",
     "Point",
-    "Row",
     "SampleSet",
     "Setting",
     "Verdict",

@@ -40,6 +40,22 @@ class Interval(NamedTuple):
         """Return whether a value lies outside."""
         return not self.low <= value <= self.high
 
+    def exp(self) -> Interval:
+        """Return the interval of the exponential of the figure; infinite where that is too large for a float."""
+        return Interval(*torch.tensor(self, dtype=torch.float64).exp().tolist())
+
+    def ends(self, spec: str = "") -> str:
+        """Return the two ends as text, ``"0.9 to 1.2"``, each number in a format such as ``".1f"``."""
+        return f"{self.low:{spec}} to {self.high:{spec}}"
+
+    def __format__(self, spec: str) -> str:
+        """Return the figure with its interval as text, each number in a format such as ``".1f"``.
+
+        >>> f"{Interval(1.0, 0.91, 1.2):.1f}"
+        '1.0 (0.9 to 1.2)'
+        """
+        return f"{self.estimate:{spec}} ({self.ends(spec)})"
+
 
 class Scored(Protocol):
     """What a Gen.-PPL interval needs; `PerplexityResult` has it."""
@@ -89,7 +105,12 @@ def bootstrap_interval(
     check_resampling(level, resamples)
     arrays = _check_arrays(per_sample)
     generator = torch.Generator().manual_seed(seed)
-    return _interval(_estimate(statistic, arrays), _replicates(statistic, arrays, resamples, generator), level)
+    return interval_from(_estimate(statistic, arrays), _replicates(statistic, arrays, resamples, generator), level)
+
+
+def mean_interval(values: Tensor, *, resamples: int = 1000, level: float = 0.95, seed: int = 0) -> Interval:
+    """Return the mean of one value a sample, (n,), with its interval; options as for `bootstrap_interval`."""
+    return bootstrap_interval(lambda x: x.mean(dim=-1), values, resamples=resamples, level=level, seed=seed)
 
 
 def perplexity_interval(scored: Scored, *, resamples: int = 1000, level: float = 0.95, seed: int = 0) -> Interval:
@@ -101,15 +122,9 @@ def perplexity_interval(scored: Scored, *, resamples: int = 1000, level: float =
         level: As for `bootstrap_interval`.
         seed: As for `bootstrap_interval`.
     """
-    log = bootstrap_interval(
-        _log_perplexity_of(scored.protocol),
-        scored.sample_nll,
-        scored.sample_tokens,
-        resamples=resamples,
-        level=level,
-        seed=seed,
-    )
-    return _exponentiated(log)
+    log = _log_perplexity_of(scored.protocol)
+    per_sample = scored.sample_nll, scored.sample_tokens
+    return bootstrap_interval(log, *per_sample, resamples=resamples, level=level, seed=seed).exp()
 
 
 def perplexity_ratio_interval(
@@ -149,7 +164,7 @@ def perplexity_ratio_interval(
         replicates = _replicates(lambda s, c, t, d: log(s, c) - log(t, d), first + second, resamples, generator)
     else:
         replicates = _replicates(log, first, resamples, generator) - _replicates(log, second, resamples, generator)
-    return _exponentiated(_interval(_estimate(log, first) - _estimate(log, second), replicates, level))
+    return interval_from(_estimate(log, first) - _estimate(log, second), replicates, level).exp()
 
 
 def redraws(n: int, resamples: int, generator: torch.Generator) -> Iterator[Tensor]:
@@ -177,9 +192,12 @@ def interval_from(estimate: float, replicates: Tensor, level: float = 0.95, *, c
     >>> interval_from(2.0, torch.tensor([0.0, 1.0, 2.0]), level=0.5, centred=True)
     Interval(estimate=2.0, low=1.5, high=2.5)
     """
+    values = replicates.double()
     if centred:
-        replicates = replicates - replicates.mean() + estimate
-    return _interval(estimate, replicates, level)
+        values = values - values.mean() + estimate
+    tails = torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.float64)
+    low, high = torch.quantile(values, tails).tolist()
+    return Interval(estimate, low, high)
 
 
 def _replicates(
@@ -206,18 +224,8 @@ def _checked(values: Tensor, resamples: int) -> Tensor:
     return values.double()
 
 
-def _interval(estimate: float, replicates: Tensor, level: float) -> Interval:
-    tails = torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.float64)
-    low, high = torch.quantile(replicates.double(), tails).tolist()
-    return Interval(estimate, low, high)
-
-
 def _log_perplexity_of(protocol: str) -> Callable[[Tensor, Tensor], Tensor]:
     return lambda nll, tokens: log_perplexity(nll, tokens, protocol)
-
-
-def _exponentiated(log: Interval) -> Interval:
-    return Interval(*torch.tensor(log, dtype=torch.float64).exp().tolist())
 
 
 def check_resampling(level: float, resamples: int) -> None:

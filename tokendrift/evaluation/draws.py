@@ -9,7 +9,7 @@ from tokendrift._checks import check_count
 from tokendrift.diffusion.process import Denoiser, Process
 from tokendrift.evaluation.measures import Measures
 from tokendrift.evaluation.nelbo import LOGITS
-from tokendrift.evaluation.samples import Samples, SampleSet
+from tokendrift.evaluation.samples import SampleInput, SampleSet
 from tokendrift.modes import evaluation_mode
 from tokendrift.sampling import sample
 
@@ -28,9 +28,9 @@ class Setting(NamedTuple):
     top_p: float = 1.0
 
 
-DrawSamples: TypeAlias = Callable[[Setting, int], Samples]
+DrawSamples: TypeAlias = Callable[[Setting, int], SampleInput]
 """Draws n samples at a setting, always the same for the same arguments; a `SampleSet` also says its measured NFE."""
-MeasureSamples: TypeAlias = Callable[[Samples], Measures]
+MeasureSamples: TypeAlias = Callable[[SampleInput], Measures]
 """Measures a set: ``lambda samples: measure(samples, judge, tokenizer=tokenizer)``."""
 
 

@@ -21,7 +21,7 @@ from tokendrift.evaluation.protocols import (
     plan_windows,
     scored_targets,
 )
-from tokendrift.evaluation.samples import Samples, id_sequences
+from tokendrift.evaluation.samples import SampleInput, id_sequences
 from tokendrift.modes import evaluation_mode
 from tokendrift.references import rank_count
 
@@ -136,7 +136,7 @@ class GenerativePerplexity:
 
     def update(
         self,
-        samples: Samples,
+        samples: SampleInput,
         *,
         attention_mask: Tensor | None = None,
         progress: Callable[[int], object] | None = None,
@@ -194,7 +194,7 @@ class GenerativePerplexity:
 
     def score(
         self,
-        samples: Samples,
+        samples: SampleInput,
         *,
         attention_mask: Tensor | None = None,
         progress: Callable[[int], object] | None = None,
@@ -234,7 +234,7 @@ class GenerativePerplexity:
             yield pieces[first : first + count]
             first += count
 
-    def _prepare(self, samples: Samples, attention_mask: Tensor | None) -> list[Tensor]:
+    def _prepare(self, samples: SampleInput, attention_mask: Tensor | None) -> list[Tensor]:
         """Return one tensor of ids a sample: cut, dropped or closed as the options ask, and checked."""
         sequences, width = id_sequences(samples, attention_mask, self.judge.tokenizer)
         if self.truncate is not None:
@@ -304,7 +304,7 @@ class GenerativePerplexity:
 
 
 def generative_perplexity(
-    samples: Samples,
+    samples: SampleInput,
     judge: object = DEFAULT_JUDGE,
     tokenizer: Any = None,
     *,

@@ -75,12 +75,12 @@ class SampleSet:
 
 Ids: TypeAlias = Tensor | Sequence[Tensor] | Sequence[Sequence[int]]
 """Ids, (n, L) or one sequence a sample."""
-Samples: TypeAlias = Sequence[str] | Ids | SampleSet
+SampleInput: TypeAlias = Sequence[str] | Ids | SampleSet
 """Texts; ids of the judge's vocabulary; or a `SampleSet`, as `read_samples` returns it."""
 
 
 def id_sequences(
-    samples: Samples, attention_mask: Tensor | None = None, tokenizer: Any = None
+    samples: SampleInput, attention_mask: Tensor | None = None, tokenizer: Any = None
 ) -> tuple[list[Tensor], int]:
     """Return the ids of each sample, and the width of the widest row that came.
 

@@ -13,7 +13,7 @@ from tokendrift._checks import check_count, check_floating, check_ids, check_pos
 from tokendrift.errors import TokenDriftError
 from tokendrift.evaluation.bootstrap import Interval, check_resampling, interval_from, redraws
 from tokendrift.evaluation.judge import Judge, check_range
-from tokendrift.evaluation.samples import Samples, id_sequences
+from tokendrift.evaluation.samples import SampleInput, id_sequences
 from tokendrift.modes import evaluation_mode
 
 PERMUTATIONS_AT_ONCE = 64
@@ -218,7 +218,7 @@ def encoder_features(
     return torch.cat(parts)
 
 
-def judge_features(samples: Samples, judge: Judge, *, batch_size: int = 64, truncate: int | None = None) -> Tensor:
+def judge_features(samples: SampleInput, judge: Judge, *, batch_size: int = 64, truncate: int | None = None) -> Tensor:
     """Return the judge's last hidden state at the last token of each sample, float32 (n, M): what MAUVE is made for.
 
     Args:

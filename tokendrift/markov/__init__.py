@@ -5,14 +5,14 @@ it perfectly. `few_step` samples any denoiser under any process and measures wha
 figure has its true value, and real text of the same size stands beside it.
 """
 
-from tokendrift.markov.curve import FewStep, FewStepRow, few_step
+from tokendrift.markov.curve import FewStepResult, FewStepRow, few_step
 from tokendrift.markov.language import MarkovLanguage
 from tokendrift.markov.law_measures import MarkovMeasures, measure_ids, real_floor
 from tokendrift.markov.oracle import ExactDenoiser
 
 __all__ = [
     "ExactDenoiser",
-    "FewStep",
+    "FewStepResult",
     "FewStepRow",
     "MarkovLanguage",
     "MarkovMeasures",

@@ -35,7 +35,7 @@ class FewStepRow(NamedTuple):
 
 
 @dataclass(frozen=True)
-class FewStep:
+class FewStepResult:
     """Measures of one denoiser over steps and temperatures.
 
     Attributes:
@@ -101,7 +101,7 @@ def few_step(
     batch_size: int = 1024,
     seed: int = 0,
     **options: Any,
-) -> FewStep:
+) -> FewStepResult:
     """Sample a denoiser with few steps and measure the samples against the language.
 
     The same seed gives every row and every denoiser the same random numbers.
@@ -158,7 +158,7 @@ def few_step(
             measured = measure_ids(language, ids, floor=floor, seed=seed)
             rows.append(FewStepRow(max(part.nfe for part in parts), float(temperature), measured))
     real = measure_ids(language, language.sample(samples, seed=seed), floor=floor, seed=seed)
-    return FewStep(rows, real, language)
+    return FewStepResult(rows, real, language)
 
 
 def _cells(measures: MarkovMeasures) -> list[str]:

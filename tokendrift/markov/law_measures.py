@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tokendrift._checks import check_count, check_ids, fail
-from tokendrift.evaluation.bootstrap import Interval, bootstrap_interval, interval_from, redraws
+from tokendrift.evaluation.bootstrap import Interval, interval_from, mean_interval, redraws
 from tokendrift.evaluation.diversity import sample_entropy, unigram_entropy
 from tokendrift.markov.language import MarkovLanguage
 
@@ -96,9 +96,6 @@ def measure_ids(
     shares = counts / counts.sum()
     among = torch.where(allowed, counts, 0) / counts[allowed].sum()
 
-    def mean(values: Tensor) -> Interval:
-        return bootstrap_interval(lambda x: x.mean(dim=-1), values, resamples=resamples, seed=seed)
-
     def distance(differences: Tensor, counted: Tensor) -> Interval:
         """Return half the sum of |differences|, as the mean of their signs over pairs less what the truth has."""
         sign = differences.sign()
@@ -114,8 +111,8 @@ def measure_ids(
         return Interval(*(torch.tensor(spread, dtype=torch.float64) - constant).clamp_min(0).tolist())
 
     return MarkovMeasures(
-        validity=mean(valid.mean(dim=1)),
-        sequence_validity=mean(valid.min(dim=1).values),
+        validity=mean_interval(valid.mean(dim=1), resamples=resamples, seed=seed),
+        sequence_validity=mean_interval(valid.min(dim=1).values, resamples=resamples, seed=seed),
         total_variation=distance(shares - true, torch.ones_like(valid)),
         mode_imbalance=distance(among - true, valid),
         floor=real_floor(language, n, length=length, seed=seed) if floor is None else floor,

@@ -11,16 +11,24 @@ Source: the two analyses of "On the Role of Discreteness in Diffusion LLMs" (arX
 turn into frequent words with distance, and defines the marginal trap.
 """
 
-from tokendrift.probes.information_decay import InformationDecay, Share, information_decay, unigram_law
-from tokendrift.probes.marginal_trap import MarginalTrap, marginal_trap, matched_temperature, trap_change
-from tokendrift.probes.probe import ProbeReport, probe_checkpoints
-from tokendrift.probes.views import (
+from tokendrift.probes.information_decay import (
+    InformationDecay,
+    Share,
     decay_table,
     heat_map,
+    information_decay,
     plot_decay,
+    unigram_law,
+)
+from tokendrift.probes.marginal_trap import (
+    MarginalTrap,
+    marginal_trap,
+    matched_temperature,
     plot_trap,
+    trap_change,
     trap_table,
 )
+from tokendrift.probes.probe import ProbeReport, probe_checkpoints
 
 __all__ = [
     "InformationDecay",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -14,8 +14,9 @@ from tokendrift.diffusion.process import Denoiser, Process
 from tokendrift.evaluation.bootstrap import Interval
 from tokendrift.evaluation.diversity import unigram_entropy
 from tokendrift.evaluation.generative_perplexity import GenerativePerplexity
+from tokendrift.evaluation.plots import canvas, plot_band
 from tokendrift.modes import evaluation_mode
-from tokendrift.probes.setting import Setting, entropies, interval_of_means
+from tokendrift.probes.noisy_prompts import NoisyPrompts, entropies, interval_of_means
 from tokendrift.sampling.categorical import draw
 
 if TYPE_CHECKING:
@@ -79,14 +80,10 @@ class MarginalTrap:
 
     def table(self) -> Table:
         """Return a `rich` table (extra ``cli``), a row for each k."""
-        from tokendrift.probes.views import trap_table
-
         return trap_table({"": self})
 
     def plot(self, axes: Axes | None = None) -> tuple[Figure, Axes]:
-        """Draw the gap over k with its interval; returns matplotlib's (fig, ax)."""
-        from tokendrift.probes.views import plot_trap
-
+        """Draw the gap over k with its interval; returns the figure and axes of matplotlib."""
         return plot_trap({"": self}, axes)
 
 
@@ -129,7 +126,7 @@ def marginal_trap(
     Raises:
         TokenDriftError: If prompts, judge or an option do not fit.
     """
-    setting = Setting(denoiser, process, prompts, draws, batch_size, seed)
+    prompted = NoisyPrompts(denoiser, process, prompts, draws, batch_size, seed)
     interval = interval_of_means(resamples, level)
     if not sizes:
         raise fail("sizes is empty.", "Name at least one number of positions, such as sizes=(1, 2, 4, 8).")
@@ -141,18 +138,18 @@ def marginal_trap(
             f"judge must score every token, but its protocol is {judge.protocol!r}.",
             f"Build it as GenerativePerplexity(model, protocol={PROTOCOL!r}).",
         )
-    noise, uniform = setting.noise(max(sizes)), setting.uniform(max(sizes))
+    noise, uniform = prompted.noise(max(sizes)), prompted.uniform(max(sizes))
     pairs, entropy = [], []
     with evaluation_mode(denoiser):
         for k in sizes:
             found = [
-                _draw_twice(setting, span, noise[span, :k], uniform[span, :k], temperature)
-                for span in setting.batches()
+                _draw_twice(prompted, span, noise[span, :k], uniform[span, :k], temperature)
+                for span in prompted.batches()
             ]
             at_once, in_turn, spread = (torch.cat(part).cpu() for part in zip(*found, strict=True))
             pairs.append((at_once, in_turn))
             entropy.append(float(spread.mean()))
-    prompt_nll, pair_nll = _score(judge, decode, setting.prompts, pairs)
+    prompt_nll, pair_nll = _score(judge, decode, prompted.prompts, pairs)
 
     before, gaps, likelihood, less_likely = prompt_nll.repeat_interleave(draws), [], [], []
     for k, (at_once, in_turn), (cost_at_once, cost_in_turn) in zip(sizes, pairs, pair_nll, strict=True):
@@ -235,13 +232,13 @@ def matched_temperature(
     Raises:
         TokenDriftError: If prompts or an option do not fit.
     """
-    setting = Setting(denoiser, process, prompts, draws, batch_size, seed)
-    noise = setting.noise(check_count("positions", positions, least=1))
+    prompted = NoisyPrompts(denoiser, process, prompts, draws, batch_size, seed)
+    noise = prompted.noise(check_count("positions", positions, least=1))
 
     def mean_entropy(temperature: float) -> float:
         with evaluation_mode(denoiser):
-            rows = (torch.cat([setting.rows[span], noise[span]], dim=1) for span in setting.batches())
-            laws = (setting.predict(ids, noisy=positions, temperature=temperature) for ids in rows)
+            rows = (torch.cat([prompted.rows[span], noise[span]], dim=1) for span in prompted.batches())
+            laws = (prompted.predict(ids, noisy=positions, temperature=temperature) for ids in rows)
             return float(torch.cat([entropies(log_p) for log_p in laws]).mean())
 
     if mean_entropy(1.0) <= entropy:
@@ -254,18 +251,18 @@ def matched_temperature(
 
 
 def _draw_twice(
-    setting: Setting, span: slice, noise: Tensor, uniform: Tensor, temperature: float
+    prompted: NoisyPrompts, span: slice, noise: Tensor, uniform: Tensor, temperature: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return rows (R, P + k) with k tokens drawn at once and in turn, and the entropies (R, k) of the former's laws."""
-    prompts, k = setting.rows[span], noise.shape[1]
+    prompts, k = prompted.rows[span], noise.shape[1]
     ids = torch.cat([prompts, noise], dim=1)
-    log_p = setting.predict(ids, noisy=k, temperature=temperature)
+    log_p = prompted.predict(ids, noisy=k, temperature=temperature)
     tokens = draw(log_p.flatten(0, 1), uniform=uniform.flatten()).ids.view(noise.shape)
     at_once, entropy = torch.cat([prompts, tokens], dim=1), entropies(log_p)
     first = prompts.shape[1]
     ids[:, first] = tokens[:, 0]
     for i in range(1, k):
-        log_p = setting.predict(ids, noisy=k - i, temperature=temperature)
+        log_p = prompted.predict(ids, noisy=k - i, temperature=temperature)
         ids[:, first + i] = draw(log_p[:, 0], uniform=uniform[:, i].contiguous()).ids
     return at_once, ids, entropy
 
@@ -290,3 +287,47 @@ def _score(
     found = nll.split([len(piece) for piece in pieces])
     before = torch.zeros_like(found[0]) if prompts.shape[1] == 1 and decode is None else found[0]
     return before, list(zip(found[1::2], found[2::2], strict=True))
+
+
+def trap_table(probes: Mapping[str, MarginalTrap]) -> Table:
+    """Return a `rich` table with a row for each k and denoiser."""
+    from rich.table import Table
+
+    first = next(iter(probes.values()))
+    table = Table(
+        title="Marginal trap: k tokens drawn at once against the same k drawn in turn",
+        caption=f"nats per position, log-likelihoods under the judge {first.judge}; gap = in turn - at once; entropy: "
+        "of the predictions at once, and of all tokens drawn from them; "
+        f"{len(first.prompt_gaps)} prompts x {first.draws} draws; {first.level:.0%} intervals over prompts",
+    )
+    alone = len(probes) == 1
+    if not alone:
+        table.add_column("denoiser")
+    for heading in ("k", "gap", "interval", "in turn", "at once", "entropy", "entropy drawn", "at once less likely"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for i, k in enumerate(first.sizes):
+        if not alone:
+            table.add_section()
+        for name, probe in probes.items():
+            gap = probe.gap[i]
+            row = [str(k), f"{gap.estimate:.3f}", f"{gap.low:.3f} to {gap.high:.3f}"]
+            row += [
+                f"{figures[i]:.3f}"
+                for figures in (probe.sequential, probe.parallel, probe.entropy, probe.drawn_entropy)
+            ]
+            table.add_row(*([] if alone else [name]), *row, f"{probe.less_likely[i]:.0%}")
+    return table
+
+
+def plot_trap(probes: Mapping[str, MarginalTrap], axes: Axes | None = None) -> tuple[Figure, Axes]:
+    """Draw the gap over k with intervals; returns matplotlib's (fig, ax)."""
+    figure, ax = canvas(axes)
+    for number, (name, probe) in enumerate(probes.items()):
+        plot_band(ax, probe.sizes, probe.gap, f"C{number}", "o-", name or "gap")
+    ax.axhline(0, color="grey", linewidth=0.8)
+    ax.set_xscale("log", base=2)
+    ax.set_xticks(next(iter(probes.values())).sizes)
+    ax.xaxis.set_major_formatter("{x:g}")
+    ax.set(xlabel="tokens drawn in one step", ylabel="gap (nats per position)")
+    ax.legend()
+    return figure, ax

@@ -9,7 +9,7 @@ import re
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from tokendrift.errors import TokenDriftError
+from tokendrift.evaluation.plots import require_matplotlib
 
 if TYPE_CHECKING:
     from markupsafe import Markup
@@ -89,11 +89,3 @@ def as_label(name: str) -> str:
     if len(name) > LONGEST_LABEL:
         name = f"{name[: LONGEST_LABEL - 3]}..."
     return ("\u200a" if name.startswith("_") else "") + name.replace("$", r"\$")
-
-
-def require_matplotlib() -> None:
-    """Raise unless there is matplotlib: before the work that ends in plots."""
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError as error:
-        raise TokenDriftError("plots need matplotlib.\n  pip install 'tokendrift[plot]'") from error
