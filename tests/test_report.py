@@ -11,13 +11,14 @@ from html.parser import HTMLParser
 from itertools import pairwise
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from report_samples import EVIL_NAME, as_samples, hostile_report, language, make_report
 
 from tokendrift import TokenDriftError
 from tokendrift.demo.stages import PRETRAINED
-from tokendrift.evaluation import SampleSet
+from tokendrift.evaluation import FIGURES, Figure, SampleSet, per_sample, register_figure
 from tokendrift.evaluation.report import as_json, page
 from tokendrift.evaluation.report.phrases import marked, most_repeated
 from tokendrift.evaluation.report.sources import (
@@ -309,3 +310,28 @@ def test_real_text_by_line_is_known_by_its_header_whatever_the_ending(tmp_path):
 def test_ids_without_text_need_a_tokenizer():
     with pytest.raises(TokenDriftError, match=r"a.jsonl has ids without texts.*\n.*--tokenizer"):
         common_tokenizer([NamedSamples("a", SampleSet(ids=[[1, 2]]), "a.jsonl")], None)
+
+
+def test_a_figure_of_a_users_own_is_measured_and_shown_with_all_others(tokenizer, monkeypatch):
+    from rich.console import Console
+
+    def even_share(ids):
+        return torch.tensor([float((sequence % 2 == 0).double().mean()) for sequence in ids])
+
+    figure = Figure("even_share", "even ids", "share of even ids", 3, per_sample(even_share), main=True)
+    monkeypatch.setitem(FIGURES, "even_share", figure)  # so that it is forgotten after this test
+    del FIGURES["even_share"]
+    register_figure(figure)
+    with pytest.raises(TokenDriftError, match="there is a figure of the name 'even_share' already"):
+        register_figure(figure)
+    report = make_report(tokenizer, [("model", as_samples(tokenizer, language(20)))])
+    share = report.evaluation["model"].measures.even_share
+    console = Console(width=150, file=io.StringIO())
+    console.print(report.table())
+    html = page(report)
+    for text in (console.file.getvalue(), html, str(report.evaluation)):
+        assert "even ids" in text and f"{share.estimate:.3f}" in text and share.ends(".3f") in text
+    assert report.to_dict()["rows"][0]["even_share"] == share._asdict()
+    assert "even_share" in report.evaluation["model"].comparison.differences
+    (line, _) = csv.DictReader(io.StringIO(report.to_csv()))
+    assert float(line["even_share_low"]) == share.low

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from tokendrift import TokenDriftError
-from tokendrift.evaluation import BadLine, read_samples
+from tokendrift.evaluation import read_samples
+from tokendrift.evaluation.samples import BadLine
 from tokendrift.files import write_atomically
 from tokendrift.sampling.sample_file import SampleFile
 

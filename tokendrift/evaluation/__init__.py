@@ -1,4 +1,4 @@
-"""Evaluation of samples: Gen.-PPL in the literature's conventions, and what has to stand beside it."""
+"""Evaluation of samples: Gen.-PPL in the literature's conventions, and the figures to read it with."""
 
 from tokendrift.evaluation.bootstrap import (
     Interval,
@@ -16,6 +16,7 @@ from tokendrift.evaluation.diversity import (
 )
 from tokendrift.evaluation.draws import DrawSamples, MeasureSamples, Setting, denoiser_samples
 from tokendrift.evaluation.evaluator import EvaluatedSet, Evaluation, evaluate
+from tokendrift.evaluation.figures import FIGURES, Figure, per_sample, register_figure
 from tokendrift.evaluation.frontier import Frontier, Point, sweep
 from tokendrift.evaluation.generative_perplexity import (
     GenerativePerplexity,
@@ -32,13 +33,10 @@ from tokendrift.evaluation.matching import (
 from tokendrift.evaluation.measures import Measures, measure
 from tokendrift.evaluation.nelbo import nelbo_interval, sequence_nelbo, validation_nelbo
 from tokendrift.evaluation.overlap import copied_share, self_bleu
-from tokendrift.evaluation.protocols import PROTOCOLS
 from tokendrift.evaluation.repetition import longest_repeat, sample_repetition
 from tokendrift.evaluation.sample_reader import read_samples
-from tokendrift.evaluation.samples import BadLine, SampleSet, decode
+from tokendrift.evaluation.samples import SampleSet, decode
 from tokendrift.evaluation.two_sample import (
-    KernelDistance,
-    Mauve,
     encoder_features,
     judge_features,
     kernel_distance,
@@ -46,18 +44,16 @@ from tokendrift.evaluation.two_sample import (
 )
 
 __all__ = [
-    "PROTOCOLS",
-    "BadLine",
+    "FIGURES",
     "Comparison",
     "DrawSamples",
     "EvaluatedSet",
     "Evaluation",
+    "Figure",
     "Frontier",
     "GenerativePerplexity",
     "Interval",
-    "KernelDistance",
     "MatchedEntropy",
-    "Mauve",
     "MeasureSamples",
     "Measures",
     "PerplexityResult",
@@ -85,9 +81,11 @@ __all__ = [
     "measure",
     "most_frequent_share",
     "nelbo_interval",
+    "per_sample",
     "perplexity_interval",
     "perplexity_ratio_interval",
     "read_samples",
+    "register_figure",
     "sample_entropy",
     "sample_repetition",
     "self_bleu",

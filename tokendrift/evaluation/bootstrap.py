@@ -12,12 +12,13 @@ Variance Estimation (Annals of Statistics 1989), for the halves.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from tokendrift._checks import check_count, fail
+from tokendrift.evaluation.generative_perplexity import PerplexityResult
 from tokendrift.evaluation.protocols import log_perplexity
 
 BLOCK = 1 << 22  # resampled values held at a time
@@ -57,25 +58,6 @@ class Interval(NamedTuple):
         return f"{self.estimate:{spec}} ({self.ends(spec)})"
 
 
-class Scored(Protocol):
-    """What a Gen.-PPL interval needs; `PerplexityResult` has it."""
-
-    @property
-    def sample_nll(self) -> Tensor:
-        """Summed NLL of each sample, (n,)."""
-        ...
-
-    @property
-    def sample_tokens(self) -> Tensor:
-        """Counted tokens of each sample, (n,)."""
-        ...
-
-    @property
-    def protocol(self) -> str:
-        """Convention, one of `PROTOCOLS`."""
-        ...
-
-
 def bootstrap_interval(
     statistic: Callable[..., Tensor],
     *per_sample: Tensor,
@@ -113,7 +95,9 @@ def mean_interval(values: Tensor, *, resamples: int = 1000, level: float = 0.95,
     return bootstrap_interval(lambda x: x.mean(dim=-1), values, resamples=resamples, level=level, seed=seed)
 
 
-def perplexity_interval(scored: Scored, *, resamples: int = 1000, level: float = 0.95, seed: int = 0) -> Interval:
+def perplexity_interval(
+    scored: PerplexityResult, *, resamples: int = 1000, level: float = 0.95, seed: int = 0
+) -> Interval:
     """Return Gen.-PPL with its interval, averaged as its protocol does.
 
     Args:
@@ -128,7 +112,13 @@ def perplexity_interval(scored: Scored, *, resamples: int = 1000, level: float =
 
 
 def perplexity_ratio_interval(
-    a: Scored, b: Scored, *, paired: bool = False, resamples: int = 1000, level: float = 0.95, seed: int = 0
+    a: PerplexityResult,
+    b: PerplexityResult,
+    *,
+    paired: bool = False,
+    resamples: int = 1000,
+    level: float = 0.95,
+    seed: int = 0,
 ) -> Interval:
     """Return the ratio of Gen.-PPL of a to that of b with its interval; below 1, a is likelier to the judge.
 

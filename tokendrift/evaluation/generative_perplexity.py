@@ -61,35 +61,37 @@ class PerplexityResult(NamedTuple):
 
 
 class GenerativePerplexity:
-    """Score samples under a judge: `update` with each lot, `compute` over all of them.
+    """Score samples under a judge: `update` with each batch of samples, `compute` over all of them.
 
-    Every sample is scored whatever the batch size, and nothing depends on batch size, order or padding beyond
-    the rounding of the judge. Log-probabilities are float32 or wider, sums float64. Windows of like length are
-    read together, as many a call as make ``batch_size * max_length`` tokens.
+    Every sample is scored, and the result does not depend on batch size, order or padding beyond the rounding of the
+    judge. Log-probabilities are float32 or wider, sums float64. Windows of similar length are read together, with up
+    to ``batch_size * max_length`` tokens in a forward call.
 
-    Where a process group is initialised, every rank scores samples of its own; only `compute` communicates.
+    If a process group is initialised, every rank scores samples of its own; only `compute` communicates.
 
     Args:
         judge: A transformers causal LM; any callable (ids (B, L) int64, attention_mask (B, L) int64) -> logits
             (B, L, V); or the name or folder of a transformers model (safetensors; its own code is never run).
-        tokenizer: The judge's, for texts: of transformers, or a ``tokenizers.Tokenizer``. Texts are encoded
-            without added special tokens.
+        tokenizer: Tokenizer of the judge, for texts: one of transformers, or a ``tokenizers.Tokenizer``. Texts are
+            encoded without added special tokens. Default: that of a judge loaded by name, else None.
         protocol: ``"mdlm"`` (also DUO's and ReMDM's), ``"sedd"``, ``"sdtt"``, ``"bd3"``, or ``"all"``: every token
-            but the first, with context across windows. See `tokendrift.evaluation.protocols`.
-        max_length: Tokens the judge reads at once; by default its own window, else 1024. Longer samples are
-            split, never cut; ``"sedd"`` and ``"sdtt"`` refuse them.
-        batch_size: Windows of full length a forward call; of shorter ones as many more as they are shorter.
-        stride: Step of the sliding windows of ``"bd3"`` and ``"all"``; by default half of ``max_length``.
-        device: Where ids are sent; by default where the judge's parameters are.
-        precision: ``"float32"`` or ``"bfloat16"`` for a judge loaded by name, by default float32; any other judge
-            keeps its own. What it ran in is recorded in the result.
-        revision: Branch, tag or commit of a judge loaded by name.
-        eos_id: End of text, for ``"mdlm"`` and ``"bd3"``; by default the tokenizer's or the judge's.
-        truncate: Keep only the first so many tokens of a sample, as MDLM's evaluation does at the model length.
-        pad_eos: For parity with MDLM and DUO, which pad a call to its longest sample with EOS and count the first
-            pad as an EOS that the sample should have ended with: so the length of one sample changes the NLL of
-            the others.
-        drop_remainder: For parity with upstream, which drops the last n mod ``batch_size`` samples of each call.
+            but the first, with context across windows. See `tokendrift.evaluation.protocols`. Default: ``"mdlm"``.
+        max_length: Tokens that the judge reads at once. Longer samples are split into windows, never cut;
+            ``"sedd"`` and ``"sdtt"`` refuse them. Default: the judge's own window, else 1024.
+        batch_size: Windows of full length in a forward call; of shorter windows correspondingly more. Default: 8.
+        stride: Step of the sliding windows of ``"bd3"`` and ``"all"``, tokens. Default: half of ``max_length``.
+        device: Device to which ids are sent. Default: that of the judge's parameters.
+        precision: ``"float32"`` or ``"bfloat16"`` for a judge loaded by name; any other judge keeps its own. The
+            result records the precision. Default: float32.
+        revision: Branch, tag or commit of a judge loaded by name. Default: None.
+        eos_id: End-of-text token, for ``"mdlm"`` and ``"bd3"``. Default: the tokenizer's or the judge's.
+        truncate: Score only the first ``truncate`` tokens of a sample, as MDLM's evaluation does at the model length.
+            Default: None, for whole samples.
+        pad_eos: For parity with MDLM and DUO, which pad the samples of a call to the longest with EOS and count the
+            first pad as an EOS that the sample should have ended with. The length of one sample then changes the NLL
+            of the others. Default: False.
+        drop_remainder: For parity with the published code, which drops the last n mod ``batch_size`` samples of each
+            call. Default: False.
 
     Raises:
         TokenDriftError: If an option is out of range, or the protocol needs an EOS and none is known.
@@ -141,14 +143,14 @@ class GenerativePerplexity:
         attention_mask: Tensor | None = None,
         progress: Callable[[int], object] | None = None,
     ) -> None:
-        """Score samples and keep what each of them adds.
+        """Score samples and accumulate what each of them contributes.
 
         Args:
             samples: Texts; or ids of the judge's vocabulary, int64 (n, L) or a list of sequences, then nothing
                 is tokenised; or a `SampleSet`, of which the texts are read if it has them.
-            attention_mask: With ids (n, L): 0 on padding, on whichever side. Padding is never scored.
-            progress: Called after each forward call with the number of windows it scored; a sample is one
-                window unless it is longer than ``max_length``.
+            attention_mask: With ids (n, L): 0 on padding, at either end. Padding is never scored. Default: None.
+            progress: Called after each forward call with the number of windows that it scored; a sample is one
+                window unless it is longer than ``max_length``. Default: None.
 
         Raises:
             TokenDriftError: For no samples, a sample without a target, ids outside the judge's vocabulary.
@@ -159,10 +161,10 @@ class GenerativePerplexity:
         self._precision = scored.precision
 
     def compute(self) -> PerplexityResult:
-        """Return Gen.-PPL over everything given since the start or the last `reset`, on all ranks.
+        """Return Gen.-PPL over all samples since the start or the last `reset`, on all ranks.
 
-        With several processes every rank has to call, and each gets the result over the samples of all, those of
-        rank 0 first. A rank may have had no samples.
+        With several processes every rank must call this method, and each gets the result over the samples of all
+        ranks, those of rank 0 first. A rank may have no samples.
 
         Raises:
             TokenDriftError: If nothing was scored, the protocol counts no token of it, or ranks differ in
@@ -309,24 +311,37 @@ def generative_perplexity(
     tokenizer: Any = None,
     *,
     attention_mask: Tensor | None = None,
+    protocol: str = "mdlm",
+    max_length: int | None = None,
+    batch_size: int = 8,
+    stride: int | None = None,
+    device: torch.device | str | None = None,
+    precision: str | None = None,
+    revision: str | None = None,
+    eos_id: int | None = None,
+    truncate: int | None = None,
+    pad_eos: bool = False,
+    drop_remainder: bool = False,
     progress: Callable[[int], object] | None = None,
-    **options: Any,
 ) -> PerplexityResult:
     """Return Gen.-PPL of samples in one call.
 
     Args:
         samples: Texts, or ids of the judge's vocabulary.
-        judge: As for `GenerativePerplexity`.
-        tokenizer: As for `GenerativePerplexity`.
-        attention_mask: With ids (n, L): 0 on padding.
-        progress: Called with the number of windows after each forward call.
-        **options: The other options of `GenerativePerplexity`.
+        attention_mask: With ids (n, L): 0 on padding. Default: None.
+        progress: Called with the number of windows after each forward call. Default: None.
+        judge, tokenizer, protocol, max_length, batch_size, stride, device, precision, revision, eos_id, truncate,
+            pad_eos, drop_remainder: As for `GenerativePerplexity`, with its defaults.
 
     >>> uniform = lambda ids, attention_mask: torch.zeros(*ids.shape, 10)
     >>> round(generative_perplexity(torch.tensor([[1, 2, 3]]), uniform, protocol="sdtt").perplexity, 4)
     10.0
     """
-    metric = GenerativePerplexity(judge, tokenizer, **options)
+    metric = GenerativePerplexity(
+        judge, tokenizer, protocol=protocol, max_length=max_length, batch_size=batch_size, stride=stride,
+        device=device, precision=precision, revision=revision, eos_id=eos_id, truncate=truncate,
+        pad_eos=pad_eos, drop_remainder=drop_remainder,
+    )  # fmt: skip
     return metric.score(samples, attention_mask=attention_mask, progress=progress)
 
 

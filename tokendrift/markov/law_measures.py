@@ -17,7 +17,7 @@ from tokendrift.markov.language import MarkovLanguage
 
 @dataclass(frozen=True)
 class MarkovMeasures:
-    r"""What is known about generated sequences of a `MarkovLanguage`.
+    r"""Measures of generated sequences of a `MarkovLanguage`.
 
     With :math:`\hat q_{ab}` the share of adjacent pairs that are (a, b), all positions together, and
     :math:`p_{ab} = \pi_a P_{ab}`:
@@ -68,17 +68,17 @@ def measure_ids(
     resamples: int = 1000,
     seed: int = 0,
 ) -> MarkovMeasures:
-    """Measure sequences, however they were made.
+    """Measure sequences of any origin against the language.
 
     Args:
-        language: The language they should be of.
+        language: The language with which they are compared.
         ids: Words, int (n, L) with n and L at least 2; L need not be that of the language.
-        floor: From `real_floor`, where many sets of one size are measured; by default it is computed here.
-        resamples: Of the bootstrap.
-        seed: Of the bootstrap and of the real text behind the floor.
+        floor: The result of `real_floor`, which can be shared by many sets of one size. Default: computed here.
+        resamples: Redraws of the bootstrap. Default: 1000.
+        seed: Random seed of the bootstrap and of the real text behind the floor. Default: 0.
 
     Raises:
-        TokenDriftError: If ids are no words (a mask that was left, say), or too few.
+        TokenDriftError: If ids are not words, such as a mask that remains, or if there are too few.
 
     >>> language = MarkovLanguage(torch.tensor([[0.0, 1.0], [0.5, 0.5]]))
     >>> figures = measure_ids(language, torch.tensor([[0, 0, 1], [0, 1, 0]]))  # 00 is wrong; 01 twice; 10 once
@@ -126,16 +126,16 @@ def measure_ids(
 def real_floor(
     language: MarkovLanguage, n: int, *, length: int | None = None, repeats: int = 20, seed: int = 0
 ) -> float:
-    """Return the total variation that n real sequences measure: the mean over ``repeats`` fresh sets.
+    """Return the mean total variation of ``repeats`` fresh sets of n real sequences.
 
-    All their pairs are valid, so that it is their mode imbalance, too.
+    All pairs of real sequences are valid, so this is their mode imbalance as well.
 
     Args:
         language: The language.
         n: Sequences of a set.
-        length: Words of a sequence; that of the language by default.
-        repeats: Sets.
-        seed: Of the sets.
+        length: Words of a sequence. Default: the length of the language.
+        repeats: Number of sets. Default: 20.
+        seed: Random seed of the sets. Default: 0.
     """
     check_count("n", n, least=1)
     check_count("repeats", repeats, least=1)

@@ -156,13 +156,13 @@ def probe_checkpoints(
     options: dict[str, Any] = {"draws": draws, "batch_size": batch_size, "seed": seed}
     sizes = tuple(size for size in SIZES if size <= k)
     texts = None if judge_reads_ids else partial(decode, own_tokenizer)
-    probe_trap = partial(marginal_trap, prompts=starts, judge=scorer, decode=texts, sizes=sizes, **options)
+    trap_options = options | {"decode": texts, "sizes": sizes}
     decay, trap = {}, {}
     for name, (network, own) in denoisers.items():
         progress(f"information decay, {name}")
         decay[name] = information_decay(network, own, starts, unigram_law(stream, own), positions=k, **options)
         progress(f"marginal trap, {name}")
-        trap[name] = probe_trap(network, own)
+        trap[name] = marginal_trap(network, own, starts, scorer, **trap_options)
     # 3. The change, and the change against the first denoiser at the temperature that makes it as sharp.
     change = matched_change = None
     if AFTER in denoisers:
@@ -171,7 +171,7 @@ def probe_checkpoints(
         target = trap[AFTER].entropy[-1]
         temperature = matched_temperature(model, process, starts, target, positions=sizes[-1], **options)
         if temperature < 1:
-            cooler = probe_trap(model, process, temperature=temperature)
+            cooler = marginal_trap(model, process, starts, scorer, temperature=temperature, **trap_options)
             matched_change = trap_change(cooler, trap[AFTER])
             trap = {BEFORE: trap[BEFORE], f"before, T = {temperature:.2f}": cooler, AFTER: trap[AFTER]}
     settings = {

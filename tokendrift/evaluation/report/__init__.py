@@ -2,6 +2,6 @@
 
 from tokendrift.evaluation.report.evaluation_report import EvaluationReport, as_json
 from tokendrift.evaluation.report.from_files import EvaluateConfig, evaluate_files
-from tokendrift.evaluation.report.page import page
+from tokendrift.evaluation.report.html_page import page
 
 __all__ = ["EvaluateConfig", "EvaluationReport", "as_json", "evaluate_files", "page"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,6 +21,7 @@ from tokendrift.evaluation.report.sources import NamedSamples, common_tokenizer,
 from tokendrift.evaluation.sample_reader import read_samples
 from tokendrift.evaluation.samples import SampleSet, tokenize
 from tokendrift.models import DiT, load_denoiser
+from tokendrift.sampling.to_file import SampleConfig, sample_to_file
 
 MOST_WINDOWS = 512  # of real text, for the NELBO
 
@@ -28,12 +30,8 @@ def sample_checkpoints(
     checkpoints: Sequence[str],
     nfes: Sequence[int],
     folder: Path,
+    config: SampleConfig,
     *,
-    n: int,
-    temperature: float = 1.0,
-    tokenizer: str | None = None,
-    seed: int = 0,
-    device: str = "cpu",
     progress: Callable[[str], object] = lambda stage: None,
 ) -> Iterator[NamedSamples]:
     """Sample each checkpoint at each number of function evaluations into a file, and yield the sets.
@@ -44,27 +42,18 @@ def sample_checkpoints(
         checkpoints: ``PATH`` or ``NAME=PATH`` of each checkpoint.
         nfes: Numbers of function evaluations, one set for each.
         folder: Folder of the files.
-        n: Samples of each set.
-        temperature: Sampling temperature. Default: 1.0.
-        tokenizer: Tokenizer of the checkpoints. Default: None, for their own.
-        seed: Random seed of sampling. Default: 0.
-        device: Device to sample on. Default: ``"cpu"``.
-        progress: Called with what is being sampled.
+        config: The other options of sampling; its checkpoint and steps are replaced.
+        progress: Called with what is being sampled. Default: a function that does nothing.
 
     Raises:
         TokenDriftError: As for `tokendrift.sampling.to_file.sample_to_file`, or if a file cannot be written.
     """
-    from tokendrift.sampling.to_file import SampleConfig, sample_to_file
-
     for name, checkpoint in map(split_name, checkpoints):
         for nfe in nfes:
             progress(f"sampling {name} at {nfe} NFE")
             path = folder / f"{name.replace('/', '-')}-{nfe}.jsonl"
-            config = SampleConfig(
-                checkpoint, n=n, steps=nfe, temperature=temperature, tokenizer=tokenizer, seed=seed, device=device
-            )
             try:
-                sample_to_file(config, path)
+                sample_to_file(replace(config, checkpoint=checkpoint, steps=nfe), path)
             except OSError as error:
                 raise fail(
                     f"{path} could not be written: {error.strerror}.", "Free some space, or keep the samples elsewhere."

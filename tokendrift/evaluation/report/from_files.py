@@ -39,6 +39,7 @@ from tokendrift.evaluation.report.sources import (
     unique_names,
 )
 from tokendrift.evaluation.samples import SampleSet, decode
+from tokendrift.sampling.to_file import SampleConfig
 
 
 @dataclass(frozen=True)
@@ -188,19 +189,11 @@ def _load_judge(config: EvaluateConfig) -> GenerativePerplexity:
 
 
 def _sample_checkpoints(config: EvaluateConfig, progress: Callable[[str], object]) -> list[NamedSamples]:
+    options = {name: getattr(config, name) for name in ("n", "temperature", "tokenizer", "seed", "device")}
+    sampling = SampleConfig("", steps=1, **options)
     with tempfile.TemporaryDirectory() as temporary:
-        drawn = sample_checkpoints(
-            config.checkpoint,
-            config.nfe,
-            Path(config.keep or temporary),
-            n=config.n,
-            temperature=config.temperature,
-            tokenizer=config.tokenizer,
-            seed=config.seed,
-            device=config.device,
-            progress=progress,
-        )
-        return list(drawn)
+        folder = Path(config.keep or temporary)
+        return list(sample_checkpoints(config.checkpoint, config.nfe, folder, sampling, progress=progress))
 
 
 def _count_samples(progress: Callable[[str], object]) -> Callable[[int], object]:
