@@ -326,7 +326,7 @@ def test_a_figure_of_a_users_own_is_measured_and_shown_with_all_others(tokenizer
         register_figure(figure)
     report = make_report(tokenizer, [("model", as_samples(tokenizer, language(20)))])
     share = report.evaluation["model"].measures.even_share
-    console = Console(width=150, file=io.StringIO())
+    console = Console(width=200, file=io.StringIO())
     console.print(report.table())
     html = page(report)
     for text in (console.file.getvalue(), html, str(report.evaluation)):

@@ -339,7 +339,7 @@ def evaluate(
             require_matplotlib()
         with Console(stderr=True).status("starting") as status:
             report = evaluate_files(config, progress=status.update)
-        console = _console(140)
+        console = _console(160)
         console.print(report.table())
         for sentence in (*report.guard(), *report.differences(), *report.at_equal_entropy()):
             console.print(sentence, highlight=False, markup=False, soft_wrap=True)

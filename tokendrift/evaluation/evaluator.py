@@ -9,7 +9,7 @@ from typing import Any
 from tokendrift._checks import fail
 from tokendrift.evaluation.bootstrap import Interval
 from tokendrift.evaluation.comparison import Comparison, compare
-from tokendrift.evaluation.figures import main_figures
+from tokendrift.evaluation.figures import Figure, main_figures
 from tokendrift.evaluation.generative_perplexity import GenerativePerplexity
 from tokendrift.evaluation.guard import Verdict, check_samples
 from tokendrift.evaluation.measures import Measures, as_sample_set, measure, training_ids
@@ -73,10 +73,10 @@ class Evaluation:
 
     def __str__(self) -> str:
         """Return a table in plain text: every Gen.-PPL with its entropies, NFE, n, precision, and real text."""
-        figures = main_figures()
+        figures = main_figures(*(measures.figures for row in self.rows for measures in (row.measures, row.real)))
         heading = f"{'':<20}{'NFE':>5}{'n':>7}" + "".join(f"{figure.heading:>{WIDTH}}" for figure in figures)
-        lines = [heading, *dict.fromkeys(_line("real text", row.real) for row in self.rows)]
-        lines += [_line(row.name, row.measures) for row in self.rows]
+        lines = [heading, *dict.fromkeys(_line("real text", row.real, figures) for row in self.rows)]
+        lines += [_line(row.name, row.measures, figures) for row in self.rows]
         first = self.rows[0].measures
         judged = first.perplexity
         lines.append(
@@ -212,8 +212,8 @@ def cut_to_lengths(
     )
 
 
-def _line(name: str, measures: Measures) -> str:
+def _line(name: str, measures: Measures, figures: Sequence[Figure]) -> str:
     nfe = "" if measures.nfe is None else str(measures.nfe)
-    cells = [figure.cell(measures.figures) for figure in main_figures()]
+    cells = [figure.cell(measures.figures) for figure in figures]
     texts = (f"{value} ({ends})" if value else "" for value, ends in cells)
     return f"{name:<20}{nfe:>5}{measures.samples:>7}" + "".join(text.rjust(WIDTH) for text in texts)

@@ -147,9 +147,13 @@ def register_figure(figure: Figure) -> None:
     FIGURES[figure.name] = figure
 
 
-def main_figures() -> list[Figure]:
-    """Return the figures that are shown where there is room for few."""
-    return [figure for figure in FIGURES.values() if figure.main]
+def main_figures(*sets: Mapping[str, Interval]) -> list[Figure]:
+    """Return the figures that are shown where there is room for few, and that were measured in one of the sets.
+
+    Args:
+        *sets: Intervals of each set by name, such as `Measures.figures`.
+    """
+    return [figure for name, figure in FIGURES.items() if figure.main and any(name in measured for measured in sets)]
 
 
 def _mean(samples: ScoredSamples, values: Tensor) -> FigureValue:
@@ -166,6 +170,22 @@ def _log_gen_ppl(samples: ScoredSamples) -> FigureValue:
     contributions = judged.sample_nll, judged.sample_tokens
     replicates = samples.resampling.log_perplexity(*contributions, judged.protocol)
     return FigureValue(float(log_perplexity(*contributions, judged.protocol)), replicates)
+
+
+def _bits_per_byte(samples: ScoredSamples) -> FigureValue | None:
+    return _ratio(samples, samples.perplexity.sample_nll / math.log(2), samples.perplexity.sample_bytes)
+
+
+def _nats_per_token(samples: ScoredSamples) -> FigureValue | None:
+    return _ratio(samples, samples.perplexity.sample_nll, samples.perplexity.sample_generated)
+
+
+def _ratio(samples: ScoredSamples, numerators: Tensor, denominators: Tensor | None) -> FigureValue | None:
+    """Return the ratio of two sums over samples; None if the second is not known."""
+    if denominators is None:
+        return None
+    estimate = float(numerators.sum()) / float(denominators.sum())
+    return FigureValue(estimate, samples.resampling.ratio(numerators, denominators))
 
 
 def _unigram_entropy(samples: ScoredSamples) -> FigureValue:
@@ -200,6 +220,8 @@ FIGURES: dict[str, Figure] = {
     figure.name: figure
     for figure in (
         Figure("gen_ppl", "Gen.-PPL", "Gen.-PPL", 1, _log_gen_ppl, main=True),
+        Figure("bits_per_byte", "bits/byte", "bits per byte", 3, _bits_per_byte, main=True),
+        Figure("nats_per_generated_token", "nats/token", "NLL per generated token", 3, _nats_per_token, "nats"),
         Figure("sample_entropy", "H sample", "sample entropy", 3, per_sample(sample_entropy), "nats", main=True),
         Figure("unigram_entropy", "H unigram", "unigram entropy", 3, _unigram_entropy, "nats", main=True),
         Figure("distinct_1", "distinct-1", "distinct tokens", 3, _distinct(1)),

@@ -21,7 +21,7 @@ from tokendrift.evaluation.protocols import (
     plan_windows,
     scored_targets,
 )
-from tokendrift.evaluation.samples import SampleInput, id_sequences
+from tokendrift.evaluation.samples import SampleInput, SampleSet, id_sequences
 from tokendrift.modes import evaluation_mode
 from tokendrift.references import rank_count
 
@@ -40,6 +40,9 @@ class PerplexityResult(NamedTuple):
         revision: Commit or branch of its weights, None if unknown.
         sample_nll: What each sample adds to ``nll``, float64 (n,), in the order given.
         sample_tokens: What each sample adds to ``tokens``, int64 (n,).
+        sample_bytes: UTF-8 bytes of the text of each sample, int64 (n,); None if the judge read ids, or a part of the
+            text.
+        sample_generated: Tokens of each sample as the denoiser generated it, int64 (n,); None if they are not known.
     """
 
     perplexity: float
@@ -52,12 +55,35 @@ class PerplexityResult(NamedTuple):
     revision: str | None
     sample_nll: Tensor
     sample_tokens: Tensor
+    sample_bytes: Tensor | None = None
+    sample_generated: Tensor | None = None
+
+    @property
+    def bits_per_byte(self) -> float | None:
+        """Total NLL in bits over all UTF-8 bytes, which compares across judges; None if the bytes are not known.
+
+        A judge never scores the first token of a sample, whose bytes are counted all the same.
+        """
+        return None if self.sample_bytes is None else self.nll / math.log(2) / int(self.sample_bytes.sum())
+
+    @property
+    def nats_per_generated_token(self) -> float | None:
+        """Total NLL in nats over all tokens that the denoiser generated; None if their number is not known."""
+        return None if self.sample_generated is None else self.nll / int(self.sample_generated.sum())
+
+    def with_sizes(self, texts: Sequence[str] | None, ids: Sequence[Sequence[int] | Tensor] | None) -> PerplexityResult:
+        """Return the result with the bytes of the texts and the number of ids as generated of each sample."""
+        return self._replace(
+            sample_bytes=None if texts is None else torch.tensor([len(text.encode()) for text in texts]),
+            sample_generated=None if ids is None else torch.tensor([len(row) for row in ids]),
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain numbers and texts for JSON, those of each sample included."""
         plain = self._asdict()
         plain["perplexity"] = self.perplexity if math.isfinite(self.perplexity) else None
-        return plain | {"sample_nll": self.sample_nll.tolist(), "sample_tokens": self.sample_tokens.tolist()}
+        plain = {name: value.tolist() if isinstance(value, Tensor) else value for name, value in plain.items()}
+        return plain | {"bits_per_byte": self.bits_per_byte, "nats_per_generated_token": self.nats_per_generated_token}
 
 
 class GenerativePerplexity:
@@ -156,9 +182,7 @@ class GenerativePerplexity:
             TokenDriftError: For no samples, a sample without a target, ids outside the judge's vocabulary.
         """
         scored = self.score(samples, attention_mask=attention_mask, progress=progress)
-        self._nll.append(scored.sample_nll)
-        self._tokens.append(scored.sample_tokens)
-        self._precision = scored.precision
+        self._scored.append(scored)
 
     def compute(self) -> PerplexityResult:
         """Return Gen.-PPL over all samples since the start or the last `reset`, on all ranks.
@@ -170,29 +194,24 @@ class GenerativePerplexity:
             TokenDriftError: If nothing was scored, the protocol counts no token of it, or ranks differ in
                 protocol or precision.
         """
-        nll, tokens = torch.zeros(0, dtype=torch.float64), torch.zeros(0, dtype=torch.int64)
-        if self._nll:
-            nll, tokens = torch.cat(self._nll), torch.cat(self._tokens)
-        parts: list[Any] = [(nll, tokens, self.protocol, self._precision)]
+        parts = list(self._scored)
         if rank_count() > 1:
-            parts *= rank_count()
-            distributed.all_gather_object(parts, (nll, tokens, self.protocol, self._precision))
-        found = [part for part in parts if len(part[0])]
-        if not found:
+            gathered: list[Any] = [None] * rank_count()
+            distributed.all_gather_object(gathered, parts)
+            parts = [part for rank in gathered for part in rank]
+        if not parts:
             raise fail("compute has nothing to work on.", "Call update(samples) first.")
-        conventions = {part[2:] for part in found}
+        conventions = {(part.protocol, part.precision) for part in parts}
         if len(conventions) > 1:
             shown = ", ".join(sorted(f"{protocol} in {precision}" for protocol, precision in conventions))
             raise fail(f"the ranks did not score alike: {shown}.", "Build the same evaluator on every rank.")
-        precision = conventions.pop()[1]
-        nll, tokens = (torch.cat([part[i] for part in found]) for i in range(2))
-        return self._result(nll, tokens, precision)
+        contributions = [part[-4:] for part in parts]
+        sizes = (None if any(x is None for x in each) else torch.cat(each) for each in zip(*contributions, strict=True))
+        return self._result(parts[0].precision, *sizes)  # type: ignore[arg-type]
 
     def reset(self) -> None:
         """Forget all samples."""
-        self._nll: list[Tensor] = []
-        self._tokens: list[Tensor] = []
-        self._precision = ""
+        self._scored: list[PerplexityResult] = []
 
     def score(
         self,
@@ -221,7 +240,13 @@ class GenerativePerplexity:
                 tokens.index_add_(0, owners, counted.sum(dim=1))
                 if progress is not None:
                     progress(len(batch))
-        return self._result(nll, tokens, precision)
+        scored = self._result(precision, nll, tokens)
+        whole = self.truncate is None and len(sequences) == len(samples)
+        if isinstance(samples, SampleSet):
+            return scored.with_sizes(samples.texts, samples.ids) if whole else scored
+        if isinstance(samples[0], str):
+            return scored.with_sizes([str(text) for text in samples], None) if whole else scored
+        return scored.with_sizes(None, sequences)
 
     def _batches(self, pieces: list[tuple[int, Window]]) -> Iterator[list[tuple[int, Window]]]:
         """Yield windows of like length together: hardly any padding, and no dependence on the order given.
@@ -271,7 +296,14 @@ class GenerativePerplexity:
         fresh = position >= torch.tensor([window.first - window.start for _, window in batch])[:, None]
         return ids, real.long(), scored_targets(ids, self.protocol, self.eos_id) & real & fresh
 
-    def _result(self, nll: Tensor, tokens: Tensor, precision: str) -> PerplexityResult:
+    def _result(
+        self,
+        precision: str,
+        nll: Tensor,
+        tokens: Tensor,
+        sample_bytes: Tensor | None = None,
+        sample_generated: Tensor | None = None,
+    ) -> PerplexityResult:
         total, count = float(nll.sum()), int(tokens.sum())
         if count == 0:
             raise fail(
@@ -283,7 +315,18 @@ class GenerativePerplexity:
         perplexity = math.exp(log) if log < 709 else math.inf
         judge = self.judge
         return PerplexityResult(
-            perplexity, total, count, len(nll), self.protocol, precision, judge.name, judge.revision, nll, tokens
+            perplexity,
+            total,
+            count,
+            len(nll),
+            self.protocol,
+            precision,
+            judge.name,
+            judge.revision,
+            nll,
+            tokens,
+            sample_bytes,
+            sample_generated,
         )
 
     def _end_of_text(self, eos_id: int | None) -> int | None:

@@ -28,6 +28,9 @@ class Measures:
     not measured. `tokendrift.evaluation.figures` has the table of all figures:
 
     * ``gen_ppl``: Gen.-PPL.
+    * ``bits_per_byte``: NLL under the judge in bits over UTF-8 bytes, if the judge read texts. Unlike Gen.-PPL it does
+      not depend on the judge's tokens.
+    * ``nats_per_generated_token``: NLL under the judge in nats over tokens as generated, if those are known.
     * ``sample_entropy``: mean entropy of the tokens of a sample.
     * ``unigram_entropy``: entropy of all tokens together.
     * ``distinct_1`` to ``distinct_4``: distinct n-grams over all n-grams of the set.
@@ -184,6 +187,9 @@ def measure(
         training = training_ids(training, judge.judge.tokenizer if vocabulary == "judge" else tokenizer)
     # 3. Every figure of the table, on the same redraws of the samples.
     judged = judge.score([read[i] for i in kept], progress=progress)
+    if judge.truncate is None:
+        known = given.only(kept)
+        judged = judged.with_sizes(None if texts is None else [texts[i] for i in kept], known.ids)
     scored = ScoredSamples(counted, judged, training, Resampling(len(kept), resamples, seed))
     values = {name: value for name, f in FIGURES.items() if f.compute is not None and (value := f.compute(scored))}
     figures = {name: interval_from(value.estimate, value.replicates, level) for name, value in values.items()}

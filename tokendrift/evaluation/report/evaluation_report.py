@@ -92,11 +92,12 @@ class EvaluationReport:
         view.add_column("", overflow="fold", min_width=9)
         for heading in ("NFE", "n", "precision"):
             view.add_column(heading, justify="right", no_wrap=True)
-        for figure in main_figures():  # an interval may break into two lines where the terminal is narrow
+        figures = main_figures(*(measures.figures for _, measures, _ in self.entries()))
+        for figure in figures:  # an interval may break into two lines where the terminal is narrow
             view.add_column(figure.heading, justify="right", min_width=8)
         view.add_column("guard", no_wrap=True)
         for name, measures, row in self.entries():
-            cells = ("\n".join(figure.cell(measures.figures)) for figure in main_figures())
+            cells = ("\n".join(figure.cell(measures.figures)) for figure in figures)
             view.add_row(
                 Text(self.model(name)),
                 "" if measures.nfe is None else str(measures.nfe),
