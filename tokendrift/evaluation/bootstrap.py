@@ -1,8 +1,8 @@
 """Resampling over samples: how far a figure would move with another draw of as many samples.
 
-What averages over samples is resampled by the percentile bootstrap. Figures that count what occurs in the corpus at
-all (distinct n-grams, duplicates) would take a sample drawn twice for a repetition; they are computed on random halves
-instead, in which no sample stands twice. The variance of a mean over halves of n samples is that of a draw of n. The
+Averages over samples are resampled by the percentile bootstrap. Figures that count what occurs in the corpus at all
+(distinct n-grams, duplicates) would take a sample drawn twice for a repetition. They are computed on random halves
+instead, in which no sample occurs twice. The variance of a mean over halves of n samples is that of a draw of n. The
 level of these figures depends on how many samples there are, and is set back to the estimate (``centred``).
 
 Source: Efron and Tibshirani, An Introduction to the Bootstrap (1993); Shao and Wu, A General Theory for Jackknife
@@ -67,14 +67,15 @@ def bootstrap_interval(
 ) -> Interval:
     """Return a statistic with its percentile bootstrap interval.
 
-    Samples are redrawn with replacement, all arrays alike, so what belongs to one sample stays together.
+    Samples are redrawn with replacement. All arrays are redrawn with the same indices, so that the values of one
+    sample stay together.
 
     Args:
-        statistic: Maps arrays (R, n) to values (R,): reduces the last axis and nothing else.
-        *per_sample: One value a sample each, (n,), n at least 2.
-        resamples: R in all.
-        level: Share of the resampled values inside the interval.
-        seed: Same seed, same interval; the global random state is left alone.
+        statistic: Maps arrays (R, n) to values (R,): it reduces the last axis and nothing else.
+        *per_sample: Arrays with one value for each sample, (n,), n at least 2.
+        resamples: Number of redraws R. Default: 1000.
+        level: Share of the resampled values inside the interval. Default: 0.95.
+        seed: Random seed of the redraws; the global random state is not used. Default: 0.
 
     Raises:
         TokenDriftError: If the arrays do not agree or are too short, or an option is out of range.
@@ -122,12 +123,13 @@ def perplexity_ratio_interval(
 ) -> Interval:
     """Return the ratio of Gen.-PPL of a to that of b with its interval; below 1, a is likelier to the judge.
 
-    Their difference lies beyond chance where the interval leaves out 1.
+    The difference lies beyond chance if the interval does not contain 1.
 
     Args:
         a: A `PerplexityResult`.
         b: Another, of the same protocol.
-        paired: Sample i of a and of b belong together (same prompt or same noise) and are redrawn together.
+        paired: Redraw sample i of a together with sample i of b, because the two share a prompt or noise.
+            Default: False.
         resamples: As for `bootstrap_interval`.
         level: As for `bootstrap_interval`.
         seed: As for `bootstrap_interval`.
@@ -176,8 +178,9 @@ def interval_from(estimate: float, replicates: Tensor, level: float = 0.95, *, c
     Args:
         estimate: The figure on all samples.
         replicates: The figure on resampled ones, (R,).
-        level: Share inside.
-        centred: Shift the replicates to the estimate first: for figures that depend on how many samples differ.
+        level: Share of the replicates inside the interval. Default: 0.95.
+        centred: Shift the replicates so that their mean is the estimate, for figures that depend on how many different
+            samples there are. Default: False.
 
     >>> interval_from(2.0, torch.tensor([0.0, 1.0, 2.0]), level=0.5, centred=True)
     Interval(estimate=2.0, low=1.5, high=2.5)

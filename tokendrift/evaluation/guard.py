@@ -151,6 +151,7 @@ def check_samples(generated: Measures, real: Measures, *, deviations: float = DE
             unchecked.append(name)
             continue
         value, level = values[name].estimate, expected[name].estimate
+        # The threshold lies on the suspicious side of real text's figure, beyond chance and beyond the margin.
         error = float((generated.replicates[name] - real.replicates[name]).std())
         if name == "gen_ppl":  # compared as a ratio
             threshold = level * math.exp(rule.side * deviations * error)

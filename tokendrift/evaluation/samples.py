@@ -1,4 +1,4 @@
-"""What can be scored: texts or ids, brought to one sequence of ids a sample; and ids of a denoiser back to text."""
+"""Samples as texts or ids, brought to one sequence of ids for each sample, and ids decoded to text."""
 
 from __future__ import annotations
 
@@ -34,14 +34,14 @@ class BadLine(NamedTuple):
 
 @dataclass(frozen=True)
 class SampleSet:
-    """Samples of one model, or real text; ids or texts of each, or both.
+    """Samples of one model, or real text: ids or texts of each sample, or both.
 
     Attributes:
         ids: Ids of each sample as generated, None if they are not known.
         texts: Text of each sample, None if it is not known.
-        nfe: Forward calls of the denoiser that a sample cost, None for real text or where it is not known.
-        metadata: What the file says about its making.
-        bad_lines: Lines left out, by number and reason.
+        nfe: Forward calls of the denoiser for a sample, None for real text or if it is not known.
+        metadata: Header of the samples file: how the samples were made.
+        bad_lines: Lines that were left out, by number and reason.
     """
 
     ids: list[list[int]] | None = None
@@ -130,9 +130,10 @@ def id_sequences(
 
 
 def spread(sizes: Sequence[int], lengths: Sequence[int]) -> list[int]:
-    """Return the index of a sequence for each length: spread evenly over the sequences that are long enough.
+    """Return the index of a sequence for each length, spread evenly over the sequences that are long enough.
 
-    Where none is long enough it is the longest that is left; with fewer sequences than lengths the last go without.
+    If no sequence is long enough, the longest remaining one is chosen. No sequence is chosen twice: with fewer
+    sequences than lengths, the result is shorter than the lengths.
 
     Args:
         sizes: Length of every sequence.
@@ -192,9 +193,9 @@ def decode(tokenizer: Any, ids: Ids, *, clean_up_spaces: bool = False) -> list[s
         tokenizer: The denoiser's: of transformers (``batch_decode``) or a ``tokenizers.Tokenizer``
             (``decode_batch``).
         ids: (n, L), or a list of sequences.
-        clean_up_spaces: Close the gap before punctuation and contractions (" ." becomes "."). False keeps the text
-            as generated. True is what the published evaluations of MDLM and DUO did without saying so: the
-            default of transformers 4.38, which they pin; later releases changed it.
+        clean_up_spaces: Close the gap before punctuation and contractions (" ." becomes "."). The published
+            evaluations of MDLM and DUO did so: it was the default of transformers 4.38, which they pin, and later
+            releases changed it. Default: False, which keeps the text as generated.
 
     Raises:
         TokenDriftError: If the tokenizer is of another kind.

@@ -140,6 +140,7 @@ def few_step(
         raise fail("steps and temperatures need at least one entry each.", steps=steps, temperatures=temperatures)
     options: dict[str, Any] = {"sampler": sampler, "top_k": top_k, "top_p": top_p, "nucleus": nucleus}
     options |= {"noise_removal": noise_removal}
+    # Sample each number of steps at each temperature, and measure against the language.
     floor = real_floor(language, samples, seed=seed)
     rows = []
     for n_steps in steps:

@@ -89,6 +89,7 @@ def measure_ids(
     n, length = ids.shape
     if n < 2 or length < 2:
         raise fail("ids must hold at least 2 sequences of at least 2 words.", ids=ids)
+    # Every adjacent pair as one number, and how often each pair occurs.
     code = ids[:, :-1] * language.words + ids[:, 1:]
     allowed, true = language.allowed.flatten(), language.pairs.flatten()
     counts = torch.bincount(code.flatten(), minlength=len(true)).double()

@@ -97,17 +97,17 @@ def information_decay(
     .. math:: H_d = -\sum_v p_{dv}\log p_{dv}, \qquad D_d = \sum_v p_{dv}\log\frac{p_{dv}}{u_v}
 
     Args:
-        denoiser: Maps ids (B, L) and sigma (B,) to raw logits (B, L, V); asked in evaluation mode.
+        denoiser: Maps ids (B, L) and sigma (B,) to raw logits (B, L, V); called in evaluation mode.
         process: Its process.
         prompts: Clean ids (n, P), n at least 2.
         unigram: u, the corpus' law of single tokens (V,), as `unigram_law` counts it; nowhere 0 but at the mask.
-        positions: K, noisy positions appended.
-        draws: Noise patterns for each prompt; with masks there is only one.
-        temperature: Divides the logits.
-        batch_size: Sequences a forward call.
-        seed: Of the noise.
-        resamples: Of the bootstrap over prompts.
-        level: Share of it inside the intervals.
+        positions: Noisy positions K after each prompt. Default: 16.
+        draws: Noise patterns for each prompt; with masks there is only one. Default: 8.
+        temperature: Sampling temperature. Default: 1.0.
+        batch_size: Sequences in a forward call. Default: 64.
+        seed: Random seed of the noise. Default: 0.
+        resamples: Redraws of the bootstrap over prompts. Default: 1000.
+        level: Confidence of the intervals. Default: 0.95.
 
     Raises:
         TokenDriftError: If prompts, unigram or an option do not fit.
@@ -125,6 +125,7 @@ def information_decay(
     check_count("positions", positions, least=1)
     check_positive("temperature", temperature)
     law = _checked_law(unigram, process)
+    # Entropy, divergence and mean probabilities of the predictions, a batch of prompts at a time.
     noise, rows = prompted.noise(positions), len(prompted.rows)
     entropy, divergence = (torch.zeros(rows, positions, dtype=torch.float64) for _ in range(2))
     mean = torch.zeros(positions, process.vocab_size, dtype=torch.float64)

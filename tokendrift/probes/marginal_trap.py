@@ -104,24 +104,24 @@ def marginal_trap(
 ) -> MarginalTrap:
     """Draw k tokens after prompts, at once and one after another from left to right, and let a judge compare.
 
-    Both draws take the same noise and the same uniform numbers, position by position: they differ by what the later
-    predictions were told, and their first tokens are one and the same. Drawing one after another, the denoiser is told
-    the noise level of the positions still open.
+    Both draws use the same noise and the same uniform numbers at each position. They differ in the context of the later
+    predictions, and their first tokens are equal. When tokens are drawn one after another, the denoiser is called with
+    the noise level of the positions that are still noisy.
 
     Args:
         denoiser: As for `information_decay`.
         process: Its process.
         prompts: Clean ids (n, P), n at least 2.
         judge: Scores log-likelihoods; of protocol ``"all"``.
-        decode: Texts of ids (m, L), where the judge has another vocabulary. Both draws are then retokenised whole, and
-            the prompt, which is the same in both, falls out of the gap.
-        sizes: The k.
-        draws: Pairs of draws for each prompt.
-        temperature: Divides the logits of both.
-        batch_size: Sequences a forward call.
-        seed: Of noise and draws. The same seed gives two denoisers the same numbers.
-        resamples: Of the bootstrap over prompts.
-        level: Share of it inside the intervals.
+        decode: Returns the texts of ids (m, L), if the judge has another vocabulary. Both draws are then retokenised
+            whole, and the prompt, which is the same in both, cancels in the gap. Default: None.
+        sizes: Numbers k of tokens drawn. Default: (1, 2, 4, 8, 16).
+        draws: Pairs of draws for each prompt. Default: 4.
+        temperature: Sampling temperature of both draws. Default: 1.0.
+        batch_size: Sequences in a forward call. Default: 64.
+        seed: Random seed of noise and draws. With the same seed two denoisers use the same random numbers. Default: 0.
+        resamples: Redraws of the bootstrap over prompts. Default: 1000.
+        level: Confidence of the intervals. Default: 0.95.
 
     Raises:
         TokenDriftError: If prompts, judge or an option do not fit.
@@ -138,6 +138,7 @@ def marginal_trap(
             f"judge must score every token, but its protocol is {judge.protocol!r}.",
             f"Build it as GenerativePerplexity(model, protocol={PROTOCOL!r}).",
         )
+    # 1. Draw every k at once and in turn, from the same noise and the same uniform numbers.
     noise, uniform = prompted.noise(max(sizes)), prompted.uniform(max(sizes))
     pairs, entropy = [], []
     with evaluation_mode(denoiser):
@@ -149,8 +150,9 @@ def marginal_trap(
             at_once, in_turn, spread = (torch.cat(part).cpu() for part in zip(*found, strict=True))
             pairs.append((at_once, in_turn))
             entropy.append(float(spread.mean()))
+    # 2. One pass of the judge over the prompts and all draws.
     prompt_nll, pair_nll = _score(judge, decode, prompted.prompts, pairs)
-
+    # 3. The gap of each pair, averaged over the draws of each prompt.
     before, gaps, likelihood, less_likely = prompt_nll.repeat_interleave(draws), [], [], []
     for k, (at_once, in_turn), (cost_at_once, cost_in_turn) in zip(sizes, pairs, pair_nll, strict=True):
         # Equal ids are equally likely; what a judge makes of them differs by the rounding of two batches.
@@ -178,12 +180,12 @@ def marginal_trap(
 def trap_change(before: MarginalTrap, after: MarginalTrap, *, resamples: int = 1000) -> list[Interval]:
     """Return by how much the gap of each size fell, nats per position, with paired intervals over prompts.
 
-    A trap is closed in part where an interval lies above 0. Compare the entropies too: see `MarginalTrap`.
+    The trap is closed in part if an interval lies above 0. Compare the entropies as well: see `MarginalTrap`.
 
     Args:
-        before: Of one denoiser.
-        after: Of another, on the same prompts, with the same seed.
-        resamples: Of the bootstrap.
+        before: Result for one denoiser.
+        after: Result for another, on the same prompts and with the same seed.
+        resamples: Redraws of the bootstrap. Default: 1000.
 
     Raises:
         TokenDriftError: If sizes, draws, judge or the number of prompts differ.
@@ -216,8 +218,8 @@ def matched_temperature(
 ) -> float:
     """Return the temperature, 1 at most, at which predictions at noisy positions have a mean entropy.
 
-    Sharper predictions alone move the gap. Whether a denoiser does more than that is seen against the other one at
-    this temperature.
+    Sharper predictions alone change the gap. To see whether a denoiser does more than that, compare it with the other
+    one at this temperature.
 
     Args:
         denoiser: As for `marginal_trap`.
@@ -225,9 +227,9 @@ def matched_temperature(
         prompts: Clean ids (n, P).
         entropy: The mean entropy wanted, nats: ``MarginalTrap.entropy`` of the other denoiser.
         positions: The k that it belongs to.
-        draws: As for `marginal_trap`, and so the others.
-        batch_size: Sequences a forward call.
-        seed: Of the noise.
+        draws: Noise patterns for each prompt. Default: 4.
+        batch_size: Sequences in a forward call. Default: 64.
+        seed: Random seed of the noise. Default: 0.
 
     Raises:
         TokenDriftError: If prompts or an option do not fit.
