@@ -18,7 +18,7 @@ import tokendrift
 from tokendrift import TokenDriftError, cli
 from tokendrift.demo.stages import PRETRAINED
 from tokendrift.diffusion import MaskedDiffusion, UniformDiffusion
-from tokendrift.evaluation.files import read_samples
+from tokendrift.evaluation.sample_reader import read_samples
 from tokendrift.models import DiT, save_denoiser
 from tokendrift.sampling import SAMPLERS, Ancestral, FirstHitting, Psi, ReMDM, named_sampler, remdm_loop, sample
 from tokendrift.sampling.sample_file import SampleFile

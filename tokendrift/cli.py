@@ -21,6 +21,7 @@ except ImportError as error:
     raise SystemExit(f"tokendrift: {error}; the command needs the extra 'all': pip install 'tokendrift[all]'") from None
 
 QUICK_STEPS = 200
+JudgeOption = Annotated[str, typer.Option(help="Judge: hub name or folder of a causal language model.")]
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help="Drifting refinement of discrete diffusion LMs.")
 
@@ -237,52 +238,54 @@ def doctor(
 @app.command()
 def probe(
     checkpoint: Annotated[str, typer.Argument(help="Hub id, folder, safetensors file or Lightning .ckpt.")],
-    text: Annotated[Path, typer.Option(help="UTF-8 text for prompts and unigrams.")],
-    compare: Annotated[str | None, typer.Option(help="A refined checkpoint, probed side by side.")] = None,
-    judge: Annotated[str, typer.Option(help="Causal LM of transformers: hub name or folder.")] = "gpt2-large",
+    text: Annotated[Path, typer.Option(help="UTF-8 text file: prompts and unigram frequencies are taken from it.")],
+    compare: Annotated[
+        str | None, typer.Option(help="Refined checkpoint to probe beside the first. Default: none.")
+    ] = None,
+    judge: JudgeOption = "gpt2-large",
     judge_reads_ids: Annotated[
-        bool, typer.Option("--judge-reads-ids", help="The judge has the denoiser's vocabulary: nothing is decoded.")
+        bool,
+        typer.Option(
+            "--judge-reads-ids", help="The judge has the denoiser's vocabulary and reads token ids instead of text."
+        ),
     ] = False,
     tokenizer: Annotated[
-        str | None, typer.Option(help="tokenizer.json, folder or hub id; by default the checkpoint's, or GPT-2's.")
+        str | None,
+        typer.Option(
+            help="Tokenizer of the denoiser: tokenizer.json, folder or hub id. Default: the checkpoint's own, or "
+            "GPT-2's for a vocabulary of its size."
+        ),
     ] = None,
-    prompts: Annotated[int, typer.Option(min=2, help="Prompts, spread over the text.")] = 64,
-    prompt_length: Annotated[int | None, typer.Option(min=1, help="Tokens of a prompt.")] = None,
-    positions: Annotated[int | None, typer.Option(min=1, help="Noisy positions appended.")] = None,
-    draws: Annotated[int, typer.Option(min=1, help="Draws for each prompt.")] = 4,
-    seed: Annotated[int, typer.Option(min=0, help="Of noise and draws.")] = 0,
-    device: Annotated[str, typer.Option(help="Where to run.")] = "cpu",
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="Write all numbers to this JSON file.")] = None,
+    prompts: Annotated[int, typer.Option(min=2, help="Number of prompts, evenly spread over the text.")] = 64,
+    prompt_length: Annotated[
+        int | None, typer.Option(min=1, help="Length of a prompt in tokens. Default: 64, or what the model leaves.")
+    ] = None,
+    positions: Annotated[
+        int | None,
+        typer.Option(min=1, help="Noisy positions after each prompt. Default: 32, or half of the model's length."),
+    ] = None,
+    draws: Annotated[int, typer.Option(min=1, help="Draws for each prompt, averaged.")] = 4,
+    seed: Annotated[int, typer.Option(min=0, help="Random seed of noise and draws.")] = 0,
+    device: Annotated[str, typer.Option(help="Device to run on, such as cpu or cuda:0.")] = "cpu",
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="JSON file to write all numbers to. Default: none.")
+    ] = None,
 ) -> None:
-    """Probe what a denoiser predicts far from its context, and what drawing in parallel breaks.
+    """Probe what a denoiser predicts far from its context, and what drawing tokens in parallel costs.
 
-    With --compare: does refinement close the trap, beyond what a lower temperature does?
+    With --compare, the probes also show whether refinement closes the marginal trap by more than a lower sampling
+    temperature does.
     """
+    options = {name: value for name, value in locals().items() if name not in ("checkpoint", "text", "output")}
     with plain_errors():
         from tokendrift.files import write_atomically
         from tokendrift.probes import probe_checkpoints
 
         with Console(stderr=True).status("probing") as status:
-            report = probe_checkpoints(
-                checkpoint,
-                text,
-                compare=compare,
-                judge=judge,
-                judge_reads_ids=judge_reads_ids,
-                tokenizer=tokenizer,
-                prompts=prompts,
-                prompt_length=prompt_length,
-                positions=positions,
-                draws=draws,
-                seed=seed,
-                device=device,
-                progress=status.update,
-            )
+            report = probe_checkpoints(checkpoint, text, progress=status.update, **options)
         if output is not None:
             write_atomically(output, json.dumps(report.to_dict(), indent=2) + "\n")
-        console = Console()
-        if not console.is_terminal:
-            console = Console(width=130)  # the tables are wider than the 80 columns that rich assumes for a pipe
+        console = _console(130)
         for table in report.tables():
             console.print(table)
         for sentence in report.sentences():
@@ -292,79 +295,86 @@ def probe(
 @app.command()
 def evaluate(
     real: Annotated[
-        str, typer.Option(help="Real text that nothing was trained on: UTF-8 text, or samples of a .jsonl file.")
+        str, typer.Option(help="Real text that neither model nor judge was trained on: UTF-8 text or a samples file.")
     ],
     samples: Annotated[
-        list[str] | None, typer.Argument(help="Samples files (.jsonl of `tokendrift sample`, .txt), FILE or NAME=FILE.")
+        list[str] | None,
+        typer.Argument(help="Samples files, FILE or NAME=FILE: .jsonl of `tokendrift sample`, or UTF-8 text."),
     ] = None,
     checkpoint: Annotated[
-        list[str] | None, typer.Option(help="Checkpoint to sample, PLACE or NAME=PLACE; repeatable.")
+        list[str] | None, typer.Option(help="Checkpoint to sample, PATH or NAME=PATH; repeatable.")
     ] = None,
     nfe: Annotated[
-        list[int] | None, typer.Option(min=1, help="Function evaluations to sample checkpoints at; repeatable.")
+        list[int] | None, typer.Option(min=1, help="Function evaluations at which checkpoints are sampled; repeatable.")
     ] = None,
-    n: Annotated[int, typer.Option("-n", min=2, help="Samples of each checkpoint and NFE.")] = 256,
-    temperature: Annotated[float, typer.Option(help="Of sampling checkpoints.")] = 1.0,
+    n: Annotated[int, typer.Option("-n", min=2, help="Number of samples of each checkpoint and NFE.")] = 256,
+    temperature: Annotated[float, typer.Option(help="Sampling temperature of the checkpoints.")] = 1.0,
     baseline: Annotated[
-        str | None, typer.Option(help="Name of a checkpoint: compare all sets with it at equal entropy.")
+        str | None, typer.Option(help="Name of a checkpoint with which all sets are compared at equal entropy.")
     ] = None,
     keep: Annotated[
-        str | None, typer.Option(help="Folder for the samples of checkpoints, used again next time.")
+        str | None, typer.Option(help="Folder for the samples of checkpoints; later runs use them again.")
     ] = None,
-    training_text: Annotated[str | None, typer.Option(help="UTF-8 text, to find copies.")] = None,
+    training_text: Annotated[str | None, typer.Option(help="UTF-8 file of training text, to find copies.")] = None,
     tokenizer: Annotated[
-        str | None, typer.Option(help="Of the denoisers: tokenizer.json, folder or hub id; by default their own.")
+        str | None,
+        typer.Option(help="Tokenizer of the denoisers: tokenizer.json, folder or hub id. Default: their own."),
     ] = None,
-    judge: Annotated[str, typer.Option(help="Causal LM of transformers: hub name or folder.")] = "gpt2-large",
-    judge_tokenizer: Annotated[str | None, typer.Option(help="Instead of the judge's own.")] = None,
+    judge: JudgeOption = "gpt2-large",
+    judge_tokenizer: Annotated[str | None, typer.Option(help="Tokenizer of the judge. Default: its own.")] = None,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of the judge.")] = None,
-    dtype: Annotated[str, typer.Option(help="Of the judge: float32 or bfloat16.")] = "float32",
-    protocol: Annotated[str, typer.Option(help="mdlm (also DUO, ReMDM), sedd, sdtt, bd3 or all.")] = "mdlm",
+    dtype: Annotated[str, typer.Option(help="Precision of the judge: float32 or bfloat16.")] = "float32",
+    protocol: Annotated[str, typer.Option(help="Protocol of Gen.-PPL: mdlm, sedd, sdtt, bd3 or all.")] = "mdlm",
     skip_bad: Annotated[
-        bool, typer.Option("--skip-bad", help="Leave out what cannot be read or scored, and name it.")
+        bool, typer.Option("--skip-bad", help="Leave out what cannot be read or scored, and report it.")
     ] = False,
-    seed: Annotated[int, typer.Option(min=0, help="Of sampling checkpoints and of the bootstrap.")] = 0,
-    batch_size: Annotated[int, typer.Option(min=1, help="Windows of full length the judge reads at once.")] = 8,
-    device: Annotated[str, typer.Option(help="Where to sample and to judge.")] = "cpu",
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write every number to this file.")] = None,
-    csv_file: Annotated[Path | None, typer.Option("--csv", help="Write the table to this file.")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Random seed of sampling and of the bootstrap.")] = 0,
+    batch_size: Annotated[int, typer.Option(min=1, help="Windows of full length that the judge reads at once.")] = 8,
+    device: Annotated[str, typer.Option(help="Device to sample and to judge on, such as cpu or cuda:0.")] = "cpu",
+    json_file: Annotated[Path | None, typer.Option("--json", help="JSON file to write every number to.")] = None,
+    csv_file: Annotated[Path | None, typer.Option("--csv", help="CSV file to write the table to.")] = None,
     html_file: Annotated[
-        Path | None, typer.Option("--html", help="Write one page with table, plots and samples to this file.")
+        Path | None, typer.Option("--html", help="HTML file to write a page with table, plots and samples to.")
     ] = None,
 ) -> None:
-    """Measure samples beside real text: Gen.-PPL with its entropies, intervals, and what looks bought.
+    """Measure samples beside real text: Gen.-PPL with its entropies and intervals, and the guard's verdict.
 
-    Exit code 0 if everything was measured, whatever the guard says, and 2 for bad input.
+    The exit code is 0 if everything was measured, whatever the guard says, and 2 for bad input.
     """
-    options = {
-        "samples": tuple(samples or ()), "checkpoint": tuple(checkpoint or ()), "nfe": tuple(nfe or ()), "n": n,
-        "temperature": temperature, "baseline": baseline, "keep": keep, "real": real, "training_text": training_text,
-        "tokenizer": tokenizer, "judge": judge, "judge_tokenizer": judge_tokenizer, "revision": revision,
-        "dtype": dtype, "protocol": protocol, "skip_bad": skip_bad, "seed": seed, "batch_size": batch_size,
-        "device": device,
-    }  # fmt: skip
+    options = {name: value for name, value in locals().items() if not name.endswith("_file")}
+    lists = {name: tuple(options[name] or ()) for name in ("samples", "checkpoint", "nfe")}
     with plain_errors("with --keep, samples of checkpoints are kept: run the same command again to go on"):
-        from tokendrift.evaluation.report import EvaluateConfig, as_json, evaluate_files, page
-        from tokendrift.evaluation.report.html import require_matplotlib
-        from tokendrift.files import write_atomically
+        from tokendrift.evaluation.plots import require_matplotlib
+        from tokendrift.evaluation.report import EvaluateConfig, evaluate_files
 
-        config = EvaluateConfig(**options)  # type: ignore[arg-type]
+        config = EvaluateConfig(**(options | lists))
         if html_file is not None:
             require_matplotlib()
         with Console(stderr=True).status("starting") as status:
             report = evaluate_files(config, progress=status.update)
-        console = Console()
-        if not console.is_terminal:
-            console = Console(width=140)  # the table is wider than the 80 columns that rich assumes for a pipe
+        console = _console(160)
         console.print(report.table())
         for sentence in (*report.guard(), *report.differences(), *report.at_equal_entropy()):
             console.print(sentence, highlight=False, markup=False, soft_wrap=True)
-        if json_file is not None:
-            write_atomically(json_file, json.dumps(as_json(report.to_dict()), indent=2, allow_nan=False) + "\n")
-        if csv_file is not None:
-            write_atomically(csv_file, report.to_csv())
-        if html_file is not None:
-            write_atomically(html_file, page(report))
+        _write_report(report, json_file, csv_file, html_file)
+
+
+def _write_report(report: Any, json_file: Path | None, csv_file: Path | None, html_file: Path | None) -> None:
+    from tokendrift.evaluation.report import as_json, page
+    from tokendrift.files import write_atomically
+
+    if json_file is not None:
+        write_atomically(json_file, json.dumps(as_json(report.to_dict()), indent=2, allow_nan=False) + "\n")
+    if csv_file is not None:
+        write_atomically(csv_file, report.to_csv())
+    if html_file is not None:
+        write_atomically(html_file, page(report))
+
+
+def _console(width: int) -> Console:
+    """Return the terminal, or a console of this width if the output is a pipe, for which rich assumes 80 columns."""
+    console = Console()
+    return console if console.is_terminal else Console(width=width)
 
 
 @contextmanager

@@ -37,7 +37,6 @@ from tokendrift.diffusion import Process
 from tokendrift.evaluation import (
     GenerativePerplexity,
     Measures,
-    decode,
     matched_entropy,
     measure,
     temperature_at,
@@ -45,6 +44,7 @@ from tokendrift.evaluation import (
 )
 from tokendrift.evaluation.matching import TEMPERATURES, entropy
 from tokendrift.models import DiT, load_denoiser, save_denoiser
+from tokendrift.models.tokenizer import decode
 from tokendrift.sampling import sample
 
 if TYPE_CHECKING:

@@ -135,6 +135,8 @@ def encode(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
             )
         encoded = tokenizer.encode_batch(list(texts), add_special_tokens=False)
         return [[i for i, kept in zip(one.ids, one.attention_mask, strict=True) if kept] for one in encoded]
+    if tokenizer is None:
+        raise fail("texts need a tokenizer, and none was given.", "Pass tokenizer=..., or ids instead of texts.")
     if not callable(tokenizer):
         raise fail("tokenizer must be a transformers tokenizer or a tokenizers.Tokenizer.", tokenizer=tokenizer)
     found = tokenizer(list(texts), add_special_tokens=False, padding=False, truncation=False, verbose=False)

@@ -8,13 +8,14 @@ from tokendrift.sampling.loop import Samples, sample
 from tokendrift.sampling.named import SAMPLERS, named_sampler
 from tokendrift.sampling.psi import Psi, psi_step, remasking_kappa
 from tokendrift.sampling.remdm import ReMDM, remdm_loop
-from tokendrift.sampling.sample_set import SampleSet, SamplingSetting, denoiser_samples
+from tokendrift.sampling.sample_set import BadLine, SampleSet, SamplingSetting, denoiser_samples
 from tokendrift.sampling.shaping import Shaping
 
 __all__ = [
     "SAMPLERS",
     "Analytic",
     "Ancestral",
+    "BadLine",
     "Chain",
     "Drawn",
     "FirstHitting",
