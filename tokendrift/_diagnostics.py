@@ -7,8 +7,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from tokendrift._lift_ops import LEAST_ROWS, product_dtype, wide_dtype
+from tokendrift._lift_ops import LEAST_ROWS, product_dtype
 from tokendrift._linear_lift_ops import block_logits
+from tokendrift._operators import wide_dtype
 from tokendrift.field import FieldDiagnostics
 from tokendrift.lift import LinearLogits, of_positions
 

@@ -168,7 +168,7 @@ def sum_references(
     # Sums over no references at all.
     low = view.anchors.new_full((len(view.temperatures), len(view.anchors)), -torch.inf)
     none, nowhere = torch.zeros_like(low), view.anchors.new_zeros(*low.shape, view.anchors.shape[1])
-    further = ()
+    further: tuple[Tensor, ...] = ()
     if view.further_powers:
         empty = view.block(side, 0, 0)
         further = view.further_sums(empty, empty.logits.exp())

@@ -29,8 +29,9 @@ from tokendrift._checks import (
     check_tensor,
     fail,
 )
-from tokendrift._lift_ops import LEAST_ROWS, product_dtype, soft_lift, wide_dtype
+from tokendrift._lift_ops import LEAST_ROWS, product_dtype, soft_lift
 from tokendrift._linear_lift_ops import linear_lift
+from tokendrift._operators import wide_dtype
 
 
 class LinearLogits(NamedTuple):

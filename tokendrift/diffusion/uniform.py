@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tokendrift.diffusion._row_ops import uniform_terms, wide_dtype
+from tokendrift._operators import wide_dtype
+from tokendrift.diffusion._row_ops import uniform_terms
 from tokendrift.diffusion.process import Mixture, Process, check_objective, wide
 
 

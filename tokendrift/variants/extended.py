@@ -93,13 +93,21 @@ class ExtendedDriftField(DriftField):
         super().__post_init__()
         check_count("sinkhorn_iterations", self.sinkhorn_iterations, least=1)
 
-    def signal(self, *clouds: Tensor, **references: Tensor | None) -> Tensor:
-        """Return the mean square of the raw drift less its sampling noise, (T,).
+    def signal(
+        self,
+        anchors: Tensor,
+        positives: Tensor,
+        negatives: Tensor,
+        *,
+        exclude_positive: Tensor | None = None,
+        exclude_negative: Tensor | None = None,
+    ) -> Tensor:
+        """Return the mean square of the raw drift less its sampling noise, (T,); arguments as for a call.
 
-        It is about zero, of either sign, at equilibrium. Average it over steps before taking a root. The arguments
-        are those of a call.
+        It is about zero, of either sign, at equilibrium. Average it over steps before taking a root.
         """
-        raw, sums = replace(self, subtract_noise=True).raw(*clouds, **references)
+        field = replace(self, subtract_noise=True)
+        raw, sums = field.raw(anchors, positives, negatives, exclude_positive, exclude_negative)
         return raw.square().sum(-1).mean(-1) - self._noise(sums)
 
     def _view(self, anchors: Tensor, centre: Tensor, positive: Side, negative: Side) -> View:
