@@ -37,8 +37,8 @@ class TokenDriftLoss(DriftObjective):
     to the digit, where the drift of an anchor depends on that anchor and the queues alone:
     ``batch_as_references=False`` and ``DriftField(rms_normalize=False)`` with ``"joint"`` or ``"separate"``. They are
     not one batch where an anchor meets the features of its own call (``batch_as_references``, the default), nor where
-    the field takes a scale or a sum over the anchors of the call: ``rms_normalize``, ``feature_scaling``,
-    ``subtract_noise``, ``"two_sided"``, ``"sinkhorn"``.
+    the field takes a scale or a sum over the anchors of the call: ``rms_normalize``, ``"two_sided"``, and most of
+    `tokendrift.variants`.
 
     A base loss is added by hand, ``loss(...) + weight * base``; the paper names no weight, and its Gen.-PPL is better
     without (Table 4).
