@@ -150,7 +150,7 @@ def check_times(t: object, rows: int) -> Tensor:
     """Require times in [0, 1], one for each row; the range is read on the CPU only."""
     times = check_tensor("t", t, ("B",))
     if len(times) != rows:
-        raise fail(f"t must have shape (B,) = ({rows},): one time a row.", t=times)
+        raise fail(f"t must have shape (B,) = ({rows},): one time for each row.", t=times)
     check_floating("t", times)
     if times.device.type == "cpu" and not torch.compiler.is_compiling() and not ((times >= 0) & (times <= 1)).all():
         raise fail("t must lie in [0, 1]: 0 is clean, 1 is noise.", "Pass times, not sigma or step numbers.", t=times)
@@ -247,7 +247,7 @@ def check_weights(anchors: Tensor, **sides: tuple[Tensor, Tensor | None]) -> Non
             continue
         if not isinstance(weights, Tensor) or weights.shape != cloud.shape[:1] or not weights.is_floating_point():
             raise fail(
-                f"{name} must be floating point of shape ({symbol},): one weight a reference.",
+                f"{name} must be floating point of shape ({symbol},): one weight for each reference.",
                 **{name: weights, "references": cloud},
             )
         check_same_device("anchors", anchors, **{name: weights})

@@ -153,7 +153,7 @@ def input_embedding(encoder: nn.Module) -> Tensor:
     """Return E, (V, D): what the encoder feeds into its first layer for each id; without gradient.
 
     Shares the memory of the encoder's parameter where that is the whole story. Some models scale their embeddings on
-    the way (BART, Gemma 3); they get a matrix of their own with the scale in it.
+    the way (BART, Gemma 3); for these the result is a new matrix that includes the scale.
 
     Raises:
         TokenDriftError: If the encoder has neither ``vocab_embed.embedding`` nor ``get_input_embeddings()``.

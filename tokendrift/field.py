@@ -1,4 +1,4 @@
-r"""Drift fields: features and their references in, one drift vector an anchor out.
+r"""Drift fields: from features and their references to one drift vector for each anchor.
 
 An anchor :math:`h_i` is pulled toward the positives :math:`u_j` (real text) and away from the negatives
 :math:`v_k` (generated text). Swapping positives and negatives flips the sign of the drift; that law,
@@ -182,13 +182,7 @@ class DriftField:
             Shape (N, M), float32 or wider, without gradient. Zero for an anchor that sees nothing on one side.
         """
         raw, sums = self.raw(
-            anchors,
-            positives,
-            negatives,
-            exclude_positive,
-            exclude_negative,
-            positive_weights=positive_weights,
-            negative_weights=negative_weights,
+            anchors, positives, negatives, exclude_positive, exclude_negative, positive_weights, negative_weights
         )
         return self.combine(raw, sums)
 
@@ -207,14 +201,7 @@ class DriftField:
         """Return the drift with diagnostics; ``pairs``, int64 (N,), is the index of each anchor's own positive."""
         pairs = pairs if exclude_positive is None else None
         raw, sums = self.raw(
-            anchors,
-            positives,
-            negatives,
-            exclude_positive,
-            exclude_negative,
-            positive_weights=positive_weights,
-            negative_weights=negative_weights,
-            pairs=pairs,
+            anchors, positives, negatives, exclude_positive, exclude_negative, positive_weights, negative_weights, pairs
         )
         rms = raw.square().sum(-1).mean(-1).sqrt()
         pair_weight = torch.full_like(rms, torch.nan)
@@ -234,7 +221,6 @@ class DriftField:
         negatives: Tensor,
         exclude_positive: Tensor | None = None,
         exclude_negative: Tensor | None = None,
-        *,
         positive_weights: Tensor | None = None,
         negative_weights: Tensor | None = None,
         pairs: Tensor | None = None,

@@ -247,6 +247,11 @@ def _among_observed(
     return observed.index_copy_(0, index, lifted).view(*shape, -1)
 
 
+def close_entry(logits: Tensor, entry: int | None) -> Tensor:
+    """Return logits (..., V) with one vocabulary entry at minus infinity; the logits themselves for None."""
+    return logits if entry is None else logits.index_fill(-1, torch.tensor(entry, device=logits.device), -torch.inf)
+
+
 def of_positions(logits: Tensor | LinearLogits) -> Tensor:
     """Return what has a row for each position, (B, L, ...): the hidden states, or the logits themselves."""
     return logits.hidden if isinstance(logits, LinearLogits) else logits

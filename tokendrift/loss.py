@@ -13,7 +13,7 @@ from tokendrift._diagnostics import Diagnostics, LossOutput, token_entropy
 from tokendrift._objective import DriftObjective, Reduction
 from tokendrift.features import FeatureMap, PooledFeatures
 from tokendrift.field import Field
-from tokendrift.lift import LinearLogits
+from tokendrift.lift import LinearLogits, close_entry
 
 __all__ = ["Diagnostics", "LossOutput", "MirrorTeacherLoss", "TokenDriftLoss", "token_entropy"]
 
@@ -311,14 +311,11 @@ class MirrorTeacherLoss(DriftObjective):
             per_token = gap.square().sum(dim=-1)
         else:
             # Finite at closed entries, where 0 * (-inf - -inf) would be NaN.
-            teacher = self._closed(leaf.detach() + self.step_size * direction).log_softmax(dim=-1).clamp_min(-1e6)
-            student = self._closed(wide).log_softmax(dim=-1).clamp_min(-1e6)
+            teacher, student = (
+                close_entry(each, self.mask_id).log_softmax(dim=-1).clamp_min(-1e6)
+                for each in (leaf.detach() + self.step_size * direction, wide)
+            )
             per_token = (teacher.exp() * (teacher - student)).sum(dim=-1)
         if predicted is not None:
             per_token = torch.where(predicted, per_token, 0.0)
         return self._finish(per_token.sum(dim=-1), step, logits, predicted, return_diagnostics)
-
-    def _closed(self, logits: Tensor) -> Tensor:
-        if self.mask_id is None:
-            return logits
-        return logits.index_fill(-1, torch.tensor(self.mask_id, device=logits.device), -torch.inf)

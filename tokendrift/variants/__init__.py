@@ -6,14 +6,13 @@ imported from here.
 
 from tokendrift.variants.extended import KERNELS, NORMALIZATIONS, ExtendedDriftField, build_field
 from tokendrift.variants.image import ImageDriftField
-from tokendrift.variants.sharp import SharpKernel, SharpLaplace
+from tokendrift.variants.sharp import SharpLaplace
 
 __all__ = [
     "KERNELS",
     "NORMALIZATIONS",
     "ExtendedDriftField",
     "ImageDriftField",
-    "SharpKernel",
     "SharpLaplace",
     "build_field",
 ]

@@ -13,7 +13,7 @@ from tokendrift._checks import check_choice, check_count
 from tokendrift.barycentres import ReferenceBlock, Side, Sums, View, sum_references
 from tokendrift.field import DriftField, FieldSums
 from tokendrift.kernels import Kernel
-from tokendrift.variants.sharp import SharpKernel, SharpLaplace
+from tokendrift.variants.sharp import SharpLaplace
 
 KERNELS: dict[str, Kernel] = kernels.KERNELS | {"sharp_laplace": SharpLaplace()}
 NORMALIZATIONS: tuple[str, ...] = (*field.NORMALIZATIONS, "sinkhorn")
@@ -51,7 +51,7 @@ class ExtendedDriftField(DriftField):
 
     Attributes:
         kernel: As in `DriftField`, or ``"sharp_laplace"``, which moves points like Laplace but has a potential (see
-            `SharpLaplace`), or any `SharpKernel`.
+            `SharpLaplace`), or a callable with a method ``pull`` like it.
         normalization: As in `DriftField`, or ``"sinkhorn"``: for each side the rows of an entropic transport plan
             between anchors and references (``sinkhorn_iterations`` walks over the references), so that few positives
             cannot draw all anchors. It depends on the batch of anchors too.
@@ -128,7 +128,7 @@ class ExtendedDriftField(DriftField):
         return pos, neg
 
     def _aim(self, view: View, side: Sums) -> Tensor:
-        if not isinstance(view, _ExtendedView) or view.sharp is None:
+        if not isinstance(view, _ExtendedView) or view.pull is None:
             return side.mean()
         # The mean of x + rho (y - x), rho the kernel's pull.
         reach, moment = side.further[:2]
@@ -190,21 +190,21 @@ class _ExtendedView(View):
     spread: bool = False
 
     @property
-    def sharp(self) -> SharpKernel | None:
-        return self.kernel if isinstance(self.kernel, SharpKernel) else None
+    def pull(self) -> Kernel | None:
+        return getattr(self.kernel, "pull", None)
 
     @property
     def further_powers(self) -> tuple[int, ...]:  # type: ignore[override]
-        return (1, 1) * (self.sharp is not None) + (2, 2, 2) * self.spread
+        return (1, 1) * (self.pull is not None) + (2, 2, 2) * self.spread
 
     def in_unit(self, squared: Tensor) -> Tensor:
         return squared if self.unit is None else squared / self.unit.square()
 
     def further_sums(self, block: ReferenceBlock, weights: Tensor) -> tuple[Tensor, ...]:
         pulled, found = weights, []
-        if self.sharp is not None:
+        if self.pull is not None:
             scaled = self.in_unit(block.squared)
-            pulled = weights * torch.stack([self.sharp.pull(scaled, tau) for tau in self.temperatures])
+            pulled = weights * torch.stack([self.pull(scaled, tau) for tau in self.temperatures])
             found += [pulled.sum(-1), pulled @ block.points]
         if self.spread:
             squares = weights * pulled

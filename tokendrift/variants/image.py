@@ -52,13 +52,7 @@ class ImageDriftField:
     ) -> Tensor:
         """Return the drift of every anchor, (N, M); arguments as for `DriftField`."""
         raw, unit = self.raw(
-            anchors,
-            positives,
-            negatives,
-            exclude_positive,
-            exclude_negative,
-            positive_weights=positive_weights,
-            negative_weights=negative_weights,
+            anchors, positives, negatives, exclude_positive, exclude_negative, positive_weights, negative_weights
         )
         mean_square = raw.square().mean(dim=(1, 2), keepdim=True).clamp_min(1e-8)
         return (raw / mean_square.sqrt()).sum(dim=0) * unit
@@ -71,7 +65,6 @@ class ImageDriftField:
         negatives: Tensor,
         exclude_positive: Tensor | None = None,
         exclude_negative: Tensor | None = None,
-        *,
         positive_weights: Tensor | None = None,
         negative_weights: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
