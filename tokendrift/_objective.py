@@ -45,6 +45,24 @@ Reduction = Literal["mean", "sum", "none"]
 LIFTS = {"soft": soft_token_lift, "straight_through": straight_through_lift}
 
 
+class Inputs(NamedTuple):
+    """A batch that has passed the input rules.
+
+    Attributes:
+        logits: Shape (B, L, V), or `LinearLogits`.
+        clean_ids: x0, (B, L).
+        noisy_ids: What stands at positions that are not predicted, (B, L); None where all are.
+        predicted: Bool (B, L), or None where all are.
+        attention_mask: Positions that are text, bool (B, L), or None where all are.
+    """
+
+    logits: Tensor | LinearLogits
+    clean_ids: Tensor
+    noisy_ids: Tensor | None
+    predicted: Tensor | None
+    attention_mask: Tensor | None
+
+
 class Features(NamedTuple):
     """The features of a batch as one cloud.
 
@@ -217,8 +235,8 @@ class DriftObjective(nn.Module):
         noisy_ids: Tensor | None,
         predicted: Tensor | None,
         attention_mask: Tensor | None,
-    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Apply the input rules; return clean ids, ids for observed positions, and predicted positions."""
+    ) -> Inputs:
+        """Apply the input rules."""
         if isinstance(logits, LinearLogits):
             check_linear(logits, self.embedding)
             if self.lift != "soft":
@@ -262,29 +280,24 @@ class DriftObjective(nn.Module):
             if noisy_ids is None:
                 noisy_ids = clean_ids  # read at padding only
             predicted = attention_mask if predicted is None else predicted & attention_mask
+        inputs = Inputs(logits, clean_ids, noisy_ids, predicted, attention_mask)
         if not torch.compiler.is_compiling():
-            self._refuse_slips(logits, clean_ids, predicted, attention_mask)
-        return clean_ids, noisy_ids, predicted
+            self._refuse_slips(inputs)
+        return inputs
 
-    def _refuse_slips(
-        self,
-        logits: Tensor | LinearLogits,
-        clean_ids: Tensor,
-        predicted: Tensor | None,
-        attention_mask: Tensor | None,
-    ) -> None:
+    def _refuse_slips(self, inputs: Inputs) -> None:
         """Refuse or report arguments that have the right form but would give a wrong loss.
 
         An accelerator would have to be waited for. It is at the first call alone, and only where the lift waits for it
         anyway, since it looks up the predicted positions.
         """
-        like = of_positions(logits)
+        device = inputs.clean_ids.device.type
         first, self._called = not self._called, True
-        if like.device.type == "meta" or (like.device.type != "cpu" and not (first and predicted is not None)):
+        if device == "meta" or (device != "cpu" and not (first and inputs.predicted is not None)):
             return
         if self.mask_id is not None:
-            check_clean_ids(clean_ids, self.mask_id, attention_mask)
-        if first and not isinstance(logits, LinearLogits) and looks_like_probabilities(logits):
+            check_clean_ids(inputs.clean_ids, self.mask_id, inputs.attention_mask)
+        if first and not isinstance(inputs.logits, LinearLogits) and looks_like_probabilities(inputs.logits):
             warnings.warn(
                 f"logits look like probabilities: they are not negative and rows sum to one. {type(self).__name__} "
                 "applies a softmax of its own, so that probabilities give a wrong loss; pass the raw output of the "
@@ -303,21 +316,13 @@ class DriftObjective(nn.Module):
         label = type(features) if isinstance(features, nn.Module) else features
         return "\n".join([*lines, f"feature_map: {getattr(label, '__qualname__', label)}"])
 
-    def _step(
-        self,
-        logits: Tensor | LinearLogits,
-        clean_ids: Tensor,
-        noisy_ids: Tensor | None,
-        predicted: Tensor | None,
-        attention_mask: Tensor | None,
-        diagnose: bool,
-    ) -> Step:
+    def _step(self, inputs: Inputs, diagnose: bool) -> Step:
         """Return features and drift of a checked batch. Nothing is pushed into the queues yet."""
         # 1. Features of generated text, with gradient, and of real text, without.
-        generated = self._generated(logits, noisy_ids, predicted, attention_mask)
+        generated = self._generated(inputs)
         with torch.no_grad():
-            lookup = nn.functional.embedding(clean_ids.long(), self.embedding)
-            real = self._features(lookup, attention_mask).values
+            lookup = nn.functional.embedding(inputs.clean_ids.long(), self.embedding)
+            real = self._features(lookup, inputs.attention_mask).values
             # 2. The features of all ranks.
             all_generated, all_real, first, offset = self._of_all_ranks(generated, real)
             # 3. The drift of every anchor. Scales and column sums run over the anchors, so that each rank computes
@@ -365,10 +370,9 @@ class DriftObjective(nn.Module):
         sequence, window = here.nonzero(as_tuple=True)
         return Features(features[sequence, window], sequence, rows)
 
-    def _generated(
-        self, logits: Tensor | LinearLogits, noisy_ids: Tensor | None, predicted: Tensor | None, mask: Tensor | None
-    ) -> Features:
+    def _generated(self, inputs: Inputs) -> Features:
         """Return the features of the lifted logits, with gradient."""
+        logits, predicted = inputs.logits, inputs.predicted
         if isinstance(logits, LinearLogits):
             lift = partial(linear_soft_token_lift, *logits)
         else:
@@ -376,12 +380,12 @@ class DriftObjective(nn.Module):
         with torch.autocast(self.embedding.device.type, enabled=False):
             lifted = lift(
                 self.embedding,
-                noisy_ids=noisy_ids if predicted is not None else None,
+                noisy_ids=inputs.noisy_ids if predicted is not None else None,
                 predicted=predicted,
                 mask_id=self.mask_id,
                 workspace_mib=self.workspace_mib,
             )
-        features = self._features(lifted, mask)
+        features = self._features(lifted, inputs.attention_mask)
         if lifted.device.type == "cpu" and not torch.compiler.is_compiling() and not features.values.isfinite().all():
             raise fail(
                 f"{_not_finite(logits)}.",
@@ -410,20 +414,15 @@ class DriftObjective(nn.Module):
         return self.field(generated, positives, negatives, exclude_positive=pair, exclude_negative=own), None
 
     def _finish(
-        self,
-        per_sequence: Tensor,
-        step: Step,
-        logits: Tensor | LinearLogits,
-        predicted: Tensor | None,
-        return_diagnostics: bool,
+        self, per_sequence: Tensor, step: Step, inputs: Inputs, return_diagnostics: bool
     ) -> Tensor | LossOutput:
         """Push the features, reduce the loss of each sequence, (B,), and add diagnostics if they are asked for."""
         if self.training and len(step.all_real):
             self.queue_real.push(step.all_real)
             self.queue_generated.push(step.all_generated)
         # Nothing predicted, nothing to learn: exactly zero, still attached to the graph.
-        if predicted is not None:
-            per_sequence = torch.where(predicted.any(dim=1), per_sequence, 0.0)
+        if inputs.predicted is not None:
+            per_sequence = torch.where(inputs.predicted.any(dim=1), per_sequence, 0.0)
         loss = per_sequence
         if self.reduction == "sum":
             loss = per_sequence.sum()
@@ -431,5 +430,5 @@ class DriftObjective(nn.Module):
             loss = per_sequence.sum() * self._ranks() / step.sequences.clamp_min(1)
         if not return_diagnostics:
             return loss
-        entropy = token_entropy(logits, predicted, self.mask_id)
+        entropy = token_entropy(inputs.logits, inputs.predicted, self.mask_id)
         return LossOutput(loss, Diagnostics(step.field, entropy, *step.queued))

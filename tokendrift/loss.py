@@ -207,13 +207,13 @@ class TokenDriftLoss(DriftObjective):
                 ``lift="straight_through"``. The values of ids are read on the CPU; on an accelerator, which would
                 have to be waited for, only the first call looks for the mask among the clean ids.
         """
-        clean_ids, noisy_ids, predicted = self._checked(logits, clean_ids, noisy_ids, predicted, attention_mask)
-        step = self._step(logits, clean_ids, noisy_ids, predicted, attention_mask, return_diagnostics)
+        inputs = self._checked(logits, clean_ids, noisy_ids, predicted, attention_mask)
+        step = self._step(inputs, return_diagnostics)
         features = step.generated.values
         target = (features + self.drift_scale * step.drift).detach()
         squares = (features - target).square().sum(dim=-1)
         per_sequence = step.generated.mean_of_sequences(0.5 * squares)
-        return self._finish(per_sequence, step, logits, predicted, return_diagnostics)
+        return self._finish(per_sequence, step, inputs, return_diagnostics)
 
 
 class MirrorTeacherLoss(DriftObjective):
@@ -292,14 +292,15 @@ class MirrorTeacherLoss(DriftObjective):
             )
         if torch.is_inference_mode_enabled():
             raise fail("the mirror teacher takes a gradient of its own.", "Use torch.no_grad, not inference_mode.")
-        clean_ids, noisy_ids, predicted = self._checked(logits, clean_ids, noisy_ids, predicted, attention_mask)
+        inputs = self._checked(logits, clean_ids, noisy_ids, predicted, attention_mask)
+        predicted = inputs.predicted
         wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
         if predicted is not None:  # the logits too and not only their loss: 0 * NaN would reach the gradient
             wide = torch.where(predicted[..., None], wide, 0.0)
         # 1. The direction: the drift, pulled back from the features to the logits.
         with torch.enable_grad():
             leaf = wide.detach().requires_grad_()
-            step = self._step(leaf, clean_ids, noisy_ids, predicted, attention_mask, return_diagnostics)
+            step = self._step(inputs._replace(logits=leaf), return_diagnostics)
             features = step.generated.values
             mean_drift = step.generated.weights()[:, None] * step.drift.to(features.dtype)
             (direction,) = torch.autograd.grad(features, leaf, mean_drift)
@@ -318,4 +319,4 @@ class MirrorTeacherLoss(DriftObjective):
             per_token = (teacher.exp() * (teacher - student)).sum(dim=-1)
         if predicted is not None:
             per_token = torch.where(predicted, per_token, 0.0)
-        return self._finish(per_token.sum(dim=-1), step, logits, predicted, return_diagnostics)
+        return self._finish(per_token.sum(dim=-1), step, inputs, return_diagnostics)
