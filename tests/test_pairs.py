@@ -11,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from live_bytes import LiveBytes
 
-from tokendrift import PairDriftLoss, TokenDriftError, frequent_first_classes, pair_drift
+from tokendrift import PairDriftLoss, TokenDriftError
+from tokendrift.pairs import frequent_first_classes, pair_drift
 
 WORKER = Path(__file__).with_name("pair_rank_worker.py")
 IDS = torch.tensor([[0, 1, 2, 1], [2, 2, 0, 1]])

@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tokendrift import IdentityFeatures, PairDriftLoss, TokenDriftError, TokenDriftLoss
+from tokendrift import PairDriftLoss, TokenDriftError, TokenDriftLoss
 from tokendrift.diffusion import MaskedDiffusion, UniformDiffusion
+from tokendrift.features import IdentityFeatures
 from tokendrift.markov import ExactDenoiser, MarkovLanguage, few_step
 from tokendrift.models import DiT, DiTConfig
 from tokendrift.training import Continuation, LoopConfig, Optimization, OwnTrajectories, places, train

@@ -73,8 +73,8 @@ class GaussianDuality(Schedule):
         """
         if not 0 < last < first < 1:
             raise fail("first and last must be signal levels with 0 < last < first < 1.", first=first, last=last)
-        anywhere = cls(vocab_size, -20.0, 20.0)
-        ends = anywhere.gamma(anywhere.time(torch.tensor([first, last], dtype=torch.float64)))
+        full_range = cls(vocab_size, -20.0, 20.0)
+        ends = full_range.gamma(full_range.time(torch.tensor([first, last], dtype=torch.float64)))
         return cls(vocab_size, *ends.tolist())
 
     def gamma(self, t: Tensor) -> Tensor:

@@ -13,14 +13,13 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from tokendrift._checks import check_choice, check_count, check_positive, fail
-from tokendrift.field import NORMALIZATIONS
 from tokendrift.training.optimization import LoopConfig
+from tokendrift.variants import KERNELS, NORMALIZATIONS
 
 OBJECTIVES = ("drift", "continuation", "combined", "pairs", "mirror-kl", "mirror-mse")
 BASE_WEIGHTS = {"combined": 1.0, "pairs": 0.1}  # unless it is given; no other objective has one
 DOCUMENTS = ("file", "paragraph", "line")
 PRECISIONS = ("fp32", "bf16")
-KERNELS = ("gaussian", "laplace", "sharp_laplace")
 # What may differ when a run goes on: it changes what is told and kept, not what is learned.
 BOOKKEEPING = frozenset(
     (
@@ -164,7 +163,7 @@ class RefineConfig:
         check_choice("objective", self.objective, OBJECTIVES)
         check_choice("documents", self.documents, DOCUMENTS)
         check_choice("precision", self.precision, PRECISIONS)
-        check_choice("kernel", self.kernel, KERNELS)
+        check_choice("kernel", self.kernel, tuple(KERNELS))
         check_choice("normalization", self.normalization, NORMALIZATIONS)
         for name in ("shuffle", "micro_batch", "checkpoint_every", "keep", "evaluate_batch"):
             check_count(name, getattr(self, name), least=1)

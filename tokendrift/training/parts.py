@@ -14,13 +14,13 @@ import torch
 from tokendrift._checks import fail
 from tokendrift.diffusion import Process
 from tokendrift.features import PooledFeatures
-from tokendrift.field import DriftField
 from tokendrift.loss import MirrorTeacherLoss, TokenDriftLoss
 from tokendrift.models import DiT
 from tokendrift.pairs import PairDriftLoss, frequent_first_classes
 from tokendrift.training.config import RefineConfig
 from tokendrift.training.text import DatasetRows, Documents, TextFiles
 from tokendrift.training.trajectories import places
+from tokendrift.variants import build_field
 
 
 def make_accelerator() -> Any:
@@ -104,7 +104,7 @@ def drifting_loss(
     level = process.sigma(torch.tensor(config.encoder_time)).item() if config.encoder_time else 0.0
     features = PooledFeatures(base, window=config.window, sigma=level)
     options: dict[str, Any] = {
-        "field": DriftField(config.temperatures, kernel=config.kernel, normalization=config.normalization),
+        "field": build_field(config.temperatures, kernel=config.kernel, normalization=config.normalization),
         "queue_size": config.queue_size,
         "mask_id": process.mask_id,
         "exclude_paired_positive": config.exclude_paired_positive,
