@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from tokendrift._checks import check_choice, check_count, check_positive, fail
 from tokendrift.training.averaging import WeightAverage
-from tokendrift.training.objectives import Objective
+from tokendrift.training.objectives import Objective, StatefulObjective
 
 SCHEDULES = ("cosine", "constant", "linear")
 BETWEEN = "/"  # parameter and moment in the names of AdamW's tensors
@@ -150,7 +150,14 @@ class Optimization:
     def step(
         self, step: int, objective: Objective, batches: Iterable[Tensor], *, count: int = 1, log: bool = False
     ) -> Record | None:
-        """Take the step of this number, from 0, on ``count`` micro-batches of clean ids (B, L).
+        """Take one optimiser step.
+
+        Args:
+            step: Number of the step, from 0.
+            objective: Loss of a micro-batch. The hooks of a `StatefulObjective` are called.
+            batches: Micro-batches of clean ids (B, L).
+            count: Number of micro-batches. Default: 1.
+            log: Whether to return figures. Default: False.
 
         Returns:
             With ``log``: ``step``, ``learning_rate``, ``grad_norm`` and the means, over micro-batches and processes,
@@ -160,19 +167,26 @@ class Optimization:
             TokenDriftError: With ``log``, if a figure is not finite; the step is named.
         """
         self.model.train()
+        hooks = objective if isinstance(objective, StatefulObjective) else None
         for group in self.optimizer.param_groups:
             group["lr"] = self.config.rate(step)
+        # 1. Gradients of all micro-batches add up; the logs are their means.
         logs: dict[str, Tensor] = {}
-        for number, x0 in enumerate(batches):
-            with self._accumulating(last=number == count - 1):
-                loss, found = objective(self.network, x0.to(self.device), log=log)
-                self._backward(loss if count == 1 else loss / count)
-            for name, value in found.items():
-                logs[name] = logs.get(name, torch.zeros_like(value)) + value / count
+        with nullcontext() if hooks is None else hooks.step_context():
+            for number, x0 in enumerate(batches):
+                with self._accumulating(last=number == count - 1):
+                    loss, found = objective(self.network, x0.to(self.device), log=log)
+                    self._backward(loss if count == 1 else loss / count)
+                for name, value in found.items():
+                    logs[name] = logs.get(name, torch.zeros_like(value)) + value / count
+        # 2. Clip, step, and take the weights into the average.
         norm = self._clip()
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.average.update(step)
+        # 3. The objective may act on the new weights.
+        if hooks is not None:
+            hooks.after_step(step + 1, self)
         return self._record(step, norm, logs) if log else None
 
     def state(self) -> dict[str, Tensors]:
