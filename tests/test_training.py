@@ -19,7 +19,7 @@ from tokendrift.training import (
     train,
     windows,
 )
-from tokendrift.training.objectives import corrupt_rows
+from tokendrift.training.objectives.objective import corrupt_rows
 
 VOCAB = 12
 

@@ -3,27 +3,17 @@
 from tokendrift.models.tokenizer import TextTokenizer, text_tokenizer
 from tokendrift.training.card import evaluation_table
 from tokendrift.training.config import PRESETS, RefineConfig, make_config, parse_settings
-from tokendrift.training.objectives import (
-    OBJECTIVES,
-    CombinedConfig,
-    Continuation,
-    ContinuationConfig,
-    CurriculumContinuation,
-    Denoising,
-    Drift,
-    DriftConfig,
-    MirrorKLConfig,
-    MirrorMSEConfig,
+from tokendrift.training.objectives import OBJECTIVES
+from tokendrift.training.objectives.continuation import Continuation, CurriculumContinuation, Denoising, ScoreEntropy
+from tokendrift.training.objectives.drift import CombinedConfig, Drift, DriftConfig
+from tokendrift.training.objectives.objective import (
     Objective,
     ObjectiveConfig,
     ObjectiveSetup,
-    OwnTrajectories,
-    PairsConfig,
-    ScoreEntropy,
     StatefulObjective,
     StepLoss,
-    chain_positions,
 )
+from tokendrift.training.objectives.trajectories import OwnTrajectories, PairsConfig, chain_positions
 from tokendrift.training.optimization import LoopConfig, Optimization, train, windows
 from tokendrift.training.packing import PackedText
 from tokendrift.training.records import read_log
@@ -35,7 +25,6 @@ __all__ = [
     "PRESETS",
     "CombinedConfig",
     "Continuation",
-    "ContinuationConfig",
     "CurriculumContinuation",
     "DatasetRows",
     "Denoising",
@@ -43,8 +32,6 @@ __all__ = [
     "Drift",
     "DriftConfig",
     "LoopConfig",
-    "MirrorKLConfig",
-    "MirrorMSEConfig",
     "Objective",
     "ObjectiveConfig",
     "ObjectiveSetup",

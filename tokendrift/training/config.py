@@ -13,11 +13,14 @@ from typing import Any, Literal
 from tokendrift._checks import check_choice, check_count, fail
 from tokendrift.errors import TokenDriftError
 from tokendrift.files import read_text
-from tokendrift.training.objectives import OBJECTIVES, DriftConfig, ObjectiveConfig
+from tokendrift.training.objectives import OBJECTIVES
+from tokendrift.training.objectives.drift import DriftConfig
+from tokendrift.training.objectives.objective import ObjectiveConfig
 from tokendrift.training.optimization import LoopConfig
 from tokendrift.training.settings import (
     Settings,
     SettingType,
+    check_fraction,
     describe_setting,
     from_text,
     setting_types,
@@ -137,13 +140,9 @@ class RefineConfig(Settings):
             check_count("evaluate_nfe", nfe, least=1)
         if self.length is not None:
             check_count("length", self.length, least=3 if self.wrap else 1)
-        if self.dropout is not None and not 0 <= self.dropout < 1:
-            raise fail("dropout must lie in [0, 1), or be left out for that of the checkpoint.", dropout=self.dropout)
-        if not 0 <= self.entropy_tolerance < 1:
-            raise fail(
-                "entropy_tolerance must lie in [0, 1): a share of the entropy of real text.",
-                entropy_tolerance=self.entropy_tolerance,
-            )
+        if self.dropout is not None:
+            check_fraction("dropout", self.dropout, ", or be left out for that of the checkpoint")
+        check_fraction("entropy_tolerance", self.entropy_tolerance, ": a share of the entropy of real text")
         if self.text and self.dataset is not None:
             raise fail("text and dataset exclude each other.", "Pass one source of text.", dataset=self.dataset)
         self.accumulation(processes=1)

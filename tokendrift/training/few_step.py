@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +19,11 @@ from tokendrift.training.packing import mix
 Row = dict[str, Any]
 
 
+@dataclass(eq=False)
 class FewStepEvaluation:
     """Samples at a few numbers of function evaluations and measures them, with the same random numbers at every call.
 
-    Args:
+    Attributes:
         process: The process of the model.
         tokenizer: Tokenizer of the model, for a judge with tokens of its own.
         real: Real text to compare with, ids (n, L); as many sequences of that length are sampled.
@@ -30,33 +32,28 @@ class FewStepEvaluation:
             or callable. None measures entropy and diversity alone.
         batch: Sequences sampled at a time.
         seed: Random seed of the samples.
-        device: Device for sampling and for the judge. Default: the CPU.
+        device: Device for sampling and for the judge.
         tolerance: Share by which the sample entropy may fall below that of real text without a warning.
     """
 
-    def __init__(
-        self,
-        process: Process,
-        tokenizer: TextTokenizer,
-        real: Tensor,
-        *,
-        nfes: Sequence[int] = (4, 8),
-        judge: Any = None,
-        batch: int = 16,
-        seed: int = 0,
-        device: torch.device | str | None = None,
-        tolerance: float = 0.02,
-    ) -> None:
-        self.process, self.tokenizer, self.real = process, tokenizer, real
-        self.nfes, self.batch, self.seed, self.tolerance = tuple(nfes), batch, seed, tolerance
-        self.device, self._judge = torch.device(device or "cpu"), judge
+    process: Process
+    tokenizer: TextTokenizer
+    real: Tensor
+    nfes: tuple[int, ...] = (4, 8)
+    judge: Any = None
+    batch: int = 16
+    seed: int = 0
+    device: torch.device | str = "cpu"
+    tolerance: float = 0.02
+
+    def __post_init__(self) -> None:
         self._metric: Any = None
         self._real_row: Row | None = None
 
     @property
     def conditions(self) -> dict[str, Any]:
         """What the figures depend on beside the model, fit for JSON: only figures of equal conditions compare."""
-        return {"judge": judge_name(self._judge), "nfes": list(self.nfes), "samples": len(self.real)}
+        return {"judge": judge_name(self.judge), "nfes": list(self.nfes), "samples": len(self.real)}
 
     def sample_all(self, optimization: Optimization, accelerator: Any) -> dict[int, Tensor]:
         """Sample the averaged model at every number of function evaluations; every process must call.
@@ -101,16 +98,16 @@ class FewStepEvaluation:
         """Return the figures of ids (n, L)."""
         from tokendrift.evaluation import GenerativePerplexity, distinct_n, measure, sample_entropy, unigram_entropy
 
-        if self._judge is None:
+        if self.judge is None:
             return {
                 "sample_entropy": float(sample_entropy(ids).mean()),
                 "unigram_entropy": float(unigram_entropy(ids)),
                 "distinct_3": float(distinct_n(ids, 3)),
             }
         if self._metric is None:
-            own = isinstance(self._judge, GenerativePerplexity)
+            own = isinstance(self.judge, GenerativePerplexity)
             options: dict[str, Any] = {"device": self.device, "batch_size": self.batch}
-            self._metric = self._judge if own else GenerativePerplexity(self._judge, **options)
+            self._metric = self.judge if own else GenerativePerplexity(self.judge, **options)
         # A judge without a tokenizer reads the ids as they are: it shares their vocabulary.
         tokenizer = None if self._metric.judge.tokenizer is None else self.tokenizer.tokenizer
         found = measure(ids, self._metric, tokenizer=tokenizer, skip_bad=True)

@@ -19,7 +19,7 @@ from tokendrift.models.tokenizer import text_tokenizer
 from tokendrift.training.checkpointing import Stored, load_checkpoint
 from tokendrift.training.config import RefineConfig, objective_name
 from tokendrift.training.few_step import FewStepEvaluation, Row, judge_name
-from tokendrift.training.objectives import ObjectiveSetup
+from tokendrift.training.objectives.objective import ObjectiveSetup
 from tokendrift.training.optimization import Optimization, Tensors
 from tokendrift.training.packing import PackedText, mix
 from tokendrift.training.processes import (
@@ -137,19 +137,9 @@ class Run:
         autocast = torch.bfloat16 if config.precision == "bf16" else None
         self.generator = torch.Generator(accelerator.device)
         torch.manual_seed(mix(config.seed, BUILDING))
-        self.objective = config.objective.build(
-            ObjectiveSetup(
-                base,
-                self.process,
-                self.length,
-                self.generator,
-                share=(self.rank, self.ranks),
-                seed=config.seed,
-                steps=config.steps,
-                autocast=autocast,
-                accelerator=accelerator,
-            )
-        )
+        share, options = (self.rank, self.ranks), (config.seed, config.steps, autocast, accelerator)
+        setup = ObjectiveSetup(base, self.process, self.length, self.generator, share, *options)
+        self.objective = config.objective.build(setup)
         if self.objective.module is not None:
             self.objective.module.to(accelerator.device)
         model = DiT(base.config if config.dropout is None else dataclasses.replace(base.config, dropout=config.dropout))

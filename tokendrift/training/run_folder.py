@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -38,42 +39,41 @@ BOOKKEEPING = {
 Groups = Mapping[str, Mapping[str, Tensor]]
 
 
+@dataclass(eq=False)
 class RunFolder:
     """The output folder of a run.
 
-    Args:
+    Attributes:
         config: The settings of the run.
         together: Number of sequences in a forward call of all processes, over which the field takes its statistics.
         base: Digest of the weights that are refined.
         model: Sizes of the network.
         process: Process of the network.
         tokenizer: Tokenizer of the network.
-        text: Identity of the text, fit for JSON. Default: None.
-        judge: Name of the judge, for the model card. Default: None.
+        text: Identity of the text, fit for JSON.
+        judge: Name of the judge, for the model card.
 
     Raises:
         TokenDriftError: If the folder holds a model that no refinement has written.
     """
 
-    def __init__(
-        self,
-        config: RefineConfig,
-        *,
-        together: int,
-        base: str,
-        model: DiTConfig,
-        process: Process,
-        tokenizer: TextTokenizer,
-        text: Any = None,
-        judge: str | None = None,
-    ) -> None:
-        self.config, self.path, self.judge = config, Path(config.output), judge
-        self.identity = {"together": together, "base": base, "tokenizer": tokenizer.identity(), "text": text}
-        self.model, self.process, self.tokenizer = model, process, tokenizer
+    config: RefineConfig
+    together: int
+    base: str
+    model: DiTConfig
+    process: Process
+    tokenizer: TextTokenizer
+    text: Any = None
+    judge: str | None = None
+
+    def __post_init__(self) -> None:
+        self.path = Path(self.config.output)
         if (self.path / "config.json").exists() and not (self.path / CONFIG).exists():
             raise fail(
                 f"output {self.path} holds a model that no refinement has written.", "Choose a folder of its own."
             )
+        identity = self.tokenizer.identity()
+        self.identity = {"together": self.together, "base": self.base, "tokenizer": identity, "text": self.text}
 
     def open(self) -> None:
         """Make the folder and write the configuration into it.
@@ -126,18 +126,17 @@ class RunFolder:
             if name not in free and value != before.get(name)
         ]
         # 2. What the settings do not show: processes, weights, tokenizer and text.
-        if state["together"] != self.identity["together"]:
+        now = self.identity
+        if state["together"] != now["together"]:
             differ.append(
-                f"a forward call of all processes had {state['together']} sequences and has {self.identity['together']}"
+                f"a forward call of all processes had {state['together']} sequences and has {now['together']}"
             )
-        if state["base"] != self.identity["base"]:
-            differ.append("the weights of the checkpoint to refine have changed")
-        if state.get("tokenizer", self.identity["tokenizer"]) != self.identity["tokenizer"]:
-            differ.append("the vocabulary of the tokenizer has changed")
-        if state.get("text", self.identity["text"]) != self.identity["text"]:
-            differ.append(
-                "the text, or what the tokenizer makes of it, has changed (text added at the end counts, too)"
-            )
+        changes = {
+            "base": "the weights of the checkpoint to refine have changed",
+            "tokenizer": "the vocabulary of the tokenizer has changed",
+            "text": "the text, or what the tokenizer makes of it, has changed (text added at the end counts, too)",
+        }
+        differ += [change for name, change in changes.items() if state.get(name, now[name]) != now[name]]
         if differ:
             raise fail(
                 f"{self.path} holds a run with another configuration: {'; '.join(differ)}.",

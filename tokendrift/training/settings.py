@@ -87,6 +87,12 @@ def converted(name: str, value: Any, kind: SettingType) -> Any:
     return float(value) if kind.base is float else value
 
 
+def check_fraction(name: str, value: float, remark: str = "") -> None:
+    """Require a number in [0, 1); the remark ends the message."""
+    if not 0 <= value < 1:
+        raise fail(f"{name} must lie in [0, 1){remark}.", **{name: value})
+
+
 def from_text(name: str, text: str, kind: SettingType) -> Any:
     """Return the value of a setting given as text, as on a command line; lists are separated by commas.
 

@@ -1,4 +1,4 @@
-"""Documents from text files, JSON lines and Hugging Face datasets, read as a stream from any place on."""
+"""Documents from text files, JSON Lines and Hugging Face datasets, read as a stream from any position."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from tokendrift.training.config import RefineConfig
 
 PIECE = 1 << 16  # bytes of a long document that are tokenised at a time
-HEAD = 1 << 20  # bytes of a file by which it is known
+HEAD = 1 << 20  # bytes of a file by which it is recognised
 JSON_LINES = (".jsonl", ".ndjson", ".json")
 NO_TEXT = (".parquet", ".arrow", ".feather", ".csv", ".tsv", ".zst", ".xz", ".bz2", ".zip", ".tar", ".tgz")
 SAVED = ("dataset_info.json", "dataset_dict.json")  # what `datasets` leaves in a folder that it has saved
@@ -29,8 +29,8 @@ class Piece(NamedTuple):
 
     Attributes:
         text: The text, never empty.
-        ends: Whether the document ends with it.
-        start: Place from which reading gives this piece first.
+        ends: Whether the document ends with this piece.
+        start: Position from which reading returns this piece first.
     """
 
     text: str
@@ -42,7 +42,7 @@ class Documents(Protocol):
     """A source of text that always gives the same pieces in the same order."""
 
     def read(self, start: Place | None = None) -> Iterator[Piece]:
-        """Yield the pieces from a place on, to the end of the source; from its beginning by default."""
+        """Yield the pieces from a position (default: the beginning) to the end of the source."""
         ...
 
 
@@ -76,7 +76,7 @@ class TextFiles:
                 )
 
     def identity(self) -> list[list[Any]]:
-        """Return size and the SHA-256 of the beginning of each file: edited or longer, it is another text."""
+        """Return the size and the SHA-256 of the first MiB of each file, which change if a file is edited or grows."""
         found = []
         for path in self.paths:
             with path.open("rb") as file:
@@ -84,7 +84,7 @@ class TextFiles:
         return found
 
     def read(self, start: Place | None = None) -> Iterator[Piece]:
-        """Yield the pieces from a place on."""
+        """Yield the pieces from a position to the end of the files."""
         start = start or {"file": 0, "byte": 0, "line": 0}
         for number in range(start["file"], len(self.paths)):
             place = start if number == start["file"] else {"file": number, "byte": 0, "line": 0}
@@ -205,7 +205,7 @@ class DatasetRows:
         self.rows = rows
 
     def read(self, start: Place | None = None) -> Iterator[Piece]:
-        """Yield the rows from a place on."""
+        """Yield the rows from a position to the end of the dataset."""
         first = start["row"] if start else 0
         for number, row in enumerate(self.rows.skip(first), first):
             text = row[self.field]

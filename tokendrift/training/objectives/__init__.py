@@ -3,47 +3,11 @@
 A new objective is a frozen dataclass that derives from `ObjectiveConfig`, and a line in `OBJECTIVES`.
 """
 
-from tokendrift.training.objectives.continuation import (
-    Continuation,
-    ContinuationConfig,
-    CurriculumContinuation,
-    Denoising,
-    ScoreEntropy,
-)
-from tokendrift.training.objectives.drift import CombinedConfig, Drift, DriftConfig
+from tokendrift.training.objectives.continuation import ContinuationConfig
+from tokendrift.training.objectives.drift import CombinedConfig, DriftConfig
 from tokendrift.training.objectives.mirror import MirrorKLConfig, MirrorMSEConfig
-from tokendrift.training.objectives.objective import (
-    Objective,
-    ObjectiveConfig,
-    ObjectiveSetup,
-    StatefulObjective,
-    StepLoss,
-    corrupt_rows,
-)
-from tokendrift.training.objectives.trajectories import OwnTrajectories, PairsConfig, chain_positions
-
-__all__ = [
-    "OBJECTIVES",
-    "CombinedConfig",
-    "Continuation",
-    "ContinuationConfig",
-    "CurriculumContinuation",
-    "Denoising",
-    "Drift",
-    "DriftConfig",
-    "MirrorKLConfig",
-    "MirrorMSEConfig",
-    "Objective",
-    "ObjectiveConfig",
-    "ObjectiveSetup",
-    "OwnTrajectories",
-    "PairsConfig",
-    "ScoreEntropy",
-    "StatefulObjective",
-    "StepLoss",
-    "chain_positions",
-    "corrupt_rows",
-]
+from tokendrift.training.objectives.objective import ObjectiveConfig
+from tokendrift.training.objectives.trajectories import PairsConfig
 
 # Name in settings, TOML files and on the command line -> settings of the objective. Add one to register it.
 OBJECTIVES: dict[str, type[ObjectiveConfig]] = {

@@ -25,6 +25,7 @@ from tokendrift.training.objectives.objective import (
     StepLoss,
     corrupt_rows,
 )
+from tokendrift.training.settings import check_fraction
 
 
 @dataclass
@@ -112,9 +113,8 @@ def diagnostic_logs(diagnostics: Diagnostics, temperatures: Sequence[float]) -> 
         logs["raw_drift_rms"] = of_field.rms.mean()
         for number, tau in enumerate(temperatures):
             logs[f"raw_drift_rms/{tau:g}"] = of_field.rms[number]
-            logs[f"positive_mass/{tau:g}"] = of_field.positive_mass[number]
-            logs[f"effective_references/{tau:g}"] = of_field.effective_references[number]
-            logs[f"pair_weight/{tau:g}"] = of_field.pair_weight[number]
+            for name in ("positive_mass", "effective_references", "pair_weight"):
+                logs[f"{name}/{tau:g}"] = getattr(of_field, name)[number]
     return logs
 
 
@@ -148,8 +148,7 @@ class EncoderObjectiveConfig(ObjectiveConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_count("queue_size", self.queue_size)
-        if not 0 <= self.encoder_time < 1:
-            raise fail("encoder_time must lie in [0, 1): a diffusion time, 0 is clean.", encoder_time=self.encoder_time)
+        check_fraction("encoder_time", self.encoder_time, ": a diffusion time, 0 is clean")
 
     @abstractmethod
     def loss(self, features: PooledFeatures, **options: Any) -> TokenDriftLoss | MirrorTeacherLoss:

@@ -25,6 +25,7 @@ from tokendrift.training.objectives.objective import (
     StepLoss,
     corrupt_rows,
 )
+from tokendrift.training.settings import check_fraction
 
 COUNT_BATCH = 64  # sequences whose pairs are counted at a time
 
@@ -205,8 +206,7 @@ class PairsConfig(ObjectiveConfig):
             check_count("chains", steps, least=1)
         if self.base_weight:
             check_positive("base_weight", self.base_weight)
-        if not 0 <= self.pair_decay < 1:
-            raise fail("pair_decay must lie in [0, 1).", pair_decay=self.pair_decay)
+        check_fraction("pair_decay", self.pair_decay)
         check_count("pair_classes", self.pair_classes, least=2)
         check_count("pair_sequences", self.pair_sequences)
 
