@@ -14,7 +14,7 @@ from tokendrift.evaluation import GenerativePerplexity
 from tokendrift.models import load_denoiser
 from tokendrift.training import read_log, refine
 from tokendrift.training.checkpointing import load_checkpoint
-from tokendrift.training.few_step import FewStep
+from tokendrift.training.few_step import FewStepEvaluation
 from tokendrift.training.run_folder import RunFolder
 
 
@@ -34,7 +34,7 @@ def uniform():
 
 
 def scores(monkeypatch, by_step):
-    monkeypatch.setattr(FewStep, "score", lambda self, rows: by_step[rows[0]["step"]])
+    monkeypatch.setattr(FewStepEvaluation, "score", lambda self, rows: by_step[rows[0]["step"]])
 
 
 def steps_of(folder):

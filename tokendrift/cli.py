@@ -11,6 +11,7 @@ from typing import Annotated, Any
 from tokendrift.errors import TokenDriftError
 from tokendrift.sampling.named import sampler_names
 from tokendrift.sampling.to_file import SampleConfig
+from tokendrift.training.config import setting_help
 
 try:
     import typer
@@ -89,49 +90,72 @@ def demo(
         console.print(f"report: {report}", highlight=False, soft_wrap=True)
 
 
+def _setting(name: str, *flags: str) -> Any:
+    """Return the option of a setting of `refine`, whose help is that of the configuration."""
+    return typer.Option(*flags, help=setting_help(name), show_default=False)
+
+
 @app.command()
 def refine(
     checkpoint: Annotated[
-        str | None, typer.Argument(help="Hub id, folder or file; may stand in --config or come with --preset.")
+        str | None,
+        typer.Argument(
+            help="Checkpoint to refine: hub id, folder or file. Required, unless --config or --preset names one."
+        ),
     ] = None,
-    text: Annotated[list[str] | None, typer.Option(help="Text or JSON-lines file; repeatable.")] = None,
-    dataset: Annotated[str | None, typer.Option(help="Hugging Face dataset: name or folder.")] = None,
-    output: Annotated[str | None, typer.Option(help="Folder of the refined model and its checkpoints.")] = None,
-    preset: Annotated[str | None, typer.Option(help="mdlm-owt or duo-owt: the paper's values; pairs: ours.")] = None,
-    config: Annotated[Path | None, typer.Option(help="TOML file of settings.")] = None,
-    objective: Annotated[
-        str | None, typer.Option(help="drift, continuation, combined, pairs, mirror-kl or mirror-mse.")
+    text: Annotated[list[str] | None, _setting("text")] = None,
+    dataset: Annotated[str | None, _setting("dataset")] = None,
+    tokenizer: Annotated[str | None, _setting("tokenizer")] = None,
+    output: Annotated[str | None, _setting("output")] = None,
+    preset: Annotated[
+        str | None,
+        typer.Option(
+            help="Settings to start from: mdlm-owt or duo-owt (the paper's), or pairs (the objective of token pairs). "
+            "Default: none."
+        ),
     ] = None,
-    steps: Annotated[int | None, typer.Option(help="Optimiser steps.")] = None,
-    batch_size: Annotated[int | None, typer.Option(help="Sequences a step, over all devices.")] = None,
-    micro_batch: Annotated[int | None, typer.Option(help="Sequences a forward call on one device.")] = None,
-    learning_rate: Annotated[float | None, typer.Option(help="Peak rate of AdamW.")] = None,
-    judge: Annotated[str | None, typer.Option(help="Causal language model behind Gen.-PPL.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Of order, noise, dropout and evaluation.")] = None,
-    baseline: Annotated[
-        bool | None, typer.Option("--baseline", help="Also train the matched continuation, and show both.")
+    config: Annotated[
+        Path | None, typer.Option(help="TOML file of settings, such as config.toml of an earlier run. Default: none.")
     ] = None,
+    objective: Annotated[str | None, _setting("objective")] = None,
+    steps: Annotated[int | None, _setting("steps")] = None,
+    batch_size: Annotated[int | None, _setting("batch_size")] = None,
+    micro_batch: Annotated[int | None, _setting("micro_batch")] = None,
+    learning_rate: Annotated[float | None, _setting("learning_rate")] = None,
+    judge: Annotated[str | None, _setting("judge")] = None,
+    seed: Annotated[int | None, _setting("seed")] = None,
+    baseline: Annotated[bool | None, _setting("baseline", "--baseline")] = None,
     settings: Annotated[
-        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any other setting; repeatable.")
+        list[str] | None,
+        typer.Option(
+            "--set",
+            metavar="KEY=VALUE",
+            help="Any other setting, see --show; lists are separated by commas. Repeatable.",
+        ),
     ] = None,
-    show: Annotated[bool, typer.Option("--show", help="Print the settings as TOML and stop.")] = False,
+    show: Annotated[
+        bool, typer.Option("--show", help="Print all settings as a TOML file and exit, without training.")
+    ] = False,
 ) -> None:
-    """Train a released or saved checkpoint further, with TokenDrift or its own objective.
+    """Train a released or saved checkpoint further, with TokenDrift or another objective.
 
-    Run the same command again to go on after an interruption. For several devices: accelerate launch -m
-    tokendrift.cli refine ...
+    Run the same command again to resume after an interruption. Settings of --set and of flags override those of
+    --config, which override those of --preset.
+
+    The device is chosen by Accelerate: cuda if available, else mps, else cpu. Set ACCELERATE_USE_CPU=true to use the
+    CPU, and CUDA_VISIBLE_DEVICES to choose among GPUs. For several devices: accelerate launch -m tokendrift.cli
+    refine ...
     """
-    with plain_errors("run the same command again to go on from the last checkpoint"):
+    flags = {
+        name: value
+        for name, value in locals().items()
+        if value is not None and name not in ("preset", "config", "settings", "show")
+    }
+    with plain_errors("run the same command again to resume from the last checkpoint"):
         from tokendrift.training import evaluation_table, make_config, parse_settings
         from tokendrift.training import refine as train
 
-        flags = {
-            "checkpoint": checkpoint, "text": text, "dataset": dataset, "output": output, "objective": objective,
-            "steps": steps, "batch_size": batch_size, "micro_batch": micro_batch, "learning_rate": learning_rate,
-            "judge": judge, "seed": seed, "baseline": baseline,
-        }  # fmt: skip
-        values = {name: value for name, value in flags.items() if value is not None}
-        made = make_config(preset=preset, file=config, values=values | parse_settings(settings or []))
+        made = make_config(preset=preset, file=config, values=flags | parse_settings(settings or []))
         if show:
             typer.echo(made.as_toml(), nl=False)
             return

@@ -13,7 +13,7 @@ from torch import Tensor
 from tokendrift import DriftField, MirrorTeacherLoss, PairDriftLoss, PooledFeatures, TokenDriftLoss
 from tokendrift.diffusion import Process
 from tokendrift.models import DiT
-from tokendrift.training import Continuation, Drift, Objective, OwnTrajectories, places
+from tokendrift.training import Continuation, Drift, Objective, OwnTrajectories, chain_positions
 from tokendrift.variants import ExtendedDriftField
 
 PAPER_FIELD = DriftField(temperatures=(0.02, 0.05, 0.2))
@@ -154,7 +154,7 @@ def objective(arm: Arm, base: DiT, process: Process, seed: int, text: Tensor) ->
     if arm.loss in ("none", "continuation"):
         return Continuation(process, generator)
     if arm.loss == "pairs":
-        strata = len(places(process, arm.chains)) if arm.stratified else 1
+        strata = len(chain_positions(process, arm.chains)) if arm.stratified else 1
         pairs = PairDriftLoss(process.vocab_size, strata=strata, mask_id=process.mask_id)
         for part in text.split(512):
             pairs.observe(part)

@@ -1,4 +1,4 @@
-"""The README of a refined model: how it was made, what was measured, what it is not good for."""
+"""The README of a refined model: how it was made, what was measured, and its limits."""
 
 from __future__ import annotations
 
@@ -17,14 +17,6 @@ COLUMNS = {
     "distinct_3": "distinct 3-grams",
     "repetition_4": "repeated 4-grams",
 }
-WAYS = {
-    "drift": "the drifting loss of TokenDrift (arXiv 2605.19470) alone, without the denoising loss",
-    "continuation": "its own denoising objective",
-    "combined": "the drifting loss of TokenDrift (arXiv 2605.19470) beside its own denoising objective",
-    "pairs": "a drift of the law of token pairs on its own few-step chains (`PairDriftLoss`)",
-    "mirror-kl": "the KL mirror teacher of TokenDrift (arXiv 2605.19470)",
-    "mirror-mse": "the MSE mirror teacher of TokenDrift (arXiv 2605.19470)",
-}
 
 
 def model_card(
@@ -33,11 +25,12 @@ def model_card(
     """Return a model card in Markdown, with the front matter of the hub.
 
     Args:
-        config: The run.
-        evaluations: Rows as `FewStep` measures them, each with ``step`` and ``nfe``; a row of real text has nfe None.
-        steps: Optimiser steps taken.
+        config: The settings of the run.
+        evaluations: Rows as `FewStepEvaluation` measures them, each with ``step`` and ``nfe``; for real text, ``nfe``
+            is None.
+        steps: Number of optimiser steps taken.
         process: Name of the corruption process.
-        judge: Name of the judge behind Gen.-PPL; None where nothing was judged.
+        judge: Name of the judge that measured Gen.-PPL. Default: none.
     """
     source = ", ".join(config.text) or config.dataset or "text of the caller"
     base = f"base_model: {config.checkpoint}\n" if _on_the_hub(config.checkpoint) else ""
@@ -53,7 +46,7 @@ library_name: tokendrift
 # {config.checkpoint}, refined
 
 A {process} diffusion language model: `{config.checkpoint}`, trained for {steps:,} more steps with
-{WAYS[config.objective]}.
+{config.objective.description}.
 
 ```python
 from tokendrift.models import load_denoiser
