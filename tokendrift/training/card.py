@@ -10,14 +10,6 @@ from tokendrift import __version__
 from tokendrift.models.hub import is_hub_id
 from tokendrift.training.config import RefineConfig
 
-COLUMNS = {
-    "gen_ppl": "Gen.-PPL",
-    "sample_entropy": "sample entropy (nats)",
-    "unigram_entropy": "unigram entropy (nats)",
-    "distinct_3": "distinct 3-grams",
-    "repetition_4": "repeated 4-grams",
-}
-
 
 def model_card(
     config: RefineConfig, evaluations: Sequence[dict[str, Any]], *, steps: int, process: str, judge: str | None = None
@@ -103,13 +95,15 @@ def _name(row: dict[str, Any]) -> str:
 
 def _cells(rows: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
     """Return the head of a table and its lines."""
-    columns = [name for name in COLUMNS if any(name in row for row in rows)]
+    from tokendrift.evaluation import FIGURES
+
+    columns = [figure for figure in FIGURES.values() if figure.main and any(figure.name in row for row in rows)]
     lines = []
     for row in rows:
         real = row.get("nfe") is None
         cells = [_name(row), "" if real else f"{row['step']:,}", "" if real else str(row["nfe"])]
-        lines.append(cells + [f"{row[name]:.3g}" if name in row else "" for name in columns])
-    return ["model", "step", "NFE", *(COLUMNS[name] for name in columns)], lines
+        lines.append(cells + [f"{row[each.name]:.{each.digits}f}" if each.name in row else "" for each in columns])
+    return ["model", "step", "NFE", *(figure.label for figure in columns)], lines
 
 
 def _on_the_hub(checkpoint: str) -> bool:

@@ -88,10 +88,18 @@ class FewStepEvaluation:
 
         (count, length), (rank, ranks) = self.real.shape, share
         found = torch.zeros(count, length, dtype=torch.int64)
-        for first in range(rank * self.batch, count, ranks * self.batch):
-            rows = (min(self.batch, count - first), length)
-            options: dict[str, Any] = {"steps": nfe, "seed": mix(self.seed, nfe), "device": self.device}
-            found[first : first + rows[0]] = sample(network, self.process, rows, first_row=first, **options).ids.cpu()
+        first, end = rank * count // ranks, (rank + 1) * count // ranks
+        if first < end:
+            found[first:end] = sample(
+                network,
+                self.process,
+                (end - first, length),
+                steps=nfe,
+                seed=mix(self.seed, nfe),
+                first_row=first,
+                batch_size=self.batch,
+                device=self.device,
+            ).ids.cpu()
         return found
 
     def measure(self, ids: Tensor) -> Row:
