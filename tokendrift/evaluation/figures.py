@@ -147,11 +147,11 @@ def register_figure(figure: Figure) -> None:
     FIGURES[figure.name] = figure
 
 
-def main_figures(*sets: Mapping[str, Interval]) -> list[Figure]:
+def main_figures(*sets: Mapping[str, object]) -> list[Figure]:
     """Return the figures that are shown where there is room for few, and that were measured in one of the sets.
 
     Args:
-        *sets: Intervals of each set by name, such as `Measures.figures`.
+        *sets: Figures of each set by name, such as `Measures.figures`.
     """
     return [figure for name, figure in FIGURES.items() if figure.main and any(name in measured for measured in sets)]
 

@@ -95,9 +95,9 @@ def _name(row: dict[str, Any]) -> str:
 
 def _cells(rows: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
     """Return the head of a table and its lines."""
-    from tokendrift.evaluation import FIGURES
+    from tokendrift.evaluation.figures import main_figures
 
-    columns = [figure for figure in FIGURES.values() if figure.main and any(figure.name in row for row in rows)]
+    columns = main_figures(*rows)
     lines = []
     for row in rows:
         real = row.get("nfe") is None
