@@ -37,30 +37,30 @@ class RefineConfig(Settings):
     Settings have flat names in TOML files, flags and `make_config`: those of the objective stand beside the others.
 
     Attributes:
-        checkpoint: Checkpoint to refine: hub id, folder or file, as `load_denoiser` takes it. The frozen encoder is a
-            copy of it.
+        checkpoint: Checkpoint to refine: hub id, folder or file, as for `load_denoiser`. The frozen encoder is a copy
+            of it.
         output: Folder for the refined model, its checkpoints and its log.
         revision: Branch, tag or commit of a hub id. Default: the main branch.
-        text: Files to train on: text (``.txt`` and others) or JSON Lines (``.jsonl``, ``.ndjson``, ``.json``), also
-            gzipped (``.gz``).
-        dataset: Hugging Face dataset to train on, by name or by folder, in place of ``text``.
+        text: Files to train on: text (``.txt`` and others) or JSON Lines (``.jsonl``, ``.ndjson``, ``.json``), gzipped
+            (``.gz``) or not. Repeatable on the command line. Default: none.
+        dataset: Hugging Face dataset to train on instead of ``text``: name or folder. Default: none.
         dataset_config: Configuration of the dataset.
         dataset_split: Split of the dataset.
         text_field: Field of JSON Lines, or column of the dataset, that holds the text.
-        documents: What one document of a text file is: the ``"file"``, a ``"paragraph"`` or a ``"line"``. The end of
-            each document is marked by an end-of-text token.
-        tokenizer: Tokenizer of the checkpoint: a folder, a ``tokenizer.json`` or a hub id. Default: the checkpoint's
-            own, or that of GPT-2 for a checkpoint that has none and a vocabulary of that size.
-        length: Tokens of a sequence, L. Default: the length that the checkpoint was trained with.
+        documents: Unit of a text file that counts as one document: the ``"file"``, a ``"paragraph"`` or a ``"line"``.
+            An end-of-text token follows each document.
+        tokenizer: Tokenizer of the checkpoint: a ``tokenizer.json``, a folder or a hub id. Default: that of the
+            checkpoint; if it has none and a vocabulary of the size of GPT-2's, that of GPT-2.
+        length: Length of a sequence in tokens, L. Default: the length that the checkpoint was trained with.
         wrap: Whether every sequence begins with BOS and ends with EOS, as in the training of the released checkpoints.
         shuffle: Number of sequences that are shuffled together; 1 keeps the order of the text.
-        objective: Settings of what is minimised; a name in `OBJECTIVES` stands for its defaults.
-        baseline: Whether to train the checkpoint first by its own objective on the same batches and noise, into the
-            folder ``continuation`` of the output, and to show both.
+        objective: What is minimised: the settings of an objective, or a name in `OBJECTIVES` for its default settings.
+        baseline: Whether to train the checkpoint with its own objective first, on the same batches and noise, and to
+            show both results. This model is written to the folder ``continuation`` of the output.
         steps: Number of optimiser steps.
-        batch_size: Sequences per optimiser step, over all processes and micro-batches.
-        micro_batch: Sequences per forward call of one process. ``batch_size`` must be a multiple of it times the number
-            of processes.
+        batch_size: Number of sequences per optimiser step, over all processes and micro-batches.
+        micro_batch: Number of sequences per forward call of one process. ``batch_size`` must be a multiple of
+            ``micro_batch`` times the number of processes.
         learning_rate: Peak learning rate of AdamW.
         schedule: Learning rate after the warm-up: ``"constant"``, ``"cosine"`` (to 2 % of the peak) or ``"linear"``
             (to 0).
@@ -70,19 +70,21 @@ class RefineConfig(Settings):
         clip: Largest norm of the gradient; larger gradients are scaled down to it.
         ema: Decay of the moving average of the weights, which is the model that is evaluated and written; 0 keeps no
             average.
-        dropout: Dropout probability. Default: that of the checkpoint.
+        dropout: Dropout probability. Default: the value of the checkpoint.
         precision: ``"fp32"``, or ``"bf16"`` to run the network under autocast; losses are float32 in either.
         seed: Random seed of data order, noise, dropout and evaluation.
-        log_every: Optimiser steps between lines of the log.
-        checkpoint_every: Optimiser steps between checkpoints.
+        log_every: Number of optimiser steps between lines of the log.
+        checkpoint_every: Number of optimiser steps between checkpoints.
         keep: Number of latest checkpoints that are kept; the best one is kept as well.
-        evaluate_every: Optimiser steps between evaluations; 0 evaluates only before the first and after the last step.
-        evaluate_samples: Sequences sampled at each number of function evaluations.
-        evaluate_nfe: Numbers of function evaluations of the sampler.
-        evaluate_batch: Sequences sampled at a time.
-        judge: Causal language model that measures Gen.-PPL: hub name or folder. Default: none; entropy and diversity
-            are measured alone.
-        entropy_tolerance: Warn if the sample entropy falls by more than this share, in [0, 1), below that of real text.
+        evaluate_every: Number of optimiser steps between evaluations; 0 evaluates only before the first and after the
+            last step.
+        evaluate_samples: Number of samples for each number of function evaluations.
+        evaluate_nfe: Numbers of function evaluations at which the model is sampled.
+        evaluate_batch: Number of samples that are drawn together.
+        judge: Causal language model that measures Gen.-PPL: hub id or folder. Default: none; only entropy and diversity
+            are measured.
+        entropy_tolerance: Share, in [0, 1), by which the sample entropy may fall below that of real text without a
+            warning.
         tensorboard: Whether to write curves for TensorBoard, if it is installed.
         wandb: Project of Weights & Biases to log to, if it is installed. Default: none.
     """
