@@ -213,7 +213,7 @@ def test_the_mask_is_held_against_the_tokenizer(checkpoint):
         (MaskedDiffusion(50258), 23.9, "m", "ok", "near: MDLM has 23.2 on OpenWebText with GPT-2 tokens"),
         (UniformDiffusion(50258), 25.0, "m", "ok", "near: DUO has 25.2 on OpenWebText"),
         (MaskedDiffusion(50258), 33.0, "m", "note", "23.2 on OpenWebText with GPT-2 tokens, to which only that text"),
-        (UniformDiffusion(50258), 70.0, "s-sahoo/duo-distilled", "note", "distilled models give up likelihood"),
+        (UniformDiffusion(50258), 70.0, "s-sahoo/duo-distilled", "note", "distilled models trade likelihood"),
     ],
 )
 def test_the_published_value_is_compared_where_it_can_be(process, perplexity, source, verdict, said):
@@ -291,13 +291,13 @@ def test_json_holds_the_same_and_a_finding_leaves_with_one(checkpoint, run):
 
 def test_without_a_tokenizer_it_says_what_it_cannot_check(run):
     result = run(PRETRAINED / "masked")
-    assert result.exit_code == 0 and "name one with --tokenizer to check it and the NELBO" in result.stdout
+    assert result.exit_code == 0 and "pass one with --tokenizer to check it and to measure the NELBO" in result.stdout
 
 
 def test_text_that_is_too_short_is_a_note(run, tmp_path):
     (tmp_path / "text.txt").write_text("Too short.")
     result = run(PRETRAINED / "masked", "--tokenizer", PRETRAINED / "tokenizer.json", "--text", tmp_path / "text.txt")
-    assert result.exit_code == 0 and "too short to measure on" in result.stdout
+    assert result.exit_code == 0 and "the text is too short" in result.stdout
 
 
 @pytest.mark.parametrize(

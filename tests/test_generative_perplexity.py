@@ -513,8 +513,8 @@ def test_ids_outside_the_judges_vocabulary_are_named(tiny_gpt2):
     ("options", "says"),
     [
         ({"protocol": "ppl"}, "protocol must be one of 'mdlm', 'sedd', 'sdtt', 'bd3', 'all'"),
-        ({}, "Pass eos_id, or take protocol='all'"),
-        ({"protocol": "all", "precision": "float32"}, "precision and revision are for a judge loaded by name"),
+        ({}, "Pass eos_id, or protocol='all'"),
+        ({"protocol": "all", "precision": "float32"}, "precision and revision apply to a judge that is loaded by name"),
         ({"protocol": "all", "device": "gpu"}, "device 'gpu' cannot be used"),
         ({"protocol": "all", "batch_size": 0}, "batch_size must be an integer of at least 1"),
         ({"protocol": "all", "max_length": 1}, "max_length must be an integer of at least 2"),
@@ -528,7 +528,7 @@ def test_options_out_of_range_are_named(options, says):
 
 
 def test_too_long_samples_are_refused_where_a_sample_is_scored_whole():
-    with pytest.raises(TokenDriftError, match="scores a sample whole"):
+    with pytest.raises(TokenDriftError, match="scores each sample as a whole"):
         generative_perplexity(texts_of([9]), bigram, protocol="sdtt", max_length=8)
 
 

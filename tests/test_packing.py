@@ -165,7 +165,7 @@ def test_what_is_no_text_is_named(tmp_path):
     (tmp_path / "bad.txt").write_bytes(b"fine\n\xff\n")
     with pytest.raises(TokenDriftError, match=r"bad.txt, line 2 is not UTF-8"):
         list(TextFiles([tmp_path / "bad.txt"]).read())
-    with pytest.raises(TokenDriftError, match=r"no such text files: .*gone.txt"):
+    with pytest.raises(TokenDriftError, match=r"these text files do not exist: .*gone.txt"):
         TextFiles([tmp_path / "gone.txt"])
 
 

@@ -273,7 +273,7 @@ FOLLOWS[[A, C], [B, D]], FOLLOWS[B], FOLLOWS[D] = 0.0, 0.0, 0.0
         (lambda: information_decay(two_words, PAIRS, PROMPTS + 3, ALIKE), "prompts has ids from 3 to 6"),
         (lambda: information_decay(two_words, PAIRS, torch.full((2, 2), MASK), ALIKE), "prompts hold the mask"),
         (lambda: information_decay(two_words, PAIRS, PROMPTS, ALIKE[:4]), "unigram must be a law over V = 5 tokens"),
-        (lambda: information_decay(two_words, PAIRS, PROMPTS, ALIKE.flip(0)), "nowhere 0 but at the mask"),
+        (lambda: information_decay(two_words, PAIRS, PROMPTS, ALIKE.flip(0)), "may be 0 only at the mask"),
         (lambda: information_decay(two_words, PAIRS, PROMPTS, ALIKE, positions=0), "positions must be an integer"),
         (lambda: information_decay(two_words, PAIRS, PROMPTS, ALIKE, temperature=0), "temperature must be a finite"),
         (lambda: information_decay(two_words, UNIFORM, PROMPTS, ALIKE[:4]), r"must return logits \(B, L, V\) = "),
@@ -296,7 +296,7 @@ FOLLOWS[[A, C], [B, D]], FOLLOWS[B], FOLLOWS[D] = 0.0, 0.0, 0.0
             lambda: marginal_trap(
                 two_words, PAIRS, PROMPTS, GenerativePerplexity(lambda ids, mask: FOLLOWS[ids], protocol="all")
             ),
-            "no probability at all",
+            "probability zero to some draws",
         ),
         (lambda: unigram_law([], PAIRS), "there is no corpus to count"),
         (lambda: unigram_law([7], PAIRS), "ids has ids from 7 to 7"),

@@ -234,7 +234,7 @@ def check_exclusion(name: str, index: Tensor | None, references: Tensor, symbol:
         raise fail(
             f"{name} has indices from {low} to {high}, but there are {symbol} = {len(references)} references (0 to "
             f"{len(references) - 1}; -1 for none).",
-            "Count within this side alone: the first negative is 0, whatever the number of positives.",
+            "Number each side by itself: the first negative is 0, whatever the number of positives.",
             **{name: index},
         )
 
@@ -253,7 +253,7 @@ def check_weights(anchors: Tensor, **sides: tuple[Tensor, Tensor | None]) -> Non
         check_same_device("anchors", anchors, **{name: weights})
         # Read on the CPU only: on an accelerator it would wait for the device.
         if weights.device.type == "cpu" and not torch.compiler.is_compiling() and not (weights >= 0).all():
-            raise fail(f"{name} must be zero or above everywhere.", **{name: weights, "least": weights.min().item()})
+            raise fail(f"{name} must not contain negative numbers.", **{name: weights, "least": weights.min().item()})
 
 
 def check_frozen(name: str, module: nn.Module) -> None:
@@ -300,7 +300,7 @@ def check_one_vocabulary(logits: Tensor, embedding: Tensor) -> None:
             f"logits has {logits.shape[-1]} columns (V) but embedding has {embedding.shape[0]} rows (V).",
             "Denoiser and frozen encoder must share one vocabulary. Bring the embedding into the denoiser's with "
             "tokendrift.encoders.map_vocabulary(embedding, ids), where id -1 stands for entries that the encoder "
-            "lacks, such as the mask; or drop that column of the logits.",
+            "does not have, such as the mask; or remove that column from the logits.",
             logits=logits,
             embedding=embedding,
         )

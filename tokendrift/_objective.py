@@ -186,7 +186,7 @@ class DriftObjective(nn.Module):
         check_choice("reduction", reduction, ("mean", "sum", "none"))
         check_choice("lift", lift, tuple(LIFTS))
         if check_count("queue_size", queue_size) == 0 and not batch_as_references:
-            raise fail("queue_size is 0 and batch_as_references False: nothing would be left to refer to.")
+            raise fail("queue_size is 0 and batch_as_references is False, so anchors would have no references.")
         check_mask_id(mask_id, len(embedding))
         self._frozen = _Frozen(embedding, feature_map)
         self.field: Field = DriftField() if field is None else field
@@ -241,7 +241,7 @@ class DriftObjective(nn.Module):
             check_linear(logits, self.embedding)
             if self.lift != "soft":
                 raise fail(
-                    f"lift={self.lift!r} needs the logits themselves, but LinearLogits came.",
+                    f"lift={self.lift!r} needs the logits themselves, but was given LinearLogits.",
                     "Pass torch.nn.functional.linear(*logits), or use lift='soft'.",
                 )
         else:
@@ -264,7 +264,7 @@ class DriftObjective(nn.Module):
                 predicted = noisy_ids == self.mask_id
         elif predicted is not None:
             raise fail(
-                "predicted was given without noisy_ids: what stands at the other positions is unknown.",
+                "predicted was given without noisy_ids, so the ids at the other positions are unknown.",
                 "Pass noisy_ids=x_t, or leave predicted out to lift every position.",
             )
         elif self.mask_id is not None:

@@ -52,7 +52,7 @@ class InputsEmbedsEncoder(nn.Module):
             raise fail("the model's forward must accept inputs_embeds.", model=type(model).__name__)
         if "decoder_input_ids" in arguments:
             raise fail(
-                "an encoder-decoder needs input for its decoder too, and a feature map has none.",
+                "a feature map has no input for the decoder of an encoder-decoder model.",
                 "Pass the encoder alone: model.get_encoder().",
                 encoder=type(model).__name__,
             )
@@ -106,9 +106,9 @@ class InputsEmbedsEncoder(nn.Module):
         longest = getattr(getattr(self.model, "config", None), "max_position_embeddings", None)
         if isinstance(longest, int) and 0 < longest < embeds.shape[1]:
             raise fail(
-                f"the encoder was made for at most {longest} positions (max_position_embeddings), but L is "
+                f"the encoder accepts at most {longest} positions (max_position_embeddings), but L is "
                 f"{embeds.shape[1]}.",
-                "Train on shorter sequences, or take an encoder for longer ones.",
+                "Train on shorter sequences, or use an encoder that accepts longer ones.",
                 embeds=embeds,
             )
 
@@ -121,7 +121,7 @@ def as_encoder(module: nn.Module) -> nn.Module:
     """
     if any(hasattr(parameter, "full_tensor") for parameter in module.parameters()):
         raise fail(
-            "encoder is sharded: its parameters are DTensors, of which no frozen copy can be taken.",
+            "encoder is sharded: its parameters are DTensors, which cannot be copied into a frozen encoder.",
             "Build the loss or the feature map from the model before fully_shard.",
             encoder=type(module).__name__,
         )
@@ -163,7 +163,7 @@ def input_embedding(encoder: nn.Module) -> Tensor:
         return source.vocab_embed.embedding.detach()
     if not _shows_embedding(encoder):
         raise fail(
-            "encoder shows no input embedding (vocab_embed.embedding or get_input_embeddings()).",
+            "encoder has no input embedding (vocab_embed.embedding or get_input_embeddings()).",
             "Pass the parts: TokenDriftLoss(embedding, feature_map).",
             encoder=type(encoder).__name__,
         )

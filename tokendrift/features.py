@@ -114,7 +114,7 @@ class PooledFeatures(nn.Module):
         encoder: Any = self.encoder
         hidden = encoder.hidden_states(embeds.to(_dtype(encoder, embeds)), attention_mask=mask, **level)
         if any(not -len(hidden) <= layer < len(hidden) for layer in self.layers):
-            raise fail(f"layers {self.layers} do not exist: the encoder shows {len(hidden)} hidden states.")
+            raise fail(f"layers {self.layers} do not exist: the encoder returns {len(hidden)} hidden states.")
         with torch.autocast(embeds.device.type, enabled=False):
             chosen = [hidden[layer] for layer in self.layers]
             if self.windows is None:
@@ -214,7 +214,7 @@ class ConcatenatedFeatures(nn.Module):
         if len({one.shape[:-1] for one in features}) > 1:
             shapes = ", ".join(str(tuple(one.shape)) for one in features)
             raise fail(
-                f"the maps differ in their number of windows: they gave {shapes}.",
+                f"the maps return different numbers of windows: {shapes}.",
                 "Give all the same window, or put several widths into one map: PooledFeatures(window=(2, 8)).",
             )
         return torch.cat([scale * one for scale, one in zip(self.scales, features, strict=True)], dim=-1)

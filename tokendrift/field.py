@@ -153,7 +153,7 @@ class DriftField:
             if getattr(self, name) != 0:
                 check_positive(name, getattr(self, name), symbol="zero or above")
         if self.attraction == self.repulsion == 0:
-            raise fail("attraction and repulsion are both 0: nothing would move.")
+            raise fail("attraction and repulsion are both 0, so the drift would always be zero.")
 
     def __call__(
         self,

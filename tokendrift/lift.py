@@ -229,7 +229,7 @@ def _predicted_rows(
     predicted = check_mask("predicted", predicted, data.shape[:2])
     if noisy_ids is None:
         raise fail(
-            "predicted was given without noisy_ids: what stands at the other positions is unknown.",
+            "predicted was given without noisy_ids, so the ids at the other positions are unknown.",
             "Pass noisy_ids=x_t, or leave predicted out to lift every position.",
         )
     noisy_ids = check_ids("noisy_ids", noisy_ids, embedding.shape[0], like=data)
@@ -265,7 +265,8 @@ def check_linear(logits: LinearLogits, embedding: Tensor) -> None:
     if hidden.shape[-1] != weight.shape[1]:
         raise fail(
             f"hidden has width {hidden.shape[-1]} (H) but weight has {weight.shape[1]} columns (H).",
-            "Pass what enters the output layer, after its norm, and the weight of that layer as nn.Linear keeps it.",
+            "Pass the input of the output layer, after its norm, and the weight of that layer in the shape of "
+            "nn.Linear.",
             hidden=hidden,
             weight=weight,
         )

@@ -287,8 +287,8 @@ class MirrorTeacherLoss(DriftObjective):
         """Return the loss; arguments and result as in `TokenDriftLoss.forward`, but the logits must be a tensor."""
         if isinstance(logits, LinearLogits):
             raise fail(
-                "the mirror teacher compares logits, but LinearLogits came.",
-                "Pass torch.nn.functional.linear(*logits); TokenDriftLoss alone can do without the logits.",
+                "the mirror teacher needs the logits themselves, but was given LinearLogits.",
+                "Pass torch.nn.functional.linear(*logits). Only TokenDriftLoss accepts LinearLogits.",
             )
         if torch.is_inference_mode_enabled():
             raise fail("the mirror teacher takes a gradient of its own.", "Use torch.no_grad, not inference_mode.")

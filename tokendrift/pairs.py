@@ -201,7 +201,7 @@ class PairDriftLoss(nn.Module):
         """
         check_tensor("logits", logits, ("B", "L", "V"))
         if logits.shape[2] != self.vocab_size:
-            raise fail(f"logits must have V = {self.vocab_size} entries.", logits=logits)
+            raise fail(f"logits must have V = {self.vocab_size} columns.", logits=logits)
         clean_ids = check_ids("clean_ids", clean_ids, self.vocab_size, like=logits)
         check_same_device("logits", logits, laws=self.real, clean_ids=clean_ids, noisy_ids=noisy_ids)
         if logits.shape[1] <= max(self.lags):
@@ -225,7 +225,7 @@ class PairDriftLoss(nn.Module):
         written = self._pairs(chances, text, counts)
         law, total = _of_all_ranks(written.detach(), counts)
         if not law.isfinite().all():  # after the ranks have met: all of them stop
-            raise fail("logits contain NaN or infinities; no law was changed.", logits=logits)
+            raise fail("logits contain NaN or infinities; the distributions of pairs were not changed.", logits=logits)
         if self.training:
             self.observe(clean_ids, attention_mask=text)
         others = law if float(self.generated_weight[stratum]) == 0 else self.generated[stratum]

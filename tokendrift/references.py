@@ -60,7 +60,7 @@ def gather(features: Tensor) -> Gathered:
     counts, widths, sizes = zip(*(each.tolist() for each in forms), strict=True)
     if len(set(widths)) > 1 or len(set(sizes)) > 1:
         raise fail(
-            f"features differ between ranks: widths M {list(widths)}, bytes a number {list(sizes)}.",
+            f"features differ between ranks: widths M {list(widths)}, bytes per number {list(sizes)}.",
             "Build the same feature map in the same precision on every rank.",
             features=features,
         )
@@ -142,7 +142,7 @@ class FeatureQueue(nn.Module):
         If the block raises, it does not enter at all.
         """
         if self._held is not None:
-            raise fail("the queue is frozen already.", "Leave the other block first.")
+            raise fail("the queue is already frozen.", "Exit the other frozen block first.")
         held = self._held = []
         try:
             yield

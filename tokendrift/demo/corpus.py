@@ -99,7 +99,7 @@ def split(documents: Iterable[str]) -> Splits:
     words = sum(len(paragraph.split()) for part in parts.values() for paragraph in part)
     if words < LEAST_WORDS:
         raise fail(
-            f"the text holds {words:,} words of prose, but the demo needs {LEAST_WORDS:,} for three separate splits.",
+            f"the text holds {words:,} words of prose, but the demo needs {LEAST_WORDS:,} for its three splits.",
             "Pass more --text files (plain prose; code and tables are left out).",
         )
     return Splits(**parts)

@@ -124,7 +124,7 @@ def train_tokenizer(splits: Splits) -> Tokenizer:
     tokenizer.train_from_iterator([*splits.denoiser, *splits.judge], trainer)
     if tokenizer.get_vocab_size() < VOCABULARY:
         raise fail(
-            f"the text gives a vocabulary of {tokenizer.get_vocab_size()} entries, {VOCABULARY} are needed.",
+            f"the text gives a vocabulary of {tokenizer.get_vocab_size()} entries, but the demo needs {VOCABULARY}.",
             "Pass more text.",
         )
     return tokenizer

@@ -188,7 +188,10 @@ def check_objective(
     """Apply the input rules that the objectives of all processes share."""
     check_floating(name, check_tensor(name, logits, ("B", "L", "V")))
     if logits.shape[-1] != vocab_size:
-        raise fail(f"{name} must have V = {vocab_size} columns, that of the process.", **{name: logits})
+        raise fail(
+            f"{name} must have V = {vocab_size} columns, one for each entry of the vocabulary of the process.",
+            **{name: logits},
+        )
     check_ids("x0", x0, vocab_size, like=logits)
     check_ids("x_t", x_t, vocab_size, like=logits)
     if t is not None:

@@ -247,7 +247,10 @@ def _log_expm1(sigma: Tensor, like: Tensor) -> Tensor:
 def _check_rows(process: Process, name: str, value: Tensor, x_t: Tensor, sigma: Tensor) -> None:
     check_tensor(name, value, ("B", "L", "V"))
     if value.shape[-1] != process.vocab_size:
-        raise fail(f"{name} must have V = {process.vocab_size} columns, that of the process.", **{name: value})
+        raise fail(
+            f"{name} must have V = {process.vocab_size} columns, one for each entry of the vocabulary of the process.",
+            **{name: value},
+        )
     check_ids("x_t", x_t, process.vocab_size, like=value)
     if not isinstance(sigma, Tensor) or sigma.shape != value.shape[:1]:
         raise fail(

@@ -75,14 +75,22 @@ def diagnose(
         return report
     facts |= {"configuration": dataclasses.asdict(model.config), "process": repr(process), "device": str(device)}
     facts["parameters"] = sum(parameter.numel() for parameter in model.parameters())
-    report.add("weights fit the configuration", "ok", f"{facts['parameters']:,} parameters, every tensor in its place")
+    report.add(
+        "weights fit the configuration",
+        "ok",
+        f"{facts['parameters']:,} parameters, all tensors are there and have the right shapes",
+    )
     if not check_weights(report, model):
         return report
 
     # 3. Vocabulary and mask against the tokenizer. What came from the hub may bring its tokenizer from there.
     found = chosen or find_tokenizer(checkpoint.folder, process.vocab_size, fetch=checkpoint.revision is not None)
     if found is None:
-        report.add("tokenizer", "note", "the folder has none: name one with --tokenizer to check it and the NELBO")
+        report.add(
+            "tokenizer",
+            "note",
+            "the folder has no tokenizer; pass one with --tokenizer to check it and to measure the NELBO",
+        )
         return report
     if not check_tokenizer(report, process, *found):
         return report
@@ -91,7 +99,7 @@ def diagnose(
     progress("reading text")
     windows = _windows(documents or _default_documents(), found[0], process, model.config.model_length, tokens)
     if windows is None:
-        report.add("NELBO", "note", "the text is too short to measure on: pass more with --text")
+        report.add("NELBO", "note", "the text is too short; pass a longer one with --text")
     else:
         check_nelbo(report, model, process, windows.to(device), found[0], progress)
     return report
@@ -116,7 +124,9 @@ def check_tokenizer(report: Diagnosis, process: Process, tokenizer: Any, where: 
     report.checkpoint["tokenizer"] = where
     if count > size:
         report.add(
-            "vocabulary", "fail", f"the tokenizer ({where}) has {count} entries, the model {size}: ids would not fit"
+            "vocabulary",
+            "fail",
+            f"the tokenizer ({where}) has {count} entries, the model {size}: some ids would be out of range",
         )
         return False
     # Released models have one entry more than GPT-2: MDLM's mask, DUO's [PAD].
@@ -132,7 +142,7 @@ def check_tokenizer(report: Diagnosis, process: Process, tokenizer: Any, where: 
         word = tokenizer.convert_ids_to_tokens(process.mask_id)
         report.add("mask id", "fail", f"{process.mask_id} is an ordinary token of the tokenizer, {word!r}")
     else:
-        report.add("mask id", "ok", f"{process.mask_id}, an entry that text never has")
+        report.add("mask id", "ok", f"{process.mask_id}, an entry that never occurs in text")
     return True
 
 
@@ -243,11 +253,11 @@ def _compare(report: Diagnosis, model: DiT, process: Process, found: Estimate) -
     said = f"{name} has {value} on OpenWebText with GPT-2 tokens"
     report.figures["published_perplexity"] = value
     if abs(found.perplexity - value) <= NEAR * value + 2 * found.error * value:
-        report.add("published value", "ok", f"near: {said}")
+        report.add("published value", "ok", f"close: {said}")
         return
-    apart = f"{said}, to which only that text compares"
+    apart = f"{said}, which can only be compared on that text"
     if "distill" in report.checkpoint["source"]:
-        apart += "; distilled models give up likelihood for few steps, so that a higher value is expected"
+        apart += "; distilled models trade likelihood for sampling in few steps, so a higher value is expected"
     report.add("published value", "note", apart)
 
 

@@ -140,7 +140,7 @@ def perplexity_ratio_interval(
     check_resampling(level, resamples)
     if a.protocol != b.protocol:
         raise fail(
-            f"a was scored under protocol {a.protocol!r} and b under {b.protocol!r}; they do not compare.",
+            f"a was scored under protocol {a.protocol!r} and b under {b.protocol!r}; the two cannot be compared.",
             "Score both under one protocol.",
         )
     log = _log_perplexity_of(a.protocol)
@@ -150,7 +150,8 @@ def perplexity_ratio_interval(
     if paired:
         if first[0].shape != second[0].shape:
             raise fail(
-                f"paired=True needs as many samples of a as of b, but there are {len(first[0])} and {len(second[0])}.",
+                f"paired=True needs equally many samples of a and b, but there are {len(first[0])} and "
+                f"{len(second[0])}.",
                 "Leave paired out for samples that do not belong together.",
             )
         replicates = _replicates(lambda s, c, t, d: log(s, c) - log(t, d), first + second, resamples, generator)

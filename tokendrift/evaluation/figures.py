@@ -143,7 +143,7 @@ def register_figure(figure: Figure) -> None:
     """
     check_count("digits", figure.digits)
     if figure.name in FIGURES:
-        raise fail(f"there is a figure of the name {figure.name!r} already.", "Choose another name.")
+        raise fail(f"there is already a figure named {figure.name!r}.", "Choose another name.")
     FIGURES[figure.name] = figure
 
 

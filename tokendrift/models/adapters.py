@@ -64,7 +64,7 @@ class OfficialDenoiser(nn.Module):
         kind = getattr(module, "parameterization", None)
         if kind in SCORES:
             raise fail(
-                f"module has parameterization {kind!r}: its output is no distribution of clean tokens.",
+                f"module has parameterization {kind!r}: its output is not a distribution of clean tokens.",
                 "Pass a module trained as MDLM (subs) or DUO (mean).",
             )
         self.module = module
@@ -78,14 +78,14 @@ class OfficialDenoiser(nn.Module):
         if sigma is None and not self.time_conditioned:
             sigma = torch.zeros(len(x_t), device=x_t.device)
         if sigma is None or sigma.shape != x_t.shape[:1]:
-            raise fail("sigma must have shape (B,): one -log(alpha_t) a row.", sigma=sigma, x_t=x_t)
+            raise fail("sigma must have shape (B,): one noise level -log(alpha_t) for each row.", sigma=sigma, x_t=x_t)
         return _checked(self.module(x_t, sigma[:, None]), x_t, self.vocab_size)
 
 
 def _given(name: str, value: int | None, holder: Any, attribute: str) -> int:
     found = getattr(holder, attribute, None) if value is None else value
     if found is None:
-        raise fail(f"{name} is neither passed nor an attribute {attribute} of the model.", f"Pass {name}=....")
+        raise fail(f"{name} was not passed, and is not an attribute {attribute} of the model.", f"Pass {name}=....")
     return check_count(name, found)
 
 

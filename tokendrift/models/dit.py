@@ -244,8 +244,8 @@ class DiT(nn.Module):
             sigma = torch.zeros(rows, device=weight.device, dtype=dtype)
         if sigma is None or sigma.shape != (rows,):
             raise fail(
-                f"sigma must have shape (B,) = ({rows},): one noise level -log(alpha_t) a row.",
-                "Pass process.sigma(t), not the time t itself and not one value a position.",
+                f"sigma must have shape (B,) = ({rows},): one noise level -log(alpha_t) for each row.",
+                "Pass process.sigma(t), not the time t itself, and not one value for each position.",
                 sigma=sigma,
             )
         return self.sigma_map(sigma.to(weight.device, dtype))

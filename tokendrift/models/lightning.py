@@ -96,7 +96,7 @@ def weights(checkpoint: dict[str, Any], *, ema: bool) -> tuple[dict[str, Tensor]
     the file's own order gives the names.
 
     Raises:
-        TokenDriftError: If the averaged weights do not pair up with the names.
+        TokenDriftError: If the averaged weights do not match the names.
     """
     stored = {
         name.removeprefix(PREFIX).replace("_orig_mod.", ""): value
@@ -121,7 +121,7 @@ def weights(checkpoint: dict[str, Any], *, ema: bool) -> tuple[dict[str, Tensor]
     ]
     if len(names) != len(shadows) or apart:
         raise fail(
-            f"the averaged weights do not pair up with the {len(names)} parameters: {len(shadows)} tensors"
+            f"the averaged weights do not match the {len(names)} parameters: {len(shadows)} tensors"
             + "".join(f"\n    {line}" for line in apart),
             "Pass ema=False to load the raw weights.",
         )

@@ -35,7 +35,9 @@ def load_tokenizer(name: str | Path, *, fetch: bool = True) -> Any:
     try:
         from transformers import AutoTokenizer, PreTrainedTokenizerFast
     except ImportError as error:
-        raise fail(f"{error}; tokenizers need it.", "Install it with pip install 'tokendrift[hf]'.") from None
+        raise fail(
+            f"{error}; it is needed to load a tokenizer.", "Install it with pip install 'tokendrift[hf]'."
+        ) from None
     path = Path(name)
     if path.is_dir() and not any(_is_tokenizer_file(each) for each in path.iterdir()):
         raise fail(
@@ -129,7 +131,7 @@ def encode(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
     if hasattr(tokenizer, "encode_batch"):
         if getattr(tokenizer, "truncation", None) is not None:
             raise fail(
-                "the tokenizer is set to truncate, so texts would be read in part.",
+                "the tokenizer truncates, so only part of a text would be read.",
                 "Call tokenizer.no_truncation().",
                 truncation=tokenizer.truncation,
             )
@@ -262,7 +264,7 @@ def text_tokenizer(source: str | Path | None, checkpoint: Path, vocab_size: int)
     bos, eos = start_of_text(tokenizer), end_of_text(tokenizer)
     if bos is None or eos is None:
         raise fail(
-            f"the tokenizer {place} does not say which token ends a text.",
-            "Name its eos_token in tokenizer_config.json.",
+            f"the tokenizer {place} does not state its end-of-text token.",
+            "Set eos_token in its tokenizer_config.json.",
         )
     return TextTokenizer(tokenizer, bos, eos)

@@ -193,7 +193,10 @@ def trap_change(before: MarginalTrap, after: MarginalTrap, *, resamples: int = 1
     for name in ("sizes", "draws", "judge", "level"):
         ours, theirs = getattr(before, name), getattr(after, name)
         if ours != theirs:
-            raise fail(f"before has {name} {ours!r} and after {theirs!r}; they do not compare.", "Probe both alike.")
+            raise fail(
+                f"before has {name} {ours!r} and after has {theirs!r}, so they cannot be compared.",
+                "Probe both with the same options.",
+            )
     if before.prompt_gaps.shape != after.prompt_gaps.shape:
         raise fail(
             "before and after were probed on different numbers of prompts.",
@@ -283,8 +286,8 @@ def _score(
     nll = judge.score(rows).sample_nll
     if not bool(nll.isfinite().all()):
         raise fail(
-            "the judge gives some draws no probability at all, so that their gap is not defined.",
-            "Take a judge that leaves every token a chance, as language models with a softmax do.",
+            "the judge assigns probability zero to some draws, so the gap is not defined.",
+            "Use a judge that assigns every token a positive probability, as language models with a softmax do.",
         )
     found = nll.split([len(piece) for piece in pieces])
     before = torch.zeros_like(found[0]) if prompts.shape[1] == 1 and decode is None else found[0]

@@ -90,7 +90,7 @@ class SampleConfig:
         sets_steps = getattr(named_sampler(self.sampler, eta=self.eta), "sets_steps", False)
         if (self.steps is None) != sets_steps:
             raise fail(
-                "steps belongs to every sampler but first-hitting, which takes one step for each mask.",
+                "all samplers except first-hitting require steps; first-hitting takes one step for each mask.",
                 "Leave steps out for this sampler." if sets_steps else "Pass steps, the number of reverse steps.",
                 sampler=self.sampler,
                 steps=self.steps,
@@ -186,10 +186,13 @@ class CheckpointSampler:
         if self.config.prefix is None:
             return []
         if self.tokenizer is None:
-            raise fail("prefix is text, and the checkpoint has no tokenizer.", "Name one with tokenizer.")
+            raise fail("prefix is text, but the checkpoint has no tokenizer.", "Pass one as tokenizer.")
         (ids,) = encode(self.tokenizer, [self.config.prefix])
         if len(ids) >= self.length:
-            raise fail(f"prefix has {len(ids)} tokens, a sample {self.length}.", "Shorten the prefix, or raise length.")
+            raise fail(
+                f"prefix has {len(ids)} tokens, but a sample has only {self.length}.",
+                "Shorten the prefix, or increase length.",
+            )
         return ids
 
 

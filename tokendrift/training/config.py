@@ -146,7 +146,7 @@ class RefineConfig(Settings):
             check_fraction("dropout", self.dropout, ", or be left out for that of the checkpoint")
         check_fraction("entropy_tolerance", self.entropy_tolerance, ": a share of the entropy of real text")
         if self.text and self.dataset is not None:
-            raise fail("text and dataset exclude each other.", "Pass one source of text.", dataset=self.dataset)
+            raise fail("text and dataset cannot both be given.", "Pass one source of text.", dataset=self.dataset)
         self.accumulation(processes=1)
         self.loop()  # checks the settings of the optimiser
 
@@ -165,7 +165,7 @@ class RefineConfig(Settings):
             raise fail(
                 f"batch_size must be a multiple of micro_batch times {processes} processes, "
                 f"{self.micro_batch * processes}.",
-                "Change one of the two: gradients accumulate over the micro-batches of a step.",
+                "Change batch_size or micro_batch: gradients are accumulated over the micro-batches of a step.",
                 batch_size=self.batch_size,
                 micro_batch=self.micro_batch,
             )
@@ -250,7 +250,7 @@ def check_setting_names(settings: Iterable[str]) -> None:
     for name in settings:
         if name not in names:
             near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
-            hint = f"; the nearest is {near[0]!r}." if near else f"; known are {', '.join(names)}."
+            hint = f"; the nearest is {near[0]!r}." if near else f"; the settings are {', '.join(names)}."
             raise fail(f"unknown key {name!r}{hint}")
 
 
@@ -350,7 +350,7 @@ def make_config(
             chosen.pop("text", None)
         chosen |= layer
     if "checkpoint" not in chosen:
-        raise fail("no checkpoint to refine.", "Name one in the command, in the TOML file or by a preset.")
+        raise fail("no checkpoint to refine.", "Pass one on the command line, in the TOML file or by a preset.")
     return RefineConfig.from_settings(chosen)
 
 
@@ -362,7 +362,9 @@ def _read_toml(path: Path) -> dict[str, Any]:
     try:
         return tomllib.loads(read_text(path, argument="config"))
     except tomllib.TOMLDecodeError as error:
-        raise fail(f"{path} cannot be read as TOML: {error}.", "Texts stand in quotes, lists in brackets.") from None
+        raise fail(
+            f"{path} cannot be read as TOML: {error}.", "Write strings in quotes and lists in brackets."
+        ) from None
 
 
 def parse_settings(settings: Iterable[str]) -> dict[str, Any]:
@@ -375,7 +377,7 @@ def parse_settings(settings: Iterable[str]) -> dict[str, Any]:
     for setting in settings:
         name, sign, text = (part.strip() for part in setting.partition("="))
         if not sign:
-            raise fail(f"a setting must have the form KEY=VALUE, and {name!r} has not.")
+            raise fail(f"a setting must have the form KEY=VALUE, but {name!r} has no value.")
         check_setting_names([name])
         found[name] = from_text(name, text, all_setting_types()[name])
     return found

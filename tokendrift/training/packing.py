@@ -139,7 +139,7 @@ class PackedText:
             self._pieces = self.documents.read()
             lot = list(islice(self._pieces, LOT))
             if not lot:
-                raise fail("the source holds no text.", "Pass files or a dataset with text in them.")
+                raise fail("the source contains no text.", "Pass files or a dataset with text in them.")
         for piece, ids in zip(lot, self.tokenizer.encode([piece.text for piece in lot]), strict=True):
             tail = [self.tokenizer.eos_id] if piece.ends else []
             self._held.append(_Ids(self._checked([*ids, *tail]), self._epoch, piece.start))
@@ -154,7 +154,7 @@ class PackedText:
             )
         if self.mask_id is not None and (found == self.mask_id).any():
             raise fail(
-                f"the tokenizer gives id {self.mask_id}, which is the checkpoint's mask.",
+                f"the tokenizer gives id {self.mask_id}, which is the mask token of the checkpoint.",
                 "Pass the tokenizer that the checkpoint was trained with.",
             )
         return found

@@ -270,8 +270,8 @@ class Run:
         except OSError as error:
             self.records.warn(
                 finished,
-                f"the checkpoint of step {finished} could not be written ({error}); training goes on, and an "
-                "interruption would go back to the one before.",
+                f"the checkpoint of step {finished} could not be written ({error}); training continues, and an "
+                "interrupted run would resume from the previous one.",
             )
             return
         self.best = best  # not before: the checkpoint of the old best is kept until that of the new one is complete
@@ -303,8 +303,8 @@ class Run:
         if anew:
             self.records.warn(
                 finished,
-                f"evaluations were made with {before} and are made with {self.conditions} from here on: what was "
-                "measured before stays in log.jsonl alone, and the best checkpoint is chosen among later ones.",
+                f"evaluations were made with {before} and are made with {self.conditions} from here on: earlier "
+                "figures remain only in log.jsonl, and the best checkpoint is chosen among later ones.",
             )
             self._evaluate(0)  # the model before training, whose weights are still in place
         # Versions before 0.1 called the state of the objective "queues".
@@ -332,7 +332,7 @@ class Run:
         try:
             groups = self.folder.load_step(step).tensors
         except (TokenDriftError, OSError) as error:
-            self.records.warn(step, f"the best model, of step {step}, stays as it was written: {error}")
+            self.records.warn(step, f"the best model, of step {step}, was not written again: {error}")
         else:
             self._export_best(step, groups)
 
@@ -345,7 +345,8 @@ class Run:
             except OSError as error:
                 raise fail(
                     f"the refined model cannot be written to {self.folder.path}: {error}.",
-                    "Make room and run the same command again: training is done, and its last checkpoint is kept.",
+                    "Free some space and run the same command again: training is finished, and its last checkpoint "
+                    "is kept.",
                 ) from None
         self.accelerator.wait_for_everyone()
 

@@ -110,7 +110,7 @@ class EvaluateConfig:
             )
         names = [name for name, _ in map(split_name, self.checkpoint)]
         if len(set(names)) < len(names):
-            raise fail("two checkpoints have one name.", "Name them: NAME=PATH.", names=names)
+            raise fail("two checkpoints have the same name.", "Give them different names: NAME=PATH.", names=names)
         if self.baseline is not None and self.baseline not in names:
             raise fail("baseline must be the name of a checkpoint.", baseline=self.baseline, names=names)
         for nfe in self.nfe:
@@ -144,7 +144,7 @@ def evaluate_files(
     sources += _sample_checkpoints(config, progress)
     names = unique_names(sources)
     if REAL in names:
-        raise fail(f"a set of samples is called {REAL!r}, as real text is.", "Name it otherwise: NAME=FILE.")
+        raise fail(f"a set of samples is called {REAL!r}, as real text is.", "Give it another name: NAME=FILE.")
     # 2. Find the tokenizer that all sets share, and cut real text in its tokens.
     tokenizer = common_tokenizer(sources, config.tokenizer)
     real_set = real_windows(real, sources, tokenizer, judge.judge.tokenizer) if isinstance(real, str) else real
@@ -154,8 +154,8 @@ def evaluate_files(
     denoisers = load_denoisers(config.checkpoint, sources, config.tokenizer, device=config.device)
     if config.baseline is not None and denoisers[config.baseline].tokenizer is None:
         raise fail(
-            f"no tokenizer is known that decodes what the baseline {config.baseline} draws.",
-            "Name it: --tokenizer tokenizer.json, a folder, or a hub name.",
+            f"no tokenizer is known for the samples of the baseline {config.baseline}.",
+            "Pass --tokenizer: a tokenizer.json, a folder, or a hub id.",
         )
     bounds: dict[str, Interval | None] = {}
     for model, denoiser in denoisers.items():
