@@ -140,5 +140,5 @@ def test_a_time_conditioned_one_needs_one_sigma_a_row(backbone, sigma):
 def test_scores_and_next_token_models_are_refused(kind):
     module = OfficialModule(DiT(DiTConfig(13, 8, 16, 4, 1, 2)), time_conditioning=True)
     module.parameterization = kind
-    with pytest.raises(TokenDriftError, match=rf"parameterization '{kind}': its output is no distribution"):
+    with pytest.raises(TokenDriftError, match=rf"parameterization '{kind}': its output is not a distribution"):
         OfficialDenoiser(module)

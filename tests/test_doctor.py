@@ -187,7 +187,7 @@ def test_a_tokenizer_that_does_not_fit_is_noticed(checkpoint):
     raw["model"]["vocab"] |= {f"extra{place}": 1024 + place for place in range(3)}
     (folder / "tokenizer.json").write_text(json.dumps(raw))
     message = failures(diagnose(folder, tokens=TOKENS))["vocabulary"]
-    assert "has 1027 entries, the model 1024: ids would not fit" in message
+    assert "has 1027 entries, the model 1024: some ids would be out of range" in message
 
 
 def test_the_mask_is_held_against_the_tokenizer(checkpoint):

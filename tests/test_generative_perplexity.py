@@ -533,7 +533,7 @@ def test_too_long_samples_are_refused_where_a_sample_is_scored_whole():
 
 
 def test_a_window_beyond_the_judge_is_refused(tiny_gpt2):
-    with pytest.raises(TokenDriftError, match="max_length is 65, but the judge knows 64 positions"):
+    with pytest.raises(TokenDriftError, match="max_length is 65, but the judge has 64 positions"):
         GenerativePerplexity(tiny_gpt2(), max_length=65)
 
 

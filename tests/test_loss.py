@@ -906,7 +906,7 @@ META = torch.device("meta")
         ({"logits": torch.zeros(0, L, V)}, "logits is empty: B is 0[\\s\\S]*Skip empty batches"),
         (
             {"logits": torch.zeros(B, L, V + 1)},
-            r"logits has 8 columns \(V\) but embedding has 7 rows[\s\S]*drop that column",
+            r"logits has 8 columns \(V\) but embedding has 7 rows[\s\S]*remove that column",
         ),
         ({"logits": torch.zeros(B, L, V, dtype=torch.int64)}, "logits must be floating point"),
         ({"logits": torch.zeros(B, L, V, device=META)}, "embedding is on cpu but logits is on meta"),

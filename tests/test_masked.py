@@ -265,7 +265,10 @@ def test_a_mask_outside_the_vocabulary_is_refused(mask_id):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"logits": torch.zeros(4, 6, V + 1)}, "logits must have V = 7 columns, that of the process"),
+        (
+            {"logits": torch.zeros(4, 6, V + 1)},
+            "logits must have V = 7 columns, one for each entry of the vocabulary of the process",
+        ),
         ({"logits": torch.zeros(4, 6)}, r"logits must have shape \(B, L, V\)"),
         ({"x0": torch.full((4, 6), V)}, "x0 has ids from 7 to 7"),
         ({"x0": torch.zeros(4, 5, dtype=torch.int64)}, r"x0 must have shape \(B, L\)"),

@@ -90,7 +90,7 @@ def test_the_seed_decides_the_order_within_a_block_and_nothing_else():
 def test_a_tokenizer_of_another_model_is_refused():
     with pytest.raises(TokenDriftError, match="gives id 9, but the checkpoint's vocabulary V has 8 entries"):
         packed(["abc"], vocab_size=8).take(1)
-    with pytest.raises(TokenDriftError, match="gives id 8, which is the checkpoint's mask"):
+    with pytest.raises(TokenDriftError, match="gives id 8, which is the mask token of the checkpoint"):
         packed(["abc"], mask_id=8).take(1)
     with pytest.raises(TokenDriftError, match="the source holds no text"):
         packed([]).take(1)
@@ -147,7 +147,7 @@ def test_json_lines_are_known_by_any_of_their_suffixes(tmp_path, name):
 @pytest.mark.parametrize("name", ["a.parquet", "a.csv", "a.TSV", "a.csv.gz", "a.jsonl.zst", "a.arrow"])
 def test_files_of_other_kinds_are_refused_before_anything_is_read(tmp_path, name):
     (tmp_path / name).write_bytes(b"anything")
-    with pytest.raises(TokenDriftError, match=r"(?s)is no text file: its suffix is \.\w+\.\n.*pass that as dataset"):
+    with pytest.raises(TokenDriftError, match=r"(?s)is not a text file: its suffix is \.\w+\.\n.*pass that as dataset"):
         TextFiles([tmp_path / name])
 
 

@@ -395,7 +395,7 @@ def test_the_command_prints_both_probes_and_writes_all_numbers(text, tmp_path):
         (["--text", "none.txt"], "cannot be read"),
         (["--compare", MASKED_BASE], "the checkpoints have V = 1024 and V = 1025"),
         (["--prompts", "100000"], "too few for 100000 prompts of 16"),
-        (["--positions", "20", "--prompt-length", "20"], "do not fit into the model's 32"),
+        (["--positions", "20", "--prompt-length", "20"], "exceed the length of the model, 32"),
         (["--tokenizer", __file__], "no tokenizer can be read from"),
     ],
 )

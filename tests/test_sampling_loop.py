@@ -339,7 +339,7 @@ def test_the_greedy_tail_takes_no_token_from_bad_numbers():
         ({"denoiser": lambda x, sigma: None}, r"denoiser\(x_t, sigma\) must be a tensor of shape \(B, L, V\)"),
         (
             {"sampler": lambda chain, steps: iter([Mixture(torch.ones(5), torch.zeros(5))])},
-            r"chances of shape \(B, L\) = \(2, 5\)",
+            r"probabilities of shape \(B, L\) = \(2, 5\)",
         ),
         (
             {"sampler": lambda chain, steps: iter([chain.process.mixture(None, chain.ids, 1, 0)])},

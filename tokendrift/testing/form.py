@@ -80,8 +80,8 @@ def assert_well_formed(
     if drift.shape != anchors.shape or drift.dtype != anchors.dtype or drift.device != anchors.device:
         raise AssertionError(
             f"the field returned a drift of the wrong shape, dtype or device: for anchors {tuple(anchors.shape)} "
-            f"{anchors.dtype} on {anchors.device} it "
-            f"returned {tuple(drift.shape)} {drift.dtype} on {drift.device}.\n"
+            f"{anchors.dtype} on {anchors.device} it returned "
+            f"{tuple(drift.shape)} {drift.dtype} on {drift.device}.\n"
             "  What it means: the loss adds the drift to the features, so it must have their shape, dtype and device.\n"
             "  Usual cause: a reduction over the wrong axis, or a conversion inside the field that is not reversed."
         )
