@@ -1,4 +1,4 @@
-"""A drifting loss for what parallel sampling breaks: which tokens stand beside each other."""
+"""A drifting loss on pairs of neighbouring tokens, which parallel sampling draws independently of each other."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ def pair_drift(real: Tensor, generated: Tensor, eps: float | Tensor) -> Tensor:
 
     .. math:: V_{ab} = \frac{P_{ab} - Q_{ab}}{P_{ab} + Q_{ab} + \epsilon}
 
-    It points from Q to P, changes its sign when they change places, and vanishes where they agree: also, without eps,
-    where neither has anything.
+    It points from Q to P, changes its sign when P and Q are exchanged, and vanishes where they agree, even if both are
+    0 and eps is 0.
 
     Args:
         real: P, probabilities of any shape.
@@ -48,7 +48,8 @@ def frequent_first_classes(vocab_size: int, classes: int) -> Tensor:
 
     The ids of byte-pair encodings such as GPT-2's are in the order of their merges, and so roughly of their frequency.
     The first half of the classes goes to the first ids, one each; all other ids take turns at the other half. Which
-    tokens meet in a class there is chance. No model of such a vocabulary has been trained with them yet.
+    tokens share a class is then a matter of chance. No model with such a vocabulary has been trained with these classes
+    yet.
 
     Args:
         vocab_size: V, at least ``classes``.

@@ -1,4 +1,4 @@
-"""Reference features beyond those of this process and step: gathered from other ranks, kept in queues, weighted."""
+"""Further reference features: gathered from other ranks, kept in queues, weighted."""
 
 from __future__ import annotations
 
@@ -137,7 +137,7 @@ class FeatureQueue(nn.Module):
 
     @contextmanager
     def frozen(self) -> Iterator[None]:
-        """Keep the features as they are inside the block; what is pushed there enters when it ends, in order.
+        """Do not change the features inside the block; features that are pushed there enter, in order, when it ends.
 
         If the block raises, it does not enter at all.
         """
@@ -177,7 +177,7 @@ def guidance_weight(guidance: float, *, negatives: int, unconditional: int) -> f
 
     .. math:: w = (Q - 1)(\alpha - 1) / U
 
-    The drift of a conditional generator then rests where it generates
+    The drift of a conditional generator then vanishes where it generates
     :math:`\alpha\, p(\cdot|c) - (\alpha - 1)\, p(\cdot)`.
 
     Args:

@@ -1,1 +1,1 @@
-"""The main job: refine a small real model on real text and show what it does."""
+"""The demo: refine a small model on real text and show the effect."""

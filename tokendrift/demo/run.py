@@ -1,4 +1,4 @@
-"""The main job from end to end: text, base, two continuations, few-step samples, one table, one report."""
+"""The demo from end to end: text, base, two continuations, samples, a table and a report."""
 
 from __future__ import annotations
 

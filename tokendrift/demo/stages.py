@@ -58,9 +58,9 @@ class DemoConfig:
         learning_rate: Peak rate of both continuations.
         base_weight: Weight of the NELBO beside the drift loss; 0 as in the paper.
         queue_size: Features in each queue.
-        window: Positions pooled into one feature; the length of a sequence is the paper's choice. Windows give
-            the field many more points a batch, and points that depend on which words stand together.
-        encoder_time: Diffusion time that the frozen encoder is told where it is time-conditioned; 0 is clean.
+        window: Positions pooled into one feature; the length of a sequence is the paper's choice. Shorter windows give
+            the field many more features per batch, which depend on neighbouring words.
+        encoder_time: Diffusion time that a time-conditioned frozen encoder receives; 0 is clean text.
     """
 
     process: Literal["uniform", "masked"] = "uniform"

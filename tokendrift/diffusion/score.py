@@ -7,9 +7,9 @@ uses, that of the clean token given the *other* positions (its posterior brings 
 .. math:: s_j = \frac{\alpha}{1-\alpha}\,p_j = \frac{p_j}{e^\sigma - 1}\quad\text{(masked } i\text{)},\qquad
     s_j = \frac{1+\kappa p_j}{1+\kappa p_i}\quad\text{(uniform)}
 
-Both maps are exact and can be inverted, so a model of scores and a model of p are the same model in two coordinates:
-in the first the loss is the denoising score entropy, in the second the NELBO, and the two are equal. `ScoreDenoiser`
-makes any score network a denoiser, to be refined by the drifting loss and sampled like the others.
+Both conversions are exact and can be inverted, so a model of scores and a model of p are two forms of the same model.
+The loss of the first is the denoising score entropy, that of the second is the NELBO, and the two are equal.
+`ScoreDenoiser` makes any score network a denoiser, to be refined by the drifting loss and sampled like the others.
 
 Functions take the process first: one with a mask is absorbing, one without is uniform.
 """

@@ -1,4 +1,4 @@
-"""What the doctor measures: the NELBO of windows of text, as it is and with one assumption changed."""
+"""Measurements of the doctor: the NELBO of windows of text, as configured and with one assumption changed."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ LOGITS_AT_ONCE = 1 << 26  # entries of one batch of logits; 256 MiB in float32
 
 
 class OtherCondition(nn.Module):
-    """A network that is given something else in the place of sigma.
+    """A network that receives another value instead of sigma.
 
     Args:
         model: The network.

@@ -1,9 +1,10 @@
-"""The guard against gaming: figures of a set of samples that explain a low Gen.-PPL by dull or copied text.
+"""The guard: figures of a set of samples which show that a low Gen.-PPL comes from dull or copied text.
 
-A judge prefers dull text. What makes text dull shows in a figure beside Gen.-PPL, and each figure has a side of real
-text's on which it is suspicious. A figure is flagged if it lies on that side by more than `DEVIATIONS` standard errors
-of the difference and by more than a margin. Both sets are resampled, so that the variation of real text counts as well.
-The margin keeps a difference of no consequence from being flagged only because there are many samples:
+A judge prefers dull text, and other figures show in which respect a text is dull. For each of these, values either
+above or below that of real text are suspicious. A figure is flagged if it lies on the suspicious side by more than
+`DEVIATIONS` standard errors of the difference and by more than a margin. Both sets are resampled, so that the variation
+of real text counts as well. The margin prevents that a negligible difference is flagged only because there are many
+samples:
 
 | figure | suspicious | margin | what it indicates |
 |---|---|---|---|
@@ -72,7 +73,7 @@ RULES = (
 
 
 class Finding(NamedTuple):
-    """What the guard says of one figure.
+    """What the guard found for one figure.
 
     Attributes:
         figure: Name of the figure; ``"samples"`` or ``"length"`` if the sets differ in size.
@@ -99,7 +100,7 @@ class Finding(NamedTuple):
 
 
 class Verdict(NamedTuple):
-    """What the guard says of a set of samples.
+    """What the guard found for a set of samples.
 
     Attributes:
         findings: Flags and comments, in the order of `RULES`.

@@ -1,4 +1,4 @@
-"""A denoiser that has learned the language perfectly: its few-step samples show the cost of few steps alone."""
+"""The optimal denoiser of the language: the errors of its samples are caused by few steps alone."""
 
 from __future__ import annotations
 

@@ -170,8 +170,8 @@ def save_denoiser(
 ) -> None:
     """Write a model as a folder that `load_denoiser` and the hub's layout share.
 
-    A new folder appears whole or not at all. In a folder that exists already, the configuration is removed first and
-    written last, so that an interruption leaves a folder that does not load, never a mixture of two models.
+    A new folder is either written completely or not created. In an existing folder, the configuration is removed first
+    and written last, so an interruption leaves a folder that cannot be loaded rather than a mixture of two models.
 
     Args:
         model: The network, compiled or not.
@@ -257,7 +257,7 @@ def _plain_name(name: str) -> str:
 
 
 def _shown(tensors: Mapping[str, Tensor]) -> dict[str, int]:
-    """Return the sizes that shapes reveal."""
+    """Return the sizes that follow from the shapes of the tensors."""
     shown: dict[str, int] = {}
     embedding, bias, frequencies = (
         tensors.get(name) for name in ("vocab_embed.embedding", "sigma_map.mlp.0.bias", lightning.BUFFER)

@@ -1,4 +1,4 @@
-"""Weights from the Hugging Face hub: safetensors and JSON files alone, so that nothing fetched can run."""
+"""Weights from the Hugging Face hub: only safetensors and JSON files, so that no downloaded file can run code."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def is_hub_id(name: str) -> bool:
 
 
 def download(repo_id: str, revision: str | None = None) -> Path:
-    """Return the local folder of a hub repository, fetching what is not cached.
+    """Return the local folder of a hub repository, downloading the files that are not cached.
 
     Args:
         repo_id: ``owner/name``.

@@ -197,7 +197,7 @@ def tokenizer_identity(tokenizer: Any) -> str:
 
 
 def same_tokenizer(first: Any, second: Any) -> bool:
-    """Tell whether two tokenizers read every text alike: whether their identities are equal."""
+    """Return whether two tokenizers encode every text in the same way, that is, whether their identities are equal."""
     return tokenizer_identity(first) == tokenizer_identity(second)
 
 
@@ -206,7 +206,7 @@ def _sha256(content: object) -> str:
 
 
 class TextTokenizer(NamedTuple):
-    """A tokenizer with the ids that stand around texts.
+    """A tokenizer with the ids that begin and end texts.
 
     Attributes:
         tokenizer: A transformers tokenizer.
@@ -254,8 +254,9 @@ def text_tokenizer(source: str | Path | None, checkpoint: Path, vocab_size: int)
 
     Args:
         source: A folder, a ``tokenizer.json`` or a hub id; None for that of the checkpoint.
-        checkpoint: Folder of the checkpoint, where its tokenizer may lie.
-        vocab_size: V of the checkpoint; one of GPT-2's size has GPT-2's tokenizer where it brings none.
+        checkpoint: Folder of the checkpoint, which may contain its tokenizer.
+        vocab_size: V of the checkpoint. A checkpoint without a tokenizer whose V is that of GPT-2 uses the tokenizer of
+            GPT-2.
 
     Raises:
         TokenDriftError: If there is none, it cannot be read, or its end of text is unknown.

@@ -1,4 +1,4 @@
-"""The table of checkpoint formats: weight files as they lie on disk, and folders in the hub's layout."""
+"""The table of checkpoint formats: weight files, and folders in the layout of the hub."""
 
 from __future__ import annotations
 
@@ -21,8 +21,9 @@ class WeightFile(NamedTuple):
 
     Attributes:
         tensors: Weights by their stored names.
-        label: What they are, such as ``"safetensors"``.
-        config: What the file says of the network, in the names of ``config.json``; empty where it says nothing.
+        label: Description of the weights, such as ``"safetensors"``.
+        config: Configuration of the network that the file contains, with the field names of ``config.json``; may be
+            empty.
     """
 
     tensors: dict[str, Tensor]

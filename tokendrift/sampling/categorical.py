@@ -1,4 +1,4 @@
-"""Categorical draws that are right in the tails: one float64 uniform a draw, by inversion."""
+"""Categorical draws by inversion in float64, with one uniform number for each draw, exact for unlikely tokens too."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The state of a batch that is being sampled, and the one place where its ids change."""
+"""The state of a batch that is being sampled."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Sampler(Protocol):
     """
 
     def __call__(self, chain: Chain, steps: int | None, /) -> Iterator[Mixture]:
-        """Yield one law a step, float (B, L) each."""
+        """Yield one `Mixture` of float tensors (B, L) for each step."""
         ...
 
 

@@ -1,4 +1,4 @@
-"""ReMDM: masked sampling that takes tokens back (arXiv 2503.00307), written as psi-steps."""
+"""ReMDM: masked sampling in which tokens can be masked again (arXiv 2503.00307), written as psi-steps."""
 
 from __future__ import annotations
 

@@ -30,7 +30,7 @@ INPUTS = Law(
 def assert_exclusion_is_removal(
     field: Field, anchors: Tensor, positives: Tensor, negatives: Tensor, *, tolerance: float = TOLERANCE
 ) -> None:
-    """Assert that a reference which every anchor excludes might as well not be there, and that -1 excludes none.
+    """Assert that a reference which every anchor excludes has no effect, and that -1 excludes none.
 
     Tried on the last positive and the last negative, where at least one other remains.
 

@@ -52,7 +52,7 @@ class FewStepEvaluation:
 
     @property
     def conditions(self) -> dict[str, Any]:
-        """What the figures depend on beside the model, fit for JSON: only figures of equal conditions compare."""
+        """Everything except the model that the figures depend on, for JSON; required to be equal for a comparison."""
         return {"judge": judge_name(self.judge), "nfes": list(self.nfes), "samples": len(self.real)}
 
     def sample_all(self, optimization: Optimization, accelerator: Any) -> dict[int, Tensor]:

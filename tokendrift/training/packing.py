@@ -21,9 +21,9 @@ class PackedText:
     """An endless stream of sequences (L,): documents are tokenised, joined by EOS and cut.
 
     With ``wrap`` a sequence is BOS, L - 2 tokens of the stream, EOS, as in the training of the released checkpoints of
-    MDLM and DUO; without, it is L tokens of the stream. Sequences are shuffled within blocks, block k in an order
-    that depends on the seed and k alone. At the end of the source the stream begins again; if the tokens of the source
-    do not fill whole sequences, they are cut at other places then.
+    MDLM and DUO; without, it is L tokens of the stream. Sequences are shuffled within blocks, block k in an order that
+    depends on the seed and k alone. At the end of the source the stream begins again; if its tokens do not fill a whole
+    number of sequences, the sequences then begin at other tokens.
 
     Args:
         documents: The source of text.

@@ -104,7 +104,7 @@ class Records:
             self.bar.update(self.bar.task_ids[0], completed=step, **({"shown": text} if text else {}))
 
     def _lose_curves(self, error: OSError) -> None:
-        """Go on without curves: TensorBoard's writer keeps an error, and raises it again at every call."""
+        """Continue without curves: after an error, TensorBoard's writer raises it again at every call."""
         self.curves = None
         warnings.warn(_LOST.format(error), stacklevel=3)
 

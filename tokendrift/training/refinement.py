@@ -1,4 +1,4 @@
-"""Continual training as a product: from a checkpoint and text to a refined model, whatever interrupts it."""
+"""`refine`: from a checkpoint and text to a refined model, through any interruption."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ Best = dict[str, float]  # step and score of the best evaluation
 
 
 class Refined(NamedTuple):
-    """What a refinement leaves, beside its folder.
+    """The result of `refine`.
 
     Attributes:
         folder: Folder with the model, its tokenizer and its card; `load_denoiser` reads it.
@@ -65,20 +65,20 @@ def refine(
 ) -> Refined:
     """Train a released or saved denoiser further, and write it as a folder.
 
-    Called again with the same configuration, it resumes from the last complete checkpoint and ends with the same bits
-    (on one CPU) as a run that was not interrupted: random numbers are functions of the seed and the step, and
-    everything else is in the checkpoint. Under ``accelerate launch`` it runs on several devices; the batch, its order
-    and its noise do not depend on their number. All processes must see the output folder.
+    If it is called again with the same configuration, it resumes from the last complete checkpoint. On one CPU the
+    result is then identical, bit for bit, to that of an uninterrupted run: random numbers are functions of the seed and
+    the step, and everything else is in the checkpoint. Under ``accelerate launch`` it runs on several devices; the
+    batch, its order and its noise do not depend on their number. All processes must see the output folder.
 
     On SIGTERM the step is finished, a checkpoint is written, and KeyboardInterrupt is raised. PyTorch's global
     generator is seeded anew at every step.
 
     Args:
         config: The settings.
-        documents: A source of text of your own, in place of the configured one.
-        judge: A judge of your own for the evaluation, in place of the configured one.
+        documents: A text source of your own, instead of the configured one.
+        judge: A judge of your own for the evaluation, instead of the configured one.
         accelerator: An ``accelerate.Accelerator`` of your own, without mixed precision and gradient accumulation: for
-            one process, DDP or FSDP2. Default: one for the way in which this process was launched.
+            one process, DDP or FSDP2. Default: an accelerator that fits how this process was launched.
         progress: Whether to show a progress bar. Default: True.
         on_step: Called with the number of finished steps after each. Default: None.
 
@@ -325,7 +325,7 @@ class Run:
             self._restore_best()
 
     def _restore_best(self) -> None:
-        """Write the best model from its checkpoint: a kill may have come between the two."""
+        """Write the best model again from its checkpoint: the run may have been killed before it was written."""
         if self.best is None:
             return
         step = int(self.best["step"])

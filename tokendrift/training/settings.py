@@ -1,4 +1,4 @@
-"""Dataclasses of settings: types read off the annotations, values given as text, TOML, and help."""
+"""Dataclasses of settings: their types, values given as text, TOML, and help texts."""
 
 from __future__ import annotations
 

@@ -50,10 +50,10 @@ class TextFiles:
     """Documents of text files and JSON lines, file after file.
 
     Args:
-        paths: Files. ``.jsonl``, ``.ndjson`` and ``.json`` hold one JSON object a line, everything else is UTF-8
-            text; ``.gz`` after either is unpacked on the way. Case does not matter.
-        documents: What a document of a text file is: the ``"file"``, a ``"paragraph"`` (blank lines part them) or a
-            ``"line"``.
+        paths: Files. ``.jsonl``, ``.ndjson`` and ``.json`` contain one JSON object on each line; all other files are
+            UTF-8 text. Files whose names end with ``.gz`` are decompressed. Case does not matter.
+        documents: Unit of a text file that is one document: the ``"file"``, a ``"paragraph"`` (separated by blank
+            lines) or a ``"line"``.
         field: Field of the JSON objects that holds the text.
 
     Raises:
@@ -218,7 +218,7 @@ class DatasetRows:
 
 
 def open_text(config: RefineConfig) -> Documents:
-    """Return the source of text that a configuration names.
+    """Return the text source of a configuration.
 
     Raises:
         TokenDriftError: If it names none, or the source cannot be opened.

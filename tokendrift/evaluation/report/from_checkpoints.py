@@ -1,4 +1,4 @@
-"""What the report has from checkpoints: their samples, their held-out NELBO, and Gen.-PPL at equal entropy."""
+"""The part of the report that needs checkpoints: their samples, held-out NELBO, and Gen.-PPL at equal entropy."""
 
 from __future__ import annotations
 
