@@ -128,7 +128,7 @@ def cut_off(tensors):
         ("masked", reinitialised(""), None, "what is wrong", "weights not loaded: perplexity "),
         ("uniform", reinitialised(""), None, "what is wrong", "weights not loaded: perplexity "),
         ("masked", reinitialised("blocks"), None, "what is wrong", "wrong vocabulary, or weights not loaded"),
-        ("masked", without_context, None, "what is wrong", "reads no context: some weights are damaged"),
+        ("masked", without_context, None, "what is wrong", "does not use context: some weights are damaged"),
         ("masked", with_shuffled_vocabulary, None, "what is wrong", "wrong vocabulary, or weights not loaded"),
         ("uniform", with_shuffled_vocabulary, None, "what is wrong", "wrong vocabulary, or weights not loaded"),
         ("masked", with_nan, None, "weights are finite", "NaN or infinite: blocks.2.mlp.0.bias"),

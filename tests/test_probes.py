@@ -384,7 +384,12 @@ def test_the_command_prints_both_probes_and_writes_all_numbers(text, tmp_path):
         env={"COLUMNS": "200", "TERM": "dumb"},
     )  # fmt: skip
     assert done.exit_code == 0, done.output
-    for part in ("Information decay", "likeliest tokens", "Marginal trap", "Drawn at once, 2 tokens are"):
+    for part in (
+        "Information decay",
+        "likeliest tokens",
+        "Marginal trap",
+        "Under the judge, 2 tokens drawn at once are",
+    ):
         assert part in done.stdout
     assert set(json.loads(output.read_text())["marginal_trap"]) == {"before"}
 

@@ -170,7 +170,7 @@ def check_nelbo(
     useless = found.mean > bound
     # 2. The same under other assumptions, on half of the windows: with another noise level, mask or process.
     few = windows[: max(8, len(windows) // 2)]
-    progress("trying other assumptions")
+    progress("testing other assumptions")
     alternatives = _alternatives(model, process, tokenizer, useless=useless)
     base = probes.window_nelbo(model, process, few, counted=False)
     better = _best_alternative(base, few, alternatives, bound if useless else None)
@@ -228,18 +228,18 @@ def _useless(model: DiT, process: Process, found: Estimate, share: Tensor, unigr
     size = process.vocab_size
     if entropy > math.log(size) - 0.3 or abs(found.mean - math.log(size)) < 0.2:
         return (
-            f"weights not loaded: perplexity {found.perplexity:,.0f} is near the vocabulary of {size:,}, as of a "
-            f"network with fresh weights. Something went wrong before this file was written"
+            f"weights not loaded: perplexity {found.perplexity:,.0f} is near the vocabulary of {size:,}, as for "
+            f"randomly initialised weights. Something went wrong before this file was written"
         )
     if cost > unigram + 0.7:
         return (
-            f"wrong vocabulary, or weights not loaded: at pure noise the network expects {math.exp(entropy):,.0f} "
+            f"wrong vocabulary, or weights not loaded: at pure noise the network predicts {math.exp(entropy):,.0f} "
             f"tokens, but not those of this text (perplexity {math.exp(cost):,.0f} of its word counts). Check that "
-            f"this tokenizer is the one of training"
+            f"this tokenizer was used in training"
         )
     return (
-        "the network has learned the word counts of such text but reads no context: some weights are damaged or "
-        "not those of this network, or it was trained too little"
+        "the network has learned the word counts of such text but does not use context: some weights are damaged "
+        "or belong to another network, or it was trained too little"
     )
 
 

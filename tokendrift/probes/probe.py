@@ -85,14 +85,15 @@ class ProbeReport:
         first = self.trap[BEFORE]
         k, gap = first.sizes[-1], first.gap[-1]
         yield (
-            f"Drawn at once, {k} tokens are {gap:.2f} nats a position less likely to the judge than drawn in turn: "
-            f"{'a trap beyond chance' if gap.low > 0 else 'no trap beyond chance'}."
+            f"Under the judge, {k} tokens drawn at once are {gap:.2f} nats per position less likely than drawn "
+            "in turn: "
+            f"{'the marginal trap exceeds chance' if gap.low > 0 else 'no marginal trap beyond chance'}."
         )
         if self.change is None:
             return
         yield f"After, the gap is {_change_in_words(self.change[-1])}."
         if self.matched_change is None:
-            yield "Its predictions are no sharper than before: there is no temperature to compare with."
+            yield "Its predictions are no sharper than before, so there is no comparison at a lower temperature."
         else:
             (matched,) = (name for name in self.trap if name not in (BEFORE, AFTER))
             yield f"Against '{matched}', which is as sharp, it is {_change_in_words(self.matched_change[-1])}."
