@@ -11,7 +11,7 @@ from tokendrift.field import DriftField, Field, FieldDiagnostics
 from tokendrift.image_field import ImageDriftField
 from tokendrift.lift import LinearLogits, linear_soft_token_lift, soft_token_lift, straight_through_lift
 from tokendrift.loss import Diagnostics, LossOutput, MirrorTeacherLoss, TokenDriftLoss
-from tokendrift.pairs import PairDriftLoss, frequent_first_classes, pair_drift
+from tokendrift.pairs import PairDriftLoss, pair_drift
 from tokendrift.references import FeatureQueue, guidance_weight
 
 __version__ = "0.1.0"
@@ -33,7 +33,6 @@ __all__ = [
     "PooledFeatures",
     "TokenDriftError",
     "TokenDriftLoss",
-    "frequent_first_classes",
     "guidance_weight",
     "linear_soft_token_lift",
     "map_vocabulary",

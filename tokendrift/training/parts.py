@@ -17,7 +17,7 @@ from tokendrift.features import PooledFeatures
 from tokendrift.field import DriftField
 from tokendrift.loss import MirrorTeacherLoss, TokenDriftLoss
 from tokendrift.models import DiT
-from tokendrift.pairs import PairDriftLoss, frequent_first_classes
+from tokendrift.pairs import PairDriftLoss
 from tokendrift.training.config import RefineConfig
 from tokendrift.training.text import DatasetRows, Documents, TextFiles
 from tokendrift.training.trajectories import places
@@ -96,11 +96,8 @@ def drifting_loss(
     if config.objective == "continuation":
         return None
     if config.objective == "pairs":
-        size, classes = process.vocab_size, None
-        if size > config.pair_classes:
-            classes = frequent_first_classes(size, config.pair_classes)
         strata = len(places(process, config.chains))
-        return PairDriftLoss(size, strata=strata, decay=config.pair_decay, classes=classes, mask_id=process.mask_id)
+        return PairDriftLoss(process.vocab_size, strata=strata, decay=config.pair_decay, mask_id=process.mask_id)
     level = process.sigma(torch.tensor(config.encoder_time)).item() if config.encoder_time else 0.0
     features = PooledFeatures(base, window=config.window, sigma=level)
     options: dict[str, Any] = {

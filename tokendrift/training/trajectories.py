@@ -82,6 +82,7 @@ class OwnTrajectories:
         if log and isinstance(self.drift, PairDriftLoss):
             met = self.drift.generated_weight > 0  # a law without any text yet says nothing
             logs["total_variation"] = self.drift.total_variation()[met].mean()
+            logs["divergence"] = self.drift.divergence()[met].mean()
         if self.base_weight:
             base = Continuation(self.process, self.generator)(model, x0)
             logs |= base.logs
