@@ -143,7 +143,8 @@ def expected_sums(logits: Tensor, corrupted: Corrupted, law: Law, lags: Sequence
         lags: Distances between neighbouring tokens of an n-gram, G of them.
     """
     noisy_ids, predicted, text, mask_id = corrupted
-    return _ExpectedSums.apply(logits, noisy_ids, predicted, text, mask_id, law, lags)  # type: ignore[no-any-return]
+    sums: Tensor = _ExpectedSums.apply(logits, noisy_ids, predicted, text, mask_id, law, lags)  # type: ignore[no-untyped-call]
+    return sums
 
 
 def windows(x: Tensor, order: int, lag: int, starts: int | None = None) -> list[Tensor]:
@@ -190,9 +191,9 @@ class _ExpectedSums(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, field: Tensor) -> tuple[Tensor | None, ...]:
-        logits, *given = ctx.saved_tensors
+        logits, noisy_ids, predicted, text = ctx.saved_tensors
         mask_id, law, lags = ctx.options
-        corrupted, gradient = Corrupted(*given, mask_id), torch.zeros_like(logits)
+        corrupted, gradient = Corrupted(noisy_ids, predicted, text, mask_id), torch.zeros_like(logits)
         with exact_matmul(logits.device):
             for tile, starts in _tiles(logits, law, lags):
                 # 1. The derivative with respect to the probabilities of the tile, over all lags and places.
