@@ -63,8 +63,7 @@ class RefineConfig:
             ``"pairs"``, where 0 leaves it out.
         chains: Numbers of steps of the chains in ``"pairs"``.
         pair_decay: Share of the law of generated pairs that a micro-batch keeps.
-        pair_classes: Most classes of tokens in the laws of pairs. Where the vocabulary is larger, rare tokens share
-            classes (`frequent_first_classes`).
+        pair_classes: Without effect. Pairs of more than 4,096 tokens are counted in buckets (`PairDriftLoss`).
         pair_sequences: Sequences of the text whose pairs are counted before the first step; training goes on counting.
         temperatures: tau of the field.
         queue_size: Features in each queue.
