@@ -367,6 +367,11 @@ def test_options_out_of_range_are_named(options, named):
         PairDriftLoss(3, **options)
 
 
+def test_laws_with_other_cells_are_not_loaded():
+    with pytest.raises(TokenDriftError, match=r"stored laws have \(5,\) cells .* \(3, 3\)"):
+        PairDriftLoss(3).load_state_dict(PairDriftLoss(3, buckets=5).state_dict())
+
+
 def test_the_form_of_the_law_is_shown():
     assert "order=2, lags=(1,), buckets=one for each pair" in repr(PairDriftLoss(3))
     assert "order=3, lags=(1, 4), buckets=8" in repr(PairDriftLoss(3, order=3, lags=(1, 4), buckets=8))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, distributed, nn
@@ -341,6 +341,16 @@ class PairDriftLoss(nn.Module):
             if now.dtype.itemsize < least.itemsize:
                 setattr(self, name, kept.to(now.device))
         return self
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        stored = state_dict.get(prefix + "real")
+        if stored is not None and stored.shape[1:] != self.law.shape:
+            raise fail(
+                f"the stored laws have {tuple(stored.shape[1:])} cells but those of this loss have {self.law.shape}.",
+                "Build the loss with the vocab_size, order and buckets that it was stored with. Laws over classes of "
+                "tokens, which earlier versions had, cannot be loaded.",
+            )
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
 
 def _law(vocab_size: int, order: int, buckets: int | Literal["auto"] | None) -> ExactPairs | HashedNgrams:
