@@ -37,15 +37,15 @@ class ExactPairs(nn.Module):
         """Return the number of the cell of each pair, for the ids of its two tokens."""
         return ids[0] * self.shape[1] + ids[1]
 
-    def add_expected(self, total: Tensor, places: Sequence[Tensor]) -> None:
+    def add_expected(self, total: Tensor, probabilities: Sequence[Tensor]) -> None:
         """Add the sum of the pairs' laws to the total (V, V), for their tokens' probabilities, each (B, N, V)."""
-        first, second = (p.flatten(0, 1) for p in places)
+        first, second = (p.flatten(0, 1) for p in probabilities)
         total.addmm_(first.T, second)
 
-    def slopes(self, places: Sequence[Tensor], field: Tensor) -> Iterator[Tensor]:
-        """Yield the derivative of <field, expected sum> with respect to each of the probabilities."""
-        yield places[1] @ field.T
-        yield places[0] @ field
+    def slopes(self, probabilities: Sequence[Tensor], field: Tensor) -> Iterator[Tensor]:
+        """Yield the derivative of <field, expected sum> with respect to the probabilities of each token."""
+        yield probabilities[1] @ field.T
+        yield probabilities[0] @ field
 
 
 class HashedNgrams(nn.Module):
@@ -58,8 +58,9 @@ class HashedNgrams(nn.Module):
     The bucket of a sum of independent numbers follows the circular convolution of their laws. So the expected law of
     buckets is exact: a product of Fourier transforms, averaged over positions and transformed back.
 
-    Each map permutes every block of K consecutive ids. Two tokens of one block never share a bucket at any place: in
-    vocabularies ordered by frequency, as those of byte-pair encoding, these are the K most frequent tokens.
+    Each map permutes every block of K consecutive ids. Two tokens of one block never share a bucket at any place. The
+    vocabularies of byte-pair encoding are roughly in the order of frequency, so that the first block holds the K most
+    frequent tokens.
 
     Args:
         vocab_size: V.
@@ -87,24 +88,24 @@ class HashedNgrams(nn.Module):
         found = [bucket[part] for bucket, part in zip(self.bucket, ids, strict=True)]
         return torch.stack(found).sum(dim=0) % self.shape[0]
 
-    def add_expected(self, total: Tensor, places: Sequence[Tensor]) -> None:
+    def add_expected(self, total: Tensor, probabilities: Sequence[Tensor]) -> None:
         """Add the sum of the n-grams' laws to the total (K,), for their tokens' probabilities, each (B, N, V)."""
-        spectrum = reduce(torch.mul, self._spectra(places))
+        spectrum = reduce(torch.mul, self._spectra(probabilities))
         total += torch.fft.irfft(spectrum.sum(dim=(0, 1)), n=self.shape[0])
 
-    def slopes(self, places: Sequence[Tensor], field: Tensor) -> Iterator[Tensor]:
-        """Yield the derivative of <field, expected sum> with respect to each of the probabilities."""
-        spectra, of_field = self._spectra(places), torch.fft.rfft(field)
+    def slopes(self, probabilities: Sequence[Tensor], field: Tensor) -> Iterator[Tensor]:
+        """Yield the derivative of <field, expected sum> with respect to the probabilities of each token."""
+        spectra, of_field = self._spectra(probabilities), torch.fft.rfft(field)
         for number, bucket in enumerate(self.bucket):
             # The field is correlated with the law of the sum over all other places, then read at each token's bucket.
             others = (each.conj() for other, each in enumerate(spectra) if other != number)
             slope = torch.fft.irfft(reduce(torch.mul, others, of_field), n=self.shape[0])
             yield slope.index_select(-1, bucket[: self.vocab_size])
 
-    def _spectra(self, places: Sequence[Tensor]) -> list[Tensor]:
+    def _spectra(self, probabilities: Sequence[Tensor]) -> list[Tensor]:
         """Return the Fourier transforms of the laws of buckets at each place, (B, N, K // 2 + 1)."""
         spectra = []
-        for token, p in zip(self.token, places, strict=True):
+        for token, p in zip(self.token, probabilities, strict=True):
             # Tokens are gathered rather than scattered, so that sums have the same order on every device.
             padded = nn.functional.pad(p, (0, len(token) - self.vocab_size))
             law = padded.index_select(-1, token).unflatten(-1, (-1, self.shape[0])).sum(dim=-2)
@@ -183,9 +184,9 @@ class _ExpectedSums(torch.autograd.Function):
             for tile, starts in _tiles(logits, law, lags):
                 p = _probabilities(logits, corrupted, tile)
                 for total, lag in zip(sums, lags, strict=True):
-                    places = windows(p, law.order, lag, starts)
-                    if places[0].numel():  # at the end of a sequence there may be n-grams at shorter lags only
-                        law.add_expected(total, places)
+                    probabilities = windows(p, law.order, lag, starts)
+                    if probabilities[0].numel():  # at the end of a sequence there may be n-grams at shorter lags only
+                        law.add_expected(total, probabilities)
         return sums
 
     @staticmethod
@@ -196,15 +197,15 @@ class _ExpectedSums(torch.autograd.Function):
         corrupted, gradient = Corrupted(noisy_ids, predicted, text, mask_id), torch.zeros_like(logits)
         with exact_matmul(logits.device):
             for tile, starts in _tiles(logits, law, lags):
-                # 1. The derivative with respect to the probabilities of the tile, over all lags and places.
+                # 1. The derivative with respect to the probabilities of the tile: the sum over lags and tokens.
                 p = _probabilities(logits, corrupted, tile)
                 slope = torch.zeros_like(p)
                 for of_lag, lag in zip(field, lags, strict=True):
-                    places, slopes = (windows(x, law.order, lag, starts) for x in (p, slope))
-                    if places[0].numel():
-                        for here, part in zip(slopes, law.slopes(places, of_lag), strict=True):
-                            here.add_(part)
-                # 2. The derivative of softmax. It is zero where p is: beside a token that is known, and outside text.
+                    probabilities, slopes = (windows(x, law.order, lag, starts) for x in (p, slope))
+                    if probabilities[0].numel():
+                        for slope_of_token, part in zip(slopes, law.slopes(probabilities, of_lag), strict=True):
+                            slope_of_token.add_(part)
+                # 2. The derivative of softmax. It is zero where p is, so that observed tokens and padding have none.
                 slope.sub_((slope * p).sum(dim=-1, keepdim=True)).mul_(p)
                 # 3. Neighbouring tiles share positions, so that gradients are added.
                 gradient[tile] += slope.to(gradient.dtype)
@@ -236,13 +237,13 @@ def _tiles(logits: Tensor, law: Law, lags: Sequence[int]) -> Iterator[tuple[tupl
 
 
 def _probabilities(logits: Tensor, corrupted: Corrupted, tile: tuple[slice, slice]) -> Tensor:
-    """Return what each position of a tile holds, (B, N, V): the predicted law, a known token, or nothing."""
+    """Return what each position of a tile holds, (B, N, V): the predicted law, an observed token, or nothing."""
     part = logits[tile].to(_wide(logits), copy=True)
     if corrupted.mask_id is not None:
         part[..., corrupted.mask_id] = -torch.inf
     p = part.softmax(dim=-1)
     if corrupted.predicted is not None and corrupted.noisy_ids is not None:
-        known = ~corrupted.predicted[tile][..., None]
+        observed = ~corrupted.predicted[tile][..., None]
         # Scattered, since one-hot vectors would be another tensor of the tile's size, and of int64.
-        p.masked_fill_(known, 0).scatter_add_(2, corrupted.noisy_ids[tile].long()[..., None], known.to(p))
+        p.masked_fill_(observed, 0).scatter_add_(2, corrupted.noisy_ids[tile].long()[..., None], observed.to(p))
     return p if corrupted.text is None else p.masked_fill_(~corrupted.text[tile][..., None], 0)

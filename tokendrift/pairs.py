@@ -184,8 +184,8 @@ class PairDriftLoss(nn.Module):
     ) -> Tensor:
         """Return the loss, a float32 scalar; in training mode both laws take the batch in.
 
-        P does so at once, and the batch meets it with its own real text. Q does so last: the batch meets that of the
-        calls before, since among its own negatives it would flee from itself. The first of a stratum has no other.
+        The batch meets P with its own real text in it, and Q as the calls before have left it, since among its own
+        negatives it would flee from itself. The first call of a stratum has no other Q than its own.
 
         On an accelerator the loss does not wait for the device. Logits that contain NaN or infinities cannot raise an
         error there: the loss is NaN, and Q does not change.
@@ -242,11 +242,11 @@ class PairDriftLoss(nn.Module):
         ids = check_ids("ids", ids, self.vocab_size).long()
         text = None if attention_mask is None else check_mask("attention_mask", attention_mask, ids.shape)
         # Counted rather than multiplied: one-hot vectors of a corpus would fill the memory.
-        found = torch.zeros_like(self.real)
-        for here, lag in zip(found, self.lags, strict=True):
+        sums = torch.zeros_like(self.real)
+        for of_lag, lag in zip(sums, self.lags, strict=True):
             cells = self.law.cells(windows(ids, self.law.order, lag)).flatten()
-            here.view(-1).scatter_add_(0, cells, self._whole(ids, text, lag).flatten().to(here))
-        law, total = self._of_all_ranks(found, self._counts(ids, text))
+            of_lag.view(-1).scatter_add_(0, cells, self._whole(ids, text, lag).flatten().to(sums))
+        law, total = self._of_all_ranks(sums, self._counts(ids, text))
         self.real_weight += total
         share = total / self.real_weight.clamp_min(1)
         self.real.lerp_(law, self._by_lag(share).to(law))
