@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from tokendrift import TokenDriftError
-from tokendrift.demo.corpus import prose
-from tokendrift.demo.stages import EOS, JUDGE_WINDOW, LENGTH, PRETRAINED, load_judge
+from tokendrift.corpus import prose
+from tokendrift.demo import PRETRAINED
 from tokendrift.evaluation import (
     CHECKS,
     GenerativePerplexity,
@@ -24,6 +24,7 @@ from tokendrift.evaluation import (
 from tokendrift.models import load_denoiser
 
 COUNT = 128
+EOS, LENGTH, JUDGE_WINDOW = 0, 32, 64  # of the shipped models
 
 
 class World:
@@ -40,7 +41,7 @@ class World:
         self.windows = windows[torch.randperm(len(windows), generator=torch.Generator().manual_seed(0))]
         self.real, self.held_out, self.training = self.windows.split([COUNT, COUNT, len(windows) - 2 * COUNT])
         self.judge = GenerativePerplexity(
-            load_judge(PRETRAINED / "judge"), self.tokenizer, max_length=JUDGE_WINDOW, eos_id=EOS
+            str(PRETRAINED / "judge"), self.tokenizer, max_length=JUDGE_WINDOW, eos_id=EOS
         )
 
     def row(self, ids, **options):

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from report_samples import EVIL_NAME, as_samples, hostile_report, language, make_report
 
 from tokendrift import TokenDriftError
-from tokendrift.demo.stages import PRETRAINED
+from tokendrift.demo import PRETRAINED
 from tokendrift.evaluation import SampleSet
 from tokendrift.evaluation.report import as_json, page
 from tokendrift.evaluation.report.phrases import marked, most_repeated
