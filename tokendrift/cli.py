@@ -67,7 +67,8 @@ def demo(
     """
     with plain_errors():
         from tokendrift._checks import fail
-        from tokendrift.demo.demonstration import PRETRAINED, SIZES, DemoConfig, run_demo, show
+        from tokendrift.demo import PRETRAINED, DemoConfig, run_demo
+        from tokendrift.demo.demonstration import SIZES, show
 
         if from_scratch:
             raise fail(

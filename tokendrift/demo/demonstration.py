@@ -34,13 +34,13 @@ REFINED, CONTINUED = "TokenDrift", "continuation"
 END_OF_TEXT = "<eos>"  # stands between paragraphs in what the models were trained on
 EXAMPLES = 3  # samples of each model in the terminal
 SIZES: dict[str, dict[str, Any]] = {
-    "quick": {"steps": 8, "samples": 48, "nfes": (4,)},
+    "quick": {"steps": 8, "samples": 32, "nfes": (4,)},
     "default": {"steps": 150, "samples": 192, "nfes": (4, 16)},
     "full": {"steps": 800, "samples": 384, "nfes": (4, 8, 16, 32)},
 }
 
 
-class Judge(NamedTuple):
+class PretrainedJudge(NamedTuple):
     """A causal language model that scores the samples.
 
     Attributes:
@@ -76,7 +76,7 @@ class DemoConfig:
     objective: str = "drift"
     text: tuple[Path, ...] = ()
     models: Path = PRETRAINED
-    judges: tuple[Judge, ...] = ()
+    judges: tuple[PretrainedJudge, ...] = ()
     output: Path = Path("demo-output")
     steps: int = SIZES["default"]["steps"]
     samples: int = SIZES["default"]["samples"]
@@ -163,7 +163,7 @@ def run_demo(config: DemoConfig, console: Console) -> list[Report]:
 
     # 3. Samples of both, beside held-out text; the continuation also at the temperatures of equal entropy.
     reports = []
-    for judge in config.judges or (Judge(str(config.models / "judge")),):
+    for judge in config.judges or (PretrainedJudge(str(config.models / "judge")),):
         evaluation = EvaluateConfig(
             checkpoint=(f"{REFINED}={refined}", f"{CONTINUED}={refined / CONTINUED}"),
             baseline=CONTINUED,
@@ -216,9 +216,9 @@ def table(report: Report) -> Table:
     from rich.box import HORIZONTALS
     from rich.table import Table
 
-    view = Table(title="Samples beside real text", box=HORIZONTALS)
-    for heading in ("", "NFE", "T", "Gen.-PPL", "sample\nentropy", "unigram\nentropy", "distinct-3"):
-        view.add_column(heading, justify="right" if heading else "left", no_wrap=True)
+    view = Table(title="Samples beside real text", box=HORIZONTALS, show_edge=False, pad_edge=False)
+    for heading in ("", "NFE", "T", "Gen.-PPL", "sample\nentropy", "unigram\nentropy", "distinct\n3-grams"):
+        view.add_column(heading, justify="right" if heading else "left", no_wrap=heading != "Gen.-PPL")
 
     def add(name: str, temperature: float | None, measures: Measures) -> None:
         ppl, others = measures.gen_ppl, (measures.sample_entropy, measures.unigram_entropy, measures.distinct_3)
