@@ -87,7 +87,7 @@ def test_what_is_printed_fits_100_columns_and_ends_with_the_verdict(small_run):
     lines = printed(report, config).splitlines()
     assert max(len(line) for line in lines[:-1] if str(config.output) not in line) <= 100
     assert not any("…" in line for line in lines[:20])  # no cell of the table is cut
-    assert len([line for line in lines if re.match(r" +continuation = (sample|unigram) ", line)]) == 4
+    assert len([line for line in lines if re.match(r" *continuation = (sample|unigram) ", line)]) == 4
     assert lines[-1].startswith("Verdict at 1 NFE (judge: judge): ")
     assert "sample entropy" in lines[-1] and "unigram entropy" in lines[-1] and "Gen.-PPL ratio" in lines[-1]
 

@@ -191,6 +191,9 @@ def run_demo(config: DemoConfig, console: Console) -> list[Report]:
 
 def show(reports: Sequence[Report], config: DemoConfig, console: Console) -> None:
     """Print the table of each judge and some samples, and end with the verdict of each judge."""
+    from rich.padding import Padding
+    from rich.text import Text
+
     for report in reports:
         console.print(table(report))
         console.print(
@@ -205,7 +208,7 @@ def show(reports: Sequence[Report], config: DemoConfig, console: Console) -> Non
     for name, texts in examples(reports[0]).items():
         console.print(f"\n{name}", style="bold", highlight=False, markup=False)
         for text in texts:
-            console.print(f"  {text}", highlight=False, markup=False)
+            console.print(Padding(Text(text), (0, 0, 0, 2)))
     console.print(f"\nReport: {config.output / 'report.html'}", highlight=False, soft_wrap=True)
     for report in reports:
         console.print(verdict(report), highlight=False, markup=False, soft_wrap=True)
