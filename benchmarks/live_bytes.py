@@ -11,20 +11,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from tokendrift import _lift_ops, _linear_lift_ops
-from tokendrift.diffusion import _row_ops
+from tokendrift._operators import IMPLEMENTATIONS  # of the operators whose inside counts
 
-# Operators whose inside counts.
-KERNELS = {
-    torch.ops.tokendrift.soft_token_lift.default: _lift_ops.lift_rows,
-    torch.ops.tokendrift.soft_token_lift_backward.default: _lift_ops.lift_rows_backward,
-    torch.ops.tokendrift.linear_soft_token_lift.default: _linear_lift_ops.linear_lift_rows,
-    torch.ops.tokendrift.linear_soft_token_lift_backward.default: _linear_lift_ops.linear_lift_rows_backward,
-    torch.ops.tokendrift.log_prob_at.default: _row_ops.log_prob_rows,
-    torch.ops.tokendrift.log_prob_at_backward.default: _row_ops.log_prob_rows_backward,
-    torch.ops.tokendrift.uniform_terms.default: _row_ops.uniform_rows,
-    torch.ops.tokendrift.uniform_terms_backward.default: _row_ops.uniform_rows_backward,
-}
 PRODUCTS = flop_registry | {torch.ops.aten.addmm_: flop_registry[torch.ops.aten.addmm]}
 
 
@@ -47,8 +35,8 @@ class LiveBytes(TorchDispatchMode):
         """Run an operator, or the kernel of one of ours, and note what it made."""
         kwargs = kwargs or {}
         with self:
-            if func in KERNELS:
-                return KERNELS[func](*args, **kwargs)
+            if func in IMPLEMENTATIONS:
+                return IMPLEMENTATIONS[func](*args, **kwargs)
             parts = func.decompose(*args, **kwargs)  # matmul, linear and their like are made of others
             if parts is not NotImplemented:
                 return parts

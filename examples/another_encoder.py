@@ -19,6 +19,7 @@ from transformers import AutoModel
 
 import tokendrift as td
 from tokendrift.diffusion import MaskedDiffusion
+from tokendrift.encoders import map_vocabulary
 from tokendrift.models import DiT, DiTConfig
 
 LENGTH, BATCH, BASE_STEPS, DRIFT_STEPS = 32, 16, 40, 15
@@ -58,7 +59,7 @@ print(f"{name}: {tokenizer.get_vocab_size()} entries; the denoiser has {len(know
 
 # The frozen copy, its embedding in the order of the denoiser (-1: no counterpart), and the loss from these parts.
 features = td.PooledFeatures(encoder.float(), layers=(-1,), window=8)  # one vector for every 8 tokens
-embedding = td.map_vocabulary(features.embedding, [*known.tolist(), -1])
+embedding = map_vocabulary(features.embedding, [*known.tolist(), -1])
 drift = td.TokenDriftLoss(embedding, features, mask_id=process.mask_id, queue_size=512)
 
 

@@ -9,13 +9,14 @@ from torch import distributed, nn
 
 from tokendrift import DriftField, MirrorTeacherLoss, TokenDriftError, TokenDriftLoss
 from tokendrift.references import gather
+from tokendrift.variants import ExtendedDriftField
 
 L, V, D = 4, 6, 5
 SPLITS = {"even": (3, 3), "uneven": (4, 2), "one": (1, 5)}
 LOSSES = {
     "joint": (TokenDriftLoss, {}),
     "two_sided": (TokenDriftLoss, {"field": DriftField(normalization="two_sided", kernel="laplace")}),
-    "sinkhorn": (TokenDriftLoss, {"field": DriftField((0.5,), normalization="sinkhorn", subtract_noise=True)}),
+    "sinkhorn": (TokenDriftLoss, {"field": ExtendedDriftField((0.5,), normalization="sinkhorn", subtract_noise=True)}),
     "no_pair": (TokenDriftLoss, {"exclude_paired_positive": True}),
     "windows": (TokenDriftLoss, {}),
     "mirror": (MirrorTeacherLoss, {}),

@@ -22,10 +22,10 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast  # noqa: F401
 
 import tokendrift.evaluation
 import tokendrift.sampling  # noqa: F401
-from tokendrift.demo.stages import PRETRAINED
+from tokendrift.demo import PRETRAINED
 from tokendrift.models import DiT, DiTConfig, save_denoiser
 from tokendrift.models.checkpoints import process_of
-from tokendrift.training import RefineConfig, parse_settings, refine
+from tokendrift.training import make_config, parse_settings, refine
 
 TEXT = "the drift of a token pulls it to real text and away from what the model says of it at every step"
 LENGTH = 12
@@ -55,7 +55,7 @@ def config(folder, **changes):
         "batch_size": 8, "micro_batch": 4, "queue_size": 24, "learning_rate": 1e-2, "warmup": 2, "ema": 0.9,
         "checkpoint_every": 2, "evaluate_samples": 4, "evaluate_nfe": (2,), "log_every": 1, "tensorboard": False,
     }  # fmt: skip
-    return RefineConfig(**{**values, **changes})
+    return make_config(values={**values, **changes})
 
 
 def fork(work):

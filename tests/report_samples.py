@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 
 from tokendrift.evaluation import GenerativePerplexity, SampleSet, evaluate
-from tokendrift.evaluation.report import Report
-from tokendrift.evaluation.report.sources import Source, labels
+from tokendrift.evaluation.report import EvaluationReport
+from tokendrift.evaluation.report.sources import NamedSamples, unique_names
 
 EVIL = "<script>alert(1)</script></li></ol><img src=x onerror=alert(2)> & \"'{{ 7 * 7 }}"
 LITTLE_WORDS = (261, 293, 289, 258, 284, 290)  # " the", " of", " is", " a", " in", " to"
@@ -25,8 +25,8 @@ def make_report(tokenizer, sets, real=None):
     judge = GenerativePerplexity(
         lambda ids, mask: (-torch.arange(1024) / 200).expand(*ids.shape, 1024), tokenizer, protocol="all"
     )
-    sources = [Source(model, samples, f"{model}.jsonl") for model, samples in sets]
-    keys = labels(sources)
+    sources = [NamedSamples(model, samples, f"{model}.jsonl") for model, samples in sets]
+    keys = unique_names(sources)
     real = language(20, seed=9) if real is None else real
     evaluation = evaluate(
         {key: source.samples for key, source in zip(keys, sources, strict=True)},
@@ -37,7 +37,7 @@ def make_report(tokenizer, sets, real=None):
     )
     texts = {key: source.samples.texts for key, source in zip(keys, sources, strict=True)}
     texts["real text"] = tokenizer.decode_batch(real)
-    return Report(evaluation, tuple(sources), texts, {"judge": "low ids", "nfe": (4, 8)})
+    return EvaluationReport(evaluation, tuple(sources), texts, {"judge": "low ids", "nfe": (4, 8)})
 
 
 def as_samples(tokenizer, ids, **more):

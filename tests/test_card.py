@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tokendrift.training import RefineConfig
+from tokendrift.training import make_config
 from tokendrift.training.card import model_card
 from tokendrift.training.few_step import judge_name
 
@@ -13,7 +13,7 @@ ROWS = [{"step": 0, "nfe": None, "sample_entropy": 2.0, "gen_ppl": 9.0}]
 
 def card(judge=None, rows=(), **changes):
     options = {"checkpoint": "owner/name", "text": ("a.txt",), **changes}
-    return model_card(RefineConfig(**options), rows, steps=3, process="masked", judge=judge)
+    return model_card(make_config(values=options), rows, steps=3, process="masked", judge=judge)
 
 
 def test_without_an_average_the_weights_are_the_last_ones():

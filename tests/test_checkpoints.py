@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from tokendrift import TokenDriftError
 from tokendrift.diffusion import Cosine, Geometric, MaskedDiffusion, UniformDiffusion
 from tokendrift.models import DiT, DiTConfig, load_denoiser, read_checkpoint, save_denoiser
+from tokendrift.models.weight_files import FORMATS, WeightFile
 
 
 @pytest.fixture
@@ -61,10 +62,10 @@ def test_a_saved_model_loads_to_the_same_function_and_process(tmp_path, model, p
 
 
 @pytest.mark.parametrize("mask_id", [4, None])
-def test_the_methods_are_the_functions(tmp_path, mask_id):
+def test_the_default_process_is_that_of_the_mask_id(tmp_path, mask_id):
     model = DiT(DiTConfig(13, 8, 16, 4, 1, 2, mask_id=mask_id))
-    model.save_pretrained(tmp_path / "model", dtype=torch.float16)
-    loaded = DiT.from_pretrained(tmp_path / "model", dtype=torch.float64)
+    save_denoiser(model, tmp_path / "model", dtype=torch.float16)
+    loaded, _ = load_denoiser(tmp_path / "model", dtype=torch.float64)
     assert loaded.config == model.config and loaded.mask_id == mask_id
     assert loaded.vocab_embed.embedding.dtype == torch.float64
     assert type(load_denoiser(tmp_path / "model")[1]) is (UniformDiffusion if mask_id is None else MaskedDiffusion)
@@ -386,3 +387,17 @@ def test_a_schedule_of_ones_own_is_not_written(tmp_path, model):
 
     with pytest.raises(TokenDriftError, match=r"schedule of type Sine cannot be written to config\.json"):
         save_denoiser(model, tmp_path / "model", UniformDiffusion(13, Sine()))
+
+
+def test_a_format_of_ones_own_is_one_line_in_the_table(tmp_path, model, monkeypatch):
+    torch.save(model.state_dict(), tmp_path / "weights.mine")
+
+    def read(path, ema):
+        return WeightFile(torch.load(path), "mine", {"model_type": "DUO", "n_heads": model.config.n_heads})
+
+    monkeypatch.setitem(FORMATS, ".mine", read)
+    checkpoint = read_checkpoint(tmp_path / "weights.mine")
+    assert checkpoint.weights == "mine" and checkpoint.config["model_type"] == "DUO"
+    loaded, _ = load_denoiser(tmp_path / "weights.mine")
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], tensor)

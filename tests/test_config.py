@@ -9,7 +9,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tokendrift import TokenDriftError
-from tokendrift.training import PRESETS, RefineConfig, make_config, parse_settings
+from tokendrift.training import (
+    OBJECTIVES,
+    PRESETS,
+    DriftConfig,
+    PairsConfig,
+    RefineConfig,
+    make_config,
+    parse_settings,
+)
+from tokendrift.training.config import setting_help
 
 numbers = st.floats(1e-9, 1e9)
 
@@ -22,9 +31,8 @@ numbers = st.floats(1e-9, 1e9)
     wrap=st.booleans(),
 )
 def test_a_configuration_comes_back_from_its_toml(tmp_path_factory, checkpoint, rate, temperatures, window, wrap):
-    made = RefineConfig(
-        checkpoint, learning_rate=rate, temperatures=tuple(temperatures), window=window, wrap=wrap, text=("a", "b\\c")
-    )
+    objective = DriftConfig(temperatures=tuple(temperatures), window=window)
+    made = RefineConfig(checkpoint, objective=objective, learning_rate=rate, wrap=wrap, text=("a", "b\\c"))
     file = tmp_path_factory.mktemp("toml") / "config.toml"
     file.write_text(made.as_toml(), encoding="utf-8")
     assert make_config(file=file) == made
@@ -34,9 +42,8 @@ def test_a_configuration_comes_back_from_its_toml(tmp_path_factory, checkpoint, 
 def test_presets_have_the_values_of_the_paper(preset, rate):
     made = make_config(preset=preset)
     assert made.checkpoint == {"mdlm-owt": "kuleshov-group/mdlm-owt", "duo-owt": "s-sahoo/duo"}[preset]
-    assert (made.objective, made.steps, made.batch_size, made.micro_batch) == ("drift", 13_000, 512, 2)
-    assert (made.learning_rate, made.queue_size, made.drift_scale) == (rate, 1024, 1.0)
-    assert made.temperatures == (0.02, 0.05, 0.2)
+    assert (made.steps, made.batch_size, made.micro_batch, made.learning_rate) == (13_000, 512, 2, rate)
+    assert made.objective == DriftConfig(temperatures=(0.02, 0.05, 0.2), queue_size=1024, drift_scale=1.0)
     assert made.accumulation(processes=4) == 64
     assert set(PRESETS) == {"mdlm-owt", "duo-owt", "pairs"}
 
@@ -45,7 +52,7 @@ def test_the_preset_of_pairs_serves_any_checkpoint_at_twice_the_rate():
     with pytest.raises(TokenDriftError, match="no checkpoint to refine"):
         make_config(preset="pairs")
     made = make_config(preset="pairs", values={"checkpoint": "base", "text": ["a.txt"]})
-    assert (made.objective, made.chains, made.weight_of_base(), made.pair_decay) == ("pairs", (2, 4), 0.1, 0.95)
+    assert made.objective == PairsConfig(chains=(2, 4), base_weight=0.1, pair_decay=0.95)
     assert made.learning_rate == 2 * RefineConfig("base").learning_rate
     assert (made.dataset, made.judge, made.steps) == (None, None, RefineConfig("base").steps)
 
@@ -53,8 +60,9 @@ def test_the_preset_of_pairs_serves_any_checkpoint_at_twice_the_rate():
 @pytest.mark.parametrize(
     ("objective", "given", "weight"),
     [
-        ("drift", None, 0.0),
-        ("drift", 1.0, 0.0),
+        ("drift", None, None),
+        ("drift", 1.0, None),
+        ("drift", 0.0, None),
         ("combined", None, 1.0),
         ("pairs", None, 0.1),
         ("pairs", 0.0, 0.0),
@@ -62,7 +70,8 @@ def test_the_preset_of_pairs_serves_any_checkpoint_at_twice_the_rate():
     ],
 )
 def test_the_weight_of_the_base_is_that_of_the_objective_unless_it_is_given(objective, given, weight):
-    assert RefineConfig("base", objective=objective, base_weight=given).weight_of_base() == weight
+    made = make_config(values={"checkpoint": "base", "objective": objective, "base_weight": given})
+    assert made.settings().get("base_weight") == weight
 
 
 def test_later_sources_win_and_a_text_replaces_the_dataset(tmp_path):
@@ -108,7 +117,7 @@ def test_settings_have_the_types_of_their_keys():
         ({"chains": ()}, "chains must name at least one number of steps"),
         ({"chains": (2, 0)}, "chains must be an integer of at least 1"),
         ({"pair_decay": 1.0}, r"pair_decay must lie in \[0, 1\)"),
-        ({"pair_classes": 1}, "pair_classes must be an integer of at least 2"),
+        ({"pair_buckets": 1}, "pair_buckets must be an integer of at least 2"),
         ({"precision": "fp16"}, "precision must be one of 'fp32', 'bf16'"),
     ],
 )
@@ -139,3 +148,31 @@ def test_what_cannot_be_read_is_refused(tmp_path):
 def test_a_batch_that_processes_cannot_share_is_refused():
     with pytest.raises(TokenDriftError, match=r"multiple of micro_batch times 3 processes, 24"):
         RefineConfig("base", batch_size=64, micro_batch=8).accumulation(processes=3)
+
+
+def test_settings_of_other_objectives_have_no_effect():
+    plain = make_config(values={"checkpoint": "base"})
+    assert make_config(values={"checkpoint": "base", "chains": (8,), "mirror_step": 3.0}) == plain
+    assert "chains" not in plain.settings() and plain.settings()["objective"] == "drift"
+    assert plain.replace(objective="pairs", chains=(8,)).objective == PairsConfig(chains=(8,))
+    assert RefineConfig("base", objective="pairs") == plain.replace(objective="pairs")
+
+
+def test_a_configuration_written_before_objectives_had_settings_of_their_own_is_read(tmp_path):
+    file = tmp_path / "config.toml"
+    file.write_text(
+        'checkpoint = "base"\nobjective = "pairs"\nbaseline = false\nchains = [2, 8]\npair_decay = 0.9\n'
+        "pair_classes = 4096\npair_sequences = 4096\ntemperatures = [0.02]\nqueue_size = 8\ndrift_scale = 1.0\n"
+        'normalization = "joint"\nkernel = "gaussian"\nexclude_paired_positive = false\nencoder_time = 0.0\n'
+        "mirror_step = 1.0\nfreeze_queues = false\nsteps = 7\n"
+    )
+    made = make_config(file=file)
+    assert (made.objective, made.steps) == (PairsConfig(chains=(2, 8), pair_decay=0.9), 7)
+
+
+@pytest.mark.parametrize("name", ["steps", "batch_size", "learning_rate", "tokenizer", "judge", "objective"])
+def test_every_setting_has_its_help_and_its_default(name):
+    text = setting_help(name)
+    assert text[0].isupper() and "Default: " in text and text.endswith(".")
+    if name == "objective":
+        assert all(objective in text for objective in OBJECTIVES)

@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tokendrift import LinearLogits, TokenDriftError
+from tokendrift.diffusion.soft_inputs import soft_embedding
 from tokendrift.models import DiT, DiTConfig
 from tokendrift.models.layers import LayerNorm
 
@@ -38,12 +39,22 @@ def golden_input(numbers, case):
     return x[:, : numbers[f"{case}.logits"].shape[1]], None
 
 
+def logits_of(model, x, sigma=None, *, weights=None):
+    """Return the logits of ids (B, L), of input logits (B, L, V), or of ids (B, L, K) with their weights."""
+    if x.ndim == 2:
+        return model(x, sigma)
+    hard = torch.zeros(x.shape[:2], dtype=torch.int64)
+    return model(hard, sigma, embed=lambda embedding: soft_embedding(x, weights, embedding))
+
+
 @pytest.mark.parametrize(("fixture", "case", "time_conditioning"), CASES)
 def test_logits_and_hidden_states_have_the_golden_values(golden, fixture, case, time_conditioning):
     numbers = golden(fixture)
     model, (x, weights) = golden_dit(numbers, time_conditioning), golden_input(numbers, case)
-    numbers.assert_matches(model(x, numbers["sigma"], weights=weights), f"{case}.logits")
-    hidden = model.hidden_states(model.vocab_embed(x, weights), numbers["sigma"])
+    numbers.assert_matches(logits_of(model, x, numbers["sigma"], weights=weights), f"{case}.logits")
+    matrix = model.vocab_embed.embedding
+    embeds = model.vocab_embed(x) if x.ndim == 2 else soft_embedding(x, weights, matrix)
+    hidden = model.hidden_states(embeds, numbers["sigma"])
     assert len(hidden) == 3
     for layer, states in enumerate(hidden):
         numbers.assert_matches(states, f"{case}.hidden.{layer}")
@@ -54,7 +65,7 @@ def test_float64_logits_have_the_golden_values(golden, fixture, case, time_condi
     numbers = golden(fixture)
     model, (x, weights) = golden_dit(numbers, time_conditioning).double(), golden_input(numbers, case)
     x = x.double() if x.is_floating_point() else x
-    logits = model(x, numbers["sigma"].double(), weights=weights)
+    logits = logits_of(model, x, numbers["sigma"].double(), weights=weights)
     numbers.assert_matches(logits, f"{case}.logits_float64", tolerance=numbers.tolerance["float64"])
 
 
@@ -64,12 +75,12 @@ def test_float64_logits_have_the_golden_values(golden, fixture, case, time_condi
 def test_certain_input_logits_equal_their_ids(backbone):
     model, ids = backbone(), torch.randint(13, (2, 8))
     soft = torch.nn.functional.one_hot(ids, 13).float() * 1e4
-    torch.testing.assert_close(model(soft), model(ids), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(logits_of(model, soft), model(ids), rtol=1e-5, atol=1e-5)
 
 
 def test_one_id_of_weight_one_equals_that_id(backbone):
     model, ids = backbone(), torch.randint(13, (2, 8))
-    weighted = model(ids[..., None], weights=torch.ones(2, 8, 1))
+    weighted = logits_of(model, ids[..., None], weights=torch.ones(2, 8, 1))
     torch.testing.assert_close(weighted, model(ids), rtol=1e-5, atol=1e-5)
 
 
@@ -77,12 +88,14 @@ def test_one_id_of_weight_one_equals_that_id(backbone):
 def test_all_ids_with_their_probabilities_equal_soft_input(backbone, seed):
     model, logits = backbone(), torch.randn(2, 8, 13, generator=torch.Generator().manual_seed(seed))
     ids = torch.arange(13).expand(2, 8, 13)
-    torch.testing.assert_close(model(ids, weights=logits.softmax(-1)), model(logits), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        logits_of(model, ids, weights=logits.softmax(-1)), logits_of(model, logits), rtol=1e-4, atol=1e-4
+    )
 
 
 def test_weights_of_ids_get_gradients(backbone):
     model, weights = backbone(), torch.full((2, 8, 3), 0.3, requires_grad=True)
-    model(torch.randint(13, (2, 8, 3)), weights=weights).square().sum().backward()
+    logits_of(model, torch.randint(13, (2, 8, 3)), weights=weights).square().sum().backward()
     assert (weights.grad != 0).all()
 
 
@@ -220,10 +233,9 @@ def test_a_head_gets_the_operands_of_the_logits_and_gives_the_answer(backbone, a
 # ------------------------------------------------------------------------------------------------ errors
 
 
-def test_a_head_at_some_positions_is_refused(backbone):
-    ids = torch.zeros(2, 8, dtype=torch.int64)
-    with pytest.raises(TokenDriftError, match="wanted and head were both given"):
-        backbone()(ids, wanted=ids == 0, head=tuple)
+def test_embeddings_of_another_shape_are_refused(backbone):
+    with pytest.raises(TokenDriftError, match=r"embed must return \(B, L, D\) = \(2, 8, 16\)"):
+        backbone()(torch.zeros(2, 8, dtype=torch.int64), embed=lambda embedding: embedding)
 
 
 @pytest.mark.parametrize(
@@ -234,8 +246,8 @@ def test_a_head_at_some_positions_is_refused(backbone):
         ((2, 8), (2, 1), r"sigma must have shape \(B,\)"),
         ((2, 8), (), r"sigma must have shape \(B,\)"),
         ((2, 8), (2, 8), r"not one value a position"),
-        ((8,), (8,), r"x_t must be integer ids \(B, L\) or float logits \(B, L, V\) with V = 13"),
-        ((2, 8, 13), (2,), r"x_t must be integer ids \(B, L\)[\s\S]*Ids \(B, L, K\) need their weights"),
+        ((8,), (8,), r"x_t must have shape \(B, L\), but it has 1 axes"),
+        ((2, 8, 13), (2,), r"x_t must have shape \(B, L\), but it has 3 axes"),
     ],
 )
 def test_bad_calls_are_refused(backbone, x_t, sigma, message):
@@ -245,13 +257,18 @@ def test_bad_calls_are_refused(backbone, x_t, sigma, message):
 
 
 @pytest.mark.parametrize("shape", [(2, 8, 12), (2, 13), (13,)])
-def test_soft_input_of_the_wrong_shape_is_refused(backbone, shape):
-    with pytest.raises(TokenDriftError, match=r"or float logits \(B, L, V\) with V = 13"):
-        backbone()(torch.zeros(shape))
+def test_soft_input_of_the_wrong_shape_is_refused(shape):
+    with pytest.raises(TokenDriftError, match=r"float logits \(B, L, V\) with V = 13"):
+        soft_embedding(torch.zeros(shape), None, torch.zeros(13, 16))
+
+
+def test_ids_of_a_soft_input_need_their_weights():
+    with pytest.raises(TokenDriftError, match=r"float logits \(B, L, V\)[\s\S]*Ids \(B, L, K\) need their weights"):
+        soft_embedding(torch.zeros(2, 8, 13, dtype=torch.int64), None, torch.zeros(13, 16))
 
 
 @pytest.mark.parametrize(
-    ("x_t", "weights", "message"),
+    ("soft", "weights", "message"),
     [
         (
             torch.zeros(2, 8, 3, dtype=torch.int64),
@@ -261,12 +278,12 @@ def test_soft_input_of_the_wrong_shape_is_refused(backbone, shape):
         (torch.zeros(2, 8, dtype=torch.int64), torch.ones(2, 8), r"one for each of the integer ids"),
         (torch.zeros(2, 8, 3), torch.ones(2, 8, 3), r"one for each of the integer ids"),
         (torch.zeros(2, 8, 3, dtype=torch.int64), torch.ones(2, 8, 3, dtype=torch.int64), r"weights must be floating"),
-        (torch.full((2, 8, 3), 13), torch.ones(2, 8, 3), r"x_t has ids from 13 to 13"),
+        (torch.full((2, 8, 3), 13), torch.ones(2, 8, 3), r"soft has ids from 13 to 13"),
     ],
 )
-def test_weights_that_do_not_belong_to_their_ids_are_refused(backbone, x_t, weights, message):
+def test_weights_that_do_not_belong_to_their_ids_are_refused(soft, weights, message):
     with pytest.raises(TokenDriftError, match=message):
-        backbone()(x_t, weights=weights)
+        soft_embedding(soft, weights, torch.zeros(13, 16))
 
 
 @pytest.mark.parametrize("ids", [[[0, 13]], [[-1, 0]]])

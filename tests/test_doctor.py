@@ -14,10 +14,10 @@ from torch import nn
 from typer.testing import CliRunner
 
 from tokendrift import TokenDriftError, cli
-from tokendrift.demo.corpus import prose
-from tokendrift.demo.stages import PRETRAINED
+from tokendrift.corpus import prose
+from tokendrift.demo import PRETRAINED
 from tokendrift.diffusion import MaskedDiffusion, UniformDiffusion
-from tokendrift.doctor import Report, diagnose, examine
+from tokendrift.doctor import Diagnosis, diagnose, examine
 from tokendrift.doctor.probes import Estimate, estimate, window_nelbo
 from tokendrift.evaluation import validation_nelbo
 from tokendrift.models import DiT, DiTConfig, load_denoiser
@@ -40,12 +40,11 @@ def _quick_documents(monkeypatch):
 
 @pytest.fixture
 def checkpoint(tmp_path):
-    """Copy a shipped model in the hub's layout, its tokenizer beside it; changes to weights and configuration."""
+    """Copy a shipped model with its tokenizer; changes to weights and configuration."""
 
     def make(kind, *, weights=None, config=None):
         folder = tmp_path / kind
         shutil.copytree(PRETRAINED / kind, folder)
-        shutil.copy(PRETRAINED / "tokenizer.json", folder)
         if weights is not None:
             torch.manual_seed(0)
             tensors = {name: tensor.float() for name, tensor in load_file(folder / "model.safetensors").items()}
@@ -176,7 +175,7 @@ def test_a_network_that_reads_the_time_itself_is_noticed(monkeypatch):
     model, process = load_denoiser(PRETRAINED / "uniform")
     tokenizer = load_tokenizer(PRETRAINED / "tokenizer.json")
     windows = examine._windows(documents(), tokenizer, process, 32, 2 * TOKENS)
-    report = Report({"source": "x"})
+    report = Diagnosis({"source": "x"})
     examine.check_nelbo(report, TrainedOnTime(model, process), process, windows, tokenizer, print)
     assert "reads its second argument as the time t, not as sigma" in failures(report)["what is wrong"]
 
@@ -192,14 +191,14 @@ def test_a_tokenizer_that_does_not_fit_is_noticed(checkpoint):
 
 def test_the_mask_is_held_against_the_tokenizer(checkpoint):
     tokenizer = load_tokenizer(PRETRAINED / "tokenizer.json")
-    report = Report({})
+    report = Diagnosis({})
     assert examine.check_tokenizer(report, MaskedDiffusion(1025, 700), tokenizer, "here")
     assert "700 is an ordinary token of the tokenizer" in failures(report)["mask id"]
     tokenizer.add_special_tokens({"mask_token": "<mask>"})
-    report = Report({})
+    report = Diagnosis({})
     examine.check_tokenizer(report, MaskedDiffusion(1025, 1023), tokenizer, "here")
     assert "the model has 1023, the tokenizer's mask token is 1024" in failures(report)["mask id"]
-    report = Report({})
+    report = Diagnosis({})
     examine.check_tokenizer(report, MaskedDiffusion(1025, 1024), tokenizer, "here")
     assert report.healthy
 
@@ -219,7 +218,7 @@ def test_the_mask_is_held_against_the_tokenizer(checkpoint):
 def test_the_published_value_is_compared_where_it_can_be(process, perplexity, source, verdict, said):
     with torch.device("meta"):
         model = DiT(DiTConfig(50258, 1024, 8, 4, 1, 1))
-    report = Report({"source": source})
+    report = Diagnosis({"source": source})
     examine._compare(report, model, process, Estimate(math.log(perplexity), 0.01))
     assert (report.checks[0].verdict, said in report.checks[0].message) == (verdict, True)
 
@@ -289,8 +288,10 @@ def test_json_holds_the_same_and_a_finding_leaves_with_one(checkpoint, run):
     assert report["checks"][-1]["name"] == "weights are trained"
 
 
-def test_without_a_tokenizer_it_says_what_it_cannot_check(run):
-    result = run(PRETRAINED / "masked")
+def test_without_a_tokenizer_it_says_what_it_cannot_check(run, checkpoint):
+    folder = checkpoint("masked")
+    (folder / "tokenizer.json").unlink()
+    result = run(folder)
     assert result.exit_code == 0 and "name one with --tokenizer to check it and the NELBO" in result.stdout
 
 
@@ -307,7 +308,7 @@ def test_text_that_is_too_short_is_a_note(run, tmp_path):
         ([PRETRAINED / "masked", "--device", "abacus"], "device 'abacus' cannot be used"),
         ([PRETRAINED], "has no config.json"),
         ([PRETRAINED / "masked", "--text", "none.txt"], "cannot be read"),
-        ([PRETRAINED / "masked", "--tokenizer", PRETRAINED / "masked"], "no tokenizer can be read from"),
+        ([PRETRAINED / "masked", "--tokenizer", PRETRAINED.parent], "no tokenizer can be read from"),
     ],
 )
 def test_what_cannot_be_examined_leaves_with_two(run, arguments, said):

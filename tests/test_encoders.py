@@ -8,9 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-import tokendrift as td
-from tokendrift import PooledFeatures, TokenDriftError, TokenDriftLoss, map_vocabulary
-from tokendrift.encoders import InputsEmbedsEncoder, as_encoder, input_embedding
+from tokendrift import PooledFeatures, TokenDriftError, TokenDriftLoss
+from tokendrift.encoders import InputsEmbedsEncoder, as_encoder, input_embedding, map_vocabulary
 
 transformers = pytest.importorskip("transformers", reason="the models of these tests come from transformers")
 
@@ -224,7 +223,7 @@ class Wrapper(nn.Module):
         (EncoderDecoder(), r"encoder-decoder needs input for its decoder too[\s\S]*model\.get_encoder\(\)"),
         (
             nn.Linear(2, 2),
-            r"encoder must have a method hidden_states[\s\S]*takes inputs_embeds[\s\S]*Wrap your encoder",
+            r"encoder must have a method hidden_states[\s\S]*takes inputs_embeds[\s\S]*Add what is missing",
         ),
         (Wrapper(), r"encoder must have a method hidden_states[\s\S]*inside the wrapper: encoder\.module"),
     ],
@@ -287,7 +286,7 @@ def test_one_entry_more_for_the_mask_fails_with_both_sizes_and_the_way_out_works
         TokenDriftError, match=rf"logits has {V + 1} columns \(V\) but embedding has {V} rows"
     ) as caught:
         TokenDriftLoss.from_encoder(encoder)(logits, clean)
-    assert "tokendrift.map_vocabulary(embedding, ids)" in str(caught.value)
+    assert "tokendrift.encoders.map_vocabulary(embedding, ids)" in str(caught.value)
 
     features = PooledFeatures(encoder)
     expected = TokenDriftLoss(features.embedding, features)(
@@ -313,4 +312,4 @@ def test_one_entry_more_for_the_mask_fails_with_both_sizes_and_the_way_out_works
 def test_bad_maps_of_a_vocabulary_are_refused(arguments, message):
     ids, *missing = arguments
     with pytest.raises(TokenDriftError, match=message):
-        td.map_vocabulary(torch.zeros(3, 2), ids, **({"missing": missing[0]} if missing else {}))
+        map_vocabulary(torch.zeros(3, 2), ids, **({"missing": missing[0]} if missing else {}))

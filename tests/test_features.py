@@ -12,13 +12,12 @@ from torch import nn
 
 from tokendrift import (
     ConcatenatedFeatures,
-    IdentityFeatures,
     PooledFeatures,
     TokenDriftError,
     TokenDriftLoss,
     soft_token_lift,
 )
-from tokendrift.features import masked_mean
+from tokendrift.features import IdentityFeatures, masked_mean
 from tokendrift.models import DiT, DiTConfig
 
 

@@ -17,16 +17,13 @@ from tokendrift.evaluation import (
     Interval,
     Point,
     SampleSet,
-    Setting,
     at_matched_entropy,
-    denoiser_samples,
-    draws,
     matched_entropy,
     measure,
     sweep,
     temperature_at,
 )
-from tokendrift.sampling import sample
+from tokendrift.sampling import SamplingSetting, denoiser_samples, sample, sample_set
 
 V, LENGTH = 16, 24
 LAW = torch.linspace(2.0, -2.0, V, dtype=torch.float64)  # logits of the judge and of a model that draws from its law
@@ -57,9 +54,9 @@ def figures(samples):
 
 @pytest.fixture(scope="module")
 def frontier():
-    settings = [Setting(4, t) for t in (1.5, 1.0, 0.7, 0.4)]
+    settings = [SamplingSetting(4, t) for t in (1.5, 1.0, 0.7, 0.4)]
     models = {"the law": drawer(LAW), "flatter": drawer(LAW / 2, seed=1)}
-    real = drawer(LAW, seed=9)(Setting(1), 200)
+    real = drawer(LAW, seed=9)(SamplingSetting(1), 200)
     return sweep(models, settings, figures, real=SampleSet(ids=real.ids), count=200)
 
 
@@ -89,22 +86,22 @@ def test_an_entropy_out_of_reach_has_no_gen_ppl(frontier):
 
 def test_real_text_of_a_sweep_is_cut_to_the_number_of_samples_and_spread(frontier):
     rows = [[token] * LENGTH for token in range(V)]
-    found = sweep({"law": drawer(LAW)}, [Setting(4)], figures, real=rows, count=4)
+    found = sweep({"law": drawer(LAW)}, [SamplingSetting(4)], figures, real=rows, count=4)
     assert found.real.samples == 4
     every_fourth = figures([rows[0], rows[4], rows[8], rows[12]]).gen_ppl.estimate
     assert found.real.gen_ppl.estimate == pytest.approx(every_fourth, rel=0.5)  # of rows that span a factor of 55
     for real in (frontier.real, rows[:3]):
         with pytest.raises(TokenDriftError, match="samples and a point 4: the entropy of all tokens depends"):
-            sweep({"law": drawer(LAW)}, [Setting(4)], figures, real=real, count=4)
-    few = Frontier(frontier.points, figures(drawer(LAW)(Setting(1), 20)))
+            sweep({"law": drawer(LAW)}, [SamplingSetting(4)], figures, real=real, count=4)
+    few = Frontier(frontier.points, figures(drawer(LAW)(SamplingSetting(1), 20)))
     with pytest.raises(TokenDriftError, match="real text has 20 samples and a point 200"):
         few.at_entropy_of_real_text("the law", 4)
 
 
 def test_a_sweep_measures_real_text_as_its_points(frontier):
-    other = measure(drawer(LAW)(Setting(1), 200), JUDGE, resamples=50)
+    other = measure(drawer(LAW)(SamplingSetting(1), 200), JUDGE, resamples=50)
     with pytest.raises(TokenDriftError, match="not measured alike: resamples is 200 for one and 50"):
-        sweep({"law": drawer(LAW)}, [Setting(4)], figures, real=other, count=200)
+        sweep({"law": drawer(LAW)}, [SamplingSetting(4)], figures, real=other, count=200)
     with pytest.raises(TokenDriftError, match="not measured alike"):
         Frontier(frontier.points, other).at_entropy_of_real_text("the law", 4)
 
@@ -127,7 +124,7 @@ def test_the_numbers_behind_the_plot_are_in_the_json(frontier):
 
 @pytest.mark.parametrize("kind", ["sample", "unigram"])
 def test_a_model_that_is_only_colder_is_no_better_at_matched_entropy(frontier, kind):
-    colder = figures(drawer(LAW / 0.6, seed=3)(Setting(4), 200))
+    colder = figures(drawer(LAW / 0.6, seed=3)(SamplingSetting(4), 200))
     usual = frontier.curve("the law", 4)[2].measures
     assert colder.gen_ppl.high < usual.gen_ppl.low  # it looks better
     found = at_matched_entropy(colder, drawer(LAW), figures, real=frontier.real, steps=4, kind=kind)
@@ -147,19 +144,19 @@ def test_a_model_that_is_better_at_the_same_entropy_is_called_so(frontier):
     good = frontier.curve("the law", 4)[2].measures
     found = at_matched_entropy(good, drawer(wrong), figures, real=frontier.real, steps=4)
     assert found.verdict() == "better" and found.ratio.high < 0.5
-    bad = figures(drawer(wrong)(Setting(4), 200))
+    bad = figures(drawer(wrong)(SamplingSetting(4), 200))
     assert at_matched_entropy(bad, drawer(LAW), figures, real=frontier.real, steps=4).verdict() == "worse"
 
 
 def test_an_entropy_that_no_temperature_reaches_claims_nothing(frontier):
-    flat = figures(drawer(LAW * 0)(Setting(4), 200))
+    flat = figures(drawer(LAW * 0)(SamplingSetting(4), 200))
     found = at_matched_entropy(flat, drawer(LAW), figures, real=frontier.real, steps=4)
     assert (found.matched, found.verdict(), found.temperature) == (False, "not matched", 1.0)
 
 
 def test_few_samples_do_not_make_entropies_agree(frontier):
     """The interval of ten samples holds a difference that no comparison at equal entropy may have."""
-    model, other = (figures(drawer(law, seed=s)(Setting(4), 10)) for law, s in ((LAW, 4), (LAW * 0.7, 13)))
+    model, other = (figures(drawer(law, seed=s)(SamplingSetting(4), 10)) for law, s in ((LAW, 4), (LAW * 0.7, 13)))
     found = matched_entropy(model, other, other, kind="sample", temperature=0.7)
     assert not found.entropy_difference.excludes(0) and abs(found.entropy_difference.estimate) > 0.05
     assert not found.matched and found.verdict() == "not matched"
@@ -200,7 +197,7 @@ def test_a_known_curve_saves_the_grid(frontier):
     curve = [(1.0, 2.5), (0.5, 2.0)]
     model = frontier.points[1].measures
     at_matched_entropy(model, counted, figures, real=frontier.real, steps=4, curve=curve)
-    assert calls == [Setting(4, temperature_at(curve, model.sample_entropy.estimate))]
+    assert calls == [SamplingSetting(4, temperature_at(curve, model.sample_entropy.estimate))]
 
 
 def test_temperature_is_interpolated_and_held_at_the_ends():
@@ -214,10 +211,10 @@ def test_a_denoiser_is_sampled_alike_whatever_the_batches():
     process = MaskedDiffusion(V + 1)
     denoiser = lambda x_t, sigma: torch.cat([LAW, LAW[:1]]).float().expand(*x_t.shape, V + 1)  # noqa: E731
     draws = [denoiser_samples(denoiser, process, 8, batch_size=size, seed=5) for size in (4, 10)]
-    first, second = (draw(Setting(3, temperature=0.8), 10) for draw in draws)
+    first, second = (draw(SamplingSetting(3, temperature=0.8), 10) for draw in draws)
     assert first.ids == second.ids and len(first) == 10
     assert first.nfe == 3 and dict(first.metadata) == {"steps": 3, "temperature": 0.8, "top_p": 1.0}
-    nucleus = draws[0](Setting(3, top_p=0.2), 10)
+    nucleus = draws[0](SamplingSetting(3, top_p=0.2), 10)
     assert {token for row in nucleus.ids for token in row} == {0}  # the likeliest holds 0.22
 
 
@@ -226,7 +223,7 @@ def test_nfe_is_what_the_busiest_row_took_part_in_as_in_a_samples_file():
     model = make_dit()
     draw = denoiser_samples(model, MaskedDiffusion(13, mask_id=12), 8, seed=1)
     found = sample(model, MaskedDiffusion(13, mask_id=12), (4, 8), steps=32, seed=1)
-    assert draw(Setting(32), 4).nfe == found.row_nfe.max() < found.nfe
+    assert draw(SamplingSetting(32), 4).nfe == found.row_nfe.max() < found.nfe
 
 
 def test_samples_are_drawn_without_dropout_and_the_mode_comes_back():
@@ -240,7 +237,7 @@ def test_samples_are_drawn_without_dropout_and_the_mode_comes_back():
 
     model = Dropped().train()
     draw = denoiser_samples(model, MaskedDiffusion(V + 1), 8, seed=5)
-    assert draw(Setting(3), 10).ids == draw(Setting(3), 10).ids
+    assert draw(SamplingSetting(3), 10).ids == draw(SamplingSetting(3), 10).ids
     assert model.training and model.dropout.training
 
 
@@ -251,15 +248,18 @@ def test_a_batch_holds_few_logits_at_once(monkeypatch):
         sizes.append(len(x_t))
         return torch.zeros(*x_t.shape, V + 1)
 
-    monkeypatch.setattr(draws, "LOGITS", 3 * 8 * (V + 1))
-    denoiser_samples(denoiser, MaskedDiffusion(V + 1), 8)(Setting(1), 7)
+    monkeypatch.setattr(sample_set, "LOGITS_AT_ONCE", 3 * 8 * (V + 1))
+    denoiser_samples(denoiser, MaskedDiffusion(V + 1), 8)(SamplingSetting(1), 7)
     assert sizes == [3, 3, 1]
 
 
 @pytest.mark.parametrize(
     ("call", "says"),
     [
-        (lambda f: sweep({}, [Setting(1)], figures, real=f.real, count=9), "at least one model and one setting"),
+        (
+            lambda f: sweep({}, [SamplingSetting(1)], figures, real=f.real, count=9),
+            "at least one model and one setting",
+        ),
         (lambda f: f.curve("other", 4), "no point of model 'other' with 4 steps"),
         (lambda f: f.at_entropy_of_real_text("the law", 4, kind="token"), "kind must be one of 'sample', 'unigram'"),
         (lambda f: at_matched_entropy(f.real, drawer(LAW), figures, real=f.real, steps=4, kind="x"), "kind must be"),
@@ -273,7 +273,7 @@ def test_what_cannot_be_compared_is_named(frontier, call, says):
 
 def test_points_of_one_curve_share_model_steps_and_nucleus(frontier):
     measures = frontier.points[0].measures
-    points = [Point("a", Setting(4, t, p), measures) for p in (1.0, 0.9) for t in (1.0, 0.5)]
+    points = [Point("a", SamplingSetting(4, t, p), measures) for p in (1.0, 0.9) for t in (1.0, 0.5)]
     curves = Frontier(tuple(points), frontier.real).curves()
     assert [[point.setting.top_p for point in curve] for curve in curves] == [[1.0, 1.0], [0.9, 0.9]]
     assert math.isfinite(measures.gen_ppl.estimate)

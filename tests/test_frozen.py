@@ -10,14 +10,9 @@ import pytest
 import torch
 from torch import nn
 
-from tokendrift import (
-    ConcatenatedFeatures,
-    IdentityFeatures,
-    MirrorTeacherLoss,
-    PooledFeatures,
-    TokenDriftLoss,
-    map_vocabulary,
-)
+from tokendrift import ConcatenatedFeatures, MirrorTeacherLoss, PooledFeatures, TokenDriftLoss
+from tokendrift.encoders import map_vocabulary
+from tokendrift.features import IdentityFeatures
 from tokendrift.models import DiT, DiTConfig
 
 V, L = 4000, 8  # a vocabulary that outweighs the rest of the encoder

@@ -154,8 +154,8 @@ def test_the_largest_entries_are_different_tokens_with_their_weights(generator, 
 def test_a_backbone_reads_the_largest_entries_as_it_reads_all(backbone, generator):
     model, process = backbone(time_conditioning=True), GaussianUniformDiffusion(13, 0.2, top_k=12)
     found = process.corrupt(torch.randint(13, (3, 8), generator=generator), generator=generator)
-    dense = torch.zeros(3, 8, 13).scatter(-1, found.soft, found.weights.log())
-    torch.testing.assert_close(found.denoise(model), model(dense, found.sigma), rtol=1e-4, atol=1e-5)
+    dense = SoftCorruption(found, torch.zeros(3, 8, 13).scatter(-1, found.soft, found.weights.log()))
+    torch.testing.assert_close(found.denoise(model), dense.denoise(model), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.statistical

@@ -15,10 +15,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tokendrift import TokenDriftError
-from tokendrift.evaluation import GenerativePerplexity, SampleSet, decode, generative_perplexity
+from tokendrift.evaluation import GenerativePerplexity, SampleSet, generative_perplexity
 from tokendrift.evaluation.judge import Judge, token_nll
 from tokendrift.evaluation.protocols import log_perplexity, plan_windows, scored_targets
 from tokendrift.evaluation.samples import cleaned
+from tokendrift.models.tokenizer import decode
 
 CASES = ("plain", "padded", "chunked")
 V = 20
@@ -484,7 +485,7 @@ def test_importing_the_evaluation_loads_no_transformers():
     [
         ([], "samples is empty: there is nothing to score"),
         ("one text", "samples must be a list of texts"),
-        (["a b"], "texts need the judge's tokenizer"),
+        (["a b"], "texts need a tokenizer"),
         ([[1, 2], [3]], "sample 1 has 1 token; the judge predicts each token from"),
         ([[1, 2], []], "sample 1 has 0 tokens; "),
         ([[-100, 2]], "ids from -100 to 2, but ids are not negative"),

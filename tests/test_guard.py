@@ -9,21 +9,21 @@ import pytest
 import torch
 
 from tokendrift import TokenDriftError
-from tokendrift.demo.corpus import prose
-from tokendrift.demo.stages import EOS, JUDGE_WINDOW, LENGTH, PRETRAINED, load_judge
+from tokendrift.corpus import prose
+from tokendrift.demo import PRETRAINED
 from tokendrift.evaluation import (
-    CHECKS,
     GenerativePerplexity,
     SampleSet,
-    Setting,
     check_samples,
-    denoiser_samples,
     evaluate,
     measure,
 )
+from tokendrift.evaluation.guard import RULES
 from tokendrift.models import load_denoiser
+from tokendrift.sampling import SamplingSetting, denoiser_samples
 
 COUNT = 128
+EOS, LENGTH, JUDGE_WINDOW = 0, 32, 64  # of the shipped models
 
 
 class World:
@@ -40,7 +40,7 @@ class World:
         self.windows = windows[torch.randperm(len(windows), generator=torch.Generator().manual_seed(0))]
         self.real, self.held_out, self.training = self.windows.split([COUNT, COUNT, len(windows) - 2 * COUNT])
         self.judge = GenerativePerplexity(
-            load_judge(PRETRAINED / "judge"), self.tokenizer, max_length=JUDGE_WINDOW, eos_id=EOS
+            str(PRETRAINED / "judge"), self.tokenizer, max_length=JUDGE_WINDOW, eos_id=EOS
         )
 
     def row(self, ids, **options):
@@ -74,7 +74,7 @@ def copying(world):
 def cold(world):
     """The shipped masked model at temperature 0.5."""
     model, process = load_denoiser(PRETRAINED / "masked")
-    return denoiser_samples(model, process, LENGTH, batch_size=COUNT)(Setting(8, temperature=0.5), COUNT)
+    return denoiser_samples(model, process, LENGTH, batch_size=COUNT)(SamplingSetting(8, temperature=0.5), COUNT)
 
 
 CHEATS = [
@@ -116,7 +116,7 @@ def test_held_out_text_is_not_flagged(world):
 def test_an_honest_sample_of_a_model_passes_what_it_should(world):
     """At temperature 1 the small model writes worse than people, which is not what the guard is for."""
     model, process = load_denoiser(PRETRAINED / "masked")
-    row = world.row(denoiser_samples(model, process, LENGTH, batch_size=COUNT)(Setting(16), COUNT))
+    row = world.row(denoiser_samples(model, process, LENGTH, batch_size=COUNT)(SamplingSetting(16), COUNT))
     assert row.verdict.passed, row.verdict.findings
     assert row.comparison.verdict() == "higher"
 
@@ -153,7 +153,7 @@ def test_sets_of_different_size_are_judged_only_where_size_does_not_matter(world
     few, many = (measure(world.windows[:n], cheap, resamples=50) for n in (40, 80))
     verdict = check_samples(few, many)
     assert [f.figure for f in verdict.findings if f.level == "comment" and f.figure != "gen_ppl"] == ["samples"]
-    assert set(verdict.unchecked) == {c.figure for c in CHECKS if c.whole_set} | {"copied_share"}
+    assert set(verdict.unchecked) == {c.figure for c in RULES if c.whole_set} | {"copied_share"}
     short = measure(world.windows[:80, :16], cheap, resamples=50)
     assert any(finding.figure == "length" for finding in check_samples(short, many).findings)
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tokendrift import DriftField, ImageDriftField, TokenDriftError
+from tokendrift import TokenDriftError
 from tokendrift.testing import check_field
+from tokendrift.variants import ExtendedDriftField, ImageDriftField
 
 
 @pytest.mark.parametrize("case", ["plain", "neg", "weighted"])
@@ -46,7 +47,7 @@ def test_without_floor_and_exclusion_it_is_a_drift_field():
     """At temperatures this high no weight is near the floor of 1e-3; the image paper measures per coordinate."""
     generator = torch.Generator().manual_seed(0)
     anchors, positives, negatives = (torch.randn(n, 4, generator=generator, dtype=torch.float64) for n in (4, 5, 6))
-    plain = DriftField((2.0,), kernel="laplace", normalization="two_sided", feature_scaling=True)
+    plain = ExtendedDriftField((2.0,), kernel="laplace", normalization="two_sided", feature_scaling=True)
     drift = ImageDriftField((2.0,))(anchors, positives, negatives)
     torch.testing.assert_close(drift, plain(anchors, positives, negatives), rtol=1e-6, atol=0)
 

@@ -57,7 +57,8 @@ def untouched(data):
 )
 def test_loss_gradients_and_queues_are_those_of_the_logits(reduction, seed, biased, partly, masked, padded):
     data, clean, noisy, predicted = operands(seed, biased=biased)
-    arguments = {"noisy_ids": noisy, "predicted": predicted} if partly else {}
+    everything = {"noisy_ids": torch.full_like(clean, V - 1)} if masked else {}
+    arguments = {"noisy_ids": noisy, "predicted": predicted} if partly else everything
     if padded:
         arguments["attention_mask"] = torch.arange(L) < torch.tensor([[L], [L - 1], [2]])
     theirs, mine = (build(reduction=reduction, mask_id=V - 1 if masked else None) for _ in range(2))

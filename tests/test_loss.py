@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import pickle
+import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,9 +14,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
+import tokendrift
 from tokendrift import DriftField, MirrorTeacherLoss, PooledFeatures, TokenDriftError, TokenDriftLoss
 from tokendrift._objective import LIFTS
 from tokendrift.loss import token_entropy
+from tokendrift.variants import ExtendedDriftField
 
 B, L, V, D = 3, 5, 7, 4
 CASES = ["absorbing", "absorbing_plain_softmax", "uniform", "uniform_separate", "uniform_nopair"]
@@ -163,7 +168,8 @@ def test_the_mirror_teacher_has_the_golden_values(golden, case, distance):
 def test_the_gradient_is_zero_exactly_on_observed_positions(cls, seed, masked, some):
     logits, clean, noisy, predicted = batch(seed)
     loss = build(cls, mask_id=V - 1 if masked else None)
-    arguments = {"noisy_ids": noisy, "predicted": predicted} if some else {}
+    everything = {"noisy_ids": torch.full_like(clean, V - 1)} if masked else {}
+    arguments = {"noisy_ids": noisy, "predicted": predicted} if some else everything
     _, grad = gradient(loss, logits, clean, **arguments)
     moved = (grad != 0).any(dim=-1)
     assert torch.equal(moved, predicted if some else torch.ones_like(predicted))
@@ -338,7 +344,7 @@ def accumulate(loss, logits, clean):
 @pytest.mark.parametrize("kernel", ["gaussian", "laplace", "sharp_laplace"])
 def test_micro_batches_with_frozen_queues_are_one_batch(cls, normalization, kernel):
     logits, clean, *_ = batch(rows=6)
-    field = DriftField((0.2, 1.0), kernel=kernel, normalization=normalization, rms_normalize=False)
+    field = ExtendedDriftField((0.2, 1.0), kernel=kernel, normalization=normalization, rms_normalize=False)
     whole, parts = (build(cls, **(ANCHOR_BY_ANCHOR | {"field": field})) for _ in range(2))
     expected, grad = gradient(whole, logits, clean)
     actual, summed = accumulate(parts, logits, clean)
@@ -354,9 +360,9 @@ def test_micro_batches_with_frozen_queues_are_one_batch(cls, normalization, kern
         {"batch_as_references": True},
         {"field": DriftField((0.2, 1.0))},
         {"field": DriftField((0.2, 1.0), rms_normalize=False, normalization="two_sided")},
-        {"field": DriftField((0.2, 1.0), rms_normalize=False, normalization="sinkhorn")},
-        {"field": DriftField((0.2, 1.0), rms_normalize=False, feature_scaling=True)},
-        {"field": DriftField((0.2, 1.0), rms_normalize=False, subtract_noise=True)},
+        {"field": ExtendedDriftField((0.2, 1.0), rms_normalize=False, normalization="sinkhorn")},
+        {"field": ExtendedDriftField((0.2, 1.0), rms_normalize=False, feature_scaling=True)},
+        {"field": ExtendedDriftField((0.2, 1.0), rms_normalize=False, subtract_noise=True)},
     ],
     ids=["batch_as_references", "rms_normalize", "two_sided", "sinkhorn", "feature_scaling", "subtract_noise"],
 )
@@ -658,6 +664,12 @@ def test_from_encoder_reads_input_embeddings_of_other_libraries():
     assert TokenDriftLoss.from_encoder(Other())(logits, clean).isfinite()
 
 
+def test_a_model_without_hidden_states_and_embedding_is_told_of_both_at_once():
+    with pytest.raises(TokenDriftError, match=r"hidden_states\(embeds[\s\S]*vocab_embed.embedding") as caught:
+        TokenDriftLoss.from_encoder(nn.Sequential(nn.Embedding(V, D), nn.Linear(D, V)))
+    assert "TokenDriftLoss(embedding, feature_map)" in str(caught.value)
+
+
 def test_from_encoder_without_an_embedding_is_refused():
     class Bare(nn.Module):
         def hidden_states(self, embeds, *, attention_mask=None):
@@ -786,6 +798,103 @@ def test_bad_mirror_options_are_refused_at_construction(arguments, message):
         MirrorTeacherLoss(torch.zeros(V, D), feature_map, **arguments)
 
 
+@pytest.mark.parametrize(
+    ("call", "label", "nearest"),
+    [
+        (TokenDriftLoss.from_encoder, "TokenDriftLoss.from_encoder", True),
+        (lambda model, **options: TokenDriftLoss(torch.eye(V), feature_map, **options), "TokenDriftLoss", True),
+        (lambda model, **options: MirrorTeacherLoss(torch.eye(V), feature_map, **options), "MirrorTeacherLoss", True),
+        (lambda model, **options: TokenDriftLoss(torch.eye(V), feature_map, **options), "TokenDriftLoss", False),
+    ],
+)
+def test_an_unknown_option_is_refused_with_the_nearest_one(backbone, call, label, nearest):
+    name = "mask_idd" if nearest else "xyz"
+    with pytest.raises(TypeError) as caught:
+        call(backbone(), **{name: 3})
+    assert isinstance(caught.value, TokenDriftError)
+    assert str(caught.value).startswith(f"{label} has no option '{name}'.\n  got {name} int 3\n")
+    assert ("Did you mean 'mask_id'?" in str(caught.value)) == nearest
+    assert "exclude_paired_positive" in str(caught.value)
+
+
+def test_signatures_show_every_option_with_its_default():
+    for function in (TokenDriftLoss, TokenDriftLoss.from_encoder, MirrorTeacherLoss):
+        options = inspect.signature(function).parameters.values()
+        keywords = {option.name: option.default for option in options if option.kind is option.KEYWORD_ONLY}
+        assert not any(option.kind is option.VAR_KEYWORD for option in options)
+        assert keywords["mask_id"] is None
+        assert keywords["queue_size"] == 1024
+        assert inspect.Parameter.empty not in keywords.values()
+
+
+SNIPPET = """
+import torch
+from tokendrift.loss import MirrorTeacherLoss, TokenDriftLoss
+def good(model: torch.nn.Module) -> TokenDriftLoss:
+    return TokenDriftLoss.from_encoder(model, mask_id=3, lift="soft", reduction="none")
+def bad(model: torch.nn.Module, table: torch.Tensor) -> None:
+    TokenDriftLoss.from_encoder(model, mask_idd=3)
+    TokenDriftLoss(table, torch.nn.Identity(), lift="hard")
+    MirrorTeacherLoss(table, torch.nn.Identity(), queue_size="all")
+"""
+
+
+def test_mypy_refuses_wrong_options(tmp_path):
+    """The modules of the signatures are read and nothing that they import, which takes a second or two."""
+    api = pytest.importorskip("mypy.api")
+    (tmp_path / "snippet.py").write_text(SNIPPET)
+    package = Path(tokendrift.__file__).parent
+    files = [str(package / f"{name}.py") for name in ("loss", "_objective", "_checks")]
+    options = ["--follow-imports=skip", "--ignore-missing-imports", "--config-file=", f"--cache-dir={tmp_path}"]
+    found, errors, _ = api.run([*options, *files, str(tmp_path / "snippet.py")])
+    lines = [line.partition("snippet.py:")[2] for line in found.splitlines() if "snippet.py:" in line]
+    assert not errors
+    assert [line.partition(":")[0] for line in lines if "error" in line] == ["7", "8", "9"], found
+    assert 'Unexpected keyword argument "mask_idd" for "from_encoder" of "TokenDriftLoss"' in lines[0]
+
+
+def test_a_printed_loss_shows_its_settings():
+    shown = repr(build(mask_id=V - 1, queue_size=5, filled=False))
+    for setting in ("V=7, D=4", "mask_id=6", "drift_scale=1.0", "queue_size=5", "field=DriftField(temperatures=(0.02"):
+        assert setting in shown
+    assert "feature_map: feature_map" in shown
+    assert "distance='mse'" in repr(build(MirrorTeacherLoss, distance="mse"))
+
+
+# ------------------------------------------------------------------------------------------------ slips
+
+
+@pytest.mark.parametrize("cls", [TokenDriftLoss, MirrorTeacherLoss])
+def test_a_mask_without_noisy_ids_is_refused(cls):
+    logits, clean, *_ = batch()
+    with pytest.raises(TokenDriftError, match=r"neither noisy_ids nor predicted[\s\S]*Pass noisy_ids=x_t"):
+        build(cls, mask_id=V - 1)(logits, clean)
+
+
+def test_swapped_ids_are_refused():
+    logits, clean, noisy, _ = batch()
+    loss = build(mask_id=V - 1)
+    before = copy.deepcopy(loss.state_dict())
+    with pytest.raises(TokenDriftError, match=r"clean_ids contain the mask token \(mask_id = 6\)"):
+        loss(logits, noisy, noisy_ids=clean)
+    assert_same_state(loss, before)
+    padded = torch.where(torch.arange(L) == L - 1, V - 1, clean)  # padding may be written with the mask
+    loss(logits, padded, noisy_ids=noisy, attention_mask=(torch.arange(L) < L - 1).expand(B, L))
+
+
+def test_probabilities_are_reported_once_and_log_probabilities_are_logits():
+    logits, clean, *_ = batch()
+    expected = build()(logits, clean)
+    loss = build()
+    with pytest.warns(UserWarning, match="logits look like probabilities") as caught:
+        loss(logits.softmax(dim=-1), clean)
+    assert caught[0].filename == __file__
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        loss(logits.softmax(dim=-1), clean)  # once for each loss
+        torch.testing.assert_close(build()(logits.log_softmax(dim=-1), clean), expected)
+
+
 META = torch.device("meta")
 
 
@@ -871,7 +980,7 @@ def test_a_feature_map_of_the_wrong_shape_is_named():
     logits, clean, *_ = batch()
     with pytest.raises(TokenDriftError, match=r"feature_map\(embeds\) must have shape \(B, M\), but it has 4 axes"):
         TokenDriftLoss(table(), lambda embeds: embeds[None])(logits, clean)
-    with pytest.raises(TokenDriftError, match=r"one row a sequence: \(B, M\), or \(B, W, M\) for windows"):
+    with pytest.raises(TokenDriftError, match=r"one row for each sequence: \(B, M\), or \(B, W, M\) for windows"):
         TokenDriftLoss(table(), lambda embeds: embeds.flatten(0, 1))(logits, clean)
 
 

@@ -17,6 +17,7 @@ from tokendrift.evaluation import (
     GenerativePerplexity,
     Interval,
     SampleSet,
+    bootstrap_interval,
     compare,
     copied_share,
     distinct_n,
@@ -78,6 +79,7 @@ def test_every_figure_is_that_of_its_function(judge):
     assert values == pytest.approx(
         {
             "gen_ppl": generative_perplexity(ids, bigram, protocol="all").perplexity,
+            "nats_per_generated_token": generative_perplexity(ids, bigram, protocol="all").nll / (42 * 24),
             "sample_entropy": sample_entropy(ids).mean().item(),
             "unigram_entropy": unigram_entropy(ids),
             **{f"distinct_{n}": distinct_n(ids, n) for n in range(1, 5)},
@@ -97,6 +99,33 @@ def test_every_figure_is_that_of_its_function(judge):
     assert found.gen_ppl == pytest.approx(perplexity_interval(found.perplexity, resamples=200), rel=1e-12)
     for value in found.intervals().values():
         assert value.low - 1e-12 <= value.estimate <= value.high + 1e-12
+
+
+def test_bits_per_byte_and_nats_per_token_are_ratios_of_sums(judge):
+    ids = [row[: 6 + i % 10] for i, row in enumerate(random_ids(30, 16).tolist())]
+    texts = Letters().decode_batch(ids, skip_special_tokens=False)
+    found = measure(SampleSet(ids=ids, texts=texts), judge, resamples=200)
+    nll, tokens = found.perplexity.nll, sum(map(len, ids))
+    assert found.bits_per_byte.estimate == pytest.approx(
+        nll / math.log(2) / tokens, rel=1e-12
+    )  # a byte for each letter
+    assert found.nats_per_generated_token.estimate == pytest.approx(nll / tokens, rel=1e-12)
+    assert found.bits_per_byte.estimate == pytest.approx(found.perplexity.bits_per_byte, rel=1e-12)
+    assert found.bits_per_byte.low < found.bits_per_byte.estimate < found.bits_per_byte.high
+    ratio = bootstrap_interval(
+        lambda a, b: a.sum(dim=-1) / b.sum(dim=-1),
+        found.perplexity.sample_nll / math.log(2),
+        found.perplexity.sample_bytes,
+        resamples=200,
+    )
+    assert found.bits_per_byte == pytest.approx(ratio, rel=1e-9)
+    assert measure(ids, judge, resamples=10).bits_per_byte is None
+    half = judge.score(texts[:15]), judge.score(texts[15:])
+    judge.update(texts[:15])
+    judge.update(texts[15:])
+    whole = judge.compute()
+    assert whole.bits_per_byte == pytest.approx(sum(part.nll for part in half) / math.log(2) / tokens, rel=1e-12)
+    assert whole.nats_per_generated_token is None
 
 
 def test_intervals_of_the_whole_set_move_as_new_draws_do(judge):
@@ -276,7 +305,7 @@ def test_real_text_is_cut_to_the_samples(judge):
 
 def test_the_samples_of_real_text_are_spread_over_it_among_those_that_are_long_enough(judge):
     real = [[i] * 5 for i in range(10)] + [[i] * 20 for i in range(10)]
-    cut = cut_to_lengths(SampleSet(ids=real), (16,) * 4, judge, None, "generated", as_text=False)
+    cut = cut_to_lengths(SampleSet(ids=real), (16,) * 4, None, "generated", as_text=False)
     assert [len(ids) for ids in cut.ids] == [16] * 4
     tokens = sorted(ids[0] for ids in cut.ids)
     assert tokens[0] == 0 and tokens[-1] >= 6 and len(set(tokens)) == 4

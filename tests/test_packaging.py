@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import graphlib
 import json
 import os
 import subprocess
@@ -133,3 +135,27 @@ def version() -> str:
     from tokendrift import __version__
 
     return __version__
+
+
+def test_no_module_imports_itself_through_others():
+    """Of the imports that run when a module is imported: those inside of functions are not counted."""
+    modules = {}
+    for path in sorted((ROOT / "tokendrift").rglob("*.py")):
+        parts = path.relative_to(ROOT).with_suffix("").parts
+        modules[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = ast.parse(path.read_text("utf-8"))
+    imports = {name: set(_imported(tree, modules)) - {name} for name, tree in modules.items()}
+    try:
+        graphlib.TopologicalSorter(imports).prepare()
+    except graphlib.CycleError as error:
+        pytest.fail("modules import each other in a circle: " + " <- ".join(error.args[1]))
+
+
+def _imported(tree, modules):
+    """Yield the modules of the package that one of them imports when it is imported."""
+    for node in tree.body:
+        if isinstance(node, ast.ImportFrom):
+            for name in node.names:
+                full = f"{node.module}.{name.name}"
+                yield from (full if full in modules else node.module,) if node.module in modules else ()
+        elif isinstance(node, ast.Import):
+            yield from (name.name for name in node.names if name.name in modules)

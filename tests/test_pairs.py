@@ -12,8 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from live_bytes import LiveBytes
 
-from tokendrift import PairDriftLoss, TokenDriftError, _ngram_laws, pair_drift
+from tokendrift import PairDriftLoss, TokenDriftError, _ngram_laws
 from tokendrift._ngram_laws import Corrupted, ExactPairs, HashedNgrams, expected_sums
+from tokendrift.pairs import pair_drift
 
 WORKER = Path(__file__).with_name("pair_rank_worker.py")
 IDS = torch.tensor([[0, 1, 2, 1], [2, 2, 0, 1]])

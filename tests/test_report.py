@@ -11,16 +11,24 @@ from html.parser import HTMLParser
 from itertools import pairwise
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from report_samples import EVIL_NAME, as_samples, hostile_report, language, make_report
 
 from tokendrift import TokenDriftError
-from tokendrift.demo.stages import PRETRAINED
-from tokendrift.evaluation import SampleSet
+from tokendrift.demo import PRETRAINED
+from tokendrift.evaluation import FIGURES, Figure, SampleSet, per_sample, register_figure
 from tokendrift.evaluation.report import as_json, page
 from tokendrift.evaluation.report.phrases import marked, most_repeated
-from tokendrift.evaluation.report.sources import Source, common_tokenizer, labels, named, read_real, real_windows
+from tokendrift.evaluation.report.sources import (
+    NamedSamples,
+    common_tokenizer,
+    read_real,
+    real_windows,
+    split_name,
+    unique_names,
+)
 
 tokenizers = pytest.importorskip("tokenizers")
 pytest.importorskip("matplotlib")
@@ -213,12 +221,13 @@ def test_phrases_are_counted_over_the_whole_set_and_hold_words():
 
 def test_windows_of_real_text_are_disjoint_spread_and_as_long_as_the_longest_sample(tokenizer):
     text = " ".join(f"word{i}" for i in range(400))
-    sources = [Source("a", as_samples(tokenizer, [*language(3, length=7), *language(1, length=10)]), "a.jsonl")]
+    sources = [NamedSamples("a", as_samples(tokenizer, [*language(3, length=7), *language(1, length=10)]), "a.jsonl")]
     stream = tokenizer.encode(text).ids
     windows = real_windows(text, sources, tokenizer, None).ids
     assert [len(window) for window in windows] == [10] * 4
     assert windows[0] == stream[:10] and len(stream) - 4 <= _end(windows[-1], stream) <= len(stream)
-    texts = real_windows(text, [Source("a", SampleSet(texts=["some text", "more of it"]), "a.txt")], None, tokenizer)
+    from_text = NamedSamples("a", SampleSet(texts=["some text", "more of it"]), "a.txt")
+    texts = real_windows(text, [from_text], None, tokenizer)
     assert texts.ids is None and len(texts.texts) == 2
     with pytest.raises(TokenDriftError, match="too short for two windows of 10 tokens"):
         real_windows("short", sources, tokenizer, None)
@@ -230,14 +239,14 @@ def _end(window, stream):
 
 
 def test_names_come_from_the_argument_or_the_file():
-    assert named("a=b.jsonl") == ("a", "b.jsonl")
-    assert named("runs/x.4.jsonl") == ("x.4", "runs/x.4.jsonl")
-    assert named("org/mdlm-1.5") == ("mdlm-1.5", "org/mdlm-1.5")
-    twice = [Source("a", SampleSet(texts=["x", "y"], nfe=4), place) for place in ("one", "two")]
-    many = [Source("a", SampleSet(texts=["x"], nfe=7, metadata={"steps": steps}), "") for steps in (64, 128)]
-    assert labels(many) == ["a, 7 NFE of 64 steps", "a, 7 NFE of 128 steps"]
+    assert split_name("a=b.jsonl") == ("a", "b.jsonl")
+    assert split_name("runs/x.4.jsonl") == ("x.4", "runs/x.4.jsonl")
+    assert split_name("org/mdlm-1.5") == ("mdlm-1.5", "org/mdlm-1.5")
+    twice = [NamedSamples("a", SampleSet(texts=["x", "y"], nfe=4), place) for place in ("one", "two")]
+    many = [NamedSamples("a", SampleSet(texts=["x"], nfe=7, metadata={"steps": steps}), "") for steps in (64, 128)]
+    assert unique_names(many) == ["a, 7 NFE of 64 steps", "a, 7 NFE of 128 steps"]
     with pytest.raises(TokenDriftError, match=r"two sets of samples are called 'a, 4 NFE': one, two\.\n.*NAME=FILE"):
-        labels(twice)
+        unique_names(twice)
 
 
 def test_copies_of_a_tokenizer_are_one_and_others_do_not_mix(tokenizer, tmp_path):
@@ -247,12 +256,12 @@ def test_copies_of_a_tokenizer_are_one_and_others_do_not_mix(tokenizer, tmp_path
         place.parent.mkdir()
         tokenizer.save(str(place))
     sets = [
-        Source(
+        NamedSamples(
             place.parent.name, SampleSet(ids=[[300, 301]], texts=["a"], metadata={"tokenizer": str(place.parent)}), ""
         )
         for place in places
     ]
-    texts = Source("texts", SampleSet(texts=["a"]), "")
+    texts = NamedSamples("texts", SampleSet(texts=["a"]), "")
     assert common_tokenizer([*sets, texts], None).get_vocab() == tokenizer.get_vocab()
     stored = json.loads(places[2].read_text())
     first, second = list(stored["model"]["vocab"])[:2]
@@ -262,7 +271,7 @@ def test_copies_of_a_tokenizer_are_one_and_others_do_not_mix(tokenizer, tmp_path
     assert common_tokenizer(sets[:2], None) is not None
     with pytest.raises(TokenDriftError, match=r"the tokenizers of .* differ: .*one, .*other\. Ids of two vocab"):
         common_tokenizer(sets, None)
-    unknown = Source("unknown", SampleSet(ids=[[1]], texts=["a"]), "")
+    unknown = NamedSamples("unknown", SampleSet(ids=[[1]], texts=["a"]), "")
     assert common_tokenizer([*sets[:2], unknown], None) is None
     places[1].unlink()  # made on another machine
     assert common_tokenizer(sets[:2], None) is None
@@ -300,4 +309,29 @@ def test_real_text_by_line_is_known_by_its_header_whatever_the_ending(tmp_path):
 
 def test_ids_without_text_need_a_tokenizer():
     with pytest.raises(TokenDriftError, match=r"a.jsonl has ids without texts.*\n.*--tokenizer"):
-        common_tokenizer([Source("a", SampleSet(ids=[[1, 2]]), "a.jsonl")], None)
+        common_tokenizer([NamedSamples("a", SampleSet(ids=[[1, 2]]), "a.jsonl")], None)
+
+
+def test_a_figure_of_a_users_own_is_measured_and_shown_with_all_others(tokenizer, monkeypatch):
+    from rich.console import Console
+
+    def even_share(ids):
+        return torch.tensor([float((sequence % 2 == 0).double().mean()) for sequence in ids])
+
+    figure = Figure("even_share", "even ids", "share of even ids", 3, per_sample(even_share), main=True)
+    monkeypatch.setitem(FIGURES, "even_share", figure)  # so that it is forgotten after this test
+    del FIGURES["even_share"]
+    register_figure(figure)
+    with pytest.raises(TokenDriftError, match="there is a figure of the name 'even_share' already"):
+        register_figure(figure)
+    report = make_report(tokenizer, [("model", as_samples(tokenizer, language(20)))])
+    share = report.evaluation["model"].measures.even_share
+    console = Console(width=200, file=io.StringIO())
+    console.print(report.table())
+    html = page(report)
+    for text in (console.file.getvalue(), html, str(report.evaluation)):
+        assert "even ids" in text and f"{share.estimate:.3f}" in text and share.ends(".3f") in text
+    assert report.to_dict()["rows"][0]["even_share"] == share._asdict()
+    assert "even_share" in report.evaluation["model"].comparison.differences
+    (line, _) = csv.DictReader(io.StringIO(report.to_csv()))
+    assert float(line["even_share_low"]) == share.low

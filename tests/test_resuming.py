@@ -14,7 +14,7 @@ from tokendrift.evaluation import GenerativePerplexity
 from tokendrift.models import load_denoiser
 from tokendrift.training import read_log, refine
 from tokendrift.training.checkpointing import load_checkpoint
-from tokendrift.training.few_step import FewStep
+from tokendrift.training.few_step import FewStepEvaluation
 from tokendrift.training.run_folder import RunFolder
 
 
@@ -34,7 +34,7 @@ def uniform():
 
 
 def scores(monkeypatch, by_step):
-    monkeypatch.setattr(FewStep, "score", lambda self, rows: by_step[rows[0]["step"]])
+    monkeypatch.setattr(FewStepEvaluation, "score", lambda self, rows: by_step[rows[0]["step"]])
 
 
 def steps_of(folder):
@@ -143,7 +143,7 @@ def test_a_run_from_before_the_pairs_goes_on(run, monkeypatch, objective):
 
 def test_settings_of_pairs_belong_to_runs_on_pairs(run, tmp_path):
     run(steps=2)
-    run(steps=2, chains=(8,), pair_decay=0.5, pair_classes=16, pair_sequences=0)
+    run(steps=2, chains=(8,), pair_decay=0.5, pair_buckets=16, pair_sequences=0)
     pairs = {"output": str(tmp_path / "pairs"), "objective": "pairs", "pair_sequences": 8, "steps": 2}
     run(**pairs)
     with pytest.raises(TokenDriftError, match=r"configuration: pair_decay was 0\.95 and is 0\.5"):
@@ -174,7 +174,7 @@ def test_a_changed_tokenizer_is_noticed(run, tmp_path):
     vocab = content["model"]["vocab"]
     vocab["!"], vocab["#"] = vocab["#"], vocab["!"]
     file.write_text(json.dumps(content))
-    with pytest.raises(TokenDriftError, match="the vocabulary of the tokenizer has changed"):
+    with pytest.raises(TokenDriftError, match="the tokenizer has changed"):
         run(steps=4, tokenizer=str(file))
 
 

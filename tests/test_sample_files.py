@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 
 from tokendrift import TokenDriftError
-from tokendrift.evaluation import BadLine, read_samples
+from tokendrift.evaluation import read_samples
 from tokendrift.files import write_atomically
+from tokendrift.sampling import BadLine
 from tokendrift.sampling.sample_file import SampleFile
 
 

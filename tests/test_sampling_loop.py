@@ -88,6 +88,32 @@ def test_the_same_seed_gives_the_same_ids_in_any_split(process, sampler):
     assert not torch.equal(together.ids, sample(Table(5), process, (12, 5), **options | {"seed": 12}).ids)
 
 
+@EVERY_SAMPLER
+@pytest.mark.parametrize("batch_size", [1, 5, 12, 40])
+def test_the_batch_size_does_not_change_the_samples(process, sampler, batch_size):
+    options = {"steps": steps_of(sampler), "sampler": sampler, "seed": 11, "first_row": 3}
+    given = torch.randint(0, V - 1, (12, 5), generator=torch.Generator().manual_seed(1))
+    given_mask = torch.rand(12, 5, generator=torch.Generator().manual_seed(2)) < 0.3
+    options |= {"given": given, "given_mask": given_mask}
+    together, batches = sample(Table(5), process, (12, 5), **options), []
+    found = sample(Table(5), process, (12, 5), batch_size=batch_size, on_batch=batches.append, **options)
+    assert torch.equal(found.ids, together.ids) and torch.equal(found.ids, torch.cat([b.ids for b in batches]))
+    assert torch.equal(found.row_nfe, together.row_nfe) or process.mask_id is None
+    assert [len(b.ids) for b in batches] == [min(batch_size, 12 - first) for first in range(0, 12, batch_size)]
+    assert (found.steps, found.nfe) == (max(b.steps for b in batches), max(b.nfe for b in batches))
+    assert found.nfe >= found.row_nfe.max()
+
+
+def test_a_module_is_sampled_in_evaluation_mode_and_gets_its_modes_back(backbone):
+    model = copy.deepcopy(backbone(vocab_size=V))
+    expected = sample(model, PROCESSES["uniform"], (4, 6), steps=2, seed=0).ids
+    model.train()
+    model.blocks[0].eval()
+    modes = [module.training for module in model.modules()]
+    assert torch.equal(sample(model, PROCESSES["uniform"], (4, 6), steps=2, seed=0).ids, expected)
+    assert [module.training for module in model.modules()] == modes
+
+
 def test_without_a_seed_pytorchs_own_decides():
     def drawn(seed):
         torch.manual_seed(seed)
@@ -291,6 +317,9 @@ def test_the_greedy_tail_takes_no_token_from_bad_numbers():
         ({"shape": (0, 5)}, r"shape must be \(B, L\), both at least 1"),
         ({"seed": -1}, "seed must be an integer of at least 0"),
         ({"first_row": -1}, "first_row must be an integer of at least 0"),
+        ({"batch_size": 0}, "batch_size must be an integer of at least 1"),
+        ({"batch_size": 1, "trajectory": True}, "trajectory belongs to one window and one batch"),
+        ({"stride": 2}, "stride belongs to windows"),
         ({"given": torch.zeros(2, 5, dtype=torch.int64)}, "given and given_mask belong together"),
         ({"given_mask": torch.zeros(2, 5, dtype=torch.bool)}, "given and given_mask belong together"),
         (

@@ -7,7 +7,7 @@ import torch
 from sampling_laws import MASK, PROCESSES, Table, V, assert_follows, final_law, number, states
 
 from tokendrift import TokenDriftError
-from tokendrift.sampling import Ancestral, FirstHitting, sample, semi_autoregressive
+from tokendrift.sampling import Ancestral, FirstHitting, sample
 
 EVERY_PROCESS = pytest.mark.parametrize("process", PROCESSES.values(), ids=PROCESSES)
 
@@ -23,7 +23,7 @@ class Watched(Table):
 @EVERY_PROCESS
 @pytest.mark.parametrize(("length", "stride", "windows"), [(4, 2, 1), (6, 2, 2), (9, 2, 4), (9, 3, 3), (16, None, 7)])
 def test_windows_cover_the_sequence(process, length, stride, windows):
-    found = semi_autoregressive(Watched(4), process, (3, length), window=4, stride=stride, steps=2, seed=0)
+    found = sample(Watched(4), process, (3, length), window=4, stride=stride, steps=2, seed=0)
     assert found.ids.shape == (3, length)
     assert process.mask_id is None or (found.ids != MASK).all()
     assert found.steps == 2 * windows
@@ -33,10 +33,10 @@ def test_windows_cover_the_sequence(process, length, stride, windows):
 @EVERY_PROCESS
 def test_each_window_keeps_what_stands_and_sees_it(process):
     denoiser, length, stride = Watched(4), 8, 2
-    found = semi_autoregressive(denoiser, process, (5, length), window=4, stride=stride, steps=3, seed=0)
+    found = sample(denoiser, process, (5, length), window=4, stride=stride, steps=3, seed=0)
     first = sample(Table(4), process, (5, 4), steps=3, seed=0)
     assert torch.equal(found.ids[:, :4], first.ids)  # what comes later does not change what stands
-    shortest = semi_autoregressive(Table(4), process, (5, 4), window=4, steps=3, seed=0)
+    shortest = sample(Table(4), process, (5, 4), window=4, steps=3, seed=0)
     assert torch.equal(shortest.ids, first.ids)
     if process.mask_id is None:
         seen = [x for x, _ in denoiser.asked]
@@ -47,7 +47,7 @@ def test_each_window_keeps_what_stands_and_sees_it(process):
 
 def test_the_second_window_follows_the_law_given_the_first():
     process, denoiser = PROCESSES["masked"], Table(2)
-    found = semi_autoregressive(denoiser, process, (20_000, 3), window=2, stride=1, steps=2, seed=0)
+    found = sample(denoiser, process, (20_000, 3), window=2, stride=1, steps=2, seed=0)
     first = final_law(process, Ancestral(), denoiser, 2, 2)
     assert_follows(number(found.ids[:, :2]), first)
     token = int(found.ids[:, 1].mode().values)
@@ -62,22 +62,20 @@ def test_the_second_window_follows_the_law_given_the_first():
 def test_given_tokens_stay_in_all_windows(process):
     given = torch.randint(0, V - 1, (6, 11), generator=torch.Generator().manual_seed(0))
     given_mask = torch.rand(6, 11, generator=torch.Generator().manual_seed(1)) < 0.4
-    found = semi_autoregressive(
-        Watched(4), process, (6, 11), window=4, steps=2, given=given, given_mask=given_mask, seed=0
-    )
+    found = sample(Watched(4), process, (6, 11), window=4, steps=2, given=given, given_mask=given_mask, seed=0)
     assert (found.ids[given_mask] == given[given_mask]).all()
 
 
 @EVERY_PROCESS
 def test_the_same_seed_gives_the_same_ids_in_any_split(process):
     options = {"window": 4, "steps": 2, "seed": 5}
-    together = semi_autoregressive(Table(4), process, (6, 10), **options)
-    parts = [semi_autoregressive(Table(4), process, (3, 10), first_row=row, **options) for row in (0, 3)]
+    together = sample(Table(4), process, (6, 10), **options)
+    parts = [sample(Table(4), process, (3, 10), first_row=row, **options) for row in (0, 3)]
     assert torch.equal(together.ids, torch.cat([part.ids for part in parts]))
 
 
 def test_any_sampler_serves():
-    found = semi_autoregressive(Table(4), PROCESSES["masked"], (3, 10), window=4, sampler=FirstHitting(), seed=0)
+    found = sample(Table(4), PROCESSES["masked"], (3, 10), window=4, sampler=FirstHitting(), seed=0)
     assert found.row_nfe.tolist() == [10, 10, 10]
 
 
@@ -93,4 +91,4 @@ def test_any_sampler_serves():
 )
 def test_bad_arguments_are_refused(options, message):
     with pytest.raises(TokenDriftError, match=message):
-        semi_autoregressive(Table(4), PROCESSES["masked"], (2, 9), **{"window": 4, "steps": 2} | options)
+        sample(Table(4), PROCESSES["masked"], (2, 9), **{"window": 4, "steps": 2} | options)

@@ -14,7 +14,7 @@ from hypothesis import Phase, find, given, settings
 from hypothesis import strategies as st
 from torch.nn.functional import normalize
 
-from tokendrift import DriftField, ImageDriftField, TokenDriftError, barycentres
+from tokendrift import DriftField, TokenDriftError, barycentres
 from tokendrift.testing import (
     LAWS,
     POTENTIALS,
@@ -26,6 +26,7 @@ from tokendrift.testing import (
     check_field,
     clouds,
 )
+from tokendrift.variants import ImageDriftField
 
 PAGE = Path(__file__).parents[1] / "docs" / "api" / "testing.md"
 

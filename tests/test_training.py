@@ -19,7 +19,7 @@ from tokendrift.training import (
     train,
     windows,
 )
-from tokendrift.training.ranks import RowsOfRank
+from tokendrift.training.objectives.objective import corrupt_rows
 
 VOCAB = 12
 
@@ -269,10 +269,10 @@ def test_autocast_is_for_the_network_alone_and_leaves_its_logits_narrow():
 
 def test_noise_of_a_rank_is_that_of_its_rows_in_the_whole_batch():
     process, batch = UniformDiffusion(VOCAB), next(windows(stream(), 8, 6, seed=1))
-    whole = RowsOfRank(process, 0, 1).corrupt(batch, generator=torch.Generator().manual_seed(3))
+    whole = corrupt_rows(process, batch, generator=torch.Generator().manual_seed(3))
     for rank in range(3):
         rows = slice(2 * rank, 2 * rank + 2)
-        own = RowsOfRank(process, rank, 3).corrupt(batch[rows], generator=torch.Generator().manual_seed(3))
+        own = corrupt_rows(process, batch[rows], generator=torch.Generator().manual_seed(3), share=(rank, 3))
         for field in ("x_t", "predicted", "t", "sigma"):
             assert torch.equal(getattr(own, field), getattr(whole, field)[rows])
 

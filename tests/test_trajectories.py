@@ -5,11 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tokendrift import IdentityFeatures, PairDriftLoss, TokenDriftError, TokenDriftLoss
+from tokendrift import PairDriftLoss, TokenDriftError, TokenDriftLoss
 from tokendrift.diffusion import MaskedDiffusion, UniformDiffusion
+from tokendrift.features import IdentityFeatures
 from tokendrift.markov import ExactDenoiser, MarkovLanguage, few_step
 from tokendrift.models import DiT, DiTConfig
-from tokendrift.training import Continuation, LoopConfig, Optimization, OwnTrajectories, places, train
+from tokendrift.training import Continuation, LoopConfig, Optimization, OwnTrajectories, chain_positions, train
 
 LANGUAGE = MarkovLanguage.random(words=6, successors=2, length=8, seed=0)
 
@@ -29,23 +30,23 @@ class Recorded(torch.nn.Module):
 
 
 def objective(process, steps, **options):
-    drift = PairDriftLoss(process.vocab_size, strata=len(places(process, steps)), mask_id=process.mask_id)
+    drift = PairDriftLoss(process.vocab_size, strata=len(chain_positions(process, steps)), mask_id=process.mask_id)
     return OwnTrajectories(process, drift, steps, generator=torch.Generator().manual_seed(0), **options)
 
 
-def test_places_are_the_inputs_of_every_call_but_for_the_all_masked_one():
+def test_positions_are_the_inputs_of_every_call_but_for_the_all_masked_one():
     uniform, masked = UniformDiffusion(6), MaskedDiffusion(7)
-    assert places(uniform, (2, 4)) == ((4, 0), (2, 1), (4, 1), (4, 2), (4, 3))
-    assert places(masked, (4, 2)) == ((2, 1), (4, 1), (4, 2), (4, 3))
-    assert places(uniform, (1,)) == ((1, 0),)
+    assert chain_positions(uniform, (2, 4)) == ((4, 0), (2, 1), (4, 1), (4, 2), (4, 3))
+    assert chain_positions(masked, (4, 2)) == ((2, 1), (4, 1), (4, 2), (4, 3))
+    assert chain_positions(uniform, (1,)) == ((1, 0),)
     with pytest.raises(TokenDriftError, match="steps"):
-        places(masked, (1,))
+        chain_positions(masked, (1,))
     with pytest.raises(TokenDriftError, match="steps"):
-        places(uniform, ())
+        chain_positions(uniform, ())
 
 
 @pytest.mark.parametrize("kind", ["masked", "uniform"])
-def test_the_gradient_is_taken_at_one_place_of_a_chain_at_its_time(kind):
+def test_the_gradient_is_taken_at_one_position_of_a_chain_at_its_time(kind):
     process = LANGUAGE.process(kind)
     learn, model = objective(process, (4,)), Recorded(LANGUAGE.process(kind))
     for _ in range(6):
@@ -63,12 +64,12 @@ def test_the_gradient_is_taken_at_one_place_of_a_chain_at_its_time(kind):
 
 
 @pytest.mark.parametrize("kind", ["masked", "uniform"])
-def test_the_last_place_of_a_chain_gives_the_law_of_what_the_sampler_writes(kind):
+def test_the_last_position_of_a_chain_gives_the_law_of_what_the_sampler_writes(kind):
     """One-shot completions after 1 of 2 steps are the samples of 2 steps: the pairs agree up to chance."""
     process = LANGUAGE.process(kind)
     learn, model = objective(process, (2,)), Recorded(process)
     learn.drift.decay = 0.99
-    for _ in range(100 * len(learn.places)):
+    for _ in range(100 * len(learn.positions)):
         learn(model, LANGUAGE.sample(256, seed=0))
     sampled = few_step(LANGUAGE, model, process, steps=(2,), samples=20_000, seed=1).rows[0].measures
     words = LANGUAGE.words
@@ -135,7 +136,7 @@ def test_chains_are_drawn_without_dropout_and_the_gradient_with_it(autocast):
     model.blocks[0].register_forward_pre_hook(lambda block, _: modes.append(block.training))
     optimization = Optimization(model, LoopConfig(1, batch_size=8), autocast=autocast)
     learn = objective(process, (4,))
-    learn.places = ((4, 2),)
+    learn.positions = ((4, 2),)
     optimization.step(0, learn, [LANGUAGE.sample(8, seed=0)])
     assert modes == [False, False, True]
 
@@ -147,7 +148,7 @@ def test_corrupted_real_text_can_stand_in_for_the_chains():
     assert len(model.asked) == 1
 
 
-def test_one_law_can_serve_all_places():
+def test_one_law_can_serve_all_positions():
     process = LANGUAGE.process("uniform")
     drift = PairDriftLoss(6)
     learn = OwnTrajectories(process, drift, (4,), generator=torch.Generator().manual_seed(0))
@@ -175,7 +176,7 @@ def test_it_beats_the_continuation_at_every_temperature(kind):
     refined = DiT(sizes)
     refined.load_state_dict(base.state_dict())
     loop = LoopConfig(600, batch_size=64, learning_rate=1e-3, warmup=30)
-    # Without the base loss nothing holds the masked model's first step, which is no place of these chains.
+    # Without the base loss nothing holds the masked model's first step, which is no position of these chains.
     train(refined, objective(process, (2, 4), base_weight=0.1), LANGUAGE.batches(64, seed=3), loop)
     cooled = few_step(LANGUAGE, base, process, steps=(4,), temperatures=(1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4))
     ours = few_step(LANGUAGE, refined, process, steps=(4,)).rows[0].measures

@@ -134,7 +134,7 @@ def test_the_posterior_is_bayes_rule_and_equals_its_mixture(seed, final):
 
 
 def test_the_mixture_needs_the_chance_of_the_present_token():
-    with pytest.raises(TypeError, match="log_p of the present tokens"):
+    with pytest.raises(TokenDriftError, match="needs the log-probability of the present tokens"):
         UniformDiffusion(V).mixture(None, torch.zeros(1, 1, dtype=torch.int64), 0.5, 0.4)
 
 

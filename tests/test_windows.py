@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tokendrift import IdentityFeatures, MirrorTeacherLoss, TokenDriftError, TokenDriftLoss
+from tokendrift import MirrorTeacherLoss, TokenDriftError, TokenDriftLoss
+from tokendrift.features import IdentityFeatures
 
 B, L, V, D, W = 3, 8, 6, 5, 2
 LENGTHS = [8, 4, 2]  # text of each row, in whole windows

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import difflib
+import functools
+import inspect
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from tokendrift.errors import TokenDriftError
+from tokendrift.errors import TokenDriftError, UnknownOptionError
 
+F = TypeVar("F", bound=Callable[..., Any])
 INTEGER_DTYPES = (torch.int64, torch.int32, torch.int16, torch.uint8)
 
 
@@ -29,6 +34,34 @@ def fail(message: str, remedy: str = "", /, **got: object) -> TokenDriftError:
     if remedy:
         lines.append("  " + remedy)
     return TokenDriftError("\n".join(lines))
+
+
+def check_options(function: F) -> F:
+    """Let a function or ``__init__`` name the nearest option where a keyword does not exist.
+
+    Type checkers and `inspect.signature` see the signature of the function itself.
+
+    Raises:
+        UnknownOptionError: At a call with a keyword that the function does not have.
+    """
+    parameters = inspect.signature(function).parameters
+    options = [name for name, each in parameters.items() if each.kind is each.KEYWORD_ONLY]
+
+    @functools.wraps(function)
+    def checked(*args: Any, **kwargs: Any) -> Any:
+        for name in kwargs.keys() - parameters.keys():
+            # The class that was called: an inherited constructor speaks for the class that inherits it.
+            owner = args[0] if isinstance(args[0], type) else type(args[0])
+            label = owner.__name__ + ("" if function.__name__ == "__init__" else f".{function.__name__}")
+            nearest = difflib.get_close_matches(name, options, n=1)
+            raise UnknownOptionError(
+                f"{label} has no option {name!r}.\n  got {name} {describe(kwargs[name])}\n  "
+                + (f"Did you mean {nearest[0]!r}? " if nearest else "")
+                + f"The options are {', '.join(options)}."
+            )
+        return function(*args, **kwargs)
+
+    return checked  # type: ignore[return-value]
 
 
 def check_tensor(name: str, value: object, symbols: Sequence[str]) -> Tensor:
@@ -117,7 +150,7 @@ def check_times(t: object, rows: int) -> Tensor:
     """Require times in [0, 1], one for each row; the range is read on the CPU only."""
     times = check_tensor("t", t, ("B",))
     if len(times) != rows:
-        raise fail(f"t must have shape (B,) = ({rows},): one time a row.", t=times)
+        raise fail(f"t must have shape (B,) = ({rows},): one time for each row.", t=times)
     check_floating("t", times)
     if times.device.type == "cpu" and not torch.compiler.is_compiling() and not ((times >= 0) & (times <= 1)).all():
         raise fail("t must lie in [0, 1]: 0 is clean, 1 is noise.", "Pass times, not sigma or step numbers.", t=times)
@@ -142,6 +175,13 @@ def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
     """Require one of the named choices."""
     if value not in choices:
         raise fail(f"{name} must be one of {', '.join(map(repr, choices))}.", **{name: value})
+
+
+def check_temperatures(temperatures: Sequence[float], *, symbol: str) -> tuple[float, ...]:
+    """Require at least one temperature, each a finite number above zero."""
+    if not isinstance(temperatures, Sequence) or not temperatures:
+        raise fail("temperatures must be a tuple of numbers above 0.", temperatures=temperatures)
+    return tuple(check_positive("temperatures", temperature, symbol=symbol) for temperature in temperatures)
 
 
 def check_clouds(
@@ -207,7 +247,7 @@ def check_weights(anchors: Tensor, **sides: tuple[Tensor, Tensor | None]) -> Non
             continue
         if not isinstance(weights, Tensor) or weights.shape != cloud.shape[:1] or not weights.is_floating_point():
             raise fail(
-                f"{name} must be floating point of shape ({symbol},): one weight a reference.",
+                f"{name} must be floating point of shape ({symbol},): one weight for each reference.",
                 **{name: weights, "references": cloud},
             )
         check_same_device("anchors", anchors, **{name: weights})
@@ -234,6 +274,24 @@ def check_mask_id(mask_id: int | None, vocab_size: int) -> None:
         raise fail(f"mask_id must lie in [0, V) with V = {vocab_size}.", mask_id=mask_id)
 
 
+def check_clean_ids(clean_ids: Tensor, mask_id: int, text: Tensor | None) -> None:
+    """Require real text without the mask token; reads the ids, so that an accelerator has to be waited for."""
+    masks = clean_ids == mask_id
+    if (masks if text is None else masks & text).any():
+        raise fail(
+            f"clean_ids contain the mask token (mask_id = {mask_id}), which real text does not have.",
+            "Pass the text before corruption as clean_ids and the corrupted text as noisy_ids; if padding is written "
+            "with the mask token, pass attention_mask.",
+            clean_ids=clean_ids,
+        )
+
+
+def looks_like_probabilities(logits: Tensor, *, rows: int = 4) -> bool:
+    """Return whether the first rows of logits (B, L, V) are non-negative and each sums to one."""
+    some = logits.detach()[0, :rows].float()
+    return bool(((some >= 0).all() & ((some.sum(dim=-1) - 1).abs() < 1e-2).all()).item())
+
+
 def check_one_vocabulary(logits: Tensor, embedding: Tensor) -> None:
     """Require floating-point logits (B, L, V) with a column for every row of the embedding (V, D)."""
     check_floating("logits", check_tensor("logits", logits, ("B", "L", "V")))
@@ -241,8 +299,8 @@ def check_one_vocabulary(logits: Tensor, embedding: Tensor) -> None:
         raise fail(
             f"logits has {logits.shape[-1]} columns (V) but embedding has {embedding.shape[0]} rows (V).",
             "Denoiser and frozen encoder must share one vocabulary. Bring the embedding into the denoiser's with "
-            "tokendrift.map_vocabulary(embedding, ids), where id -1 stands for entries that the encoder lacks, such as "
-            "the mask; or drop that column of the logits.",
+            "tokendrift.encoders.map_vocabulary(embedding, ids), where id -1 stands for entries that the encoder "
+            "lacks, such as the mask; or drop that column of the logits.",
             logits=logits,
             embedding=embedding,
         )

@@ -7,10 +7,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from tokendrift._lift_ops import LEAST_ROWS, product_dtype, wide_dtype
+from tokendrift._lift_ops import LEAST_ROWS, product_dtype
 from tokendrift._linear_lift_ops import block_logits
+from tokendrift._operators import wide_dtype
 from tokendrift.field import FieldDiagnostics
-from tokendrift.lift import LinearLogits, of_positions
+from tokendrift.lift import LinearLogits, close_entry, of_positions
 
 
 class Diagnostics(NamedTuple):
@@ -69,5 +70,4 @@ def _open_logits(rows: Tensor, logits: Tensor | LinearLogits, mask_id: int | Non
     if isinstance(logits, LinearLogits):
         dtype = product_dtype(rows.dtype, logits.weight.dtype)
         return block_logits(rows.to(dtype), logits.weight, logits.bias, slice(0, len(logits.weight)), closed)
-    wide = rows.to(wide_dtype(rows.dtype))
-    return wide if mask_id is None else wide.index_fill(-1, torch.tensor(mask_id, device=wide.device), -torch.inf)
+    return close_entry(rows.to(wide_dtype(rows.dtype)), mask_id)

@@ -10,13 +10,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from tokendrift._operators import register, wide_dtype
+
 LEAST_ROWS = 64  # below this the matrix products of a chunk are too thin to be efficient
 LEAST_TILE = 16  # rows of a pass that is no product
-
-
-def wide_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Return the dtype of softmax and result: float32, or float64 for float64."""
-    return torch.promote_types(dtype, torch.float32)
 
 
 def product_dtype(*dtypes: torch.dtype) -> torch.dtype:
@@ -83,10 +80,10 @@ def lift_rows_backward(
     index: Tensor | None,
     mask_column: int,
     chunk: int,
-    need_rows: bool,
-    need_table: bool,
-) -> tuple[Tensor, Tensor]:
+    needed: list[bool],
+) -> list[Tensor]:
     """Return the gradients of `lift_rows` to rows and table; those not needed are empty. ``index`` must ascend."""
+    need_rows, need_table = needed
     count = len(grad)
     narrow = grad.to(table.dtype)
     # The gradient of the logits holds the products where it has their dtype; else a buffer of some rows does.
@@ -102,11 +99,13 @@ def lift_rows_backward(
     for start in reversed(range(0, count, step)):
         stop = min(start + step, count)
         product, upstream = buffer[: stop - start], narrow[start:stop]
+        # The gradient to the table: p, then one product.
         if need_table:
             _softmax_into(product, rows, index, start, mask_column, tile, scratch)
             grad_table.addmm_(product.T, upstream)
         if p_tile is None:
             continue
+        # The gradient to the logits: E de, then p times what it exceeds its mean by, a tile at a time.
         torch.mm(upstream, table.T, out=product)
         for low in reversed(range(start, stop, tile)):
             high = min(low + tile, stop)
@@ -120,50 +119,16 @@ def lift_rows_backward(
                 grad_rows.index_copy_(0, index[low:high], gradient.to(rows.dtype))
             elif not in_place:
                 grad_rows[low:high].copy_(gradient)
+    # Rows that are not predicted have no gradient.
     if index is not None and need_rows:
         predicted = torch.zeros(len(rows), dtype=torch.int8, device=rows.device).index_fill_(0, index, 1)
         grad_rows.index_fill_(0, predicted.argsort()[: len(rows) - count], 0.0)  # their number is known: no sync
-    return grad_rows if need_rows else rows.new_empty(0), grad_table
+    return [grad_rows if need_rows else rows.new_empty(0), grad_table]
 
 
-soft_lift = torch.library.custom_op("tokendrift::soft_token_lift", lift_rows, mutates_args=())
-soft_lift_backward = torch.library.custom_op(
-    "tokendrift::soft_token_lift_backward", lift_rows_backward, mutates_args=()
-)
-
-
-@soft_lift.register_fake
-def _(rows: Tensor, table: Tensor, index: Tensor | None, mask_column: int, chunk: int) -> Tensor:
+def _result(rows: Tensor, table: Tensor, index: Tensor | None, mask_column: int, chunk: int) -> Tensor:
     count = rows.shape[0] if index is None else index.shape[0]  # len() would fix a size that is only known when run
     return rows.new_empty(count, table.shape[1], dtype=wide_dtype(rows.dtype))
 
 
-@soft_lift_backward.register_fake
-def _(
-    grad: Tensor,
-    rows: Tensor,
-    table: Tensor,
-    index: Tensor | None,
-    mask_column: int,
-    chunk: int,
-    need_rows: bool,
-    need_table: bool,
-) -> tuple[Tensor, Tensor]:
-    return rows.new_empty(rows.shape if need_rows else 0), table.new_empty(table.shape if need_table else 0)
-
-
-def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    rows, table, index, ctx.mask_column, ctx.chunk = inputs
-    ctx.save_for_backward(rows, table, index)
-
-
-def _backward(ctx, grad: Tensor):  # type: ignore[no-untyped-def]
-    rows, table, index = ctx.saved_tensors
-    need_rows, need_table = ctx.needs_input_grad[:2]
-    grad_rows, grad_table = soft_lift_backward(
-        grad.contiguous(), rows, table, index, ctx.mask_column, ctx.chunk, need_rows, need_table
-    )
-    return grad_rows if need_rows else None, grad_table if need_table else None, None, None, None
-
-
-soft_lift.register_autograd(_backward, setup_context=_setup_context)
+soft_lift = register("soft_token_lift", lift_rows, lift_rows_backward, result=_result, differentiable=2)

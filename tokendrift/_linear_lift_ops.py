@@ -7,7 +7,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from tokendrift._lift_ops import product_dtype, wide_dtype
+from tokendrift._lift_ops import product_dtype
+from tokendrift._operators import register, wide_dtype
 
 
 def _spans(size: int, step: int) -> Iterator[slice]:
@@ -62,29 +63,22 @@ def linear_lift_rows_backward(
     weight: Tensor,
     bias: Tensor | None,
     table: Tensor,
-    lifted: Tensor,
-    scale: Tensor,
     mask_column: int,
     tokens: int,
     block: int,
-    need_hidden: bool,
-    need_weight: bool,
-    need_bias: bool,
-    need_table: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    lifted: Tensor,
+    scale: Tensor,
+    needed: list[bool],
+) -> list[Tensor]:
     """Return the gradients to hidden, weight, bias and table; those not needed are empty."""
+    need_hidden, need_weight, need_bias, need_table = needed
     dtype, wide = product_dtype(hidden.dtype, weight.dtype), wide_dtype(hidden.dtype)
     lift_dtype = product_dtype(hidden.dtype, table.dtype)
-    need_logits = need_hidden or need_weight or need_bias
-
-    def empty_or(needed: bool, like: Tensor | None) -> Tensor:
-        return hidden.new_empty(0) if like is None or not needed else torch.empty_like(like)
 
     grad_hidden = hidden.new_zeros(hidden.shape if need_hidden else 0, dtype=wide)
     grad_weight, grad_bias, grad_table = (
-        empty_or(need_weight, weight),
-        empty_or(need_bias, bias),
-        empty_or(need_table, table),
+        torch.empty_like(each) if need and each is not None else hidden.new_empty(0)
+        for each, need in ((weight, need_weight), (bias, need_bias), (table, need_table))
     )
     top, mass = scale.split(1, dim=1)
     share = grad / mass  # divides p, once for each row
@@ -100,8 +94,9 @@ def linear_lift_rows_backward(
             p = block_logits(inputs, weight, bias, span, mask_column).sub_(top[rows]).exp_()
             if need_table:
                 table_sum += _product(p.to(lift_dtype).T, upstream)
-            if not need_logits:
+            if not any(needed[:3]):
                 continue
+            # The gradient to the logits, and from it those to the operands of the output layer.
             slope = _product(upstream, table[span].to(lift_dtype).T).sub_(row_term[rows]).mul_(p)
             del p
             if need_bias:
@@ -111,70 +106,28 @@ def linear_lift_rows_backward(
                 grad_hidden[rows] += _product(slope, weight[span].to(dtype))
             if need_weight:
                 weight_sum += _product(slope.T, inputs)
-        for needed, gradient, total in (
+        for need, gradient, total in (
             (need_weight, grad_weight, weight_sum),
             (need_bias, grad_bias, bias_sum),
             (need_table, grad_table, table_sum),
         ):
-            if needed:
+            if need:
                 gradient[span] = total
-    return grad_hidden.to(hidden.dtype), grad_weight, grad_bias, grad_table
+    return [grad_hidden.to(hidden.dtype), grad_weight, grad_bias, grad_table]
 
 
-linear_lift = torch.library.custom_op("tokendrift::linear_soft_token_lift", linear_lift_rows, mutates_args=())
-linear_lift_backward = torch.library.custom_op(
-    "tokendrift::linear_soft_token_lift_backward", linear_lift_rows_backward, mutates_args=()
-)
-
-
-@linear_lift.register_fake
-def _(
+def _result(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, table: Tensor, mask_column: int, tokens: int, block: int
 ) -> tuple[Tensor, Tensor]:
     wide, count = wide_dtype(hidden.dtype), hidden.shape[0]  # len() would fix a size that is only known when run
     return hidden.new_empty(count, table.shape[1], dtype=wide), hidden.new_empty(count, 2, dtype=wide)
 
 
-@linear_lift_backward.register_fake
-def _(
-    grad: Tensor,
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    table: Tensor,
-    lifted: Tensor,
-    scale: Tensor,
-    mask_column: int,
-    tokens: int,
-    block: int,
-    need_hidden: bool,
-    need_weight: bool,
-    need_bias: bool,
-    need_table: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    def empty_or(needed: bool, like: Tensor | None) -> Tensor:
-        return hidden.new_empty(0) if like is None or not needed else like.new_empty(like.shape)
-
-    return (
-        empty_or(need_hidden, hidden),
-        empty_or(need_weight, weight),
-        empty_or(need_bias, bias),
-        empty_or(need_table, table),
-    )
-
-
-def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    hidden, weight, bias, table, *ctx.options = inputs
-    lifted, scale = output
-    ctx.mark_non_differentiable(scale)
-    ctx.save_for_backward(hidden, weight, bias, table, lifted, scale)
-
-
-def _backward(ctx, grad: Tensor, _: Tensor | None):  # type: ignore[no-untyped-def]
-    hidden, weight, bias, table, lifted, scale = ctx.saved_tensors
-    need = ctx.needs_input_grad[:4]
-    gradients = linear_lift_backward(grad.contiguous(), hidden, weight, bias, table, lifted, scale, *ctx.options, *need)
-    return *(gradient if needed else None for gradient, needed in zip(gradients, need, strict=True)), None, None, None
-
-
-linear_lift.register_autograd(_backward, setup_context=_setup_context)
+linear_lift = register(
+    "linear_soft_token_lift",
+    linear_lift_rows,
+    linear_lift_rows_backward,
+    result=_result,
+    differentiable=4,
+    keep_outputs=True,
+)

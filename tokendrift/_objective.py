@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -12,6 +14,7 @@ from torch import Tensor, nn
 
 from tokendrift._checks import (
     check_choice,
+    check_clean_ids,
     check_count,
     check_floating,
     check_frozen,
@@ -23,6 +26,7 @@ from tokendrift._checks import (
     check_same_device,
     check_tensor,
     fail,
+    looks_like_probabilities,
 )
 from tokendrift._diagnostics import Diagnostics, LossOutput, token_entropy
 from tokendrift.features import FeatureMap
@@ -41,20 +45,72 @@ Reduction = Literal["mean", "sum", "none"]
 LIFTS = {"soft": soft_token_lift, "straight_through": straight_through_lift}
 
 
-class Batch(NamedTuple):
-    """Features of the step, of all ranks where they are gathered; without gradient.
+class Inputs(NamedTuple):
+    """A batch that has passed the input rules.
 
     Attributes:
-        generated: Shape (N, M).
-        real: Shape (N, M), in the same order.
-        mine: Rows of this rank.
-        share: Sequences of this rank over the mean number of sequences with features a rank; 1 where all have as many.
+        logits: Shape (B, L, V), or `LinearLogits`.
+        clean_ids: x0, (B, L).
+        noisy_ids: What stands at positions that are not predicted, (B, L); None where all are.
+        predicted: Bool (B, L), or None where all are.
+        attention_mask: Positions that are text, bool (B, L), or None where all are.
     """
 
-    generated: Tensor
-    real: Tensor
-    mine: slice
-    share: float | Tensor
+    logits: Tensor | LinearLogits
+    clean_ids: Tensor
+    noisy_ids: Tensor | None
+    predicted: Tensor | None
+    attention_mask: Tensor | None
+
+
+class Features(NamedTuple):
+    """The features of a batch as one cloud.
+
+    Attributes:
+        values: One row for each feature, (N, M): N is B, or the number of windows of text in the batch.
+        sequence: The sequence that each feature belongs to, ascending, int64 (N,).
+        rows: B, the number of sequences, those without any feature included.
+    """
+
+    values: Tensor
+    sequence: Tensor
+    rows: int
+
+    def weights(self) -> Tensor:
+        """Return the weight of each feature in the mean of its sequence, (N,)."""
+        ones = self.values.new_ones(len(self.values))
+        count = ones.new_zeros(self.rows).index_add(0, self.sequence, ones)
+        return 1 / count[self.sequence]
+
+    def mean_of_sequences(self, numbers: Tensor) -> Tensor:
+        """Return the mean of a number for each feature, (N,), over each sequence, (B,); zero where there is none."""
+        return numbers.new_zeros(self.rows).index_add(0, self.sequence, numbers * self.weights().to(numbers))
+
+    def first_of_sequence(self) -> Tensor:
+        """Return which features are the first of their sequence, bool (N,): as many as sequences with features."""
+        return self.sequence.diff(prepend=self.sequence.new_full((1,), -1)) != 0
+
+
+class Step(NamedTuple):
+    """What the losses make of one batch before they differ.
+
+    Attributes:
+        generated: Features of the lifted logits of this rank, with gradient.
+        all_generated: The same of all ranks, detached, (N', M): what the field sees and the queue takes.
+        all_real: Features of the clean text of all ranks, (N', M), in the same order.
+        drift: Drift of each generated feature of this rank, (N, M).
+        field: Diagnostics of the field, if they were asked for and it has some.
+        sequences: Number of sequences with features on all ranks, a scalar.
+        queued: Features in the two queues before this step.
+    """
+
+    generated: Features
+    all_generated: Tensor
+    all_real: Tensor
+    drift: Tensor
+    field: FieldDiagnostics | None
+    sequences: Tensor
+    queued: tuple[int, int]
 
 
 class _Frozen:
@@ -86,15 +142,8 @@ class _Frozen:
             self._embedding = fn(self._embedding)
 
 
-def mean_over_windows(values: Tensor, weights: Tensor | None, sequences: int) -> Tensor:
-    """Return a value for each sequence, (B,), from one for each feature, (N,); zero for a sequence without any."""
-    if weights is None:
-        return values.view(sequences, -1).mean(dim=1)
-    return (weights * torch.zeros_like(weights).masked_scatter(weights > 0, values)).sum(dim=1)
-
-
 def _not_finite(logits: Tensor | LinearLogits) -> str:
-    """Say where numbers went missing: in what came, or only in what was made of it."""
+    """Say whether the logits themselves hold NaN, or only what was computed from them."""
     parts = logits if isinstance(logits, LinearLogits) else (logits,)
     if not any(part.detach().isnan().any() for part in parts if part is not None):
         return "the features of the logits are not finite"
@@ -103,6 +152,8 @@ def _not_finite(logits: Tensor | LinearLogits) -> str:
 
 class DriftObjective(nn.Module):
     """What the losses share: checking, lifting, features, references and drift."""
+
+    _called = False  # set by the first call
 
     def __init__(
         self,
@@ -148,6 +199,11 @@ class DriftObjective(nn.Module):
         self.queue_generated = FeatureQueue(queue_size)
 
     @property
+    def queue_size(self) -> int:
+        """Capacity of each of the two queues, in features."""
+        return self.queue_real.capacity
+
+    @property
     def feature_map(self) -> FeatureMap:
         """The frozen feature map."""
         return self._frozen.feature_map
@@ -179,8 +235,8 @@ class DriftObjective(nn.Module):
         noisy_ids: Tensor | None,
         predicted: Tensor | None,
         attention_mask: Tensor | None,
-    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Apply the input rules; return clean ids, ids for observed positions, and predicted positions."""
+    ) -> Inputs:
+        """Apply the input rules."""
         if isinstance(logits, LinearLogits):
             check_linear(logits, self.embedding)
             if self.lift != "soft":
@@ -211,6 +267,12 @@ class DriftObjective(nn.Module):
                 "predicted was given without noisy_ids: what stands at the other positions is unknown.",
                 "Pass noisy_ids=x_t, or leave predicted out to lift every position.",
             )
+        elif self.mask_id is not None:
+            raise fail(
+                f"mask_id is {self.mask_id}, but neither noisy_ids nor predicted was given: every position would count "
+                "as predicted.",
+                "Pass noisy_ids=x_t. Where the whole text is masked, that is torch.full_like(clean_ids, mask_id).",
+            )
         if predicted is not None:
             predicted = check_mask("predicted", predicted, like.shape[:2])
         if attention_mask is not None:
@@ -218,39 +280,99 @@ class DriftObjective(nn.Module):
             if noisy_ids is None:
                 noisy_ids = clean_ids  # read at padding only
             predicted = attention_mask if predicted is None else predicted & attention_mask
-        return clean_ids, noisy_ids, predicted
+        inputs = Inputs(logits, clean_ids, noisy_ids, predicted, attention_mask)
+        if not torch.compiler.is_compiling():
+            self._refuse_slips(inputs)
+        return inputs
 
-    def _features(self, embeds: Tensor, attention_mask: Tensor | None) -> Tensor:
-        """Return features as one cloud, (N, M): N is B, or the number of windows where the map gives (B, W, M)."""
+    def _refuse_slips(self, inputs: Inputs) -> None:
+        """Refuse or report arguments that have the right form but would give a wrong loss.
+
+        An accelerator would have to be waited for. It is at the first call alone, and only where the lift waits for it
+        anyway, since it looks up the predicted positions.
+        """
+        device = inputs.clean_ids.device.type
+        first, self._called = not self._called, True
+        if device == "meta" or (device != "cpu" and not (first and inputs.predicted is not None)):
+            return
+        if self.mask_id is not None:
+            check_clean_ids(inputs.clean_ids, self.mask_id, inputs.attention_mask)
+        if first and not isinstance(inputs.logits, LinearLogits) and looks_like_probabilities(inputs.logits):
+            warnings.warn(
+                f"logits look like probabilities: they are not negative and rows sum to one. {type(self).__name__} "
+                "applies a softmax of its own, so that probabilities give a wrong loss; pass the raw output of the "
+                "denoiser, or probabilities.log().",
+                stacklevel=6,
+            )
+
+    def extra_repr(self) -> str:
+        """Return the settings for ``print(loss)``, one on a line."""
+        size, width = self.embedding.shape
+        lines = [f"embedding: V={size}, D={width}, {self.embedding.dtype}"]
+        for name, option in inspect.signature(type(self)).parameters.items():
+            if option.kind is option.KEYWORD_ONLY and hasattr(self, name):
+                lines.append(f"{name}={getattr(self, name)!r}")
+        features = self.feature_map
+        label = type(features) if isinstance(features, nn.Module) else features
+        return "\n".join([*lines, f"feature_map: {getattr(label, '__qualname__', label)}"])
+
+    def _step(self, inputs: Inputs, diagnose: bool) -> Step:
+        """Return features and drift of a checked batch. Nothing is pushed into the queues yet."""
+        # 1. Features of generated text, with gradient, and of real text, without.
+        generated = self._generated(inputs)
+        with torch.no_grad():
+            lookup = nn.functional.embedding(inputs.clean_ids.long(), self.embedding)
+            real = self._features(lookup, inputs.attention_mask).values
+            # 2. The features of all ranks.
+            all_generated, all_real, first, offset = self._of_all_ranks(generated, real)
+            # 3. The drift of every anchor. Scales and column sums run over the anchors, so that each rank computes
+            # the drift of all of them and keeps its own rows: every field gives what it gives to one process.
+            drift, field = self._drift(all_generated, all_real, diagnose)
+        mine = slice(offset, offset + len(generated.values))
+        queued = len(self.queue_real), len(self.queue_generated)
+        return Step(generated, all_generated, all_real, drift[mine], field, first.sum(), queued)
+
+    def _of_all_ranks(self, generated: Features, real: Tensor) -> tuple[Tensor, Tensor, Tensor, int]:
+        """Return features of all ranks, which of them are the first of a sequence, and where those of this rank start.
+
+        One collective call for all three, whose columns are put side by side.
+        """
+        own, first = generated.values.detach(), generated.first_of_sequence()
+        if self._ranks() == 1:
+            return own, real, first, 0
+        everything, offset = gather(torch.cat([own, real.to(own), first[:, None].to(own)], dim=1))
+        width = own.shape[1]
+        return everything[:, :width], everything[:, width : 2 * width], everything[:, -1], offset
+
+    def _ranks(self) -> int:
+        return rank_count() if self.across_ranks else 1
+
+    def _features(self, embeds: Tensor, attention_mask: Tensor | None) -> Features:
+        """Return the features of embeddings (B, L, D), in float32 or wider."""
         kwargs = {} if attention_mask is None else {"attention_mask": attention_mask}
         features = self.feature_map(embeds, **kwargs)
         windows = isinstance(features, Tensor) and features.ndim == 3
         check_tensor("feature_map(embeds)", features, ("B", "W", "M") if windows else ("B", "M"))
         if len(features) != len(embeds):
-            raise fail("feature_map must return one row a sequence: (B, M), or (B, W, M) for windows.", got=features)
+            raise fail(
+                "feature_map must return one row for each sequence: (B, M), or (B, W, M) for windows.", got=features
+            )
         features = features.to(torch.promote_types(features.dtype, torch.float32))
         features = features if windows else features[:, None]
-        present = self._present(attention_mask)
-        if present is None:
-            return features.flatten(0, -2)
-        if present.shape != features.shape[:2]:
-            raise fail("feature_map.present(attention_mask) must be bool (B, W).", present=present, features=features)
-        return features[present]
-
-    def _present(self, attention_mask: Tensor | None) -> Tensor | None:
-        """Return which features are of text, bool (B, W), (B, 1) without windows; None where the map does not say."""
+        rows, width = features.shape[:2]
         present = getattr(self.feature_map, "present", None)
-        return None if attention_mask is None or present is None else present(attention_mask)
+        if attention_mask is None or present is None:
+            sequence = torch.arange(rows, device=features.device)[:, None].expand(rows, width).flatten()
+            return Features(features.flatten(0, 1), sequence, rows)
+        here = present(attention_mask)
+        if here.shape != features.shape[:2]:
+            raise fail("feature_map.present(attention_mask) must be bool (B, W).", present=here, features=features)
+        sequence, window = here.nonzero(as_tuple=True)
+        return Features(features[sequence, window], sequence, rows)
 
-    def _weights(self, attention_mask: Tensor | None, like: Tensor) -> Tensor | None:
-        """Return the weight of each window in the mean of its sequence, (B, W); None where all are equal."""
-        present = self._present(attention_mask)
-        return None if present is None else present.to(like) / present.sum(dim=1, keepdim=True).clamp_min(1)
-
-    def _generated(
-        self, logits: Tensor | LinearLogits, noisy_ids: Tensor | None, predicted: Tensor | None, mask: Tensor | None
-    ) -> Tensor:
-        """Return features of the lifted logits, (N, M), with gradient."""
+    def _generated(self, inputs: Inputs) -> Features:
+        """Return the features of the lifted logits, with gradient."""
+        logits, predicted = inputs.logits, inputs.predicted
         if isinstance(logits, LinearLogits):
             lift = partial(linear_soft_token_lift, *logits)
         else:
@@ -258,13 +380,13 @@ class DriftObjective(nn.Module):
         with torch.autocast(self.embedding.device.type, enabled=False):
             lifted = lift(
                 self.embedding,
-                noisy_ids=noisy_ids if predicted is not None else None,
+                noisy_ids=inputs.noisy_ids if predicted is not None else None,
                 predicted=predicted,
                 mask_id=self.mask_id,
                 workspace_mib=self.workspace_mib,
             )
-        features = self._features(lifted, mask)
-        if features.device.type == "cpu" and not torch.compiler.is_compiling() and not features.isfinite().all():
+        features = self._features(lifted, inputs.attention_mask)
+        if lifted.device.type == "cpu" and not torch.compiler.is_compiling() and not features.values.isfinite().all():
             raise fail(
                 f"{_not_finite(logits)}.",
                 "Look for an overflow in the denoiser (a too high learning rate, float16 without scaling); nothing "
@@ -273,79 +395,40 @@ class DriftObjective(nn.Module):
             )
         return features
 
-    @torch.no_grad()
-    def _real(self, clean_ids: Tensor, mask: Tensor | None) -> Tensor:
-        """Return features of the clean ids, (N, M), without gradient."""
-        return self._features(nn.functional.embedding(clean_ids.long(), self.embedding), mask)
-
-    @torch.no_grad()
-    def _gather(self, generated: Tensor, real: Tensor, weights: Tensor | None) -> Batch:
-        """Return the features of all ranks, or those of this one where it works alone."""
-        generated, own = generated.detach(), len(generated)
-        ranks = rank_count() if self.across_ranks else 1
-        if ranks == 1:
-            share = 1.0 if weights is None else len(weights) / weights.sum().clamp_min(1)
-            return Batch(generated, real, slice(0, own), share)
-        columns, width = [generated, real.to(generated)], generated.shape[1]
-        if weights is not None:  # they add up to the sequences that have features
-            columns.append(weights[weights > 0][:, None])
-        both, offset = gather(torch.cat(columns, dim=1))
-        mine, share = slice(offset, offset + own), own * ranks / len(both)
-        if weights is not None:
-            share = len(weights) * ranks / both[:, -1].sum().clamp_min(1)
-        return Batch(both[:, :width], both[:, width : 2 * width], mine, share)
-
-    @torch.no_grad()
-    def _drift(self, batch: Batch, diagnose: bool) -> tuple[Tensor, FieldDiagnostics | None]:
-        """Return the drift of every generated feature of this rank, (N, M).
-
-        Every rank computes the drift of all anchors and keeps its own rows: scales and column sums run over the
-        anchors, so this alone gives every field what one process would have given it.
-        """
-        generated, own, pair = batch.generated, None, None
+    def _drift(self, generated: Tensor, real: Tensor, diagnose: bool) -> tuple[Tensor, FieldDiagnostics | None]:
+        """Return the drift (N, M) of generated features, given real ones and both queues."""
+        own = pair = None
         positives, negatives = (q.features().to(generated) for q in (self.queue_real, self.queue_generated))
         if self.batch_as_references:
             # The current batch stands first, so that anchor i is negative i and its clean sequence positive i.
-            real = batch.real.to(generated)
             positives = torch.cat([real, positives]) if len(positives) else real
             negatives = torch.cat([generated, negatives]) if len(negatives) else generated
             own = torch.arange(len(generated), device=generated.device)
             pair = own if self.exclude_paired_positive else None
         if not len(generated) or not len(positives):  # windows of padding alone; a first step with the queues alone
-            return torch.zeros_like(generated[batch.mine]), None
-        diagnostics = None
+            return torch.zeros_like(generated), None
         if diagnose and isinstance(self.field, DriftField):
-            drift, diagnostics = self.field.diagnose(
+            return self.field.diagnose(
                 generated, positives, negatives, exclude_positive=pair, exclude_negative=own, pairs=own
             )
-        else:
-            drift = self.field(generated, positives, negatives, exclude_positive=pair, exclude_negative=own)
-        return drift[batch.mine], diagnostics
-
-    def _push(self, batch: Batch) -> None:
-        if self.training and len(batch.real):
-            self.queue_real.push(batch.real)
-            self.queue_generated.push(batch.generated)
-
-    def _reduce(self, per_sequence: Tensor, share: float | Tensor) -> Tensor:
-        if self.reduction == "none":
-            return per_sequence
-        return per_sequence.mean() * share if self.reduction == "mean" else per_sequence.sum()
+        return self.field(generated, positives, negatives, exclude_positive=pair, exclude_negative=own), None
 
     def _finish(
-        self,
-        per_sequence: Tensor,
-        logits: Tensor | LinearLogits,
-        predicted: Tensor | None,
-        field: FieldDiagnostics | None,
-        return_diagnostics: bool,
-        fill: tuple[int, int],
-        share: float | Tensor,
+        self, per_sequence: Tensor, step: Step, inputs: Inputs, return_diagnostics: bool
     ) -> Tensor | LossOutput:
+        """Push the features, reduce the loss of each sequence, (B,), and add diagnostics if they are asked for."""
+        if self.training and len(step.all_real):
+            self.queue_real.push(step.all_real)
+            self.queue_generated.push(step.all_generated)
         # Nothing predicted, nothing to learn: exactly zero, still attached to the graph.
-        if predicted is not None:
-            per_sequence = torch.where(predicted.any(dim=1), per_sequence, 0.0)
-        loss = self._reduce(per_sequence, share)
+        if inputs.predicted is not None:
+            per_sequence = torch.where(inputs.predicted.any(dim=1), per_sequence, 0.0)
+        loss = per_sequence
+        if self.reduction == "sum":
+            loss = per_sequence.sum()
+        elif self.reduction == "mean":
+            loss = per_sequence.sum() * self._ranks() / step.sequences.clamp_min(1)
         if not return_diagnostics:
             return loss
-        return LossOutput(loss, Diagnostics(field, token_entropy(logits, predicted, self.mask_id), *fill))
+        entropy = token_entropy(inputs.logits, inputs.predicted, self.mask_id)
+        return LossOutput(loss, Diagnostics(step.field, entropy, *step.queued))

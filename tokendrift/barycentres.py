@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
-from tokendrift.kernels import Kernel, SharpKernel, squared_distances
+from tokendrift.kernels import Kernel, squared_distances
 
 
 class Side(NamedTuple):
@@ -28,13 +28,12 @@ class Side(NamedTuple):
     pairs: Tensor | None = None
 
 
-class Block(NamedTuple):
+class ReferenceBlock(NamedTuple):
     """Some references as the anchors see them.
 
     Attributes:
         points: Centred, (b, M).
         squared: Squared distances to the anchors, (N, b).
-        scaled: The same in the unit that the kernel is given, (N, b).
         logits: Log-kernel, -inf where excluded, (T, N, b).
         hidden: Where an anchor must not look, bool (N, b), or None.
         log_weights: Log of the references' own weights, (b,), or None.
@@ -43,7 +42,6 @@ class Block(NamedTuple):
 
     points: Tensor
     squared: Tensor
-    scaled: Tensor
     logits: Tensor
     hidden: Tensor | None
     log_weights: Tensor | None
@@ -54,18 +52,19 @@ class Block(NamedTuple):
         return self.logits if self.log_weights is None else self.logits + self.log_weights
 
     def column_potential(self, row_potential: Tensor | None = None) -> Tensor:
-        """Return minus the log of what a column sums to over the anchors, (T, 1, b).
+        """Return minus the log of the sum of each column over the anchors, (T, 1, b).
 
-        The references' own weights stay out: two copies of a point have the same column each.
+        The references' own weights stay out: two copies of a point have the same column each. A row potential (T, N)
+        is added to the logits first.
         """
         logits = self.logits if row_potential is None else self.logits + row_potential[..., None]
         columns = torch.logsumexp(logits, dim=1, keepdim=True)
-        return torch.where(columns.isinf(), 0.0, -columns)  # nobody sees it: its logits are -inf already
+        return torch.where(columns.isinf(), 0.0, -columns)  # no anchor sees it: its logits are -inf already
 
 
 @dataclass(frozen=True)
 class View:
-    """How a set of centred anchors (N, M) looks at references: kernel, temperatures (T), unit of distance."""
+    """How a set of centred anchors (N, M) looks at references: kernel, temperatures (T), size of a block."""
 
     anchors: Tensor
     centre: Tensor
@@ -73,86 +72,80 @@ class View:
     temperatures: tuple[float, ...]
     block_size: int
     refine: bool
-    unit: Tensor | None = None
 
-    def blocks(self, side: Side) -> Iterator[Block]:
+    further_powers: ClassVar[tuple[int, ...]] = ()
+    """The power of the weights in each of the further sums."""
+
+    def blocks(self, side: Side) -> Iterator[ReferenceBlock]:
         """Walk over the references of a side."""
         for start in range(0, len(side.points), self.block_size):
-            stop = start + self.block_size
-            points = side.points[start:stop].to(self.centre.dtype) - self.centre
-            squared = squared_distances(self.anchors, points, refine=self.refine)
-            scaled = squared if self.unit is None else squared / self.unit.square()
-            logits = torch.stack([self.kernel(scaled, tau) for tau in self.temperatures])
-            hidden = None
-            if side.excluded is not None:
-                hidden = torch.arange(start, start + len(points), device=points.device) == side.excluded[:, None]
-                logits = logits.masked_fill(hidden, -torch.inf)
-            log_weights = None if side.weights is None else side.weights[start:stop].to(squared.dtype).log()
-            yield Block(points, squared, scaled, logits, hidden, log_weights, start)
+            yield self.block(side, start, start + self.block_size)
 
-    def pull(self, block: Block) -> Tensor | None:
-        """Return the kernel's factor on differences, (T, N, b), or None where it is one."""
-        kernel = self.kernel
-        if not isinstance(kernel, SharpKernel):
-            return None
-        return torch.stack([kernel.pull(block.scaled, tau) for tau in self.temperatures])
+    def block(self, side: Side, start: int, stop: int) -> ReferenceBlock:
+        """Return the references from ``start`` to ``stop``."""
+        points = side.points[start:stop].to(self.centre.dtype) - self.centre
+        squared = squared_distances(self.anchors, points, refine=self.refine)
+        scaled, hidden = self.in_unit(squared), None
+        logits = torch.stack([self.kernel(scaled, tau) for tau in self.temperatures])
+        if side.excluded is not None:
+            hidden = torch.arange(start, start + len(points), device=points.device) == side.excluded[:, None]
+            logits = logits.masked_fill(hidden, -torch.inf)
+        log_weights = None if side.weights is None else side.weights[start:stop].to(squared.dtype).log()
+        return ReferenceBlock(points, squared, logits, hidden, log_weights, start)
+
+    def in_unit(self, squared: Tensor) -> Tensor:
+        """Return squared distances in the unit that the kernel receives."""
+        return squared
+
+    def further_sums(self, block: ReferenceBlock, weights: Tensor) -> tuple[Tensor, ...]:
+        """Return sums over a block beside those of `Sums`, (T, N) or (T, N, M), one for each of ``further_powers``.
+
+        For fields that need more than the weighted mean. ``weights`` has shape (T, N, b).
+        """
+        return ()
 
 
 class Sums(NamedTuple):
-    r"""Running sums over the references of one side, weights w relative to exp(peak) and rho the kernel's pull.
+    """Running sums over the references of one side; the weights w are relative to exp(peak).
 
     Attributes:
         peak: Largest log-weight, (T, N).
         row: Log-sum-exp of the kernel without column factors, (T, N); kept where column factors are in use.
         own: Log-weight of each anchor's own pair, (T, N).
         mass: Sum of w, (T, N).
-        reach: Sum of w rho, (T, N); the mass itself for a kernel without pull.
-        moment: Sum of w rho y, (T, N, M).
+        moment: Sum of w y, (T, N, M).
         square: Sum of w^2, (T, N).
-        spread: What the noise estimate needs beside it, or None.
+        further: Those of `View.further_sums`.
+        powers: Those of `View.further_powers`.
     """
 
     peak: Tensor
     row: Tensor
     own: Tensor
     mass: Tensor
-    reach: Tensor
     moment: Tensor
     square: Tensor
-    spread: Spread | None
+    further: tuple[Tensor, ...] = ()
+    powers: tuple[int, ...] = ()
 
     def rescaled(self, peak: Tensor) -> Sums:
         """Return the same sums relative to another peak."""
         factor = (self.peak - torch.where(peak.isinf(), 0.0, peak)).exp()  # -inf minus -inf would be NaN
+        further = []
+        for part, power in zip(self.further, self.powers, strict=True):
+            scale = factor.square() if power == 2 else factor
+            further.append(part * (scale if part.ndim == scale.ndim else scale[..., None]))
         return self._replace(
             peak=peak,
             mass=self.mass * factor,
-            reach=self.reach * factor,
             moment=self.moment * factor[..., None],
             square=self.square * factor.square(),
-            spread=None if self.spread is None else self.spread.times(factor.square()),
+            further=tuple(further),
         )
 
-    def aim(self, x: Tensor) -> Tensor:
-        """Return the points that anchors x are drawn to, (T, N, M): means of x + rho (y - x)."""
-        return self.moment / self.mass[..., None] + (1 - self.reach / self.mass)[..., None] * x
-
-
-class Spread(NamedTuple):
-    """Sums of squared weights: of w^2 rho (T, N), of w^2 rho y (T, N, M), of w^2 rho^2 d^2 (T, N)."""
-
-    reach: Tensor
-    moment: Tensor
-    size: Tensor
-
-    def times(self, factor: Tensor) -> Spread:
-        """Return the sums times a factor (T, N)."""
-        return Spread(self.reach * factor, self.moment * factor[..., None], self.size * factor)
-
-    def shares(self, x: Tensor, mass: Tensor) -> tuple[Tensor, Tensor]:
-        """Return sums of q^2 d (T, N, M) and q^2 |d|^2 (T, N), q the weights over their mass, d = rho (y - x)."""
-        square = mass.square()
-        return (self.moment - self.reach[..., None] * x) / square[..., None], self.size / square
+    def mean(self) -> Tensor:
+        """Return the weighted mean of the references for every anchor, (T, N, M)."""
+        return self.moment / self.mass[..., None]
 
 
 def sum_references(
@@ -162,7 +155,6 @@ def sum_references(
     peak: Tensor | None = None,
     column_share: float = 0.0,
     row_potential: Tensor | None = None,
-    spread: bool = False,
 ) -> Sums:
     """Sum the weighted references of one side for every anchor, rescaling to a new peak block by block.
 
@@ -171,93 +163,52 @@ def sum_references(
         side: The references.
         peak: Where the peak starts, (T, N): two sides are put on one scale by starting the second from the first's.
         column_share: Power of the column factor: 0 for none, 1/2 for the two-sided form, 1 for a transport plan.
-        row_potential: For `Block.column_potential`.
-        spread: Sum for the noise estimate as well.
+        row_potential: For `ReferenceBlock.column_potential`.
     """
+    # Sums over no references at all.
     low = view.anchors.new_full((len(view.temperatures), len(view.anchors)), -torch.inf)
     none, nowhere = torch.zeros_like(low), view.anchors.new_zeros(*low.shape, view.anchors.shape[1])
-    sums = Sums(low, low, low, none, none, nowhere, none, Spread(none, nowhere, none) if spread else None)
+    further: tuple[Tensor, ...] = ()
+    if view.further_powers:
+        empty = view.block(side, 0, 0)
+        further = view.further_sums(empty, empty.logits.exp())
+    sums = Sums(low, low, low, none, nowhere, none, further, view.further_powers)
     if peak is not None:
         sums = sums.rescaled(peak)
     for block in view.blocks(side):
-        sums = _absorb(sums, block, view.pull(block), column_share, row_potential, side.pairs)
+        sums = _with_block(sums, view, block, column_share, row_potential, side.pairs)
     return sums
 
 
-def _absorb(
+def _with_block(
     sums: Sums,
-    block: Block,
-    pull: Tensor | None,
+    view: View,
+    block: ReferenceBlock,
     column_share: float,
     row_potential: Tensor | None,
     pairs: Tensor | None,
 ) -> Sums:
-    """Add one block of references to the running sums."""
+    """Return the running sums with one more block of references."""
     logits, row, own = block.weighted(), sums.row, sums.own
+    # 1. Column factors, from sums over the anchors.
     if column_share:
         row = torch.logaddexp(row, torch.logsumexp(logits, dim=-1))
         logits = logits + column_share * block.column_potential(row_potential)
+    # 2. The log-weight of each anchor's own pair, where it stands in this block.
     if pairs is not None:
         index = pairs - block.start
         here = (index >= 0) & (index < len(block.points))
         column = torch.where(here, index, 0).expand(len(logits), -1)[..., None]
         own = torch.where(here, logits.gather(-1, column)[..., 0], own)
+    # 3. Weights relative to the largest seen so far, so that none overflows, and their sums.
     sums = sums.rescaled(torch.maximum(sums.peak, logits.amax(dim=-1)))
     weights = (logits - torch.where(sums.peak.isinf(), 0.0, sums.peak)[..., None]).exp_()
-    pulled = weights if pull is None else weights * pull
-    spread = sums.spread
-    if spread is not None:
-        squares = weights * pulled
-        spread = Spread(
-            spread.reach + squares.sum(-1),
-            spread.moment + squares @ block.points,
-            spread.size + (pulled.square() * block.squared).sum(-1),
-        )
-    mass = weights.sum(-1)
-    return Sums(
-        sums.peak,
-        row,
-        own,
-        sums.mass + mass,
-        sums.reach + (mass if pull is None else pulled.sum(-1)),
-        sums.moment + pulled @ block.points,
-        sums.square + weights.square().sum(-1),
-        spread,
+    further = view.further_sums(block, weights)
+    return sums._replace(
+        row=row,
+        own=own,
+        mass=sums.mass + weights.sum(-1),
+        moment=sums.moment + weights @ block.points,
+        square=sums.square + weights.square().sum(-1),
+        further=tuple(old + new for old, new in zip(sums.further, further, strict=True)),
     )
-
-
-def sinkhorn_potential(view: View, side: Side, iterations: int) -> Tensor:
-    r"""Return the log row factors f (T, N) of a transport plan between the anchors and the references of one side.
-
-    .. math::
-        \log P_{ij} = f_i + \log k_{ij} + g_j, \qquad
-        g_j = \log w_j - \log\textstyle\sum_i k_{ij} e^{f_i}, \qquad f_i = -\log\textstyle\sum_j k_{ij} e^{g_j}
-
-    The column factors g follow from f and are never stored: every iteration is one walk over the references. The
-    last row step is left to whoever normalises the rows, so that these are ``iterations - 1`` walks. An anchor that
-    sees nothing has f = -inf and takes no part.
-    """
-    potential = view.anchors.new_zeros(len(view.temperatures), len(view.anchors))
-    for _ in range(iterations - 1):
-        row = torch.full_like(potential, -torch.inf)
-        for block in view.blocks(side):
-            logits = block.weighted() + block.column_potential(potential)
-            row = torch.logaddexp(row, torch.logsumexp(logits, dim=-1))
-        potential = torch.where(row.isinf(), -torch.inf, -row)
-        top = potential.amax(dim=-1, keepdim=True)  # only differences count: keep them small
-        potential = potential - torch.where(top.isinf(), 0.0, top)
-    return potential
-
-
-def mean_distance(view: View, *sides: Side) -> Tensor:
-    """Return the weighted mean distance, a scalar, over all pairs that an anchor may see; 1 if they all coincide."""
-    total, count = view.anchors.new_zeros(()), view.anchors.new_zeros(())
-    for side in sides:
-        for block in view.blocks(side):
-            weights = torch.ones_like(block.squared)
-            if block.log_weights is not None:
-                weights = weights * block.log_weights.exp()
-            if block.hidden is not None:
-                weights = weights.masked_fill(block.hidden, 0.0)
-            total, count = total + (weights * block.squared.sqrt()).sum(), count + weights.sum()
-    return torch.where(total > 0, total / count, 1.0)

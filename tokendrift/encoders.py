@@ -130,13 +130,21 @@ def as_encoder(module: nn.Module) -> nn.Module:
     if "inputs_embeds" in _arguments(module):
         return InputsEmbedsEncoder(module)
     wrapped = isinstance(getattr(module, "module", None), nn.Module)
+    lacking = (
+        ""
+        if _shows_embedding(module) or wrapped
+        else (
+            " It lacks an input embedding too, which TokenDriftLoss.from_encoder needs: vocab_embed.embedding, "
+            "(V, D), or get_input_embeddings()."
+        )
+    )
     raise fail(
         "encoder must have a method hidden_states(embeds, attention_mask=...) -> list of (B, L, D), or be a model of "
-        "transformers whose forward takes inputs_embeds.",
+        f"transformers whose forward takes inputs_embeds.{lacking}",
         "Pass the model inside the wrapper: encoder.module."
         if wrapped
-        else "Wrap your encoder in a module with that method, or pass any frozen callable (B, L, D) -> (B, M) as "
-        "feature_map.",
+        else "Add what is missing to your model, or build the loss from parts: TokenDriftLoss(embedding, feature_map) "
+        "takes any matrix (V, D) and any frozen callable (B, L, D) -> (B, M).",
         encoder=type(module).__name__,
     )
 
@@ -145,7 +153,7 @@ def input_embedding(encoder: nn.Module) -> Tensor:
     """Return E, (V, D): what the encoder feeds into its first layer for each id; without gradient.
 
     Shares the memory of the encoder's parameter where that is the whole story. Some models scale their embeddings on
-    the way (BART, Gemma 3); they get a matrix of their own with the scale in it.
+    the way (BART, Gemma 3); for these the result is a new matrix that includes the scale.
 
     Raises:
         TokenDriftError: If the encoder has neither ``vocab_embed.embedding`` nor ``get_input_embeddings()``.
@@ -153,7 +161,7 @@ def input_embedding(encoder: nn.Module) -> Tensor:
     source: Any = encoder
     if hasattr(source, "vocab_embed"):
         return source.vocab_embed.embedding.detach()
-    if not hasattr(source, "get_input_embeddings"):
+    if not _shows_embedding(encoder):
         raise fail(
             "encoder shows no input embedding (vocab_embed.embedding or get_input_embeddings()).",
             "Pass the parts: TokenDriftLoss(embedding, feature_map).",
@@ -211,6 +219,10 @@ def map_vocabulary(
     wide = torch.promote_types(embedding.dtype, torch.float32)
     absent = embedding.mean(dim=0, dtype=wide) if missing == "mean" else embedding.new_zeros(embedding.shape[1])
     return torch.where(index[:, None] >= 0, embedding[index.clamp_min(0)], absent.to(embedding.dtype))
+
+
+def _shows_embedding(encoder: nn.Module) -> bool:
+    return hasattr(encoder, "vocab_embed") or hasattr(encoder, "get_input_embeddings")
 
 
 def _take(rows: Tensor, order: Tensor) -> Tensor:

@@ -7,3 +7,7 @@ class TokenDriftError(ValueError):
     The message names the argument, what was expected (B batch, L length, V vocabulary, D embedding
     width, M feature width, N anchors, P positives, Q negatives), what came, and what to do.
     """
+
+
+class UnknownOptionError(TokenDriftError, TypeError):
+    """A keyword argument that does not exist. The message names the nearest one that does."""

@@ -1,4 +1,4 @@
-"""Frozen feature maps: soft embeddings (B, L, D) to features, one vector a sequence or one a window."""
+"""Frozen feature maps: soft embeddings (B, L, D) to features, one vector for each sequence or window."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class FeatureMap(Protocol):
 
 
 class PooledFeatures(nn.Module):
-    r"""Pool hidden layers of a frozen encoder into one unit vector a sequence.
+    r"""Pool hidden layers of a frozen encoder into one unit vector for each sequence.
 
     .. math:: h = \frac{z}{\lVert z\rVert},\qquad
         z = \big[\tfrac1L\textstyle\sum_l H^{(a)}_l,\; \tfrac1L\sum_l H^{(b)}_l\big]
@@ -42,8 +42,8 @@ class PooledFeatures(nn.Module):
     The last window of a sequence may be shorter. In a padded batch a window, or a whole sequence, is the mean of its
     positions that count, and one without any is not present: it enters no cloud.
 
-    Time-conditioned encoders run at clean time (sigma = 0) unless told otherwise: at ``sigma`` above 0 they take
-    the text for noisy and read more of the context.
+    Time-conditioned encoders run at clean time (sigma = 0) by default. With ``sigma`` above 0 they treat the text as
+    noisy and rely more on the context.
 
     The encoder is deep-copied, put into evaluation mode and frozen, so that further training of the
     original does not move the features. Of a model with a head, only what is below the head is copied.
@@ -51,13 +51,14 @@ class PooledFeatures(nn.Module):
     Args:
         encoder: A module with ``hidden_states(embeds, attention_mask=...)``, such as `DiT`, or an encoder or causal
             model of transformers: any whose forward takes ``inputs_embeds``.
-        layers: Indices into the list of hidden states; M is the sum of their widths.
-        window: w, positions pooled into one vector, or several such; the whole sequence by default, as in the paper.
-        sigma: Noise level ``-log alpha_t`` that a time-conditioned encoder is told.
-        normalize: Divide by the Euclidean norm.
+        layers: Indices into the list of hidden states; M is the sum of their widths. Default: the last two.
+        window: w, the number of positions pooled into one vector, or several such numbers. Default: None, the whole
+            sequence, as in the paper.
+        sigma: Noise level ``-log alpha_t`` that a time-conditioned encoder receives. Default: 0, clean text.
+        normalize: Divide by the Euclidean norm. Default: True.
 
     Raises:
-        TokenDriftError: If the encoder shows no hidden states, is wrapped for several devices, or knows no sigma.
+        TokenDriftError: If the encoder shows no hidden states, is wrapped for several devices, or takes no sigma.
 
     Source: TokenDrift (arXiv 2605.19470), appendix F.
     """
@@ -131,10 +132,10 @@ class PooledFeatures(nn.Module):
 
 
 class IdentityFeatures(PooledFeatures):
-    """Pool the soft embeddings themselves, without an encoder: a bag of words a sequence or a window.
+    """Pool the soft embeddings themselves, without an encoder: a bag of words for each sequence or window.
 
-    Knows which tokens occur and nothing of their order inside what is pooled. Cheap; good for a first test of a
-    training loop and as the baseline that an encoder has to beat.
+    It sees which tokens occur and nothing of their order inside what is pooled. It is cheap: good for a first test of a
+    training loop, and as the baseline that an encoder has to beat.
 
     Args:
         window: As in `PooledFeatures`.

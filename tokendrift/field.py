@@ -1,4 +1,4 @@
-r"""Drift fields: features and their references in, one drift vector an anchor out.
+r"""Drift fields: from features and their references to one drift vector for each anchor.
 
 An anchor :math:`h_i` is pulled toward the positives :math:`u_j` (real text) and away from the negatives
 :math:`v_k` (generated text). Swapping positives and negatives flips the sign of the drift; that law,
@@ -10,15 +10,22 @@ references in blocks: memory does not grow with their number beyond the referenc
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Literal, NamedTuple, Protocol
+from dataclasses import dataclass
+from typing import ClassVar, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from tokendrift._checks import check_choice, check_clouds, check_count, check_positive, check_weights, fail
-from tokendrift.barycentres import Side, Sums, View, mean_distance, sinkhorn_potential, sum_references
+from tokendrift._checks import (
+    check_choice,
+    check_clouds,
+    check_count,
+    check_positive,
+    check_temperatures,
+    check_weights,
+    fail,
+)
+from tokendrift.barycentres import Side, Sums, View, sum_references
 from tokendrift.kernels import KERNELS, Kernel, exact_matmul
 
 __all__ = ["NORMALIZATIONS", "DriftField", "Field", "FieldDiagnostics"]
@@ -45,27 +52,31 @@ class Field(Protocol):
 
 
 class FieldDiagnostics(NamedTuple):
-    """How a field worked, one value a temperature; detached tensors on the device of the anchors.
+    """How a field worked, one value for each temperature; detached tensors on the device of the anchors.
 
     Attributes:
         rms: Raw drift RMS before any normalisation, (T,). Falls like N^-1/2 at equilibrium.
         positive_mass: Mean share of the kernel weight on positives, (T,); P/(P+Q) at equilibrium.
         effective_references: Mean effective sample size (sum w)^2 / sum w^2 over all references, (T,).
         pair_weight: Mean share of its own paired positive among an anchor's positives, (T,); NaN when no
-            pair was named.
-        signal: Mean square of the raw drift less its sampling noise, (T,): about zero, of either sign, at
-            equilibrium. Average it over steps before taking a root.
+            pair was given.
     """
 
     rms: Tensor
     positive_mass: Tensor
     effective_references: Tensor
     pair_weight: Tensor
-    signal: Tensor
 
 
-NORMALIZATIONS = ("joint", "separate", "two_sided", "sinkhorn")
-JOINT = ("joint", "two_sided")  # both sides share one sum
+class FieldSums(NamedTuple):
+    """What the raw drifts were computed from: the sums of both sides, and how the anchors saw them."""
+
+    positives: Sums
+    negatives: Sums
+    view: View
+
+
+NORMALIZATIONS: tuple[str, ...] = ("joint", "separate", "two_sided")
 CENTRE_FROM = 256  # references of either side
 
 
@@ -84,37 +95,25 @@ class DriftField:
         V_i = \frac1{|T|}\sum_\tau V^{(\tau)}_i / s(\tau),\qquad
         s(\tau) = \sqrt{\tfrac1N\textstyle\sum_i \lVert V^{(\tau)}_i\rVert^2 + \epsilon}
 
+    Further forms that the study tried are in `tokendrift.variants`.
+
     Attributes:
-        temperatures: T, in units of squared distance (of distance for ``laplace`` and ``sharp_laplace``).
-        kernel: ``"gaussian"``; ``"laplace"``; ``"sharp_laplace"``, which moves points like Laplace but has a
-            potential (see `SharpLaplace`; the Gaussian has one anyway); or a callable (squared distances, tau) ->
-            log-weights, with a method ``pull`` if differences are to be shortened as well.
-        normalization: ``"joint"`` as above. ``"separate"`` normalises each side alone (W+ and W- sum to one).
-            ``"two_sided"`` takes the geometric mean of row and column softmax before the cross-weights, as
+        temperatures: T, in units of squared distance (of distance for ``"laplace"``). Default: (0.02, 0.05, 0.2).
+        kernel: ``"gaussian"`` (default), ``"laplace"``, or a callable (squared distances, tau) -> log-weights.
+        normalization: ``"joint"`` as above (default). ``"separate"`` normalises each side alone (W+ and W- sum to
+            one). ``"two_sided"`` takes the geometric mean of row and column softmax before the cross-weights, as
             Algorithm 2 of arXiv 2602.04770; its columns run over the anchors, so with few anchors it is
-            unsafe (with one anchor it only doubles the temperature). ``"sinkhorn"`` takes for each side the rows
-            of an entropic transport plan between anchors and references (``sinkhorn_iterations`` walks over the
-            references), so that few positives cannot draw all anchors; it depends on the batch of anchors too.
+            unsafe (with one anchor it only doubles the temperature).
         rms_normalize: Divide each temperature's drift by its RMS over the anchors. Hides equilibrium: the
-            normalised drift keeps size 1 where the raw one is sampling noise.
-        aggregate: ``"mean"`` over temperatures, or ``"sum"`` as arXiv 2602.04770.
+            normalised drift keeps size 1 where the raw one is sampling noise. Default: True.
+        aggregate: ``"mean"`` over temperatures (default), or ``"sum"`` as arXiv 2602.04770.
         eps: Added inside the root of s. A temperature with a mean square below eps contributes zero instead of
-            amplified rounding.
-        block_size: References handled at a time; memory grows with it and not with the number of references. By default
-            a block stays in the cache of a CPU (about a million numbers), or fills an accelerator (8192 references).
-        attraction, repulsion: Factors on the pull to the positives and on the push from the negatives, as differences
-            to the anchor. Only equal factors make the field anti-symmetric.
-        subtract_noise: Multiply each temperature's drift by the share of its mean square that is not sampling noise,
-            :math:`\max(0, 1 - n/m)`, so that it fades at equilibrium in spite of ``rms_normalize``. In m, the square
-            of :math:`\sum_{jk} w_j w_k (u_j - v_k)`, n is the part that uses a positive or a negative twice. What is
-            left is a U-statistic, zero in expectation where real and generated features have one law: exactly so
-            for ``joint`` and ``two_sided`` with references independent of the anchors; nearly for ``separate``, whose
-            normalisers depend on the draw, and in part for ``sinkhorn``, whose plan does. The paired positive is
-            no independent draw and counts as signal.
-        feature_scaling: Give the kernel distances in units of their mean over all pairs that an anchor may see, and
-            RMS-normalised drifts the size of that unit. Temperatures then need no tuning to the features; this is the
-            normalisation of arXiv 2602.04770, appendix A.6, and costs another walk over the references.
-        sinkhorn_iterations: Row and column steps of ``"sinkhorn"``; it ends with a row step.
+            amplified rounding. Default: 1e-12.
+        block_size: Number of references handled at a time; memory grows with it and not with the number of
+            references. By default a block stays in the cache of a CPU (about a million numbers), or fills an
+            accelerator (8192 references).
+        attraction: Factor on the pull to the positives, taken as differences to the anchor. Default: 1.
+        repulsion: Factor on the push from the negatives. Default: 1. Only equal factors make the field anti-symmetric.
 
     Raises:
         TokenDriftError: If an option is out of range (at construction) or shapes, dtypes or devices do not
@@ -129,32 +128,27 @@ class DriftField:
     """
 
     temperatures: tuple[float, ...] = (0.02, 0.05, 0.2)
-    kernel: Literal["gaussian", "laplace", "sharp_laplace"] | Kernel = "gaussian"
-    normalization: Literal["joint", "separate", "two_sided", "sinkhorn"] = "joint"
+    kernel: Literal["gaussian", "laplace"] | Kernel = "gaussian"
+    normalization: Literal["joint", "separate", "two_sided"] = "joint"
     rms_normalize: bool = True
     aggregate: Literal["mean", "sum"] = "mean"
     eps: float = 1e-12
     block_size: int | None = None
     attraction: float = 1.0
     repulsion: float = 1.0
-    subtract_noise: bool = False
-    feature_scaling: bool = False
-    sinkhorn_iterations: int = 20
+
+    kernels: ClassVar[dict[str, Kernel]] = KERNELS
+    normalizations: ClassVar[tuple[str, ...]] = NORMALIZATIONS
 
     def __post_init__(self) -> None:
-        if not isinstance(self.temperatures, Sequence) or not self.temperatures:
-            raise fail("temperatures must be a tuple of numbers above 0.", temperatures=self.temperatures)
-        for temperature in self.temperatures:
-            check_positive("temperatures", temperature, symbol="each tau")
-        object.__setattr__(self, "temperatures", tuple(map(float, self.temperatures)))
+        object.__setattr__(self, "temperatures", check_temperatures(self.temperatures, symbol="each tau"))
         if not callable(self.kernel):
-            check_choice("kernel", self.kernel, tuple(KERNELS))
-        check_choice("normalization", self.normalization, NORMALIZATIONS)
+            check_choice("kernel", self.kernel, tuple(self.kernels))
+        check_choice("normalization", self.normalization, self.normalizations)
         check_choice("aggregate", self.aggregate, ("mean", "sum"))
         check_positive("eps", self.eps)
         if self.block_size is not None:
             check_count("block_size", self.block_size, least=1)
-        check_count("sinkhorn_iterations", self.sinkhorn_iterations, least=1)
         for name in ("attraction", "repulsion"):
             if getattr(self, name) != 0:
                 check_positive(name, getattr(self, name), symbol="zero or above")
@@ -182,20 +176,13 @@ class DriftField:
             exclude_negative: The same for negatives: usually the anchor itself.
             positive_weights: How many copies each positive stands for, (P,), zero or above and not only whole
                 numbers; all ones by default.
-            negative_weights: The same for negatives, (Q,); see `guidance_weight`.
+            negative_weights: The same for negatives, (Q,); see `tokendrift.references.guidance_weight`.
 
         Returns:
             Shape (N, M), float32 or wider, without gradient. Zero for an anchor that sees nothing on one side.
         """
         raw, sums = self.raw(
-            anchors,
-            positives,
-            negatives,
-            exclude_positive,
-            exclude_negative,
-            positive_weights=positive_weights,
-            negative_weights=negative_weights,
-            noise=self.subtract_noise,
+            anchors, positives, negatives, exclude_positive, exclude_negative, positive_weights, negative_weights
         )
         return self.combine(raw, sums)
 
@@ -211,63 +198,20 @@ class DriftField:
         negative_weights: Tensor | None = None,
         pairs: Tensor | None = None,
     ) -> tuple[Tensor, FieldDiagnostics]:
-        """Return the drift with diagnostics; ``pairs`` int64 (N,) names each anchor's own positive."""
+        """Return the drift with diagnostics; ``pairs``, int64 (N,), is the index of each anchor's own positive."""
+        pairs = pairs if exclude_positive is None else None
         raw, sums = self.raw(
-            anchors,
-            positives,
-            negatives,
-            exclude_positive,
-            exclude_negative,
-            positive_weights=positive_weights,
-            negative_weights=negative_weights,
-            pairs=pairs if exclude_positive is None else None,
-            noise=True,
+            anchors, positives, negatives, exclude_positive, exclude_negative, positive_weights, negative_weights, pairs
         )
-        pos, neg = sums.positives, sums.negatives
-        mean_square = raw.square().sum(-1).mean(-1)
-        pair_weight = torch.full_like(mean_square, torch.nan)
-        if pairs is not None and exclude_positive is None:
-            pair_weight = ((pos.own - pos.peak).exp() / pos.mass).mean(-1)
-        if self.normalization == "sinkhorn":  # each side has a plan of its own
-            seen = (pos.row - torch.logaddexp(pos.row, neg.row)).exp()
-            pos, neg = (side.rescaled(side.peak + side.mass.log()) for side in (pos, neg))
-        else:
-            peak = torch.maximum(pos.peak, neg.peak)
-            pos, neg = pos.rescaled(peak), neg.rescaled(peak)
-            seen = pos.mass / (pos.mass + neg.mass)
-        effective = (pos.mass + neg.mass).square() / (pos.square + neg.square)
-        noise = torch.zeros_like(mean_square) if sums.noise is None else sums.noise
+        rms = raw.square().sum(-1).mean(-1).sqrt()
+        pair_weight = torch.full_like(rms, torch.nan)
+        if pairs is not None:
+            positive = sums.positives
+            pair_weight = ((positive.own - positive.peak).exp() / positive.mass).mean(-1)
+        seen, effective = self._seen(sums.positives, sums.negatives)
         return self.combine(raw, sums), FieldDiagnostics(
-            mean_square.sqrt(),
-            seen.nan_to_num(0.0).mean(-1),
-            effective.nan_to_num(0.0).mean(-1),
-            pair_weight,
-            mean_square - noise,
+            rms, seen.nan_to_num(0.0).mean(-1), effective.nan_to_num(0.0).mean(-1), pair_weight
         )
-
-    @property
-    def _kernel(self) -> Kernel:
-        return KERNELS[self.kernel] if isinstance(self.kernel, str) else self.kernel
-
-    def _block_for(self, anchors: Tensor) -> int:
-        if self.block_size is not None:
-            return self.block_size
-        if anchors.device.type != "cpu" or torch.compiler.is_compiling():
-            return 8192
-        numbers = anchors.shape[1] + len(anchors) * len(self.temperatures)  # for each reference: itself, its weights
-        return min(8192, max(256, 2**20 // numbers))
-
-    def combine(self, raw: Tensor, sums: FieldSums) -> Tensor:
-        """Return the drift (N, M) from the raw drifts (T, N, M): scales of the temperatures, then aggregation."""
-        mean_square = raw.square().sum(-1).mean(-1)
-        if self.rms_normalize:
-            size = mean_square if sums.unit is None else mean_square / sums.unit.square()
-            scale = torch.where(size > self.eps, (size + self.eps).rsqrt(), 0.0)
-            raw = raw * scale[:, None, None]
-        if self.subtract_noise and sums.noise is not None:
-            kept = torch.where(mean_square > 0, 1 - sums.noise / mean_square, 0.0).clamp_min(0)
-            raw = raw * kept[:, None, None]
-        return raw.mean(dim=0) if self.aggregate == "mean" else raw.sum(dim=0)
 
     @torch.no_grad()
     def raw(
@@ -277,99 +221,94 @@ class DriftField:
         negatives: Tensor,
         exclude_positive: Tensor | None = None,
         exclude_negative: Tensor | None = None,
-        *,
         positive_weights: Tensor | None = None,
         negative_weights: Tensor | None = None,
         pairs: Tensor | None = None,
-        noise: bool = False,
     ) -> tuple[Tensor, FieldSums]:
-        """Return the raw drifts (T, N, M), before RMS normalisation, and the sums they were made from."""
+        """Return the raw drifts (T, N, M), before RMS normalisation, and the sums they were computed from."""
         check_clouds(anchors, positives, negatives, exclude_positive, exclude_negative)
         check_weights(anchors, positives=(positives, positive_weights), negatives=(negatives, negative_weights))
         dtype = torch.promote_types(anchors.dtype, torch.float32)
         with exact_matmul(anchors.device):
-            # Distances by products cancel badly far from the origin, so all clouds are centred first. Any point
+            # 1. Distances by products cancel badly far from the origin, so all clouds are centred first. Any point
             # among them will do: the mean of some.
             some = [cloud[:CENTRE_FROM] for cloud in (positives, negatives)]
             centre = (some[0].sum(0, dtype=dtype) + some[1].sum(0, dtype=dtype)) / (len(some[0]) + len(some[1]))
-            # Near zero the root of a product-form distance is all rounding, and only the Gaussian takes no root.
-            refine = self.kernel != "gaussian" or self.feature_scaling
-            view = View(
-                anchors.to(dtype) - centre, centre, self._kernel, self.temperatures, self._block_for(anchors), refine
-            )
             sides = (
                 Side(positives, exclude_positive, positive_weights, pairs),
                 Side(negatives, exclude_negative, negative_weights),
             )
-            if self.feature_scaling:
-                view = replace(view, unit=mean_distance(view, *sides))
-            pos, neg = self._sum_sides(view, *sides, spread=noise)
-            return self._drift(view, pos, neg)
+            # 2. Weighted sums of the references of both sides, block by block.
+            view = self._view(anchors.to(dtype) - centre, centre, *sides)
+            # 3. From their means and masses, the drift.
+            return self._drift(view, *self._sum_sides(view, *sides))
 
-    def _sum_sides(self, view: View, positive: Side, negative: Side, *, spread: bool) -> tuple[Sums, Sums]:
-        """Return the sums of both sides: on one scale where the normalisation is joint, each on its own if not."""
-        share = {"two_sided": 0.5, "sinkhorn": 1.0}.get(self.normalization, 0.0)
-        plans: list[Tensor | None] = [None, None]
-        if self.normalization == "sinkhorn":
-            plans = [sinkhorn_potential(view, side, self.sinkhorn_iterations) for side in (positive, negative)]
-        pos = sum_references(view, positive, column_share=share, row_potential=plans[0], spread=spread)
-        peak = pos.peak if self.normalization in JOINT else None
-        neg = sum_references(view, negative, peak=peak, column_share=share, row_potential=plans[1], spread=spread)
-        return (pos if peak is None else pos.rescaled(neg.peak)), neg
+    def combine(self, raw: Tensor, sums: FieldSums) -> Tensor:
+        """Return the drift (N, M) from the raw drifts (T, N, M): scales of the temperatures, then aggregation."""
+        raw = raw * self._scale(raw.square().sum(-1).mean(-1), sums)[:, None, None]
+        return raw.mean(dim=0) if self.aggregate == "mean" else raw.sum(dim=0)
+
+    @property
+    def _kernel(self) -> Kernel:
+        return self.kernels[self.kernel] if isinstance(self.kernel, str) else self.kernel
+
+    def _block_for(self, anchors: Tensor) -> int:
+        if self.block_size is not None:
+            return self.block_size
+        if anchors.device.type != "cpu" or torch.compiler.is_compiling():
+            return 8192
+        numbers = anchors.shape[1] + len(anchors) * len(self.temperatures)  # for each reference: itself, its weights
+        return min(8192, max(256, 2**20 // numbers))
+
+    def _view(self, anchors: Tensor, centre: Tensor, positive: Side, negative: Side) -> View:
+        """Return how centred anchors look at references."""
+        # Near zero the root of a product-form distance is all rounding, and only the Gaussian takes no root.
+        refine = self.kernel != "gaussian"
+        return View(anchors, centre, self._kernel, self.temperatures, self._block_for(anchors), refine)
+
+    def _sum_sides(self, view: View, positive: Side, negative: Side) -> tuple[Sums, Sums]:
+        """Return the sums of both sides: on one scale unless each side is normalised alone."""
+        share = 0.5 if self.normalization == "two_sided" else 0.0
+        pos = sum_references(view, positive, column_share=share)
+        if self.normalization == "separate":
+            return pos, sum_references(view, negative)
+        neg = sum_references(view, negative, peak=pos.peak, column_share=share)
+        return pos.rescaled(neg.peak), neg
+
+    def _masses(self, pos: Sums, neg: Sums) -> tuple[Tensor, Tensor]:
+        """Return the sums of A over positives and over negatives, (T, N) each; ones where each sums to one alone."""
+        if self.normalization == "joint":
+            total = pos.mass + neg.mass
+            return pos.mass / total, neg.mass / total
+        if self.normalization == "two_sided":  # A = exp(logits - column/2 - row/2)
+            shift = (pos.peak - 0.5 * torch.logaddexp(pos.row, neg.row)).exp()
+            return pos.mass * shift, neg.mass * shift
+        return torch.ones_like(pos.mass), torch.ones_like(neg.mass)
+
+    def _aim(self, view: View, side: Sums) -> Tensor:
+        """Return the points that the anchors are drawn to by a side, (T, N, M)."""
+        return side.mean()
 
     def _drift(self, view: View, pos: Sums, neg: Sums) -> tuple[Tensor, FieldSums]:
         """Return the raw drifts (T, N, M) from complete sums; zero where one side is empty."""
         both = (pos.mass > 0) & (neg.mass > 0)
-        mass_pos, mass_neg = torch.ones_like(pos.mass), torch.ones_like(neg.mass)
-        if self.normalization == "joint":
-            total = pos.mass + neg.mass
-            mass_pos, mass_neg = pos.mass / total, neg.mass / total
-        elif self.normalization == "two_sided":  # A = exp(logits - column/2 - row/2)
-            shift = (pos.peak - 0.5 * torch.logaddexp(pos.row, neg.row)).exp()
-            mass_pos, mass_neg = pos.mass * shift, neg.mass * shift
+        mass_pos, mass_neg = self._masses(pos, neg)
+        # Cross-weights: each side is scaled by the mass of the other, which makes the field anti-symmetric.
         masses = torch.where(both, mass_pos * mass_neg, 0.0)
-        aims = [side.aim(view.anchors) for side in (pos, neg)]
-        gap = self.attraction * aims[0] - self.repulsion * aims[1]
+        gap = self.attraction * self._aim(view, pos) - self.repulsion * self._aim(view, neg)
         if self.attraction != self.repulsion:  # pull and push are differences to the anchor
             gap = gap - (self.attraction - self.repulsion) * view.anchors
-        raw = masses[..., None] * torch.where(both[..., None], gap, 0.0)
-        noise = None
-        if pos.spread is not None and neg.spread is not None:
-            own = pos.spread.shares(view.anchors, pos.mass), neg.spread.shares(view.anchors, neg.mass)
-            twice = pos.square / pos.mass.square(), neg.square / neg.mass.square()
-            sampling = self._sampling_noise([aim - view.anchors for aim in aims], own, twice)
-            squares = masses.square()  # these underflow first: the noise of such a drift counts as none
-            noise = torch.where(squares > torch.finfo(squares.dtype).tiny, squares * sampling, 0.0).mean(-1)
-        return raw, FieldSums(pos, neg, noise, view.unit)
+        return masses[..., None] * torch.where(both[..., None], gap, 0.0), FieldSums(pos, neg, view)
 
-    def _sampling_noise(
-        self, mean: Sequence[Tensor], own: Sequence[tuple[Tensor, Tensor]], twice: Sequence[Tensor]
-    ) -> Tensor:
-        r"""Return the part of the squared gap that comes from pairing a reference with itself, (T, N).
+    def _scale(self, mean_square: Tensor, sums: FieldSums) -> Tensor:
+        """Return the factor on the raw drift of each temperature, (T,)."""
+        if not self.rms_normalize:
+            return torch.ones_like(mean_square)
+        return torch.where(mean_square > self.eps, (mean_square + self.eps).rsqrt(), 0.0)
 
-        The gap is a sum over pairs of one positive and one negative, :math:`\sum_{jk} q_j r_k (d_j - d_k)` with d
-        the (pulled) differences to the anchor. Of its square, the terms that use the same positive twice or the same
-        negative twice have positive expectation whatever the distributions; the others are a U-statistic.
-
-        Args, of positives and negatives: sums of q d (T, N, M); of q^2 d and of q^2 |d|^2; of q^2 (T, N).
-        """
-        pull, push = self.attraction * mean[0], self.repulsion * mean[1]
-        own_pos, size_pos = self.attraction * own[0][0], self.attraction**2 * own[0][1]
-        own_neg, size_neg = self.repulsion * own[1][0], self.repulsion**2 * own[1][1]
-        positives_twice = size_pos - 2 * _dot(own_pos, push) + twice[0] * _dot(push, push)
-        negatives_twice = size_neg - 2 * _dot(own_neg, pull) + twice[1] * _dot(pull, pull)
-        both_twice = twice[1] * size_pos + twice[0] * size_neg - 2 * _dot(own_pos, own_neg)
-        return positives_twice + negatives_twice - both_twice
-
-
-class FieldSums(NamedTuple):
-    """What the raw drifts were made from: sums of both sides, noise (T,) and unit of distance if asked for."""
-
-    positives: Sums
-    negatives: Sums
-    noise: Tensor | None
-    unit: Tensor | None
-
-
-def _dot(x: Tensor, y: Tensor) -> Tensor:
-    return (x * y).sum(-1)
+    def _seen(self, pos: Sums, neg: Sums) -> tuple[Tensor, Tensor]:
+        """Return the share of the weight on positives and the effective number of references, (T, N) each."""
+        peak = torch.maximum(pos.peak, neg.peak)
+        pos, neg = pos.rescaled(peak), neg.rescaled(peak)
+        total = pos.mass + neg.mass
+        return pos.mass / total, total.square() / (pos.square + neg.square)

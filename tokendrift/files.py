@@ -1,4 +1,4 @@
-"""Reading text, writing files whole or not at all, and digests: what every room above does with files."""
+"""Reading text files, writing files atomically, and digests of files and weights."""
 
 from __future__ import annotations
 

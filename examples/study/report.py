@@ -17,8 +17,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator
 
-from tokendrift.evaluation import temperature_at, write_atomically
+from tokendrift.evaluation import temperature_at
 from tokendrift.evaluation.matching import TOLERANCE
+from tokendrift.files import write_atomically
 
 KIND_NAMES = {"masked": "Masked (MDLM)", "uniform": "Uniform-state (DUO)"}
 KINDS = ("sample", "unigram")

@@ -12,13 +12,10 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from tokendrift._operators import register, wide_dtype
+
 EXCLUDED = -1e6  # upstream's finite stand-in for log 0; finite so that 0 * log p stays 0
 TILE = {"cpu": 2**18, "cuda": 2**23}  # elements: 1 MB for the cache of a core, 32 MB for that of an H100
-
-
-def wide_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Return the dtype of the arithmetic: float32, or float64 for float64."""
-    return torch.promote_types(dtype, torch.float32)
 
 
 def _tiles(count: int, logits: Tensor) -> Iterator[slice]:
@@ -37,7 +34,9 @@ def log_prob_rows(logits: Tensor, ids: Tensor, index: Tensor, closed: int) -> Te
     return out
 
 
-def log_prob_rows_backward(grad: Tensor, logits: Tensor, ids: Tensor, index: Tensor, closed: int) -> Tensor:
+def log_prob_rows_backward(
+    grad: Tensor, logits: Tensor, ids: Tensor, index: Tensor, closed: int, needed: list[bool]
+) -> list[Tensor]:
     """Return the gradient of `log_prob_rows` to the logits (N, V)."""
     out = torch.zeros_like(logits)
     for span in _tiles(len(index), logits):
@@ -47,7 +46,7 @@ def log_prob_rows_backward(grad: Tensor, logits: Tensor, ids: Tensor, index: Ten
         slope = torch.softmax(part, dim=1).mul_(-grad[span, None])
         slope.scatter_add_(1, ids[span, None], grad[span, None])
         out.index_copy_(0, index[span], slope.to(out.dtype))
-    return out
+    return [out]
 
 
 def uniform_rows(logits: Tensor, noisy: Tensor, clean: Tensor, kappa: Tensor) -> Tensor:
@@ -61,7 +60,9 @@ def uniform_rows(logits: Tensor, noisy: Tensor, clean: Tensor, kappa: Tensor) ->
     return out
 
 
-def uniform_rows_backward(grad: Tensor, logits: Tensor, noisy: Tensor, clean: Tensor, kappa: Tensor) -> Tensor:
+def uniform_rows_backward(
+    grad: Tensor, logits: Tensor, noisy: Tensor, clean: Tensor, kappa: Tensor, needed: list[bool]
+) -> list[Tensor]:
     """Return the gradient of `uniform_rows` to the logits (N, V)."""
     out = torch.empty_like(logits)
     for span in _tiles(len(logits), logits):
@@ -72,55 +73,20 @@ def uniform_rows_backward(grad: Tensor, logits: Tensor, noisy: Tensor, clean: Te
         slope.scatter_add_(1, clean[span, None], grad[2, span, None])
         slope.mul_(p)
         out[span] = slope.sub_(p.mul_(slope.sum(dim=1, keepdim=True)))
-    return out
+    return [out]
 
 
-log_prob_at = torch.library.custom_op("tokendrift::log_prob_at", log_prob_rows, mutates_args=())
-log_prob_at_backward = torch.library.custom_op(
-    "tokendrift::log_prob_at_backward", log_prob_rows_backward, mutates_args=()
+log_prob_at = register(
+    "log_prob_at",
+    log_prob_rows,
+    log_prob_rows_backward,
+    result=lambda logits, ids, index, closed: logits.new_empty(index.shape[0], dtype=wide_dtype(logits.dtype)),
+    differentiable=1,
 )
-uniform_terms = torch.library.custom_op("tokendrift::uniform_terms", uniform_rows, mutates_args=())
-uniform_terms_backward = torch.library.custom_op(
-    "tokendrift::uniform_terms_backward", uniform_rows_backward, mutates_args=()
+uniform_terms = register(
+    "uniform_terms",
+    uniform_rows,
+    uniform_rows_backward,
+    result=lambda logits, *_: logits.new_empty(3, logits.shape[0], dtype=wide_dtype(logits.dtype)),
+    differentiable=1,
 )
-
-
-@log_prob_at.register_fake
-def _(logits: Tensor, ids: Tensor, index: Tensor, closed: int) -> Tensor:
-    return logits.new_empty(index.shape[0], dtype=wide_dtype(logits.dtype))
-
-
-@log_prob_at_backward.register_fake
-def _(grad: Tensor, logits: Tensor, ids: Tensor, index: Tensor, closed: int) -> Tensor:
-    return torch.empty_like(logits)
-
-
-@uniform_terms.register_fake
-def _(logits: Tensor, noisy: Tensor, clean: Tensor, kappa: Tensor) -> Tensor:
-    return logits.new_empty(3, len(logits), dtype=wide_dtype(logits.dtype))
-
-
-@uniform_terms_backward.register_fake
-def _(grad: Tensor, logits: Tensor, noisy: Tensor, clean: Tensor, kappa: Tensor) -> Tensor:
-    return torch.empty_like(logits)
-
-
-def _setup_log_prob(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    logits, ids, index, ctx.closed = inputs
-    ctx.save_for_backward(logits, ids, index)
-
-
-def _backward_log_prob(ctx, grad: Tensor):  # type: ignore[no-untyped-def]
-    return log_prob_at_backward(grad.contiguous(), *ctx.saved_tensors, ctx.closed), None, None, None
-
-
-def _setup_uniform(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    ctx.save_for_backward(*inputs)
-
-
-def _backward_uniform(ctx, grad: Tensor):  # type: ignore[no-untyped-def]
-    return uniform_terms_backward(grad.contiguous(), *ctx.saved_tensors), None, None, None
-
-
-log_prob_at.register_autograd(_backward_log_prob, setup_context=_setup_log_prob)
-uniform_terms.register_autograd(_backward_uniform, setup_context=_setup_uniform)

@@ -19,6 +19,7 @@ from tokendrift._checks import check_count, check_positive, fail
 from tokendrift.diffusion._order_statistics import distinct_ids, largest_normals, log_mean_exp_below
 from tokendrift.diffusion.process import Corruption, Denoiser
 from tokendrift.diffusion.schedules import Schedule
+from tokendrift.diffusion.soft_inputs import soft_embedding
 from tokendrift.diffusion.uniform import UniformDiffusion
 
 REACH, STEP = 10.0, 1 / 16  # the trapezoid rule: deviations left and right, and width
@@ -72,8 +73,8 @@ class GaussianDuality(Schedule):
         """
         if not 0 < last < first < 1:
             raise fail("first and last must be signal levels with 0 < last < first < 1.", first=first, last=last)
-        anywhere = cls(vocab_size, -20.0, 20.0)
-        ends = anywhere.gamma(anywhere.time(torch.tensor([first, last], dtype=torch.float64)))
+        full_range = cls(vocab_size, -20.0, 20.0)
+        ends = full_range.gamma(full_range.time(torch.tensor([first, last], dtype=torch.float64)))
         return cls(vocab_size, *ends.tolist())
 
     def gamma(self, t: Tensor) -> Tensor:
@@ -122,10 +123,16 @@ class SoftCorruption(Corruption):
         return self
 
     def denoise(self, denoiser: Denoiser) -> Tensor:
-        """Return the denoiser's logits (B, L, V) for the soft input: ``denoiser(soft, sigma[, weights=weights])``."""
-        if self.weights is None:
-            return denoiser(self.soft, self.sigma)
-        return denoiser(self.soft, self.sigma, weights=self.weights)  # type: ignore[call-arg]
+        """Return the denoiser's logits (B, L, V) for the soft input.
+
+        The denoiser must take the keyword ``embed``, as `tokendrift.models.DiT` does: a function that maps its
+        embedding matrix (V, D) to the embeddings (B, L, D) which it then reads in place of those of x_t.
+        """
+
+        def embed(embedding: Tensor) -> Tensor:
+            return soft_embedding(self.soft, self.weights, embedding)
+
+        return denoiser(self.x_t, self.sigma, embed=embed)  # type: ignore[call-arg]
 
 
 class GaussianUniformDiffusion(UniformDiffusion):

@@ -159,8 +159,8 @@ def score_entropy(process: Process, log_s: Tensor, x0: Tensor, x_t: Tensor, t: T
 def score_posterior(process: Process, log_s: Tensor, x_t: Tensor, t: Tensor, s: Tensor) -> Tensor:
     r"""Return SEDD's analytic reverse step (Tweedie tau-leaping) as probabilities of x_s, dense (B, L, V).
 
-    With :math:`\Delta = \sigma_t - \sigma_s` it is the score carried back to time s, times the chance of the way from
-    there to :math:`i = x_t`:
+    With :math:`\Delta = \sigma_t - \sigma_s` it is the score carried back to time s, times the probability of the
+    transition from there to :math:`i = x_t`:
 
     * masked i: :math:`(e^\Delta - 1)s_j` for j, and :math:`1 - (e^\Delta - 1)\sum_{j\ne m} s_j` for the mask;
     * uniform: :math:`\big(e^\Delta s_j - \tfrac{e^\Delta - 1}{V}\sum_k s_k\big)\big(e^{-\Delta}[j=i] +
@@ -189,8 +189,8 @@ def score_posterior(process: Process, log_s: Tensor, x_t: Tensor, t: Tensor, s: 
     growth = (process.schedule.noise(t) - noise_s) / process.schedule.alpha(t)  # e^Delta - 1 = alpha_s / alpha_t - 1
     growth = growth.to(score.dtype)[:, None, None]
     if process.mask_id is None:
-        way = (growth / (1 + growth) / process.vocab_size).expand_as(score)
-        law = (score * (1 + growth) - growth / process.vocab_size * score.sum(dim=-1, keepdim=True)) * way.scatter_add(
+        step = (growth / (1 + growth) / process.vocab_size).expand_as(score)
+        law = (score * (1 + growth) - growth / process.vocab_size * score.sum(dim=-1, keepdim=True)) * step.scatter_add(
             -1, here, (1 / (1 + growth)).expand(here.shape)
         )
     else:
@@ -251,7 +251,7 @@ def _check_rows(process: Process, name: str, value: Tensor, x_t: Tensor, sigma: 
     check_ids("x_t", x_t, process.vocab_size, like=value)
     if not isinstance(sigma, Tensor) or sigma.shape != value.shape[:1]:
         raise fail(
-            "sigma (or t) must have shape (B,): one noise level a row.",
+            "sigma (or t) must have shape (B,): one noise level for each row.",
             "Pass process.sigma(t) for times t (B,).",
             sigma=sigma,
             **{name: value},

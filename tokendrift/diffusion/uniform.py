@@ -5,7 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tokendrift.diffusion._row_ops import uniform_terms, wide_dtype
+from tokendrift._checks import fail
+from tokendrift._operators import wide_dtype
+from tokendrift.diffusion._row_ops import uniform_terms
 from tokendrift.diffusion.process import Mixture, Process, check_objective, wide
 
 
@@ -99,7 +101,10 @@ class UniformDiffusion(Process):
         uniformly with :math:`(1-a)(1-\alpha_s)/D`.
         """
         if log_p is None:
-            raise TypeError("uniform diffusion needs log_p of the present tokens")
+            raise fail(
+                "log_p is missing: uniform diffusion needs the log-probability of the present tokens.",
+                "Pass log_p, (B, L): process.log_probs(logits, x_t) at the ids x_t.",
+            )
         alpha_t, alpha_s = self.levels(t, s)
         evidence = alpha_t * self.vocab_size * log_p.double().exp()
         total = evidence + 1 - alpha_t

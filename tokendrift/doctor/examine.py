@@ -1,7 +1,7 @@
-"""Is this checkpoint what it says it is? Weights, vocabulary, tokenizer, mask, and the NELBO on text.
+"""Check a checkpoint: weights, vocabulary, tokenizer, mask id, and the NELBO on text.
 
-Behind the command ``tokendrift doctor``. Every verdict names what was measured; where something is wrong, the
-assumption whose change gives the better NELBO is named.
+This is what the command ``tokendrift doctor`` does. Every verdict states what was measured. If something is wrong, the
+diagnosis names the assumption whose change gives a better NELBO.
 """
 
 from __future__ import annotations
@@ -15,19 +15,20 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from tokendrift._checks import check_count, check_device, fail
+from tokendrift._checks import check_count, fail
+from tokendrift.devices import resolve_device
 from tokendrift.diffusion import MaskedDiffusion, Process
 from tokendrift.doctor import probes
-from tokendrift.doctor.findings import Report, Verdict
+from tokendrift.doctor.findings import Diagnosis, Verdict
 from tokendrift.doctor.probes import Alternative, Estimate
 from tokendrift.errors import TokenDriftError
 from tokendrift.files import read_text
 from tokendrift.models import DiT, build, read_checkpoint
-from tokendrift.models.tokenizer import GPT2_VOCABULARY, find_tokenizer, load_tokenizer
+from tokendrift.models.tokenizer import GPT2_VOCABULARY, encode, end_of_text, find_tokenizer, load_tokenizer
 
 PUBLISHED = {"masked": ("MDLM", 23.2), "uniform": ("DUO", 25.2)}  # OpenWebText, MDLM and DUO papers
-NEAR = 0.10  # of the published perplexity
-ENOUGH = 2000  # tokens whose word counts say something
+NEAR = 0.10  # relative distance from the published perplexity
+ENOUGH = 2000  # tokens from which the entropy of the word counts can be estimated
 
 
 def diagnose(
@@ -37,61 +38,67 @@ def diagnose(
     tokenizer: str | Path | None = None,
     revision: str | None = None,
     tokens: int = 16_384,
-    device: torch.device | str | None = None,
+    device: torch.device | str = "auto",
     progress: Callable[[str], object] = lambda _: None,
-) -> Report:
+) -> Diagnosis:
     """Examine a checkpoint.
 
     Args:
-        source: As for `load_denoiser`.
-        text: UTF-8 text for the NELBO; by default documentation that CPython carries.
-        tokenizer: A ``tokenizer.json``, folder or hub name; by default that of the checkpoint's folder, or GPT-2's
-            for a vocabulary of GPT-2's size.
-        revision: As for `load_denoiser`.
-        tokens: How much text to measure on.
-        device: Where to measure; the CPU by default.
-        progress: Told what is being done.
+        source: Hub id, folder or file, as for `load_denoiser`.
+        text: UTF-8 text to measure the NELBO on. Default: documentation that CPython carries.
+        tokenizer: A ``tokenizer.json``, folder or hub name. Default: that of the checkpoint's folder, or GPT-2's for a
+            vocabulary of GPT-2's size.
+        revision: Branch, tag or commit of a hub id.
+        tokens: Number of tokens of text to measure on. Default: 16,384.
+        device: Device to measure on. Default: CUDA if it is available, else the CPU.
+        progress: Called with a sentence about what is being done.
 
     Raises:
         TokenDriftError: If the checkpoint, text or tokenizer that was named cannot be read, or the device not be used.
-            What is wrong with a checkpoint that can be read is a finding of the report.
+            What is wrong with a checkpoint that can be read is a finding of the diagnosis.
     """
+    # 1. Read what was named, so that mistakes show before the work begins.
     check_count("tokens", tokens, least=1)
-    device = check_device(device or "cpu")
+    device = resolve_device(device, needs_float64=True)
     documents = None if text is None else [read_text(text, argument="--text")]
-    named = None if tokenizer is None else (load_tokenizer(tokenizer), str(tokenizer))
+    chosen = None if tokenizer is None else (load_tokenizer(tokenizer), str(tokenizer))
     progress("reading the checkpoint")
     checkpoint = read_checkpoint(source, revision=revision)
     facts: dict[str, Any] = {"source": str(source), "revision": checkpoint.revision, "weights": checkpoint.weights}
-    report = Report(facts)
+    report = Diagnosis(facts)
+
+    # 2. Weights against the configuration.
     try:
         model, process = build(checkpoint, device=device)
     except TokenDriftError as error:
         report.add("weights fit the configuration", "fail", str(error))
         return report
-    facts |= {"configuration": dataclasses.asdict(model.config), "process": repr(process)}
+    facts |= {"configuration": dataclasses.asdict(model.config), "process": repr(process), "device": str(device)}
     facts["parameters"] = sum(parameter.numel() for parameter in model.parameters())
     report.add("weights fit the configuration", "ok", f"{facts['parameters']:,} parameters, every tensor in its place")
     if not check_weights(report, model):
         return report
-    fetch = checkpoint.revision is not None  # what came from the hub may bring its tokenizer from there
-    found = named or find_tokenizer(checkpoint.folder, process.vocab_size, fetch=fetch)
+
+    # 3. Vocabulary and mask against the tokenizer. What came from the hub may bring its tokenizer from there.
+    found = chosen or find_tokenizer(checkpoint.folder, process.vocab_size, fetch=checkpoint.revision is not None)
     if found is None:
         report.add("tokenizer", "note", "the folder has none: name one with --tokenizer to check it and the NELBO")
         return report
     if not check_tokenizer(report, process, *found):
         return report
+
+    # 4. The NELBO on text.
     progress("reading text")
     windows = _windows(documents or _default_documents(), found[0], process, model.config.model_length, tokens)
     if windows is None:
         report.add("NELBO", "note", "the text is too short to measure on: pass more with --text")
-        return report
-    check_nelbo(report, model, process, windows.to(device), found[0], progress)
+    else:
+        check_nelbo(report, model, process, windows.to(device), found[0], progress)
     return report
 
 
-def check_weights(report: Report, model: DiT) -> bool:
-    """Look for weights that cannot be those of a trained network."""
+def check_weights(report: Diagnosis, model: DiT) -> bool:
+    """Look for weights that a trained network cannot have; return whether there are none."""
     broken = [name for name, value in model.named_parameters() if not value.isfinite().all()]
     if broken:
         report.add("weights are finite", "fail", f"NaN or infinite: {', '.join(broken)}")
@@ -103,8 +110,8 @@ def check_weights(report: Report, model: DiT) -> bool:
     return False
 
 
-def check_tokenizer(report: Report, process: Process, tokenizer: Any, where: str) -> bool:
-    """Hold vocabulary and mask id against the tokenizer; return whether text can be encoded for the model."""
+def check_tokenizer(report: Diagnosis, process: Process, tokenizer: Any, where: str) -> bool:
+    """Compare vocabulary and mask id with the tokenizer; return whether text can be encoded for the model."""
     count, size = len(tokenizer), process.vocab_size
     report.checkpoint["tokenizer"] = where
     if count > size:
@@ -114,8 +121,8 @@ def check_tokenizer(report: Report, process: Process, tokenizer: Any, where: str
         return False
     # Released models have one entry more than GPT-2: MDLM's mask, DUO's [PAD].
     verdict: Verdict = "ok" if size - count <= 1 else "note"
-    apart = "" if verdict == "ok" else f": {size - count} that no text uses. Is it the tokenizer of training?"
-    report.add("vocabulary", verdict, f"{size} entries, the tokenizer ({where}) {count}{apart}")
+    unused = "" if verdict == "ok" else f": {size - count} that no text uses. Is it the tokenizer of training?"
+    report.add("vocabulary", verdict, f"{size} entries, the tokenizer ({where}) {count}{unused}")
     own_mask = getattr(tokenizer, "mask_token_id", None)
     if process.mask_id is None:
         return True
@@ -130,9 +137,10 @@ def check_tokenizer(report: Report, process: Process, tokenizer: Any, where: str
 
 
 def check_nelbo(
-    report: Report, model: DiT, process: Process, windows: Tensor, tokenizer: Any, progress: Callable[[str], object]
+    report: Diagnosis, model: DiT, process: Process, windows: Tensor, tokenizer: Any, progress: Callable[[str], object]
 ) -> None:
-    """Measure the NELBO on windows (n, L) and say what it means."""
+    """Measure the NELBO on windows (n, L) and judge it."""
+    # 1. The NELBO, beside the entropy of the word counts: a network that reads context lies well below it.
     progress(f"measuring the NELBO of {len(windows)} windows of {windows.shape[1]} tokens")
     values = probes.window_nelbo(model, process, windows)
     found = probes.estimate(values)
@@ -148,17 +156,19 @@ def check_nelbo(
     measured = (
         f"perplexity {_figure(found)} on {windows.numel():,} tokens; {math.exp(unigram):,.0f} for word counts alone"
     )
-    known = (unigram if windows.numel() >= ENOUGH else math.log(process.vocab_size)) - 0.1
-    useless = found.mean > known
+    bound = (unigram if windows.numel() >= ENOUGH else math.log(process.vocab_size)) - 0.1
+    useless = found.mean > bound
+    # 2. The same under other assumptions, on half of the windows: with another noise level, mask or process.
     few = windows[: max(8, len(windows) // 2)]
     progress("trying other assumptions")
     alternatives = _alternatives(model, process, tokenizer, useless=useless)
     base = probes.window_nelbo(model, process, few, counted=False)
-    better = _rescue(base, few, alternatives, known) if useless else _better(base, few, alternatives)
+    better = _best_alternative(base, few, alternatives, bound if useless else None)
+    # 3. The verdict.
     if better is not None:
         report.figures["perplexity_otherwise"] = better.found.perplexity
         report.add("NELBO", "fail", measured)
-        said = f"perplexity {_figure(better.found)} then, {_figure(better.base)} as it is, on {len(few)} windows"
+        said = f"perplexity {_figure(better.found)} with this, {_figure(better.base)} without, on {len(few)} windows"
         report.add("what is wrong", "fail", f"{better.alternative.diagnosis} ({said})")
     elif useless:
         report.add("NELBO", "fail", measured)
@@ -170,42 +180,38 @@ def check_nelbo(
 
 def _alternatives(model: DiT, process: Process, tokenizer: Any, *, useless: bool) -> Iterator[Alternative]:
     yield from probes.sigma_alternatives(model, process)
-    if useless:  # a wrong process or mask leaves nothing that works; no need to try them on what does
-        named = (getattr(tokenizer, "mask_token_id", None), probes.unpredicted_id(model), process.vocab_size - 1)
-        yield from probes.process_alternatives(model, process, iter([name for name in named if name is not None]))
+    if useless:  # with a wrong process or mask nothing works, so a network that works needs no trial of others
+        masks = (getattr(tokenizer, "mask_token_id", None), probes.unpredicted_id(model), process.vocab_size - 1)
+        yield from probes.process_alternatives(model, process, masks)
 
 
 class _Better(NamedTuple):
-    """An alternative, what it gives, and what the checkpoint gives as it is on the same windows."""
+    """An alternative, its NELBO, and the NELBO of the checkpoint as it is on the same windows."""
 
     alternative: Alternative
     found: Estimate
     base: Estimate
 
 
-def _rescue(base: Tensor, windows: Tensor, alternatives: Iterator[Alternative], known: float) -> _Better | None:
-    """Return the best alternative under which the network knows more than word counts."""
-    useful = []
-    for each in alternatives:
-        found = probes.estimate(probes.window_nelbo(each.model, each.process, windows))
-        if found.mean + 2 * found.error < known:
-            useful.append(_Better(each, found, probes.estimate(base)))
-    return min(useful, key=lambda better: better.found.mean, default=None)
+def _best_alternative(
+    base: Tensor, windows: Tensor, alternatives: Iterator[Alternative], bound: float | None
+) -> _Better | None:
+    """Return the best alternative that is better beyond doubt, None if there is none.
 
-
-def _better(base: Tensor, windows: Tensor, alternatives: Iterator[Alternative]) -> _Better | None:
-    """Return the best alternative that is better beyond doubt than what works already, under the same noise."""
+    With a bound, for a network that knows no more than word counts, an alternative must know more than those. Without
+    one it must be better than what works already, under the same noise.
+    """
     sure = []
     for each in alternatives:
-        values = probes.window_nelbo(each.model, each.process, windows, counted=False)
-        gain = probes.estimate(base - values)
-        if gain.mean > max(4 * gain.error, 0.005):
-            sure.append(_Better(each, probes.estimate(values), probes.estimate(base)))
+        values = probes.window_nelbo(each.model, each.process, windows, counted=False if bound is None else None)
+        found, gain = probes.estimate(values), probes.estimate(base - values)
+        if gain.mean > max(4 * gain.error, 0.005) if bound is None else found.mean + 2 * found.error < bound:
+            sure.append(_Better(each, found, probes.estimate(base)))
     return min(sure, key=lambda better: better.found.mean, default=None)
 
 
 def _useless(model: DiT, process: Process, found: Estimate, share: Tensor, unigram: float, length: int) -> str:
-    """Say why the network knows no more than word counts, from its predictions at pure noise."""
+    """Explain why the network knows no more than word counts, from its predictions at pure noise."""
     learned = probes.marginal(model, process, length)
     entropy = torch.special.entr(learned).sum().item()
     cost = -(share * learned.clamp_min(1e-12).log()).sum().item()
@@ -227,8 +233,8 @@ def _useless(model: DiT, process: Process, found: Estimate, share: Tensor, unigr
     )
 
 
-def _compare(report: Report, model: DiT, process: Process, found: Estimate) -> None:
-    """Hold the perplexity against the published one where there is one."""
+def _compare(report: Diagnosis, model: DiT, process: Process, found: Estimate) -> None:
+    """Compare the perplexity with the published one if there is one."""
     released = model.config.vocab_size == GPT2_VOCABULARY + 1 and model.config.model_length == 1024
     if not released:
         report.add("published value", "note", "none for this vocabulary and length")
@@ -248,20 +254,20 @@ def _compare(report: Report, model: DiT, process: Process, found: Estimate) -> N
 def _figure(found: Estimate) -> str:
     if not math.isfinite(found.perplexity) or found.perplexity > 1e6:
         return "above a million"
-    places = ".1f" if found.perplexity < 1000 else ",.0f"
+    digits = ".1f" if found.perplexity < 1000 else ",.0f"
     error = found.perplexity * found.error
-    return f"{found.perplexity:{places}}" + (f" +- {error:{places}}" if math.isfinite(error) else "")
+    return f"{found.perplexity:{digits}}" + (f" +- {error:{digits}}" if math.isfinite(error) else "")
 
 
 def _windows(documents: list[str], tokenizer: Any, process: Process, length: int, tokens: int) -> Tensor | None:
     """Return consecutive windows (n, L) of the encoded documents, end-of-text between them, or None if too short."""
-    ends = getattr(tokenizer, "eos_token_id", None) is not None
-    end, gap = ([tokenizer.eos_token_id], "") if ends else ([], "\n\n")
+    end = end_of_text(tokenizer)
     stream: list[int] = []
     wanted = max(tokens, length)
     for document in documents:
         # Twelve characters a token are more than any text has; what is beyond the need is not encoded.
-        stream += tokenizer(document[: 12 * wanted] + gap, add_special_tokens=False, verbose=False)["input_ids"] + end
+        text = document[: 12 * wanted] + ("\n\n" if end is None else "")
+        stream += encode(tokenizer, [text])[0] + ([] if end is None else [end])
         if len(stream) >= wanted:
             break
     stream = stream[:wanted]
@@ -275,7 +281,7 @@ def _windows(documents: list[str], tokenizer: Any, process: Process, length: int
 
 
 def _default_documents() -> list[str]:
-    """Return prose of CPython's documentation that the demo's own models were not trained on."""
-    from tokendrift.demo.corpus import python_documents, split
+    """Return prose of CPython's documentation that the shipped models were not trained on."""
+    from tokendrift.corpus import read_splits
 
-    return split(python_documents()).held_out
+    return read_splits().held_out

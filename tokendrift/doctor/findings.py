@@ -13,8 +13,14 @@ Verdict = Literal["ok", "note", "fail"]
 
 
 @dataclasses.dataclass(frozen=True)
-class Check:
-    """One finding: ``ok``, ``note`` (could not be checked, or worth knowing) or ``fail``."""
+class CheckResult:
+    """The result of one check.
+
+    Attributes:
+        name: What was checked.
+        verdict: ``"ok"``, ``"note"`` (it could not be checked, or is worth knowing) or ``"fail"``.
+        message: What was found.
+    """
 
     name: str
     verdict: Verdict
@@ -22,8 +28,8 @@ class Check:
 
 
 @dataclasses.dataclass
-class Report:
-    """What was found.
+class Diagnosis:
+    """All that was found out about a checkpoint.
 
     Attributes:
         checkpoint: Facts: source, revision, what the weights are, configuration, process, number of parameters.
@@ -32,7 +38,7 @@ class Report:
     """
 
     checkpoint: dict[str, Any]
-    checks: list[Check] = dataclasses.field(default_factory=list)
+    checks: list[CheckResult] = dataclasses.field(default_factory=list)
     figures: dict[str, float] = dataclasses.field(default_factory=dict)
 
     @property
@@ -42,7 +48,7 @@ class Report:
 
     def add(self, name: str, verdict: Verdict, message: str) -> None:
         """Append a finding."""
-        self.checks.append(Check(name, verdict, message))
+        self.checks.append(CheckResult(name, verdict, message))
 
     def as_dict(self) -> dict[str, Any]:
         """Return everything as plain data for JSON, where infinite figures are None."""
@@ -55,16 +61,14 @@ class Report:
         from rich.table import Table
         from rich.text import Text
 
-        facts = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+        facts, findings = (Table(show_header=False, box=None, padding=(0, 2, 0, 0)) for _ in range(2))
         facts.add_column(style="dim", no_wrap=True)
         facts.add_column(overflow="fold")
-        configuration = self.checkpoint.get("configuration", {})
         for name, value in self.checkpoint.items():
-            if name == "configuration" or value is None:
-                continue
-            facts.add_row(name, Text(f"{value:,}" if isinstance(value, int) else str(value)))
+            if name != "configuration" and value is not None:
+                facts.add_row(name, Text(f"{value:,}" if isinstance(value, int) else str(value)))
+        configuration = self.checkpoint.get("configuration", {})
         facts.add_row("configuration", Text(", ".join(f"{name} {value}" for name, value in configuration.items())))
-        findings = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
         findings.add_column(no_wrap=True)
         findings.add_column(style="bold", no_wrap=True)
         findings.add_column(overflow="fold")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -17,24 +17,26 @@ from tokendrift.models import DiT
 LOGITS_AT_ONCE = 1 << 26  # entries of one batch of logits; 256 MiB in float32
 
 
-class Told(nn.Module):
-    """A network that is told something else than sigma."""
+class OtherCondition(nn.Module):
+    """A network that is given something else in the place of sigma.
 
-    def __init__(self, model: nn.Module, process: Process, what: str) -> None:
+    Args:
+        model: The network.
+        replace: Maps sigma (B,) to what the network is given.
+    """
+
+    def __init__(self, model: nn.Module, replace: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
-        self.model, self.process, self.what = model, process, what
+        self.model, self.replace = model, replace
 
     def forward(self, x_t: Tensor, sigma: Tensor) -> Tensor:
         """Return the network's logits for noisy ids (B, L) and what stands in for sigma (B,)."""
-        if self.what == "time":
-            return self.model(x_t, self.process.schedule.time(torch.exp(-sigma.double())).to(sigma.dtype))
-        return self.model(x_t, torch.zeros_like(sigma))
+        return self.model(x_t, self.replace(sigma))
 
 
 class Alternative(NamedTuple):
-    """One assumption changed: what would be wrong if it gave a better NELBO, and what to do."""
+    """One assumption changed: what is wrong if this gives a better NELBO, and what to do about it."""
 
-    name: str
     diagnosis: str
     model: Denoiser
     process: Process
@@ -74,9 +76,11 @@ def window_nelbo(
     It has far less variance than a time with a random number of masks, and is drawn where it holds, or as
     ``counted`` says. Source: RADD (arXiv 2406.03736), LLaDA (arXiv 2502.09992).
     """
+    # 1. Stratified times, and a random order of the windows, so that neighbouring windows do not share a stratum.
     generator = torch.Generator(ids.device).manual_seed(seed)
     times = sample_times(len(ids), smallest=0.0, generator=generator, device=ids.device).sort().values
     order = torch.randperm(len(ids), generator=generator, device=ids.device)
+    # 2. Noise and loss, in batches that hold few logits at once.
     rows = max(1, LOGITS_AT_ONCE // (ids.shape[1] * process.vocab_size))
     draw = _counted if (countable(model, process) if counted is None else counted) else _corrupted
     found = []
@@ -128,38 +132,49 @@ def marginal(model: Denoiser, process: Process, length: int, *, rows: int = 16, 
 
 
 def sigma_alternatives(model: Denoiser, process: Process) -> Iterator[Alternative]:
-    """Yield other things that the network may have been told in training."""
+    """Yield other noise levels that the network may have been given in training: the time t, none, or sigma."""
     if not isinstance(model, nn.Module):
         return
     if getattr(model, "time_conditioned", False):
-        time = "the network reads its second argument as the time t, not as sigma = -log(alpha_t)"
-        said = f"{time}: the checkpoint was trained by other code; wrap it to convert sigma"
-        yield Alternative("told t", said, Told(model, process, "time"), process)
-        none = "the network does better when it is not told the noise level"
-        yield Alternative("told 0", f"{none}: set time_conditioning to false", Told(model, process, "zero"), process)
+
+        def time(sigma: Tensor) -> Tensor:
+            return process.schedule.time(torch.exp(-sigma.double())).to(sigma.dtype)
+
+        yield Alternative(
+            "the network reads its second argument as the time t, not as sigma = -log(alpha_t): the checkpoint was "
+            "trained by other code; wrap it to convert sigma",
+            OtherCondition(model, time),
+            process,
+        )
+        yield Alternative(
+            "the network does better when it is not given the noise level: set time_conditioning to false",
+            OtherCondition(model, torch.zeros_like),
+            process,
+        )
     elif isinstance(model, DiT):
         seeing = copy.copy(model)  # shares every weight
         seeing.config = dataclasses.replace(model.config, time_conditioning=True)
-        some = "the network does better when it is told sigma"
-        yield Alternative("told sigma", f"{some}: set time_conditioning to true", seeing, process)
+        yield Alternative(
+            "the network does better when it is given sigma: set time_conditioning to true", seeing, process
+        )
 
 
-def process_alternatives(model: Denoiser, process: Process, mask_ids: Iterator[int]) -> Iterator[Alternative]:
+def process_alternatives(model: Denoiser, process: Process, mask_ids: Iterable[int | None]) -> Iterator[Alternative]:
     """Yield other processes that the network may have been trained for: other mask ids, and the other kind."""
     size, schedule = process.vocab_size, process.schedule
     seen = {process.mask_id}
     for mask_id in mask_ids:
-        if mask_id in seen or not 0 <= mask_id < size:
+        if mask_id is None or mask_id in seen or not 0 <= mask_id < size:
             continue
         seen.add(mask_id)
         if isinstance(process, MaskedDiffusion):
             said = f"wrong mask id: the network takes {mask_id} for the mask, not {process.mask_id}. Set mask_id"
         else:
             said = f"wrong process: this is a masked model (mask id {mask_id}). Set model_type to mdlm"
-        yield Alternative(f"mask id {mask_id}", said, model, MaskedDiffusion(size, mask_id, schedule))
+        yield Alternative(said, model, MaskedDiffusion(size, mask_id, schedule))
     if isinstance(process, MaskedDiffusion):
         said = "wrong process: this is a uniform-state model. Set model_type to DUO"
-        yield Alternative("uniform-state", said, model, UniformDiffusion(size, schedule))
+        yield Alternative(said, model, UniformDiffusion(size, schedule))
 
 
 def unpredicted_id(model: Denoiser) -> int | None:

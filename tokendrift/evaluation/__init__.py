@@ -1,4 +1,4 @@
-"""Evaluation of samples: Gen.-PPL in the literature's conventions, and what has to stand beside it."""
+"""Evaluation of samples: Gen.-PPL in the literature's conventions, and the figures to read it with."""
 
 from tokendrift.evaluation.bootstrap import (
     Interval,
@@ -14,18 +14,19 @@ from tokendrift.evaluation.diversity import (
     sample_entropy,
     unigram_entropy,
 )
-from tokendrift.evaluation.draws import DrawSamples, MeasureSamples, Setting, denoiser_samples
-from tokendrift.evaluation.evaluator import Evaluation, Row, evaluate
-from tokendrift.evaluation.files import read_samples
+from tokendrift.evaluation.evaluator import EvaluatedSet, Evaluation, evaluate
+from tokendrift.evaluation.figures import FIGURES, Figure, per_sample, register_figure
 from tokendrift.evaluation.frontier import Frontier, Point, sweep
 from tokendrift.evaluation.generative_perplexity import (
     GenerativePerplexity,
     PerplexityResult,
     generative_perplexity,
 )
-from tokendrift.evaluation.guard import CHECKS, Finding, Verdict, check_samples
+from tokendrift.evaluation.guard import Verdict, check_samples
 from tokendrift.evaluation.matching import (
+    DrawSamples,
     MatchedEntropy,
+    MeasureSamples,
     at_matched_entropy,
     matched_entropy,
     temperature_at,
@@ -33,47 +34,38 @@ from tokendrift.evaluation.matching import (
 from tokendrift.evaluation.measures import Measures, measure
 from tokendrift.evaluation.nelbo import nelbo_interval, sequence_nelbo, validation_nelbo
 from tokendrift.evaluation.overlap import copied_share, self_bleu
-from tokendrift.evaluation.protocols import PROTOCOLS
 from tokendrift.evaluation.repetition import longest_repeat, sample_repetition
-from tokendrift.evaluation.samples import BadLine, SampleSet, decode
+from tokendrift.evaluation.sample_reader import read_samples
 from tokendrift.evaluation.two_sample import (
-    KernelDistance,
-    Mauve,
     encoder_features,
     judge_features,
     kernel_distance,
     mauve,
 )
+from tokendrift.sampling import SampleSet
 
 __all__ = [
-    "CHECKS",
-    "PROTOCOLS",
-    "BadLine",
+    "FIGURES",
     "Comparison",
     "DrawSamples",
+    "EvaluatedSet",
     "Evaluation",
-    "Finding",
+    "Figure",
     "Frontier",
     "GenerativePerplexity",
     "Interval",
-    "KernelDistance",
     "MatchedEntropy",
-    "Mauve",
     "MeasureSamples",
     "Measures",
     "PerplexityResult",
     "Point",
-    "Row",
     "SampleSet",
-    "Setting",
     "Verdict",
     "at_matched_entropy",
     "bootstrap_interval",
     "check_samples",
     "compare",
     "copied_share",
-    "decode",
-    "denoiser_samples",
     "distinct_n",
     "duplicate_share",
     "encoder_features",
@@ -87,9 +79,11 @@ __all__ = [
     "measure",
     "most_frequent_share",
     "nelbo_interval",
+    "per_sample",
     "perplexity_interval",
     "perplexity_ratio_interval",
     "read_samples",
+    "register_figure",
     "sample_entropy",
     "sample_repetition",
     "self_bleu",

@@ -33,6 +33,10 @@ class Resampling:
         """Return the mean of per-sample values (n,) on each redraw, (R,)."""
         return self._weights @ values.double() / self.n
 
+    def ratio(self, numerators: Tensor, denominators: Tensor) -> Tensor:
+        """Return the ratio of the sums of two per-sample values (n,) on each redraw, (R,)."""
+        return (self._weights @ numerators.double()) / (self._weights @ denominators.double())
+
     def log_perplexity(self, nll: Tensor, tokens: Tensor, protocol: str) -> Tensor:
         """Return log Gen.-PPL on each redraw, (R,)."""
         draws = redraws(self.n, self.resamples, self._generator())

@@ -1,8 +1,8 @@
 """Resampling over samples: how far a figure would move with another draw of as many samples.
 
-What averages over samples is resampled by the percentile bootstrap. Figures that count what occurs in the corpus at
-all (distinct n-grams, duplicates) would take a sample drawn twice for a repetition; they are computed on random halves
-instead, in which no sample stands twice. The variance of a mean over halves of n samples is that of a draw of n. The
+Averages over samples are resampled by the percentile bootstrap. Figures that count what occurs in the corpus at all
+(distinct n-grams, duplicates) would take a sample drawn twice for a repetition. They are computed on random halves
+instead, in which no sample occurs twice. The variance of a mean over halves of n samples is that of a draw of n. The
 level of these figures depends on how many samples there are, and is set back to the estimate (``centred``).
 
 Source: Efron and Tibshirani, An Introduction to the Bootstrap (1993); Shao and Wu, A General Theory for Jackknife
@@ -12,12 +12,13 @@ Variance Estimation (Annals of Statistics 1989), for the halves.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from tokendrift._checks import check_count, fail
+from tokendrift.evaluation.generative_perplexity import PerplexityResult
 from tokendrift.evaluation.protocols import log_perplexity
 
 BLOCK = 1 << 22  # resampled values held at a time
@@ -40,24 +41,21 @@ class Interval(NamedTuple):
         """Return whether a value lies outside."""
         return not self.low <= value <= self.high
 
+    def exp(self) -> Interval:
+        """Return the interval of the exponential of the figure; infinite where that is too large for a float."""
+        return Interval(*torch.tensor(self, dtype=torch.float64).exp().tolist())
 
-class Scored(Protocol):
-    """What a Gen.-PPL interval needs; `PerplexityResult` has it."""
+    def ends(self, spec: str = "") -> str:
+        """Return the two ends as text, ``"0.9 to 1.2"``, each number in a format such as ``".1f"``."""
+        return f"{self.low:{spec}} to {self.high:{spec}}"
 
-    @property
-    def sample_nll(self) -> Tensor:
-        """Summed NLL of each sample, (n,)."""
-        ...
+    def __format__(self, spec: str) -> str:
+        """Return the figure with its interval as text, each number in a format such as ``".1f"``.
 
-    @property
-    def sample_tokens(self) -> Tensor:
-        """Counted tokens of each sample, (n,)."""
-        ...
-
-    @property
-    def protocol(self) -> str:
-        """Convention, one of `PROTOCOLS`."""
-        ...
+        >>> f"{Interval(1.0, 0.91, 1.2):.1f}"
+        '1.0 (0.9 to 1.2)'
+        """
+        return f"{self.estimate:{spec}} ({self.ends(spec)})"
 
 
 def bootstrap_interval(
@@ -69,14 +67,15 @@ def bootstrap_interval(
 ) -> Interval:
     """Return a statistic with its percentile bootstrap interval.
 
-    Samples are redrawn with replacement, all arrays alike, so what belongs to one sample stays together.
+    Samples are redrawn with replacement. All arrays are redrawn with the same indices, so that the values of one
+    sample stay together.
 
     Args:
-        statistic: Maps arrays (R, n) to values (R,): reduces the last axis and nothing else.
-        *per_sample: One value a sample each, (n,), n at least 2.
-        resamples: R in all.
-        level: Share of the resampled values inside the interval.
-        seed: Same seed, same interval; the global random state is left alone.
+        statistic: Maps arrays (R, n) to values (R,): it reduces the last axis and nothing else.
+        *per_sample: Arrays with one value for each sample, (n,), n at least 2.
+        resamples: Number of redraws R. Default: 1000.
+        level: Share of the resampled values inside the interval. Default: 0.95.
+        seed: Random seed of the redraws; the global random state is not used. Default: 0.
 
     Raises:
         TokenDriftError: If the arrays do not agree or are too short, or an option is out of range.
@@ -89,10 +88,17 @@ def bootstrap_interval(
     check_resampling(level, resamples)
     arrays = _check_arrays(per_sample)
     generator = torch.Generator().manual_seed(seed)
-    return _interval(_estimate(statistic, arrays), _replicates(statistic, arrays, resamples, generator), level)
+    return interval_from(_estimate(statistic, arrays), _replicates(statistic, arrays, resamples, generator), level)
 
 
-def perplexity_interval(scored: Scored, *, resamples: int = 1000, level: float = 0.95, seed: int = 0) -> Interval:
+def mean_interval(values: Tensor, *, resamples: int = 1000, level: float = 0.95, seed: int = 0) -> Interval:
+    """Return the mean of one value a sample, (n,), with its interval; options as for `bootstrap_interval`."""
+    return bootstrap_interval(lambda x: x.mean(dim=-1), values, resamples=resamples, level=level, seed=seed)
+
+
+def perplexity_interval(
+    scored: PerplexityResult, *, resamples: int = 1000, level: float = 0.95, seed: int = 0
+) -> Interval:
     """Return Gen.-PPL with its interval, averaged as its protocol does.
 
     Args:
@@ -101,28 +107,29 @@ def perplexity_interval(scored: Scored, *, resamples: int = 1000, level: float =
         level: As for `bootstrap_interval`.
         seed: As for `bootstrap_interval`.
     """
-    log = bootstrap_interval(
-        _log_perplexity_of(scored.protocol),
-        scored.sample_nll,
-        scored.sample_tokens,
-        resamples=resamples,
-        level=level,
-        seed=seed,
-    )
-    return _exponentiated(log)
+    log = _log_perplexity_of(scored.protocol)
+    per_sample = scored.sample_nll, scored.sample_tokens
+    return bootstrap_interval(log, *per_sample, resamples=resamples, level=level, seed=seed).exp()
 
 
 def perplexity_ratio_interval(
-    a: Scored, b: Scored, *, paired: bool = False, resamples: int = 1000, level: float = 0.95, seed: int = 0
+    a: PerplexityResult,
+    b: PerplexityResult,
+    *,
+    paired: bool = False,
+    resamples: int = 1000,
+    level: float = 0.95,
+    seed: int = 0,
 ) -> Interval:
     """Return the ratio of Gen.-PPL of a to that of b with its interval; below 1, a is likelier to the judge.
 
-    Their difference lies beyond chance where the interval leaves out 1.
+    The difference lies beyond chance if the interval does not contain 1.
 
     Args:
         a: A `PerplexityResult`.
         b: Another, of the same protocol.
-        paired: Sample i of a and of b belong together (same prompt or same noise) and are redrawn together.
+        paired: Redraw sample i of a together with sample i of b, because the two share a prompt or noise.
+            Default: False.
         resamples: As for `bootstrap_interval`.
         level: As for `bootstrap_interval`.
         seed: As for `bootstrap_interval`.
@@ -149,7 +156,7 @@ def perplexity_ratio_interval(
         replicates = _replicates(lambda s, c, t, d: log(s, c) - log(t, d), first + second, resamples, generator)
     else:
         replicates = _replicates(log, first, resamples, generator) - _replicates(log, second, resamples, generator)
-    return _exponentiated(_interval(_estimate(log, first) - _estimate(log, second), replicates, level))
+    return interval_from(_estimate(log, first) - _estimate(log, second), replicates, level).exp()
 
 
 def redraws(n: int, resamples: int, generator: torch.Generator) -> Iterator[Tensor]:
@@ -171,15 +178,19 @@ def interval_from(estimate: float, replicates: Tensor, level: float = 0.95, *, c
     Args:
         estimate: The figure on all samples.
         replicates: The figure on resampled ones, (R,).
-        level: Share inside.
-        centred: Shift the replicates to the estimate first: for figures that depend on how many samples differ.
+        level: Share of the replicates inside the interval. Default: 0.95.
+        centred: Shift the replicates so that their mean is the estimate, for figures that depend on how many different
+            samples there are. Default: False.
 
     >>> interval_from(2.0, torch.tensor([0.0, 1.0, 2.0]), level=0.5, centred=True)
     Interval(estimate=2.0, low=1.5, high=2.5)
     """
+    values = replicates.double()
     if centred:
-        replicates = replicates - replicates.mean() + estimate
-    return _interval(estimate, replicates, level)
+        values = values - values.mean() + estimate
+    tails = torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.float64)
+    low, high = torch.quantile(values, tails).tolist()
+    return Interval(estimate, low, high)
 
 
 def _replicates(
@@ -206,18 +217,8 @@ def _checked(values: Tensor, resamples: int) -> Tensor:
     return values.double()
 
 
-def _interval(estimate: float, replicates: Tensor, level: float) -> Interval:
-    tails = torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.float64)
-    low, high = torch.quantile(replicates.double(), tails).tolist()
-    return Interval(estimate, low, high)
-
-
 def _log_perplexity_of(protocol: str) -> Callable[[Tensor, Tensor], Tensor]:
     return lambda nll, tokens: log_perplexity(nll, tokens, protocol)
-
-
-def _exponentiated(log: Interval) -> Interval:
-    return Interval(*torch.tensor(log, dtype=torch.float64).exp().tolist())
 
 
 def check_resampling(level: float, resamples: int) -> None:

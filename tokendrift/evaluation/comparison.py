@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-import torch
-
 from tokendrift._checks import fail
 from tokendrift.evaluation.bootstrap import Interval, interval_from
 from tokendrift.evaluation.measures import Measures
@@ -14,12 +12,12 @@ MUST_AGREE = ("vocabulary", "level", "retokenised", "clean_up_spaces")
 
 
 class Comparison(NamedTuple):
-    """How a set of samples differs from another.
+    """How a set of samples, a, differs from another, b.
 
     Attributes:
         gen_ppl_ratio: Gen.-PPL of a over that of b.
-        differences: a minus b in every other figure that both have.
-        paired: Whether sample i of a and of b were redrawn together, which needs sets of one size.
+        differences: a minus b in every other figure that was measured for both.
+        paired: Whether sample i of a and of b were redrawn together, which needs sets of the same size.
     """
 
     gen_ppl_ratio: Interval
@@ -45,41 +43,36 @@ class Comparison(NamedTuple):
 def compare(a: Measures, b: Measures) -> Comparison:
     """Compare two sets of samples figure by figure, with bootstrap intervals.
 
-    Sets of one size are redrawn together, sample i with sample i: that keeps what they share (the same prompt, the
-    same seed) out of the interval, and costs nothing where they share nothing.
+    If the sets have the same size, sample i of one is redrawn together with sample i of the other. Variation that the
+    two share, such as that of a prompt or a seed, then does not widen the interval.
 
     Raises:
         TokenDriftError: If the two were not measured alike (judge, protocol, precision, vocabulary, resamples).
     """
     check_alike(a, b)
     logs = a.replicates["gen_ppl"] - b.replicates["gen_ppl"]
-    ratio = (
-        torch.tensor(interval_from(a.log_gen_ppl - b.log_gen_ppl, logs, a.level), dtype=torch.float64).exp().tolist()
-    )
+    ratio = interval_from(a.log_gen_ppl - b.log_gen_ppl, logs, a.level).exp()
     theirs = b.intervals()
     differences = {
         name: interval_from(value.estimate - theirs[name].estimate, a.replicates[name] - b.replicates[name], a.level)
         for name, value in a.intervals().items()
         if name != "gen_ppl" and name in theirs and name in a.replicates
     }
-    return Comparison(Interval(*ratio), differences, a.samples == b.samples)
+    return Comparison(ratio, differences, a.samples == b.samples)
 
 
 def check_alike(a: Measures, b: Measures) -> None:
-    """Require two sets measured in one way, without which their figures do not compare."""
-    for name in ("protocol", "precision", "judge", "revision"):
-        ours, theirs = getattr(a.perplexity, name), getattr(b.perplexity, name)
+    """Require that two sets were measured with the same options, without which their figures do not compare."""
+    for name, ours in _options(a).items():
+        theirs = _options(b)[name]
         if ours != theirs:
-            raise _differ(name, ours, theirs)
-    for name in MUST_AGREE:
-        if getattr(a, name) != getattr(b, name):
-            raise _differ(name, getattr(a, name), getattr(b, name))
-    if len(a.replicates["gen_ppl"]) != len(b.replicates["gen_ppl"]):
-        raise _differ("resamples", len(a.replicates["gen_ppl"]), len(b.replicates["gen_ppl"]))
+            raise fail(
+                f"the two sets were not measured alike: {name} is {ours!r} for one and {theirs!r} for the other.",
+                "Measure both with the same judge and the same options.",
+            )
 
 
-def _differ(name: str, ours: object, theirs: object) -> Exception:
-    return fail(
-        f"the two sets were not measured alike: {name} is {ours!r} for one and {theirs!r} for the other.",
-        "Measure both with the same judge and the same options.",
-    )
+def _options(measures: Measures) -> dict[str, object]:
+    judged = {name: getattr(measures.perplexity, name) for name in ("protocol", "precision", "judge", "revision")}
+    own = {name: getattr(measures, name) for name in MUST_AGREE}
+    return {**judged, **own, "resamples": len(measures.replicates["gen_ppl"])}

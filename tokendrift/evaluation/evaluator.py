@@ -2,39 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from tokendrift._checks import fail
 from tokendrift.evaluation.bootstrap import Interval
 from tokendrift.evaluation.comparison import Comparison, compare
+from tokendrift.evaluation.figures import Figure, main_figures
 from tokendrift.evaluation.generative_perplexity import GenerativePerplexity
 from tokendrift.evaluation.guard import Verdict, check_samples
 from tokendrift.evaluation.measures import Measures, as_sample_set, measure, training_ids
-from tokendrift.evaluation.samples import Samples, SampleSet, cleaned, decode, id_sequences, spread, tokenize
+from tokendrift.evaluation.samples import SampleInput, cleaned, id_sequences, spread
+from tokendrift.models.tokenizer import decode, encode
+from tokendrift.sampling import SampleSet
 
-COLUMNS = (
-    ("gen_ppl", "Gen.-PPL", 1),
-    ("sample_entropy", "H sample", 3),
-    ("unigram_entropy", "H unigram", 3),
-    ("distinct_3", "distinct-3", 3),
-    ("repetition_4", "seq-rep-4", 3),
-    ("self_bleu", "self-BLEU", 3),
-    ("duplicate_share", "duplicates", 3),
-)
+WIDTH = 26  # of a column of the printed table
 
 
 @dataclass(frozen=True)
-class Row:
-    """One set of samples.
+class EvaluatedSet:
+    """One set of samples, measured beside real text.
 
     Attributes:
-        name: Of the set.
+        name: Name of the set.
         measures: Its figures.
-        real: Those of real text, as many samples of the same lengths.
-        comparison: The set against real text.
-        verdict: Of the guard.
+        real: The figures of real text, as many samples of the same lengths.
+        comparison: The set compared with real text.
+        verdict: What the guard says of the set.
     """
 
     name: str
@@ -62,9 +57,9 @@ class Evaluation:
         rows: The sets, in the order given.
     """
 
-    rows: tuple[Row, ...]
+    rows: tuple[EvaluatedSet, ...]
 
-    def __getitem__(self, name: str) -> Row:
+    def __getitem__(self, name: str) -> EvaluatedSet:
         for row in self.rows:
             if row.name == name:
                 return row
@@ -79,16 +74,16 @@ class Evaluation:
         return {"rows": [row.to_dict() for row in self.rows]}
 
     def __str__(self) -> str:
-        """Return a table in plain text: no Gen.-PPL without its entropies, NFE, n, precision, and real text."""
-        sizes = dict.fromkeys(_line("real text", row.real) for row in self.rows)
-        lines = [_heading(), *sizes]
-        for row in self.rows:
-            lines.append(_line(row.name, row.measures))
-        judged = self.rows[0].measures.perplexity
+        """Return a table in plain text: every Gen.-PPL with its entropies, NFE, n, precision, and real text."""
+        figures = main_figures(*(measures.figures for row in self.rows for measures in (row.measures, row.real)))
+        heading = f"{'':<20}{'NFE':>5}{'n':>7}" + "".join(f"{figure.heading:>{WIDTH}}" for figure in figures)
+        lines = [heading, *dict.fromkeys(_line("real text", row.real, figures) for row in self.rows)]
+        lines += [_line(row.name, row.measures, figures) for row in self.rows]
+        first = self.rows[0].measures
+        judged = first.perplexity
         lines.append(
             f"judge {judged.judge}, {judged.precision}, protocol {judged.protocol}; entropies in nats, counted in "
-            f"{'the ids as generated' if self.rows[0].measures.vocabulary == 'generated' else 'tokens of the judge'}; "
-            f"{self.rows[0].measures.level:.0%} intervals by resampling"
+            f"{first.counted_in}; {first.level:.0%} intervals by resampling"
         )
         for row in self.rows:
             lines += [f"{row.name}: {finding.level}: {finding}" for finding in row.verdict.findings]
@@ -98,21 +93,21 @@ class Evaluation:
 
 
 def evaluate(
-    sets: Mapping[str, Samples],
+    sets: Mapping[str, SampleInput],
     judge: GenerativePerplexity,
     *,
-    real: Samples,
+    real: SampleInput,
     tokenizer: Any = None,
     clean_up_spaces: bool = False,
-    training: Samples | None = None,
-    nelbo: Mapping[str, Interval] | None = None,
+    training: SampleInput | None = None,
+    nelbo: Mapping[str, Interval | None] | None = None,
     resamples: int = 1000,
     level: float = 0.95,
     seed: int = 0,
     skip_bad: bool = False,
     progress: Callable[[int], object] | None = None,
 ) -> Evaluation:
-    """Measure sets of samples and real text alike, and let the guard look at each.
+    """Measure sets of samples and real text alike, and check each set with the guard.
 
     Real text is cut to the number and the lengths of each set's samples, since entropy and diversity depend on both.
     Figures are counted in the ids as generated if every set and real text have them, else in the judge's tokens.
@@ -121,14 +116,15 @@ def evaluate(
         sets: Samples by name: ids, texts, or what `read_samples` returns.
         judge: A configured evaluator.
         real: Text that neither denoiser nor judge was trained on, at least as many samples as the largest set.
-        tokenizer: The denoiser's: decodes ids that came without text, and encodes real text that came without ids.
-        clean_up_spaces: As for `measure`.
-        training: Training text, to find copies.
-        nelbo: Held-out NELBO of the denoisers by name.
-        resamples: As for `measure`.
-        level: As for `measure`.
-        seed: As for `measure`.
-        skip_bad: As for `measure`.
+        tokenizer: The denoiser's tokenizer. It decodes ids that came without text, and encodes real text that came
+            without ids. Default: None.
+        clean_up_spaces: As for `measure`. Default: False.
+        training: Training text, to find copies. Default: None.
+        nelbo: Held-out NELBO of the denoiser of each set, by the name of the set. Default: None.
+        resamples: Redraws of the bootstrap. Default: 1000.
+        level: Confidence of the intervals. Default: 0.95.
+        seed: Seed of the redraws. Default: 0.
+        skip_bad: As for `measure`. Default: False.
         progress: As for `GenerativePerplexity.update`.
 
     Raises:
@@ -143,49 +139,44 @@ def evaluate(
     """
     if not sets:
         raise fail("evaluate needs at least one set of samples.")
+    # 1. All sets and real text in one vocabulary.
     given = {name: as_sample_set(samples) for name, samples in sets.items()}
     real_set = as_sample_set(real)
     if real_set.ids is None and tokenizer is not None:
-        real_set = replace(real_set, ids=tokenize(tokenizer, real_set.texts or []))
-    everywhere = all(one.ids is not None for one in (*given.values(), real_set))
-    vocabulary = "generated" if everywhere else "judge"
-    if training is not None:  # once for all sets
-        training = training_ids(training, tokenizer if everywhere else judge.judge.tokenizer)
-    options: dict[str, Any] = {
-        "tokenizer": tokenizer,
-        "clean_up_spaces": clean_up_spaces,
-        "vocabulary": vocabulary,
-        "training": training,
-        "resamples": resamples,
-        "level": level,
-        "seed": seed,
-        "skip_bad": skip_bad,
-        "progress": progress,
-    }
+        real_set = replace(real_set, ids=encode(tokenizer, real_set.texts or []))
+    as_generated = all(one.ids is not None for one in (*given.values(), real_set))
+    vocabulary = "generated" if as_generated else "judge"
+    own_tokenizer = tokenizer if as_generated else judge.judge.tokenizer
+    if training is not None:  # encoded once for all sets
+        training = training_ids(training, own_tokenizer)
     if clean_up_spaces and real_set.texts is not None:  # before it is cut: closing a gap may take a token
         real_set = replace(real_set, texts=[cleaned(text) for text in real_set.texts])
-    found: dict[tuple[bool, tuple[int, ...]], Measures] = {}
+
+    def measured(samples: SampleInput, bound: Interval | None = None) -> Measures:
+        return measure(
+            samples, judge, tokenizer=tokenizer, clean_up_spaces=clean_up_spaces, vocabulary=vocabulary,
+            training=training, nelbo=bound, resamples=resamples, level=level, seed=seed, skip_bad=skip_bad,
+            progress=progress,
+        )  # fmt: skip
+
+    # 2. Each set, and beside it real text of its lengths; sets of the same lengths share theirs.
+    real_measures: dict[tuple[bool, tuple[int, ...]], Measures] = {}
     rows = []
     for name, samples in given.items():
-        measures = measure(samples, judge, nelbo=(nelbo or {}).get(name), **options)
-        lengths = tuple(sorted(measures.per_sample["length"].tolist(), reverse=True))
-        kind = measures.retokenised, lengths
-        if kind not in found:
-            cut = cut_to_lengths(real_set, lengths, judge, tokenizer, vocabulary, as_text=measures.retokenised)
-            found[kind] = measure(cut, judge, **options)
-        expected = found[kind]
-        rows.append(Row(name, measures, expected, compare(measures, expected), check_samples(measures, expected)))
+        measures = measured(samples, (nelbo or {}).get(name))
+        key = measures.retokenised, measures.falling_lengths()
+        if key not in real_measures:
+            cut = cut_to_lengths(real_set, key[1], own_tokenizer, vocabulary, as_text=measures.retokenised)
+            real_measures[key] = measured(cut)
+        expected = real_measures[key]
+        # 3. The set against real text: what differs, and what looks bought.
+        compared, verdict = compare(measures, expected), check_samples(measures, expected)
+        rows.append(EvaluatedSet(name, measures, expected, compared, verdict))
     return Evaluation(tuple(rows))
 
 
 def cut_to_lengths(
-    real: SampleSet,
-    lengths: tuple[int, ...],
-    judge: GenerativePerplexity,
-    tokenizer: Any,
-    vocabulary: str,
-    *,
-    as_text: bool,
+    real: SampleSet, lengths: Sequence[int], tokenizer: Any, vocabulary: str, *, as_text: bool
 ) -> SampleSet:
     """Return as many samples of real text, of these lengths or, where real text is shorter, of its own.
 
@@ -193,42 +184,38 @@ def cut_to_lengths(
 
     Args:
         real: Real text.
-        lengths: Of the generated samples, in tokens of the vocabulary, falling.
-        judge: Its tokenizer encodes and decodes for ``vocabulary="judge"``.
-        tokenizer: The denoiser's, for ``vocabulary="generated"``.
+        lengths: Lengths of the generated samples, in tokens of the vocabulary, falling.
+        tokenizer: The tokenizer of the vocabulary, to encode and decode.
         vocabulary: As for `measure`.
         as_text: Whether the judge is to read text.
     """
-    own = tokenizer if vocabulary == "generated" else judge.judge.tokenizer
-    whole = real.ids if vocabulary == "generated" and real.ids is not None else None
+    # 1. Which samples: those that are long enough, spread over the text.
+    whole = real.ids if vocabulary == "generated" else None
     if whole is None:
-        whole = [ids.tolist() for ids in id_sequences(real.scored(), None, own)[0]]
+        whole = [ids.tolist() for ids in id_sequences(real.scored(), None, tokenizer)[0]]
     chosen = spread([len(ids) for ids in whole], lengths)
+    # 2. Whole samples keep their texts; the others are cut, and decoded if text is needed.
+    texts = None
     if all(len(whole[i]) == length for i, length in zip(chosen, lengths, strict=False)):
         chosen = sorted(chosen)
         ids = [list(whole[i]) for i in chosen]
         texts = [real.texts[i] for i in chosen] if real.texts is not None else None
     else:
         ids = [list(whole[i][:length]) for i, length in zip(chosen, lengths, strict=False)]
-        texts = None
-    if as_text and texts is None:
-        if own is None:
-            raise fail(
-                "the samples came as texts, and real text as ids without a tokenizer.",
-                "Pass tokenizer=..., or real texts.",
-            )
-        texts = decode(own, ids)
-    return SampleSet(ids=ids if vocabulary == "generated" else None, texts=texts) if as_text else SampleSet(ids=ids)
+    if not as_text:
+        return SampleSet(ids=ids)
+    if texts is None and tokenizer is None:
+        raise fail(
+            "the samples came as texts, and real text as ids without a tokenizer.",
+            "Pass tokenizer=..., or real texts.",
+        )
+    return SampleSet(
+        ids=ids if vocabulary == "generated" else None, texts=texts if texts is not None else decode(tokenizer, ids)
+    )
 
 
-def _heading() -> str:
-    return f"{'':<20}{'NFE':>5}{'n':>7}" + "".join(f"{label:>26}" for _, label, _ in COLUMNS)
-
-
-def _line(name: str, measures: Measures) -> str:
-    cells = []
-    for field, _, digits in COLUMNS:
-        value = getattr(measures, field)
-        cells.append(f"{value.estimate:.{digits}f} ({value.low:.{digits}f} to {value.high:.{digits}f})".rjust(26))
+def _line(name: str, measures: Measures, figures: Sequence[Figure]) -> str:
     nfe = "" if measures.nfe is None else str(measures.nfe)
-    return f"{name:<20}{nfe:>5}{measures.samples:>7}" + "".join(cells)
+    cells = [figure.cell(measures.figures) for figure in figures]
+    texts = (f"{value} ({ends})" if value else "" for value, ends in cells)
+    return f"{name:<20}{nfe:>5}{measures.samples:>7}" + "".join(text.rjust(WIDTH) for text in texts)

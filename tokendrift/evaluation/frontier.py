@@ -13,37 +13,40 @@ from torch import Tensor
 from tokendrift._checks import check_count, fail
 from tokendrift.evaluation.bootstrap import Interval, interval_from
 from tokendrift.evaluation.comparison import check_alike
-from tokendrift.evaluation.draws import DrawSamples, MeasureSamples, Setting
 from tokendrift.evaluation.guard import SAME_SIZE
-from tokendrift.evaluation.matching import KINDS, entropy
+from tokendrift.evaluation.matching import KINDS, DrawSamples, MeasureSamples, entropy, entropy_name
 from tokendrift.evaluation.measures import Measures, as_sample_set
-from tokendrift.evaluation.samples import Samples, spread
+from tokendrift.evaluation.plots import canvas, error_bar_lengths, estimates
+from tokendrift.evaluation.samples import SampleInput, spread
+from tokendrift.sampling import SamplingSetting
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+LINE_STYLES = ("-", "--", ":", "-.")
+
 
 class Point(NamedTuple):
-    """One set of samples of the sweep.
+    """One set of samples of a sweep.
 
     Attributes:
-        model: Its name.
-        setting: How it was sampled.
-        measures: The figures.
+        model: Name of the model.
+        setting: How the set was sampled.
+        measures: Figures of the set.
     """
 
     model: str
-    setting: Setting
+    setting: SamplingSetting
     measures: Measures
 
 
 def sweep(
     models: Mapping[str, DrawSamples],
-    settings: Iterable[Setting],
+    settings: Iterable[SamplingSetting],
     measure: MeasureSamples,
     *,
-    real: Samples | Measures,
+    real: SampleInput | Measures,
     count: int,
     progress: Callable[[Point], object] | None = None,
 ) -> Frontier:
@@ -53,17 +56,18 @@ def sweep(
     on their number.
 
     Args:
-        models: Names and what draws from them.
-        settings: Steps, temperatures and nuclei; `Setting` has all combinations of none, list those you want.
-        measure: Measures a set.
-        real: Real text of the same length, at least ``count`` samples; or the measures of as many. In ids of the
-            models' vocabulary, or texts if ``measure`` counts in the judge's.
+        models: For each name of a model a function that draws samples from it, such as `denoiser_samples` returns.
+        settings: Steps, temperature and nucleus of each point.
+        measure: Measures a set of samples.
+        real: Real text of the same length, at least ``count`` samples: ids of the models' vocabulary, or texts if
+            ``measure`` counts in the judge's tokens. The measures of ``count`` samples of real text may be passed
+            instead.
         count: Samples for each point.
-        progress: Called with each point when it is done.
+        progress: Called with each point when it is done. Default: None.
 
     Raises:
-        TokenDriftError: If there is no model or no setting, or real text and points are not of one number or were not
-            measured alike.
+        TokenDriftError: If there is no model or no setting, if real text has another number of samples than the
+            points, or if it was not measured with the same options.
     """
     settings = list(settings)
     if not models or not settings:
@@ -118,35 +122,30 @@ class Frontier:
         of both and those of real text.
 
         Args:
-            model: Name.
+            model: Name of the model.
             steps: Steps of the sampler.
-            kind: ``"sample"`` or ``"unigram"``.
-            top_p: Nucleus.
+            kind: Entropy to compare at, ``"sample"`` or ``"unigram"``. Default: ``"sample"``.
+            top_p: Nucleus of the points. Default: 1.0.
 
         Raises:
-            TokenDriftError: If real text and points were not measured alike, or are not of one number of samples.
+            TokenDriftError: If real text and the points were not measured with the same options, or differ in their
+                number of samples.
         """
+        # 1. The neighbouring temperatures between whose entropies that of real text lies.
         target = entropy(self.real, kind).estimate
         bracket = _bracket([point.measures for point in self.curve(model, steps, top_p)], kind, target)
         if bracket is None:
             return None
-        a, b = bracket
-        for point in bracket:
-            check_alike(point, self.real)
-            _check_number(self.real.samples, point.samples)
-        name = f"{kind}_entropy"
-        logs = [torch.tensor(m.log_gen_ppl, dtype=torch.float64) for m in bracket]
-        ends = [torch.tensor(entropy(m, kind).estimate, dtype=torch.float64) for m in bracket]
-        estimate = _between(torch.tensor(target, dtype=torch.float64), *ends, *logs)
-        drawn = _between(
-            self.real.replicates[name],
-            a.replicates[name],
-            b.replicates[name],
-            a.replicates["gen_ppl"],
-            b.replicates["gen_ppl"],
-        )
-        bounds = torch.tensor(interval_from(float(estimate), drawn, self.real.level), dtype=torch.float64)
-        return Interval(*bounds.exp().tolist())
+        for measures in bracket:
+            check_alike(measures, self.real)
+            _check_number(self.real.samples, measures.samples)
+        # 2. log Gen.-PPL between the two, for the estimates and again on every redraw.
+        ends = [(entropy(m, kind).estimate, m.log_gen_ppl) for m in bracket]
+        numbers = [torch.tensor(x, dtype=torch.float64) for x in (target, *ends[0], *ends[1])]
+        name = entropy_name(kind)
+        redrawn = [x for m in bracket for x in (m.replicates[name], m.replicates["gen_ppl"])]
+        estimate = float(_on_the_line(*numbers))
+        return interval_from(estimate, _on_the_line(self.real.replicates[name], *redrawn), self.real.level).exp()
 
     def to_dict(self) -> dict[str, Any]:
         """Return every number for JSON: those behind the plots, and Gen.-PPL at the entropies of real text."""
@@ -164,15 +163,44 @@ class Frontier:
         """Draw Gen.-PPL against an entropy, a line for each model and number of steps, a star for real text.
 
         Args:
-            kind: ``"sample"`` or ``"unigram"``.
-            axes: Where to draw; a new figure by default.
+            kind: ``"sample"`` or ``"unigram"``. Default: ``"sample"``.
+            axes: Axes to draw on. Default: those of a new figure.
+
+        Returns:
+            The figure and the axes of matplotlib.
 
         Raises:
             TokenDriftError: If matplotlib is missing.
         """
-        from tokendrift.evaluation.plots import draw_frontier
-
-        return draw_frontier(self, kind, axes)
+        figure, axes = canvas(axes)
+        models = list(dict.fromkeys(point.model for point in self.points))
+        steps = sorted({point.setting.steps for point in self.points})
+        for curve in self.curves():
+            model, setting, measures = curve[0]
+            across = [entropy(point.measures, kind) for point in curve]
+            up = [point.measures.gen_ppl for point in curve]
+            cost = f"{setting.steps} steps" if measures.nfe is None else f"{measures.nfe} NFE"
+            nucleus = "" if setting.top_p == 1 else f", top-p {setting.top_p:g}"
+            axes.errorbar(
+                estimates(across),
+                estimates(up),
+                xerr=error_bar_lengths(across),
+                yerr=error_bar_lengths(up),
+                linestyle=LINE_STYLES[steps.index(setting.steps) % len(LINE_STYLES)],
+                color=f"C{models.index(model)}",
+                marker="o",
+                markersize=3,
+                linewidth=1.2,
+                elinewidth=0.7,
+                label=f"{model}, {cost}{nucleus}",
+            )
+        real = entropy(self.real, kind).estimate, self.real.gen_ppl.estimate
+        axes.plot(*real, "*", color="black", markersize=13, label="real text")
+        axes.set_yscale("log")
+        axes.set_xlabel(f"{kind} entropy (nats); temperature falls to the left")
+        axes.set_ylabel("Gen.-PPL")
+        axes.legend(frameon=False, fontsize="small")
+        return figure, axes
 
 
 def _check_number(real: int, count: int) -> None:
@@ -193,7 +221,7 @@ def _bracket(curve: list[Measures], kind: str, target: float) -> tuple[Measures,
     return None
 
 
-def _between(at: Tensor, first: Tensor, last: Tensor, start: Tensor, end: Tensor) -> Tensor:
-    """Return the value at ``at`` of the line through (first, start) and (last, end); never beyond the two by much."""
-    share = torch.where(last == first, 0.5, (at - first) / (last - first))
-    return start + share.clamp(-1, 2) * (end - start)  # redrawn neighbours may nearly meet
+def _on_the_line(x: Tensor, x0: Tensor, y0: Tensor, x1: Tensor, y1: Tensor) -> Tensor:
+    """Return y at x on the line through (x0, y0) and (x1, y1), held within one length of it beyond either end."""
+    share = torch.where(x1 == x0, 0.5, (x - x0) / (x1 - x0))
+    return y0 + share.clamp(-1, 2) * (y1 - y0)  # on some redraws the two points nearly meet

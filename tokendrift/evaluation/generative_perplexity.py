@@ -21,9 +21,10 @@ from tokendrift.evaluation.protocols import (
     plan_windows,
     scored_targets,
 )
-from tokendrift.evaluation.samples import Samples, id_sequences
+from tokendrift.evaluation.samples import SampleInput, id_sequences
 from tokendrift.modes import evaluation_mode
 from tokendrift.references import rank_count
+from tokendrift.sampling import SampleSet
 
 
 class PerplexityResult(NamedTuple):
@@ -40,6 +41,9 @@ class PerplexityResult(NamedTuple):
         revision: Commit or branch of its weights, None if unknown.
         sample_nll: What each sample adds to ``nll``, float64 (n,), in the order given.
         sample_tokens: What each sample adds to ``tokens``, int64 (n,).
+        sample_bytes: UTF-8 bytes of the text of each sample, int64 (n,); None if the judge read ids, or a part of the
+            text.
+        sample_generated: Tokens of each sample as the denoiser generated it, int64 (n,); None if they are not known.
     """
 
     perplexity: float
@@ -52,44 +56,69 @@ class PerplexityResult(NamedTuple):
     revision: str | None
     sample_nll: Tensor
     sample_tokens: Tensor
+    sample_bytes: Tensor | None = None
+    sample_generated: Tensor | None = None
+
+    @property
+    def bits_per_byte(self) -> float | None:
+        """Total NLL in bits over all UTF-8 bytes, which compares across judges; None if the bytes are not known.
+
+        A judge never scores the first token of a sample, whose bytes are counted all the same.
+        """
+        return None if self.sample_bytes is None else self.nll / math.log(2) / int(self.sample_bytes.sum())
+
+    @property
+    def nats_per_generated_token(self) -> float | None:
+        """Total NLL in nats over all tokens that the denoiser generated; None if their number is not known."""
+        return None if self.sample_generated is None else self.nll / int(self.sample_generated.sum())
+
+    def with_sizes(self, texts: Sequence[str] | None, ids: Sequence[Sequence[int] | Tensor] | None) -> PerplexityResult:
+        """Return the result with the bytes of the texts and the number of ids as generated of each sample."""
+        return self._replace(
+            sample_bytes=None if texts is None else torch.tensor([len(text.encode()) for text in texts]),
+            sample_generated=None if ids is None else torch.tensor([len(row) for row in ids]),
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain numbers and texts for JSON, those of each sample included."""
         plain = self._asdict()
         plain["perplexity"] = self.perplexity if math.isfinite(self.perplexity) else None
-        return plain | {"sample_nll": self.sample_nll.tolist(), "sample_tokens": self.sample_tokens.tolist()}
+        plain = {name: value.tolist() if isinstance(value, Tensor) else value for name, value in plain.items()}
+        return plain | {"bits_per_byte": self.bits_per_byte, "nats_per_generated_token": self.nats_per_generated_token}
 
 
 class GenerativePerplexity:
-    """Score samples under a judge: `update` with each lot, `compute` over all of them.
+    """Score samples under a judge: `update` with each batch of samples, `compute` over all of them.
 
-    Every sample is scored whatever the batch size, and nothing depends on batch size, order or padding beyond
-    the rounding of the judge. Log-probabilities are float32 or wider, sums float64. Windows of like length are
-    read together, as many a call as make ``batch_size * max_length`` tokens.
+    Every sample is scored, and the result does not depend on batch size, order or padding beyond the rounding of the
+    judge. Log-probabilities are float32 or wider, sums float64. Windows of similar length are read together, with up
+    to ``batch_size * max_length`` tokens in a forward call.
 
-    Where a process group is initialised, every rank scores samples of its own; only `compute` communicates.
+    If a process group is initialised, every rank scores samples of its own; only `compute` communicates.
 
     Args:
         judge: A transformers causal LM; any callable (ids (B, L) int64, attention_mask (B, L) int64) -> logits
             (B, L, V); or the name or folder of a transformers model (safetensors; its own code is never run).
-        tokenizer: The judge's, for texts: of transformers, or a ``tokenizers.Tokenizer``. Texts are encoded
-            without added special tokens.
+        tokenizer: Tokenizer of the judge, for texts: one of transformers, or a ``tokenizers.Tokenizer``. Texts are
+            encoded without added special tokens. Default: that of a judge loaded by name, else None.
         protocol: ``"mdlm"`` (also DUO's and ReMDM's), ``"sedd"``, ``"sdtt"``, ``"bd3"``, or ``"all"``: every token
-            but the first, with context across windows. See `tokendrift.evaluation.protocols`.
-        max_length: Tokens the judge reads at once; by default its own window, else 1024. Longer samples are
-            split, never cut; ``"sedd"`` and ``"sdtt"`` refuse them.
-        batch_size: Windows of full length a forward call; of shorter ones as many more as they are shorter.
-        stride: Step of the sliding windows of ``"bd3"`` and ``"all"``; by default half of ``max_length``.
-        device: Where ids are sent; by default where the judge's parameters are.
-        precision: ``"float32"`` or ``"bfloat16"`` for a judge loaded by name, by default float32; any other judge
-            keeps its own. What it ran in is recorded in the result.
-        revision: Branch, tag or commit of a judge loaded by name.
-        eos_id: End of text, for ``"mdlm"`` and ``"bd3"``; by default the tokenizer's or the judge's.
-        truncate: Keep only the first so many tokens of a sample, as MDLM's evaluation does at the model length.
-        pad_eos: For parity with MDLM and DUO, which pad a call to its longest sample with EOS and count the first
-            pad as an EOS that the sample should have ended with: so the length of one sample changes the NLL of
-            the others.
-        drop_remainder: For parity with upstream, which drops the last n mod ``batch_size`` samples of each call.
+            but the first, with context across windows. See `tokendrift.evaluation.protocols`. Default: ``"mdlm"``.
+        max_length: Tokens that the judge reads at once. Longer samples are split into windows, never cut;
+            ``"sedd"`` and ``"sdtt"`` refuse them. Default: the judge's own window, else 1024.
+        batch_size: Windows of full length in a forward call; of shorter windows correspondingly more. Default: 8.
+        stride: Step of the sliding windows of ``"bd3"`` and ``"all"``, tokens. Default: half of ``max_length``.
+        device: Device to which ids are sent. Default: that of the judge's parameters.
+        precision: ``"float32"`` or ``"bfloat16"`` for a judge loaded by name; any other judge keeps its own. The
+            result records the precision. Default: float32.
+        revision: Branch, tag or commit of a judge loaded by name. Default: None.
+        eos_id: End-of-text token, for ``"mdlm"`` and ``"bd3"``. Default: the tokenizer's or the judge's.
+        truncate: Score only the first ``truncate`` tokens of a sample, as MDLM's evaluation does at the model length.
+            Default: None, for whole samples.
+        pad_eos: For parity with MDLM and DUO, which pad the samples of a call to the longest with EOS and count the
+            first pad as an EOS that the sample should have ended with. The length of one sample then changes the NLL
+            of the others. Default: False.
+        drop_remainder: For parity with the published code, which drops the last n mod ``batch_size`` samples of each
+            call. Default: False.
 
     Raises:
         TokenDriftError: If an option is out of range, or the protocol needs an EOS and none is known.
@@ -136,65 +165,58 @@ class GenerativePerplexity:
 
     def update(
         self,
-        samples: Samples,
+        samples: SampleInput,
         *,
         attention_mask: Tensor | None = None,
         progress: Callable[[int], object] | None = None,
     ) -> None:
-        """Score samples and keep what each of them adds.
+        """Score samples and accumulate what each of them contributes.
 
         Args:
             samples: Texts; or ids of the judge's vocabulary, int64 (n, L) or a list of sequences, then nothing
                 is tokenised; or a `SampleSet`, of which the texts are read if it has them.
-            attention_mask: With ids (n, L): 0 on padding, on whichever side. Padding is never scored.
-            progress: Called after each forward call with the number of windows it scored; a sample is one
-                window unless it is longer than ``max_length``.
+            attention_mask: With ids (n, L): 0 on padding, at either end. Padding is never scored. Default: None.
+            progress: Called after each forward call with the number of windows that it scored; a sample is one
+                window unless it is longer than ``max_length``. Default: None.
 
         Raises:
             TokenDriftError: For no samples, a sample without a target, ids outside the judge's vocabulary.
         """
         scored = self.score(samples, attention_mask=attention_mask, progress=progress)
-        self._nll.append(scored.sample_nll)
-        self._tokens.append(scored.sample_tokens)
-        self._precision = scored.precision
+        self._scored.append(scored)
 
     def compute(self) -> PerplexityResult:
-        """Return Gen.-PPL over everything given since the start or the last `reset`, on all ranks.
+        """Return Gen.-PPL over all samples since the start or the last `reset`, on all ranks.
 
-        With several processes every rank has to call, and each gets the result over the samples of all, those of
-        rank 0 first. A rank may have had no samples.
+        With several processes every rank must call this method, and each gets the result over the samples of all
+        ranks, those of rank 0 first. A rank may have no samples.
 
         Raises:
             TokenDriftError: If nothing was scored, the protocol counts no token of it, or ranks differ in
                 protocol or precision.
         """
-        nll, tokens = torch.zeros(0, dtype=torch.float64), torch.zeros(0, dtype=torch.int64)
-        if self._nll:
-            nll, tokens = torch.cat(self._nll), torch.cat(self._tokens)
-        parts: list[Any] = [(nll, tokens, self.protocol, self._precision)]
+        parts = list(self._scored)
         if rank_count() > 1:
-            parts *= rank_count()
-            distributed.all_gather_object(parts, (nll, tokens, self.protocol, self._precision))
-        found = [part for part in parts if len(part[0])]
-        if not found:
+            gathered: list[Any] = [None] * rank_count()
+            distributed.all_gather_object(gathered, parts)
+            parts = [part for rank in gathered for part in rank]
+        if not parts:
             raise fail("compute has nothing to work on.", "Call update(samples) first.")
-        conventions = {part[2:] for part in found}
+        conventions = {(part.protocol, part.precision) for part in parts}
         if len(conventions) > 1:
             shown = ", ".join(sorted(f"{protocol} in {precision}" for protocol, precision in conventions))
             raise fail(f"the ranks did not score alike: {shown}.", "Build the same evaluator on every rank.")
-        precision = conventions.pop()[1]
-        nll, tokens = (torch.cat([part[i] for part in found]) for i in range(2))
-        return self._result(nll, tokens, precision)
+        contributions = [part[-4:] for part in parts]
+        sizes = (None if any(x is None for x in each) else torch.cat(each) for each in zip(*contributions, strict=True))
+        return self._result(parts[0].precision, *sizes)  # type: ignore[arg-type]
 
     def reset(self) -> None:
         """Forget all samples."""
-        self._nll: list[Tensor] = []
-        self._tokens: list[Tensor] = []
-        self._precision = ""
+        self._scored: list[PerplexityResult] = []
 
     def score(
         self,
-        samples: Samples,
+        samples: SampleInput,
         *,
         attention_mask: Tensor | None = None,
         progress: Callable[[int], object] | None = None,
@@ -219,7 +241,13 @@ class GenerativePerplexity:
                 tokens.index_add_(0, owners, counted.sum(dim=1))
                 if progress is not None:
                     progress(len(batch))
-        return self._result(nll, tokens, precision)
+        scored = self._result(precision, nll, tokens)
+        whole = self.truncate is None and len(sequences) == len(samples)
+        if isinstance(samples, SampleSet):
+            return scored.with_sizes(samples.texts, samples.ids) if whole else scored
+        if isinstance(samples[0], str):
+            return scored.with_sizes([str(text) for text in samples], None) if whole else scored
+        return scored.with_sizes(None, sequences)
 
     def _batches(self, pieces: list[tuple[int, Window]]) -> Iterator[list[tuple[int, Window]]]:
         """Yield windows of like length together: hardly any padding, and no dependence on the order given.
@@ -234,7 +262,7 @@ class GenerativePerplexity:
             yield pieces[first : first + count]
             first += count
 
-    def _prepare(self, samples: Samples, attention_mask: Tensor | None) -> list[Tensor]:
+    def _prepare(self, samples: SampleInput, attention_mask: Tensor | None) -> list[Tensor]:
         """Return one tensor of ids a sample: cut, dropped or closed as the options ask, and checked."""
         sequences, width = id_sequences(samples, attention_mask, self.judge.tokenizer)
         if self.truncate is not None:
@@ -269,7 +297,14 @@ class GenerativePerplexity:
         fresh = position >= torch.tensor([window.first - window.start for _, window in batch])[:, None]
         return ids, real.long(), scored_targets(ids, self.protocol, self.eos_id) & real & fresh
 
-    def _result(self, nll: Tensor, tokens: Tensor, precision: str) -> PerplexityResult:
+    def _result(
+        self,
+        precision: str,
+        nll: Tensor,
+        tokens: Tensor,
+        sample_bytes: Tensor | None = None,
+        sample_generated: Tensor | None = None,
+    ) -> PerplexityResult:
         total, count = float(nll.sum()), int(tokens.sum())
         if count == 0:
             raise fail(
@@ -281,7 +316,18 @@ class GenerativePerplexity:
         perplexity = math.exp(log) if log < 709 else math.inf
         judge = self.judge
         return PerplexityResult(
-            perplexity, total, count, len(nll), self.protocol, precision, judge.name, judge.revision, nll, tokens
+            perplexity,
+            total,
+            count,
+            len(nll),
+            self.protocol,
+            precision,
+            judge.name,
+            judge.revision,
+            nll,
+            tokens,
+            sample_bytes,
+            sample_generated,
         )
 
     def _end_of_text(self, eos_id: int | None) -> int | None:
@@ -304,29 +350,42 @@ class GenerativePerplexity:
 
 
 def generative_perplexity(
-    samples: Samples,
+    samples: SampleInput,
     judge: object = DEFAULT_JUDGE,
     tokenizer: Any = None,
     *,
     attention_mask: Tensor | None = None,
+    protocol: str = "mdlm",
+    max_length: int | None = None,
+    batch_size: int = 8,
+    stride: int | None = None,
+    device: torch.device | str | None = None,
+    precision: str | None = None,
+    revision: str | None = None,
+    eos_id: int | None = None,
+    truncate: int | None = None,
+    pad_eos: bool = False,
+    drop_remainder: bool = False,
     progress: Callable[[int], object] | None = None,
-    **options: Any,
 ) -> PerplexityResult:
     """Return Gen.-PPL of samples in one call.
 
     Args:
         samples: Texts, or ids of the judge's vocabulary.
-        judge: As for `GenerativePerplexity`.
-        tokenizer: As for `GenerativePerplexity`.
-        attention_mask: With ids (n, L): 0 on padding.
-        progress: Called with the number of windows after each forward call.
-        **options: The other options of `GenerativePerplexity`.
+        attention_mask: With ids (n, L): 0 on padding. Default: None.
+        progress: Called with the number of windows after each forward call. Default: None.
+        judge, tokenizer, protocol, max_length, batch_size, stride, device, precision, revision, eos_id, truncate,
+            pad_eos, drop_remainder: As for `GenerativePerplexity`, with its defaults.
 
     >>> uniform = lambda ids, attention_mask: torch.zeros(*ids.shape, 10)
     >>> round(generative_perplexity(torch.tensor([[1, 2, 3]]), uniform, protocol="sdtt").perplexity, 4)
     10.0
     """
-    metric = GenerativePerplexity(judge, tokenizer, **options)
+    metric = GenerativePerplexity(
+        judge, tokenizer, protocol=protocol, max_length=max_length, batch_size=batch_size, stride=stride,
+        device=device, precision=precision, revision=revision, eos_id=eos_id, truncate=truncate,
+        pad_eos=pad_eos, drop_remainder=drop_remainder,
+    )  # fmt: skip
     return metric.score(samples, attention_mask=attention_mask, progress=progress)
 
 

@@ -1,13 +1,13 @@
-"""The gaming guard: which figures of a set of samples betray that its Gen.-PPL was bought, read against real text.
+"""The guard against gaming: figures of a set of samples that explain a low Gen.-PPL by dull or copied text.
 
-The judge likes dull text. What makes text dull shows in a figure beside Gen.-PPL, each with a side on which it is
-suspicious. A figure is flagged where it lies on that side of real text's by more than `DEVIATIONS` standard errors of
-the difference (both sets resampled, so real text's own variation counts) and by more than a margin, so that a
-difference of no consequence is not flagged only because there are many samples:
+A judge prefers dull text. What makes text dull shows in a figure beside Gen.-PPL, and each figure has a side of real
+text's on which it is suspicious. A figure is flagged if it lies on that side by more than `DEVIATIONS` standard errors
+of the difference and by more than a margin. Both sets are resampled, so that the variation of real text counts as well.
+The margin keeps a difference of no consequence from being flagged only because there are many samples:
 
-| figure | suspicious | margin | what it betrays |
+| figure | suspicious | margin | what it indicates |
 |---|---|---|---|
-| ``gen_ppl`` | below real text | none | nothing is to be won there; without a flag it is still commented on |
+| ``gen_ppl`` | below real text | none | more predictable than people write; commented on even without a flag |
 | ``sample_entropy`` | below | 2 % | samples that go round in circles |
 | ``unigram_entropy`` | below | 2 % | frequent words only; low temperature |
 | ``distinct_1`` to ``distinct_4`` | below | 10 % | few words or phrases over the whole set |
@@ -31,19 +31,19 @@ from tokendrift.evaluation.comparison import check_alike
 from tokendrift.evaluation.measures import Measures
 
 DEVIATIONS = 3.5
-SAME_SIZE = 0.05  # relative difference up to which sets count as of one size
+SAME_SIZE = 0.05  # relative difference up to which two sets count as equal in size
 
 
-class Check(NamedTuple):
-    """A figure that betrays dull text.
+class GuardRule(NamedTuple):
+    """When the guard flags a figure.
 
     Attributes:
-        figure: Its name in `Measures`.
-        side: On which side of real text's it is suspicious, -1 below and 1 above.
-        margin: Difference without consequence.
+        figure: Name of the figure.
+        side: Side of real text's figure on which it is suspicious: -1 below, 1 above.
+        margin: Difference that is of no consequence.
         relative: Whether the margin is a share of real text's figure.
         whole_set: Whether the figure depends on the number of samples.
-        meaning: What it betrays.
+        meaning: What a flag indicates.
     """
 
     figure: str
@@ -54,17 +54,20 @@ class Check(NamedTuple):
     meaning: str
 
 
-CHECKS = (
-    Check("gen_ppl", -1, 0.0, True, False, "likelier to the judge than what people write: dull, or known to it"),
-    Check("sample_entropy", -1, 0.02, True, False, "few different tokens within a sample"),
-    Check("unigram_entropy", -1, 0.02, True, True, "frequent tokens preferred, as low temperature does"),
-    *(Check(f"distinct_{n}", -1, 0.1, True, True, f"few different {n}-grams over the whole set") for n in (1, 2, 3, 4)),
-    Check("repetition_4", 1, 0.02, False, False, "phrases repeated within a sample"),
-    Check("longest_repeat", 1, 0.25, True, False, "long passages repeated within a sample"),
-    Check("most_frequent_share", 1, 0.25, True, True, "one token over and over"),
-    Check("duplicate_share", 1, 0.02, False, True, "the same sample again"),
-    Check("self_bleu", 1, 0.05, False, True, "samples that say the same things"),
-    Check("copied_share", 1, 0.1, False, False, "training text by heart"),
+RULES = (
+    GuardRule("gen_ppl", -1, 0.0, True, False, "likelier to the judge than human text: dull, or known to it"),
+    GuardRule("sample_entropy", -1, 0.02, True, False, "few different tokens within a sample"),
+    GuardRule("unigram_entropy", -1, 0.02, True, True, "frequent tokens preferred, as low temperature does"),
+    *(
+        GuardRule(f"distinct_{n}", -1, 0.1, True, True, f"few different {n}-grams over the whole set")
+        for n in (1, 2, 3, 4)
+    ),
+    GuardRule("repetition_4", 1, 0.02, False, False, "phrases repeated within a sample"),
+    GuardRule("longest_repeat", 1, 0.25, True, False, "long passages repeated within a sample"),
+    GuardRule("most_frequent_share", 1, 0.25, True, True, "one token over and over"),
+    GuardRule("duplicate_share", 1, 0.02, False, True, "the same sample again"),
+    GuardRule("self_bleu", 1, 0.05, False, True, "samples that say the same things"),
+    GuardRule("copied_share", 1, 0.1, False, False, "training text by heart"),
 )  # fmt: skip
 
 
@@ -72,12 +75,12 @@ class Finding(NamedTuple):
     """What the guard says of one figure.
 
     Attributes:
-        figure: Its name in `Measures`; ``"samples"`` or ``"length"`` where the sets are not of one size.
-        level: ``"flag"``, or ``"comment"`` where there is something to say short of that.
+        figure: Name of the figure; ``"samples"`` or ``"length"`` if the sets differ in size.
+        level: ``"flag"`` or ``"comment"``.
         value: The figure of the samples.
-        real: That of real text.
-        threshold: Where the flag begins.
-        meaning: What it betrays.
+        real: The figure of real text.
+        threshold: The value beyond which the figure is flagged.
+        meaning: What the finding indicates.
     """
 
     figure: str
@@ -96,11 +99,12 @@ class Finding(NamedTuple):
 
 
 class Verdict(NamedTuple):
-    """All that the guard has to say of a set of samples.
+    """What the guard says of a set of samples.
 
     Attributes:
-        findings: Flags and comments, in the order of the table.
-        unchecked: Figures that could not be judged: not measured in both sets, or sets of different size.
+        findings: Flags and comments, in the order of `RULES`.
+        unchecked: Figures that could not be checked, because they were not measured for both sets or because the sets
+            differ in size.
     """
 
     findings: tuple[Finding, ...]
@@ -123,45 +127,46 @@ class Verdict(NamedTuple):
 
 
 def check_samples(generated: Measures, real: Measures, *, deviations: float = DEVIATIONS) -> Verdict:
-    """Look for figures that betray a Gen.-PPL bought with dull or copied text.
+    """Look for figures which show that a low Gen.-PPL comes from dull or copied text.
 
     Args:
-        generated: Of the samples.
-        real: Of real text that neither denoiser nor judge was trained on, as many samples of the same length,
-            measured in the same way.
-        deviations: Standard errors that a flag needs.
+        generated: Figures of the samples.
+        real: Figures of real text that neither denoiser nor judge was trained on: as many samples of the same length,
+            measured with the same options.
+        deviations: Standard errors of the difference beyond which a figure is flagged. Default: 3.5.
 
     Raises:
-        TokenDriftError: If the two were not measured alike.
+        TokenDriftError: If the two were not measured with the same options.
     """
     check_alike(generated, real)
     findings, unchecked = list(_sizes(generated, real)), []
     same_number = abs(generated.samples - real.samples) <= SAME_SIZE * real.samples
     values, expected = generated.intervals(), real.intervals()
-    for check in CHECKS:
-        name = check.figure
+    for rule in RULES:
+        name = rule.figure
         measured = (
             name in values and name in expected and math.isfinite(values[name].estimate + expected[name].estimate)
         )
-        if not measured or (check.whole_set and not same_number):
+        if not measured or (rule.whole_set and not same_number):
             unchecked.append(name)
             continue
         value, level = values[name].estimate, expected[name].estimate
+        # The threshold lies on the suspicious side of real text's figure, beyond chance and beyond the margin.
         error = float((generated.replicates[name] - real.replicates[name]).std())
         if name == "gen_ppl":  # compared as a ratio
-            threshold = level * math.exp(check.side * deviations * error)
+            threshold = level * math.exp(rule.side * deviations * error)
         else:
-            allowed = max(deviations * error, check.margin * (level if check.relative else 1))
-            threshold = level + check.side * allowed
-        if check.side * (value - threshold) > 0:
-            findings.append(Finding(name, "flag", value, level, threshold, check.meaning))
+            allowed = max(deviations * error, rule.margin * (level if rule.relative else 1))
+            threshold = level + rule.side * allowed
+        if rule.side * (value - threshold) > 0:
+            findings.append(Finding(name, "flag", value, level, threshold, rule.meaning))
         elif name == "gen_ppl" and value < level:
-            findings.append(Finding(name, "comment", value, level, threshold, check.meaning))
+            findings.append(Finding(name, "comment", value, level, threshold, rule.meaning))
     return Verdict(tuple(findings), tuple(unchecked))
 
 
 def _sizes(generated: Measures, real: Measures) -> list[Finding]:
-    """Return comments where the two sets are not of one size."""
+    """Return a comment for each way in which the two sets differ in size."""
     found = []
     for name, value, level, meaning in (
         ("samples", generated.samples, real.samples, "figures of the whole set depend on it and were not judged"),

@@ -20,16 +20,17 @@ BLOCK = 1 << 25  # logits turned into log-probabilities at a time
 
 
 class Judge:
-    """A causal language model behind one call: ids and mask in, NLL of every token out.
+    """A causal language model that scores ids, with its tokenizer.
 
     Args:
         model: A transformers causal LM; any callable (ids (B, L) int64, attention_mask (B, L) int64) -> logits
             (B, L, V); or the name or folder of a transformers model.
         tokenizer: A transformers tokenizer or a ``tokenizers.Tokenizer``; with a name or folder the model's own.
-        device: Where ids are sent; by default where the model's parameters are. A model loaded by name moves
-            there, any other stays where it is.
+        device: Device to which ids are sent. A model loaded by name is moved there, any other model is not moved.
+            Default: that of the model's parameters.
         precision: ``"float32"`` or ``"bfloat16"`` for a model loaded by name; any other keeps its own.
-        revision: Branch, tag or commit of a model loaded by name.
+            Default: float32.
+        revision: Branch, tag or commit of a model loaded by name. Default: None.
 
     Attributes:
         name: Name or folder; for an object that of its configuration or else its class.
@@ -50,6 +51,7 @@ class Judge:
     ) -> None:
         if device is not None:
             check_device(device)
+        # 1. The model: loaded by name, or taken as it is.
         named_by = str(model) if isinstance(model, (str, os.PathLike)) else None
         if named_by is not None:
             model, tokenizer = load_judge(
@@ -73,6 +75,7 @@ class Judge:
         self.weights = next(model.parameters(), None) if isinstance(model, nn.Module) else None
         here = self.weights.device if self.weights is not None else torch.device("cpu")
         self.device = torch.device(device) if device is not None else here
+        # 2. What the model's configuration says of it.
         config = getattr(model, "config", None)
         own_name = getattr(config, "_name_or_path", "") or getattr(model, "__name__", "") or type(model).__name__
         self.name = named_by if named_by is not None else str(own_name)
@@ -82,6 +85,7 @@ class Judge:
         self.vocab_size = _count(getattr(config, "vocab_size", None))
         own = _count(getattr(tokenizer, "eos_token_id", None))
         self.eos_id = own if own is not None else _count(getattr(config, "eos_token_id", None))
+        # 3. How the model is called.
         named = _parameters(model.forward if isinstance(model, nn.Module) else model)
         self._keywords = {"use_cache": False} if "use_cache" in named else {}
         self._by_name = "input_ids" in named and "attention_mask" in named
@@ -93,7 +97,7 @@ class Judge:
         return self.model(ids, attention_mask, **more)
 
     def hidden(self, ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """Return the last hidden states (B, L, M) for ids and mask (B, L); a transformers model shows them."""
+        """Return the last hidden states (B, L, M) of a transformers model for ids and mask (B, L)."""
         states = None
         if hasattr(self.model, "config"):  # a model of transformers; other callables know no such option
             states = getattr(self._call(ids, attention_mask, output_hidden_states=True), "hidden_states", None)
@@ -128,8 +132,8 @@ class Judge:
 def token_nll(logits: Tensor, ids: Tensor) -> Tensor:
     r"""Return :math:`-\log p(x_l \mid x_{<l})` at every position, float64 (B, L) on the CPU; 0 at the first.
 
-    Log-probabilities are taken in float32 or wider by one fused log-softmax, never as the logarithm of a
-    softmax: a token 104 nats behind would underflow there.
+    Log-probabilities are computed in float32 or wider by one fused log-softmax. The logarithm of a softmax would
+    underflow for a token 104 nats below the likeliest.
 
     Args:
         logits: (B, L, V), any float dtype; row l predicts position l + 1.
@@ -185,10 +189,10 @@ def load_judge(
 
     Args:
         name: Hub name or folder.
-        tokenizer: Instead of the model's own.
-        device: Where the model goes.
-        precision: ``"float32"`` or ``"bfloat16"``.
-        revision: Branch, tag or commit.
+        tokenizer: Tokenizer to use instead of the model's own. Default: None.
+        device: Device of the model. Default: None, for the CPU.
+        precision: ``"float32"`` or ``"bfloat16"``. Default: ``"float32"``.
+        revision: Branch, tag or commit. Default: None.
 
     Raises:
         TokenDriftError: If transformers is missing, or neither folder, cache nor network has the model.
@@ -214,7 +218,7 @@ def load_judge(
             f"the judge {name!r}{at} could not be loaded: {str(error).splitlines()[0]}\n"
             "  Without network pass a local folder (config.json, model.safetensors, tokenizer.json), or a model object."
         ) from error
-    # Widened or narrowed after loading: releases of transformers differ in what they load a checkpoint as.
+    # The dtype is set after loading: releases of transformers differ in the dtype in which they load a checkpoint.
     return model.to(device=device, dtype=PRECISIONS[precision]).eval(), tokenizer
 
 

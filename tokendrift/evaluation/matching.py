@@ -1,26 +1,32 @@
-"""Two models at one entropy: the comparison that sampling colder cannot win.
+"""Two models at equal entropy: a comparison that a lower sampling temperature cannot win.
 
-Lowering the temperature lowers Gen.-PPL and entropy together and needs no training. So the baseline is sampled at the
-temperature that gives it the other model's entropy, and the ratio of Gen.-PPL is taken there, for both kinds of
-entropy: temperature moves that of the whole set long before that of a single sample.
+Lowering the temperature lowers Gen.-PPL and entropy together and needs no training. The baseline is therefore sampled
+at the temperature that gives it the other model's entropy, and the ratio of Gen.-PPL is taken there. Compare at both
+kinds of entropy: a lower temperature lowers the entropy of the whole set long before that of a single sample.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 from tokendrift._checks import check_choice, check_count, check_positive, fail
 from tokendrift.evaluation.bootstrap import Interval
 from tokendrift.evaluation.comparison import check_alike, compare
-from tokendrift.evaluation.draws import DrawSamples, MeasureSamples, Setting
 from tokendrift.evaluation.measures import Measures
+from tokendrift.evaluation.samples import SampleInput
+from tokendrift.sampling import SamplingSetting
 
 KINDS = ("sample", "unigram")
-TOLERANCE = 0.02  # nats up to which entropies agree for any purpose
-ALLOWANCE = 0.05  # nats up to which they agree where the interval holds no difference: few samples excuse no more
+TOLERANCE = 0.02  # nats; entropies that differ by less count as equal
+ALLOWANCE = 0.05  # nats; the same if the interval of the difference contains 0
 TEMPERATURES = (1.0, 0.85, 0.7, 0.55, 0.4, 0.25, 0.1)
+
+DrawSamples: TypeAlias = Callable[[SamplingSetting, int], SampleInput]
+"""Draws n samples at a setting, always the same for the same arguments. A `SampleSet` also says its measured NFE."""
+MeasureSamples: TypeAlias = Callable[[SampleInput], Measures]
+"""Measures a set: ``lambda samples: measure(samples, judge, tokenizer=tokenizer)``."""
 
 
 class MatchedEntropy(NamedTuple):
@@ -28,9 +34,9 @@ class MatchedEntropy(NamedTuple):
 
     Attributes:
         ratio: Gen.-PPL of the model over the baseline's; below 1 the model's text is likelier at the same entropy.
-        kind: Which entropy was matched, ``"sample"`` or ``"unigram"``.
-        temperature: Of the baseline.
-        entropy_difference: The model's entropy minus the baseline's, nats: what is left of the mismatch.
+        kind: Entropy that was matched, ``"sample"`` or ``"unigram"``.
+        temperature: Sampling temperature of the baseline.
+        entropy_difference: The model's entropy minus the baseline's, nats: the mismatch that remains.
         model: Figures of the model.
         baseline: Figures of the baseline at that temperature.
         real: Figures of real text.
@@ -48,19 +54,20 @@ class MatchedEntropy(NamedTuple):
 
     @property
     def matched(self) -> bool:
-        """Whether the entropies agree, so that the ratio says something.
+        """Whether the entropies are equal, without which the ratio has no meaning.
 
-        They do within `TOLERANCE`; and within `ALLOWANCE` where the interval of the difference holds 0, unless the
-        temperature is held at an end of its grid, beyond which a better one may lie.
+        They count as equal if they differ by at most `TOLERANCE`. If the interval of the difference contains 0, a
+        difference of up to `ALLOWANCE` is accepted as well, unless the temperature is an end of its grid: a better one
+        may lie beyond it.
         """
         left = abs(self.entropy_difference.estimate)
         by_chance = not (self.at_end or self.entropy_difference.excludes(0.0))
         return left <= TOLERANCE or (by_chance and left <= ALLOWANCE)
 
     def verdict(self) -> str:
-        """Return ``"better"`` or ``"worse"`` where the interval leaves out 1, else ``"not distinguishable"``.
+        """Return ``"better"`` or ``"worse"`` if the interval does not contain 1, else ``"not distinguishable"``.
 
-        Where the entropies could not be matched nothing is claimed: ``"not matched"``.
+        If the entropies could not be matched, nothing is claimed, and the verdict is ``"not matched"``.
         """
         if not self.matched:
             return "not matched"
@@ -78,9 +85,9 @@ class MatchedEntropy(NamedTuple):
     def __str__(self) -> str:
         model, baseline, real = self.model, self.baseline, self.real
         return (
-            f"Gen.-PPL ratio at equal {self.kind} entropy {self.ratio.estimate:.3f} ({self.ratio.low:.3f} to "
-            f"{self.ratio.high:.3f}), {self.verdict()}: {_told(model)} against {_told(baseline)} at temperature "
-            f"{self.temperature:.2f}; real text {_told(real)}; entropy differs by "
+            f"Gen.-PPL ratio at equal {self.kind} entropy {self.ratio:.3f}, {self.verdict()}: {_in_words(model)} "
+            f"against {_in_words(baseline)} at temperature {self.temperature:.2f}; real text {_in_words(real)}; "
+            "entropy differs by "
             f"{self.entropy_difference.estimate:+.3f} nats; {model.samples} samples, {model.perplexity.precision}, "
             f"protocol {model.perplexity.protocol}"
         )
@@ -100,18 +107,20 @@ def at_matched_entropy(
 ) -> MatchedEntropy:
     """Compare a model with a baseline at the temperature that gives the baseline the model's entropy.
 
-    The one number to compare two models by: it cannot be had by sampling colder.
+    A model cannot win this comparison by a lower sampling temperature.
 
     Args:
-        model: Figures of the model, sampled as it is meant to be.
-        baseline: Draws from the baseline.
-        measure: Measures a set, as the model was measured.
-        real: Figures of real text, shown beside.
-        steps: Steps of the baseline's sampler, those of the model.
-        count: Samples of the baseline; by default as many as the model has, which makes the bootstrap paired.
-        kind: ``"sample"`` or ``"unigram"``.
-        temperatures: Grid on which the temperature is looked for; its ends bound what can be matched.
-        curve: Known (temperature, entropy) of the baseline for sets of this size, instead of sampling the grid.
+        model: Figures of the model, sampled as it is meant to be used.
+        baseline: Draws samples from the baseline.
+        measure: Measures a set of samples, with the options that the model was measured with.
+        real: Figures of real text, reported beside the two.
+        steps: Steps of the baseline's sampler, the same number as the model's.
+        count: Samples of the baseline. Default: as many as the model has, which makes the bootstrap paired.
+        kind: Entropy to match, ``"sample"`` or ``"unigram"``. Default: ``"sample"``.
+        temperatures: Grid of temperatures, between which the baseline's entropy is interpolated. An entropy beyond
+            both ends of the grid cannot be matched. Default: `TEMPERATURES`.
+        curve: Pairs (temperature, entropy) of the baseline for sets of this size, if they were measured before; the
+            grid is then not sampled. Default: None.
 
     Raises:
         TokenDriftError: For an unknown kind, an empty grid, or sets not measured alike.
@@ -120,11 +129,11 @@ def at_matched_entropy(
     count = model.samples if count is None else check_count("count", count, least=2)
     if curve is None:
         grid = [check_positive("temperatures", t) for t in temperatures]
-        curve = [(t, entropy(measure(baseline(Setting(steps, t), count)), kind).estimate) for t in grid]
+        curve = [(t, entropy(measure(baseline(SamplingSetting(steps, t), count)), kind).estimate) for t in grid]
     target = entropy(model, kind).estimate
     temperature = temperature_at(curve, target)
     at_end = any(temperature == end and target != reached for end, reached in (min(curve), max(curve)))
-    matched = measure(baseline(Setting(steps, temperature), count))
+    matched = measure(baseline(SamplingSetting(steps, temperature), count))
     return matched_entropy(model, matched, real, kind=kind, temperature=temperature, at_end=at_end)
 
 
@@ -135,22 +144,23 @@ def matched_entropy(
 
     Args:
         model: Figures of the model.
-        baseline: Of the baseline at ``temperature``.
-        real: Of real text.
-        kind: Which entropy was matched.
-        temperature: Of the baseline.
-        at_end: Whether it is an end of the grid, with the model's entropy beyond it.
+        baseline: Figures of the baseline at ``temperature``.
+        real: Figures of real text.
+        kind: Entropy that was matched, ``"sample"`` or ``"unigram"``.
+        temperature: Sampling temperature of the baseline.
+        at_end: Whether it is an end of the grid, with the model's entropy beyond it. Default: False.
     """
     check_alike(model, real)
     found = compare(model, baseline)
-    difference = found.differences[f"{check_kind(kind)}_entropy"]
+    difference = found.differences[entropy_name(kind)]
     return MatchedEntropy(found.gen_ppl_ratio, kind, temperature, difference, model, baseline, real, at_end)
 
 
 def temperature_at(curve: Sequence[tuple[float, float]], entropy: float) -> float:
     """Return the temperature at which a curve of (temperature, entropy) reaches an entropy.
 
-    Linear between neighbours; the ends of the curve where the entropy lies outside it.
+    Between the points of the curve the temperature is interpolated linearly. For an entropy outside the curve, the
+    temperature of the nearest end is returned.
 
     >>> temperature_at([(1.0, 3.0), (0.5, 2.0), (0.8, 2.8)], 2.9)
     0.9
@@ -168,17 +178,17 @@ def temperature_at(curve: Sequence[tuple[float, float]], entropy: float) -> floa
 
 def entropy(measures: Measures, kind: str) -> Interval:
     """Return the mean entropy of a sample, or that of all tokens together, in nats."""
-    return measures.sample_entropy if check_kind(kind) == "sample" else measures.unigram_entropy
+    return measures.figures[entropy_name(kind)]
 
 
-def check_kind(kind: str) -> str:
-    """Require one of the two kinds of entropy."""
+def entropy_name(kind: str) -> str:
+    """Return the name of the figure for a kind of entropy, ``"sample"`` or ``"unigram"``."""
     check_choice("kind", kind, KINDS)
-    return kind
+    return f"{kind}_entropy"
 
 
-def _told(measures: Measures) -> str:
-    """Return the figures without which no Gen.-PPL is told."""
+def _in_words(measures: Measures) -> str:
+    """Return Gen.-PPL with the figures that always stand beside it."""
     nfe = "" if measures.nfe is None else f", {measures.nfe} NFE"
     return (
         f"{measures.gen_ppl.estimate:.1f} (entropy {measures.sample_entropy.estimate:.3f} in a sample, "

@@ -1,56 +1,52 @@
-"""The figures of one set of samples, always together: Gen.-PPL never stands alone."""
+"""The figures of one set of samples, always together: a Gen.-PPL is never reported alone."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from tokendrift._checks import check_choice, check_count, fail
-from tokendrift.evaluation._ngrams import rows_of
 from tokendrift.evaluation._resampling import Resampling
 from tokendrift.evaluation.bootstrap import Interval, check_resampling, interval_from
-from tokendrift.evaluation.diversity import (
-    distinct_n,
-    duplicate_share,
-    most_frequent_share,
-    sample_entropy,
-    unigram_entropy,
-)
+from tokendrift.evaluation.figures import FIGURES, ScoredSamples
 from tokendrift.evaluation.generative_perplexity import GenerativePerplexity, PerplexityResult
-from tokendrift.evaluation.overlap import copied_share, self_bleu
 from tokendrift.evaluation.protocols import log_perplexity
-from tokendrift.evaluation.repetition import longest_repeat, sample_repetition
-from tokendrift.evaluation.samples import Samples, SampleSet, cleaned, decode, id_sequences
+from tokendrift.evaluation.samples import SampleInput, cleaned, id_sequences
+from tokendrift.models.tokenizer import decode
+from tokendrift.sampling import SampleSet
 
-ORDERS = (1, 2, 3, 4)
 VOCABULARIES = ("generated", "judge")
 
 
 @dataclass(frozen=True)
 class Measures:
-    """What is known about one set of samples. Every figure is an `Interval`; entropies are in nats.
+    """The figures of one set of samples. Each is an `Interval`; entropies are in nats.
+
+    Every figure is an attribute as well, such as ``measures.gen_ppl`` or ``measures.self_bleu``; it is None if it was
+    not measured. `tokendrift.evaluation.figures` has the table of all figures:
+
+    * ``gen_ppl``: Gen.-PPL.
+    * ``bits_per_byte``: NLL under the judge in bits over UTF-8 bytes, if the judge read texts. Unlike Gen.-PPL it does
+      not depend on the judge's tokens.
+    * ``nats_per_generated_token``: NLL under the judge in nats over tokens as generated, if those are known.
+    * ``sample_entropy``: mean entropy of the tokens of a sample.
+    * ``unigram_entropy``: entropy of all tokens together.
+    * ``distinct_1`` to ``distinct_4``: distinct n-grams over all n-grams of the set.
+    * ``repetition_4``: mean share of repeated 4-grams within a sample (seq-rep-4).
+    * ``longest_repeat``: mean length of the longest n-gram that a sample repeats, tokens.
+    * ``most_frequent_share``: share of the most frequent token.
+    * ``duplicate_share``: share of samples that copy another of the set.
+    * ``self_bleu``: mean BLEU-4 of a sample against all others; its interval holds the others fixed.
+    * ``copied_share``: mean share of a sample's 8-grams that stand in the training text, if one was given.
+    * ``length``: mean tokens of a sample.
+    * ``nelbo``: held-out NELBO of the denoiser, nats per token, if it was given.
 
     Attributes:
-        gen_ppl: Gen.-PPL.
-        sample_entropy: Mean entropy of the tokens of a sample.
-        unigram_entropy: Entropy of all tokens together.
-        distinct_1: Distinct tokens over all tokens of the set.
-        distinct_2: The same of 2-grams.
-        distinct_3: The same of 3-grams.
-        distinct_4: The same of 4-grams.
-        repetition_4: Mean share of repeated 4-grams within a sample (seq-rep-4).
-        longest_repeat: Mean length of the longest n-gram that a sample repeats.
-        most_frequent_share: Share of the most frequent token.
-        duplicate_share: Share of samples that copy another of the set.
-        self_bleu: Mean BLEU-4 of a sample against all others; its interval holds the others fixed.
-        length: Mean tokens of a sample.
-        copied_share: Mean share of a sample's 8-grams that stand in the training text; None if none was given.
-        nelbo: Held-out NELBO of the denoiser, nats per token; None if it was not given.
+        figures: The figures that were measured, by name.
         samples: n.
         tokens: Tokens in the vocabulary that the figures are counted in.
         nfe: Forward calls of the denoiser that a sample cost; None for real text.
@@ -61,27 +57,12 @@ class Measures:
         skipped: Samples left out because they give the judge nothing to predict.
         level: Confidence of the intervals.
         perplexity: The judge's result, with its protocol, precision, judge and revision.
-        per_sample: What each sample contributes, (n,) each: ``sample_entropy``, ``repetition_4``,
-            ``longest_repeat``, ``self_bleu``, ``length``, and ``copied_share`` where it was measured.
+        per_sample: What each sample contributes to the figures that are means over samples, (n,) each.
         replicates: Each figure on resampled samples; that of Gen.-PPL is its logarithm. Sets of one size are
             resampled alike, so that differences of replicates are paired.
     """
 
-    gen_ppl: Interval
-    sample_entropy: Interval
-    unigram_entropy: Interval
-    distinct_1: Interval
-    distinct_2: Interval
-    distinct_3: Interval
-    distinct_4: Interval
-    repetition_4: Interval
-    longest_repeat: Interval
-    most_frequent_share: Interval
-    duplicate_share: Interval
-    self_bleu: Interval
-    length: Interval
-    copied_share: Interval | None
-    nelbo: Interval | None
+    figures: Mapping[str, Interval]
     samples: int
     tokens: int
     nfe: int | None
@@ -94,30 +75,43 @@ class Measures:
     per_sample: dict[str, Tensor]
     replicates: dict[str, Tensor]
 
+    def __getattr__(self, name: str) -> Any:
+        """Return a figure by its name, None if it was not measured."""
+        figures = self.__dict__.get("figures", {})  # empty while a copy is being made
+        if name in figures or name in FIGURES:
+            return figures.get(name)
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+
     @property
     def log_gen_ppl(self) -> float:
         """Logarithm of Gen.-PPL, finite where Gen.-PPL itself is too large for a float."""
         judged = self.perplexity
         return float(log_perplexity(judged.sample_nll, judged.sample_tokens, judged.protocol))
 
+    @property
+    def counted_in(self) -> str:
+        """What the figures are counted in, in words."""
+        return "the ids as generated" if self.vocabulary == "generated" else "tokens of the judge"
+
+    def falling_lengths(self) -> tuple[int, ...]:
+        """Return the length of each sample in tokens, the longest first."""
+        return tuple(sorted(self.per_sample["length"].tolist(), reverse=True))
+
     def intervals(self) -> dict[str, Interval]:
         """Return the figures by name, without those that were not measured."""
-        found = ((field.name, getattr(self, field.name)) for field in fields(self))
-        return {name: value for name, value in found if isinstance(value, Interval)}
+        return dict(self.figures)
 
     def summary(self) -> dict[str, Any]:
         """Return the figures and how they were made, for JSON; what is not finite becomes None."""
-        plain: dict[str, Any] = {}
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if isinstance(value, Interval):
-                plain[field.name] = {k: v if math.isfinite(v) else None for k, v in value._asdict().items()}
-            elif isinstance(value, PerplexityResult):
-                plain |= {name: getattr(value, name) for name in ("nll", "protocol", "precision", "judge", "revision")}
-                plain["scored_tokens"] = value.tokens
-            elif field.name not in {"per_sample", "replicates"}:
-                plain[field.name] = value
-        return plain
+        plain: dict[str, Any] = dict.fromkeys(FIGURES)
+        for name, interval in self.figures.items():
+            plain[name] = {end: x if math.isfinite(x) else None for end, x in interval._asdict().items()}
+        for field in fields(self)[1:]:
+            if field.name not in {"perplexity", "per_sample", "replicates"}:
+                plain[field.name] = getattr(self, field.name)
+        judged = self.perplexity
+        plain |= {name: getattr(judged, name) for name in ("nll", "protocol", "precision", "judge", "revision")}
+        return plain | {"scored_tokens": judged.tokens}
 
     def to_dict(self) -> dict[str, Any]:
         """Return the `summary` and what each sample contributes to it, for JSON."""
@@ -127,14 +121,14 @@ class Measures:
 
 
 def measure(
-    samples: Samples,
+    samples: SampleInput,
     judge: GenerativePerplexity,
     *,
     tokenizer: Any = None,
     clean_up_spaces: bool = False,
     vocabulary: str | None = None,
     nfe: int | None = None,
-    training: Samples | None = None,
+    training: SampleInput | None = None,
     nelbo: Interval | None = None,
     resamples: int = 1000,
     level: float = 0.95,
@@ -142,31 +136,34 @@ def measure(
     skip_bad: bool = False,
     progress: Callable[[int], object] | None = None,
 ) -> Measures:
-    """Measure one set of samples: Gen.-PPL, entropies, diversity, repetition, with intervals.
+    """Measure one set of samples: Gen.-PPL, entropies, diversity and repetition, each with its interval.
 
-    Gen.-PPL is that of the texts in the judge's own tokens: those that came, or what the ``tokenizer`` makes of the
-    ids; or of the ids as they are where neither is known, and denoiser and judge share one vocabulary.
+    Gen.-PPL is that of the texts in the judge's own tokens: the texts that came with the samples, or those that the
+    ``tokenizer`` decodes from the ids. If there is neither, the judge reads the ids as they are; denoiser and judge
+    must then share one vocabulary.
 
     Args:
         samples: Ids (n, L) or a list of sequences, texts, or a `SampleSet`; n at least 2.
-        judge: A configured evaluator; what it has accumulated is left alone, so one serves many sets.
-        tokenizer: The denoiser's, to decode ids where there are no texts.
-        clean_up_spaces: As for `decode`, for texts that came as for those decoded here.
-        vocabulary: What the other figures are counted in, ``"generated"`` or ``"judge"``; by default the ids as
-            generated where they are known. Compare sets in one vocabulary only.
-        nfe: Forward calls that a sample cost; by default that of the `SampleSet`.
-        training: Training text, to find copies: ids in that vocabulary, or texts.
-        nelbo: Of the denoiser, see `nelbo_interval`; kept beside the figures.
-        resamples: Redraws of the bootstrap.
-        level: Confidence of the intervals.
-        seed: Seed of the redraws.
-        skip_bad: Leave out samples of fewer than two of the judge's tokens, and count them in ``skipped``;
-            otherwise they are an error.
+        judge: A configured evaluator. What it has accumulated does not change, so one evaluator serves many sets.
+        tokenizer: The denoiser's tokenizer, to decode ids that came without texts. Default: None.
+        clean_up_spaces: Close the gap before punctuation in every text that the judge reads, as `decode` does.
+            Default: False.
+        vocabulary: What the other figures are counted in, ``"generated"`` or ``"judge"``. Sets compare only within
+            one vocabulary. Default: the ids as generated if they are given, else the judge's tokens.
+        nfe: Forward calls of the denoiser that a sample cost. Default: that of the `SampleSet`.
+        training: Training text, to find copies: ids in that vocabulary, or texts. Default: None.
+        nelbo: NELBO of the denoiser, see `nelbo_interval`; it is stored with the figures. Default: None.
+        resamples: Redraws of the bootstrap. Default: 1000.
+        level: Confidence of the intervals. Default: 0.95.
+        seed: Seed of the redraws. Default: 0.
+        skip_bad: Leave out samples of fewer than two of the judge's tokens and count them in ``skipped``; otherwise
+            such a sample is an error. Default: False.
         progress: As for `GenerativePerplexity.update`.
 
     Raises:
         TokenDriftError: If the samples cannot be scored, are fewer than 2, or a tokenizer is missing.
 
+    >>> import torch
     >>> uniform = lambda ids, attention_mask: torch.zeros(*ids.shape, 10)
     >>> judge = GenerativePerplexity(uniform, protocol="all")
     >>> figures = measure(torch.tensor([[1, 1, 2, 2], [1, 2, 3, 4]]), judge, nfe=4)
@@ -176,50 +173,47 @@ def measure(
     check_resampling(level, resamples)
     given = as_sample_set(samples)
     nfe = given.nfe if nfe is None else check_count("nfe", nfe)
-    texts = given.texts
-    if texts is None and tokenizer is not None:
-        texts = decode(tokenizer, given.ids or [])
+    # 1. What the judge reads: texts if there are any, else the ids.
+    texts = given.texts if given.texts is not None or tokenizer is None else decode(tokenizer, given.ids or [])
     if texts is not None and clean_up_spaces:
         texts = [cleaned(text) for text in texts]
     read = id_sequences(texts if texts is not None else given.scored(), None, judge.judge.tokenizer)[0]
+    # 2. What the other figures are counted in.
     vocabulary = _vocabulary(vocabulary, given, texts)
-    own = read if vocabulary == "judge" else id_sequences(given.ids or [])[0]
-    kept = [i for i, ids in enumerate(read) if len(ids) > 1 and len(own[i]) > 0] if skip_bad else range(len(read))
+    counted = read if vocabulary == "judge" else id_sequences(given.ids or [])[0]
+    kept = [i for i, ids in enumerate(read) if not skip_bad or (len(ids) > 1 and len(counted[i]) > 0)]
     if len(kept) < 2:
         raise fail(f"measures need at least 2 samples, and there are {len(kept)} to score.", "Draw more samples.")
-    judged = judge.score([read[i] for i in kept], progress=progress)
-    own = [own[i] for i in kept]
-    own_tokenizer = judge.judge.tokenizer if vocabulary == "judge" else tokenizer
-    per_sample = {
-        "sample_entropy": sample_entropy(own),
-        "repetition_4": sample_repetition(own, 4),
-        "longest_repeat": longest_repeat(own),
-        "self_bleu": self_bleu(own),
-        "length": torch.tensor([len(ids) for ids in own]),
-    }
+    counted = [counted[i] for i in kept]
     if training is not None:
-        per_sample["copied_share"] = copied_share(own, training_ids(training, own_tokenizer))
-    figures, replicates = _with_intervals(own, judged, per_sample, Resampling(len(own), resamples, seed), level)
+        training = training_ids(training, judge.judge.tokenizer if vocabulary == "judge" else tokenizer)
+    # 3. Every figure of the table, on the same redraws of the samples.
+    judged = judge.score([read[i] for i in kept], progress=progress)
+    if judge.truncate is None:
+        known = given.only(kept)
+        judged = judged.with_sizes(None if texts is None else [texts[i] for i in kept], known.ids)
+    scored = ScoredSamples(counted, judged, training, Resampling(len(kept), resamples, seed))
+    values = {name: value for name, f in FIGURES.items() if f.compute is not None and (value := f.compute(scored))}
+    figures = {name: interval_from(value.estimate, value.replicates, level) for name, value in values.items()}
+    figures["gen_ppl"] = figures["gen_ppl"].exp()
     return Measures(
-        copied_share=figures.pop("copied_share", None),
-        **figures,
-        nelbo=nelbo,
-        samples=len(own),
-        tokens=sum(map(len, own)),
+        figures=figures if nelbo is None else figures | {"nelbo": nelbo},
+        samples=len(kept),
+        tokens=sum(map(len, counted)),
         nfe=nfe,
         vocabulary=vocabulary,
         retokenised=texts is not None,
         clean_up_spaces=clean_up_spaces if texts is not None else None,
-        skipped=len(read) - len(own),
+        skipped=len(read) - len(kept),
         level=level,
         perplexity=judged,
-        per_sample=per_sample,
-        replicates=replicates,
+        per_sample={name: value.per_sample for name, value in values.items() if value.per_sample is not None},
+        replicates={name: value.replicates for name, value in values.items()},
     )
 
 
-def as_sample_set(samples: Samples) -> SampleSet:
-    """Return samples of any accepted form with their ids or texts named as such."""
+def as_sample_set(samples: SampleInput) -> SampleSet:
+    """Return samples of any accepted form as a `SampleSet`."""
     if isinstance(samples, SampleSet):
         return samples
     if isinstance(samples, Sequence) and samples and all(isinstance(sample, str) for sample in samples):
@@ -227,8 +221,8 @@ def as_sample_set(samples: Samples) -> SampleSet:
     return SampleSet(ids=[ids.tolist() for ids in id_sequences(samples)[0]])
 
 
-def training_ids(training: Samples, tokenizer: Any) -> list[Tensor]:
-    """Return training text in ids; texts need the tokenizer of the vocabulary that figures are counted in."""
+def training_ids(training: SampleInput, tokenizer: Any) -> list[Tensor]:
+    """Return the ids of training text; texts need the tokenizer of the vocabulary that figures are counted in."""
     if isinstance(training, SampleSet):
         training = training.ids if training.ids is not None else training.scored()
     if tokenizer is None and not isinstance(training, Tensor) and any(isinstance(text, str) for text in training):
@@ -236,44 +230,19 @@ def training_ids(training: Samples, tokenizer: Any) -> list[Tensor]:
     return [ids for ids in id_sequences(training, None, tokenizer)[0] if len(ids)]
 
 
-def _vocabulary(asked: str | None, given: SampleSet, texts: list[str] | None) -> str:
-    """Return what to count in; ids that nothing decodes are not the judge's merely because it was asked for."""
-    if asked is None:
+def _vocabulary(requested: str | None, given: SampleSet, texts: list[str] | None) -> str:
+    """Return the vocabulary to count in. Ids that nothing decodes are never taken for the judge's tokens."""
+    if requested is None:
         return "generated" if given.ids is not None else "judge"
-    check_choice("vocabulary", asked, VOCABULARIES)
-    if asked == "generated" and given.ids is None:
+    check_choice("vocabulary", requested, VOCABULARIES)
+    if requested == "generated" and given.ids is None:
         raise fail(
             "vocabulary='generated' needs the ids as generated, and only texts came.",
             "Pass ids beside the texts, or vocabulary='judge' for all sets.",
         )
-    if asked == "judge" and texts is None:
+    if requested == "judge" and texts is None:
         raise fail(
             "vocabulary='judge' counts the judge's tokens of texts, and ids came that no tokenizer decodes.",
             "Pass tokenizer=..., the judge's own where it shares the denoiser's vocabulary, or the texts.",
         )
-    return asked
-
-
-def _with_intervals(
-    ids: Sequence[Tensor], judged: PerplexityResult, per_sample: dict[str, Tensor], draws: Resampling, level: float
-) -> tuple[dict[str, Interval], dict[str, Tensor]]:
-    """Return every figure with its interval, and its resampled values."""
-    rows, _ = rows_of(ids)
-    entropies, shares = draws.unigrams(rows)
-    corpus = {
-        "unigram_entropy": (unigram_entropy(ids), entropies),
-        "most_frequent_share": (most_frequent_share(ids), shares),
-        "duplicate_share": (duplicate_share(ids), draws.duplicates(rows)),
-    }
-    for n in ORDERS:
-        some = rows.shape[1] >= n
-        corpus[f"distinct_{n}"] = (distinct_n(ids, n) if some else math.nan, draws.distinct(rows, n))
-    replicates = {name: values - values.mean() + estimate for name, (estimate, values) in corpus.items()}
-    figures = {name: interval_from(estimate, replicates[name], level) for name, (estimate, _) in corpus.items()}
-    for name, values in per_sample.items():
-        replicates[name] = draws.mean(values)
-        figures[name] = interval_from(float(values.double().mean()), replicates[name], level)
-    logs = draws.log_perplexity(judged.sample_nll, judged.sample_tokens, judged.protocol)
-    estimate = float(log_perplexity(judged.sample_nll, judged.sample_tokens, judged.protocol))
-    bounds = torch.tensor(interval_from(estimate, logs, level), dtype=torch.float64).exp().tolist()
-    return {"gen_ppl": Interval(*bounds), **figures}, {"gen_ppl": logs, **replicates}
+    return requested

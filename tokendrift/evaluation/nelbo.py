@@ -7,7 +7,7 @@ from torch import Tensor
 
 from tokendrift._checks import check_count
 from tokendrift.diffusion.process import Corruption, Denoiser, Process
-from tokendrift.evaluation.bootstrap import Interval, bootstrap_interval
+from tokendrift.evaluation.bootstrap import Interval, mean_interval
 from tokendrift.modes import evaluation_mode
 
 LOGITS = 1 << 27  # held at once: half a GiB in float32
@@ -73,4 +73,4 @@ def nelbo_interval(
         seed: Of times, noise and redraws.
     """
     values = sequence_nelbo(denoiser, process, ids, batch_size=batch_size, seed=seed)
-    return bootstrap_interval(lambda x: x.mean(dim=-1), values, resamples=resamples, level=level, seed=seed)
+    return mean_interval(values, resamples=resamples, level=level, seed=seed)

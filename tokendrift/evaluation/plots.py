@@ -1,4 +1,4 @@
-"""Drawing with matplotlib, imported only when something is drawn."""
+"""What every plot needs of matplotlib, which is imported only when something is drawn."""
 
 from __future__ import annotations
 
@@ -7,56 +7,29 @@ from typing import TYPE_CHECKING
 
 from tokendrift.errors import TokenDriftError
 from tokendrift.evaluation.bootstrap import Interval
-from tokendrift.evaluation.matching import entropy
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from tokendrift.evaluation.frontier import Frontier
 
-LINES = ("-", "--", ":", "-.")
+def require_matplotlib() -> None:
+    """Raise an error if matplotlib is missing: call it before the work that ends in plots.
 
-
-def draw_frontier(frontier: Frontier, kind: str, axes: Axes | None) -> tuple[Figure, Axes]:
-    """Draw Gen.-PPL against an entropy: a colour for each model, a line style for each number of steps."""
-    figure, axes = canvas(axes)
-    models = list(dict.fromkeys(point.model for point in frontier.points))
-    steps = sorted({point.setting.steps for point in frontier.points})
-    for curve in frontier.curves():
-        model, setting, measures = curve[0]
-        across = [entropy(point.measures, kind) for point in curve]
-        up = [point.measures.gen_ppl for point in curve]
-        cost = f"{setting.steps} steps" if measures.nfe is None else f"{measures.nfe} NFE"
-        nucleus = "" if setting.top_p == 1 else f", top-p {setting.top_p:g}"
-        axes.errorbar(
-            [interval.estimate for interval in across],
-            [interval.estimate for interval in up],
-            xerr=arms(across),
-            yerr=arms(up),
-            linestyle=LINES[steps.index(setting.steps) % len(LINES)],
-            color=f"C{models.index(model)}",
-            marker="o",
-            markersize=3,
-            linewidth=1.2,
-            elinewidth=0.7,
-            label=f"{model}, {cost}{nucleus}",
-        )
-    real = entropy(frontier.real, kind).estimate, frontier.real.gen_ppl.estimate
-    axes.plot(*real, "*", color="black", markersize=13, label="real text")
-    axes.set_yscale("log")
-    axes.set_xlabel(f"{kind} entropy (nats); temperature falls to the left")
-    axes.set_ylabel("Gen.-PPL")
-    axes.legend(frameon=False, fontsize="small")
-    return figure, axes
+    Raises:
+        TokenDriftError: If matplotlib is not installed.
+    """
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError as error:
+        raise TokenDriftError("plots need matplotlib.\n  pip install 'tokendrift[plot]'") from error
 
 
 def canvas(axes: Axes | None) -> tuple[Figure, Axes]:
-    """Return the figure of some axes, or a new one, free of pyplot's global state."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise TokenDriftError("plots need matplotlib.\n  pip install 'tokendrift[plot]'") from error
+    """Return the figure of some axes and the axes, or those of a new figure outside pyplot's global state."""
+    require_matplotlib()
+    from matplotlib.figure import Figure
+
     if axes is not None:
         owner = axes.figure
         return owner if isinstance(owner, Figure) else owner.figure, axes
@@ -64,8 +37,20 @@ def canvas(axes: Axes | None) -> tuple[Figure, Axes]:
     return figure, figure.subplots()
 
 
-def arms(intervals: Sequence[Interval]) -> list[list[float]]:
-    """Return the lengths of error bars below and above; never negative."""
+def estimates(intervals: Sequence[Interval]) -> list[float]:
+    """Return the estimates of intervals."""
+    return [interval.estimate for interval in intervals]
+
+
+def error_bar_lengths(intervals: Sequence[Interval]) -> list[list[float]]:
+    """Return the lengths of error bars below and above the estimates, never negative, as matplotlib takes them."""
     below = [max(0.0, interval.estimate - interval.low) for interval in intervals]
     above = [max(0.0, interval.high - interval.estimate) for interval in intervals]
     return [below, above]
+
+
+def plot_band(ax: Axes, x: Sequence[int], intervals: list[Interval], colour: str, style: str, label: str) -> None:
+    """Draw the estimates of intervals as a line, and their ends as a band."""
+    ax.plot(x, estimates(intervals), style, color=colour, label=label)
+    low, high = [interval.low for interval in intervals], [interval.high for interval in intervals]
+    ax.fill_between(x, low, high, color=colour, alpha=0.2, linewidth=0)

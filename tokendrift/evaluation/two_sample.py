@@ -13,7 +13,7 @@ from tokendrift._checks import check_count, check_floating, check_ids, check_pos
 from tokendrift.errors import TokenDriftError
 from tokendrift.evaluation.bootstrap import Interval, check_resampling, interval_from, redraws
 from tokendrift.evaluation.judge import Judge, check_range
-from tokendrift.evaluation.samples import Samples, id_sequences
+from tokendrift.evaluation.samples import SampleInput, id_sequences
 from tokendrift.modes import evaluation_mode
 
 PERMUTATIONS_AT_ONCE = 64
@@ -23,10 +23,10 @@ class KernelDistance(NamedTuple):
     """Kernel two-sample distance between generated and real features.
 
     Attributes:
-        distance: Unbiased squared maximum mean discrepancy, with its bootstrap interval; around 0, also below it,
-            where the two sets have one law.
-        p_value: Share of permutations that give at least this distance: small where the laws differ.
-        bandwidth: Of the Gaussian kernel, in feature units.
+        distance: Unbiased squared maximum mean discrepancy, with its bootstrap interval. If the two sets have the same
+            law, it is close to 0 and may be negative.
+        p_value: Share of permutations that give at least this distance; small if the laws differ.
+        bandwidth: Bandwidth of the Gaussian kernel, in feature units.
         generated: Number of generated vectors.
         real: Number of real ones.
         permutations: Number of permutations.
@@ -64,11 +64,11 @@ def kernel_distance(
     Args:
         generated: (n, M), one vector a sample; n at least 2.
         real: (m, M), of real text of the same length.
-        bandwidth: s; by default the median distance between all vectors.
-        permutations: Of the test; the smallest p-value is 1 / (permutations + 1).
-        resamples: Redraws for the interval; pairs of a vector with itself are left out.
-        level: Confidence of the interval.
-        seed: Of permutations and redraws.
+        bandwidth: Bandwidth s. Default: the median distance between all vectors.
+        permutations: Permutations of the test; the smallest p-value is 1 / (permutations + 1). Default: 999.
+        resamples: Redraws for the interval; pairs of a vector with itself are left out. Default: 1000.
+        level: Confidence of the interval. Default: 0.95.
+        seed: Random seed of permutations and redraws. Default: 0.
 
     Raises:
         TokenDriftError: If widths differ, or a set has fewer than 2 vectors.
@@ -83,6 +83,7 @@ def kernel_distance(
     check_count("permutations", permutations, least=1)
     x, y = _clouds(generated, real)
     n, m = len(x), len(y)
+    # 1. The kernel between all vectors, without the pairs of a vector with itself.
     both = torch.cat([x, y])
     squared = torch.cdist(both, both, compute_mode="donot_use_mm_for_euclid_dist").square_()
     if bandwidth is None:
@@ -92,6 +93,7 @@ def kernel_distance(
     kernel = squared.div_(-2 * bandwidth**2).exp_().fill_diagonal_(0)
     generator = torch.Generator().manual_seed(seed)
     place = torch.cat([torch.ones(n), torch.zeros(m)]).double()
+    # 2. The distance, and its law under permutations of which vector came from where.
     observed = float(_mmd(kernel, place[None])[0])
     permuted = []
     for start in range(0, permutations, PERMUTATIONS_AT_ONCE):
@@ -100,6 +102,7 @@ def kernel_distance(
         permuted.append(_mmd(kernel, place[order]))
     # Rounding must not tell equal arrangements apart.
     at_least = int((torch.cat(permuted) >= observed - 1e-12).sum())
+    # 3. The interval, from vectors redrawn within each set.
     counts = [_counts(torch.cat(list(redraws(size, resamples, generator))), size) for size in (n, m)]
     interval = interval_from(observed, _resampled_mmd(kernel, *counts), level)
     return KernelDistance(interval, (1 + at_least) / (1 + permutations), bandwidth, n, m, permutations)
@@ -109,8 +112,8 @@ class Mauve(NamedTuple):
     """MAUVE between generated and real features.
 
     Attributes:
-        score: Near 1 where the two sets fall into the same clusters alike, near 0 where they do not; its interval
-            resamples the vectors and holds the clusters.
+        score: Close to 1 if the two sets have similar shares in every cluster, close to 0 if they do not. Its interval
+            resamples the vectors and keeps the clusters.
         buckets: Number of clusters.
         scaling_factor: c of the paper.
         seed_spread: Standard deviation over seeds of the clustering.
@@ -143,18 +146,18 @@ def mauve(
 ) -> Mauve:
     """Return MAUVE of generated against real features, computed by the package ``mauve-text`` (extra ``mauve``).
 
-    The score is the mean over several clusterings; it needs thousands of samples to be told from 1 finely, depends on
-    features, number of samples and buckets, and compares only where all of them agree.
+    The score is the mean over several clusterings. It needs thousands of samples to distinguish values close to 1. It
+    depends on the features and on the numbers of samples and buckets, and compares only if all of these agree.
 
     Args:
         generated: (n, M), for example of `judge_features`.
         real: (m, M).
-        buckets: Number of clusters; by default a tenth of the smaller set.
-        scaling_factor: c of the paper.
-        seeds: Clusterings.
-        resamples: Redraws for the interval.
-        level: Confidence of the interval.
-        seed: Of the first clustering; the others follow.
+        buckets: Number of clusters. Default: a tenth of the smaller set.
+        scaling_factor: Scaling factor c of the paper. Default: 5.0.
+        seeds: Number of clusterings. Default: 5.
+        resamples: Redraws for the interval. Default: 1000.
+        level: Confidence of the interval. Default: 0.95.
+        seed: Random seed of the first clustering; the others use the numbers after it. Default: 25.
 
     Raises:
         TokenDriftError: If ``mauve-text`` is missing, widths differ, or a set has fewer than 2 vectors.
@@ -168,6 +171,7 @@ def mauve(
         from mauve import compute_mauve
     except ImportError as error:
         raise TokenDriftError("MAUVE needs the package mauve-text.\n  pip install 'tokendrift[mauve]'") from error
+    # 1. The score for several clusterings.
     found = [
         compute_mauve(
             p_features=y,
@@ -179,6 +183,7 @@ def mauve(
         )
         for offset in range(seeds)
     ]
+    # 2. The score on redrawn histograms of each clustering.
     scores = torch.tensor([float(one.mauve) for one in found], dtype=torch.float64)
     generator = torch.Generator().manual_seed(seed)
     share = math.ceil(resamples / seeds)
@@ -218,7 +223,7 @@ def encoder_features(
     return torch.cat(parts)
 
 
-def judge_features(samples: Samples, judge: Judge, *, batch_size: int = 64, truncate: int | None = None) -> Tensor:
+def judge_features(samples: SampleInput, judge: Judge, *, batch_size: int = 64, truncate: int | None = None) -> Tensor:
     """Return the judge's last hidden state at the last token of each sample, float32 (n, M): what MAUVE is made for.
 
     Args:

@@ -1,4 +1,4 @@
-"""Drifting, or any other objective, in the Trainer of transformers."""
+"""Objectives, such as drifting, in the Trainer of transformers."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ import torch
 from torch import Tensor, nn
 from transformers import Trainer
 
-from tokendrift.training.objectives import Objective
+from tokendrift.training.objectives.objective import Objective
 
 QUEUES = "tokendrift_loss.pt"
 
 
 class Backbone(nn.Module):
-    """A denoiser without its ``config``, which the Trainer would take for one of transformers and write into.
+    """A denoiser without its ``config``, which the Trainer would mistake for one of transformers and change.
 
     The names of its weights get the prefix ``backbone.``, as in the released checkpoints: `load_denoiser` reads the
     ``model.safetensors`` of the Trainer's checkpoints, with the fields of ``config.json`` passed as ``config``.
@@ -34,21 +34,21 @@ class Backbone(nn.Module):
 
 
 class ObjectiveTrainer(Trainer):
-    """A Trainer whose loss is an `Objective`; everything else is the Trainer's own.
+    """A Trainer whose loss is an `Objective`.
 
-    The dataset gives ``input_ids``, clean ids of one length L. Diagnostics go where the Trainer's logs go. The
-    drifting loss of the objective, if it has one, moves to the Trainer's device; its queues are written into every
-    checkpoint and read when training resumes from one. A micro-batch is a call of its own; the gradients and the
-    diagnostics of accumulated ones are averaged.
+    The dataset gives ``input_ids``, clean ids of one length L. Diagnostics are part of the Trainer's logs. The drifting
+    loss of the objective, if it has one, moves to the Trainer's device; its queues are written into every checkpoint
+    and read when training resumes from one. Each micro-batch is a call of its own; gradients and diagnostics of
+    accumulated micro-batches are averaged. Of the hooks of a `StatefulObjective`, none is called.
 
-    Evaluation gives the objective's mean as ``eval_loss``: with the same noise every time, from ``args.seed``, and
-    without a trace in the queues or in the noise of training. There are no predictions.
+    Evaluation reports the mean of the objective as ``eval_loss``. It draws the same noise every time, from
+    ``args.seed``, and changes neither the queues nor the noise of training. There are no predictions.
 
     Args:
         model: The denoiser.
         args: A ``TrainingArguments``.
-        objective: Such as `tokendrift.training.Drift` or `Continuation`.
-        options: Those of ``Trainer``.
+        objective: An objective such as `tokendrift.training.Drift` or `Continuation`.
+        options: Other options of ``Trainer``.
     """
 
     def __init__(self, model: nn.Module, args: Any, *, objective: Objective, **options: Any) -> None:

@@ -6,27 +6,23 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import torch
-
 from tokendrift._checks import check_count, fail
 from tokendrift.diffusion import Denoiser, Process
-from tokendrift.evaluation.bootstrap import Interval
 from tokendrift.markov.language import MarkovLanguage
 from tokendrift.markov.law_measures import MarkovMeasures, measure_ids, real_floor
-from tokendrift.modes import evaluation_mode
-from tokendrift.sampling import sample
+from tokendrift.sampling import Sampler, sample
 
 if TYPE_CHECKING:
     from rich.table import Table
 
 
 class FewStepRow(NamedTuple):
-    """One way of sampling and what came of it.
+    """One number of steps and temperature, with the measures of its samples.
 
     Attributes:
         nfe: Forward calls of the denoiser for a batch.
         temperature: Sampling temperature.
-        measures: What was measured.
+        measures: Measures of the samples.
     """
 
     nfe: int
@@ -35,7 +31,7 @@ class FewStepRow(NamedTuple):
 
 
 @dataclass(frozen=True)
-class FewStep:
+class FewStepResult:
     """Measures of one denoiser over steps and temperatures.
 
     Attributes:
@@ -49,9 +45,9 @@ class FewStep:
     language: MarkovLanguage
 
     def best(self, nfe: int) -> FewStepRow:
-        """Return the row of smallest total variation at a number of forward calls, over its temperatures.
+        """Return the row of smallest total variation at a number of forward calls, over all temperatures.
 
-        What a refined model has to beat: lower temperatures cost nothing.
+        A refined model is compared with this row, since a lower temperature costs nothing.
 
         Raises:
             TokenDriftError: If no row has that many.
@@ -100,25 +96,30 @@ def few_step(
     samples: int = 4096,
     batch_size: int = 1024,
     seed: int = 0,
-    **options: Any,
-) -> FewStep:
+    sampler: Sampler | None = None,
+    top_k: int | None = None,
+    top_p: float = 1.0,
+    nucleus: str = "keep",
+    noise_removal: str = "ancestral",
+) -> FewStepResult:
     """Sample a denoiser with few steps and measure the samples against the language.
 
     The same seed gives every row and every denoiser the same random numbers.
 
     Args:
         language: What the denoiser should have learned.
-        denoiser: Maps ids (B, L) and sigma (B,) to raw logits (B, L, V); asked in evaluation mode.
-        process: Its process.
+        denoiser: Maps ids (B, L) and sigma (B,) to raw logits (B, L, V); called in evaluation mode.
+        process: Its diffusion process.
         steps: Numbers of reverse steps; None for a sampler that sets its own, such as `FirstHitting`.
-        temperatures: Sampling temperatures; every comparison of models needs the baseline at several.
-        samples: Sequences of a row.
-        batch_size: Sequences a forward call.
-        seed: Of sampling, bootstrap and real text.
-        **options: Of `tokendrift.sampling.sample`: ``sampler``, ``top_p``, ``noise_removal`` and so on.
+            Default: (2, 4, 8).
+        temperatures: Sampling temperatures. A comparison of models needs the baseline at several. Default: (1.0,).
+        samples: Sequences of each row. Default: 4096.
+        batch_size: Sequences in a forward call. Default: 1024.
+        seed: Random seed of sampling, bootstrap and real text. Default: 0.
+        sampler, top_k, top_p, nucleus, noise_removal: As for `tokendrift.sampling.sample`, with its defaults.
 
     Raises:
-        TokenDriftError: If an option is out of range, or samples hold what is no word.
+        TokenDriftError: If an option is out of range, or samples contain ids that are no words, such as the mask.
 
     >>> language = MarkovLanguage.random(words=6, successors=2, length=5)
     >>> from tokendrift.markov import ExactDenoiser
@@ -134,37 +135,31 @@ def few_step(
             raise fail(f"{name} must be a list.", f"Pass {name}=({values!r},).", **{name: values})
     if not steps or not temperatures:
         raise fail("steps and temperatures need at least one entry each.", steps=steps, temperatures=temperatures)
+    # Sample each number of steps at each temperature, and measure against the language.
     floor = real_floor(language, samples, seed=seed)
     rows = []
     for n_steps in steps:
         for temperature in temperatures:
-            parts = []
-            for first in range(0, samples, batch_size):
-                shape = (min(batch_size, samples - first), language.length)
-                with evaluation_mode(denoiser):
-                    parts.append(
-                        sample(
-                            denoiser,
-                            process,
-                            shape,
-                            steps=n_steps,
-                            temperature=temperature,
-                            seed=seed,
-                            first_row=first,
-                            **options,
-                        )
-                    )
-            ids = torch.cat([part.ids.cpu() for part in parts])
-            measured = measure_ids(language, ids, floor=floor, seed=seed)
-            rows.append(FewStepRow(max(part.nfe for part in parts), float(temperature), measured))
+            drawn = sample(
+                denoiser,
+                process,
+                (samples, language.length),
+                steps=n_steps,
+                temperature=temperature,
+                seed=seed,
+                batch_size=batch_size,
+                sampler=sampler,
+                top_k=top_k,
+                top_p=top_p,
+                nucleus=nucleus,
+                noise_removal=noise_removal,
+            )
+            measured = measure_ids(language, drawn.ids.cpu(), floor=floor, seed=seed)
+            rows.append(FewStepRow(drawn.nfe, float(temperature), measured))
     real = measure_ids(language, language.sample(samples, seed=seed), floor=floor, seed=seed)
-    return FewStep(rows, real, language)
+    return FewStepResult(rows, real, language)
 
 
 def _cells(measures: MarkovMeasures) -> list[str]:
-    def shown(interval: Interval) -> str:
-        return f"{interval.estimate:.3f} ({interval.low:.3f} to {interval.high:.3f})"
-
-    figures = (measures.validity, measures.total_variation, measures.mode_imbalance)
-    entropies = (measures.unigram_entropy, measures.conditional_entropy)
-    return [*map(shown, figures), *(f"{entropy:.3f}" for entropy in entropies)]
+    intervals = (measures.validity, measures.total_variation, measures.mode_imbalance)
+    return [f"{figure:.3f}" for figure in (*intervals, measures.unigram_entropy, measures.conditional_entropy)]

@@ -10,14 +10,14 @@ import torch
 from torch import Tensor
 
 from tokendrift._checks import check_count, check_ids, fail
-from tokendrift.evaluation.bootstrap import Interval, bootstrap_interval, interval_from, redraws
+from tokendrift.evaluation.bootstrap import Interval, interval_from, mean_interval, redraws
 from tokendrift.evaluation.diversity import sample_entropy, unigram_entropy
 from tokendrift.markov.language import MarkovLanguage
 
 
 @dataclass(frozen=True)
 class MarkovMeasures:
-    r"""What is known about generated sequences of a `MarkovLanguage`.
+    r"""Measures of generated sequences of a `MarkovLanguage`.
 
     With :math:`\hat q_{ab}` the share of adjacent pairs that are (a, b), all positions together, and
     :math:`p_{ab} = \pi_a P_{ab}`:
@@ -68,17 +68,17 @@ def measure_ids(
     resamples: int = 1000,
     seed: int = 0,
 ) -> MarkovMeasures:
-    """Measure sequences, however they were made.
+    """Measure sequences of any origin against the language.
 
     Args:
-        language: The language they should be of.
+        language: The language with which they are compared.
         ids: Words, int (n, L) with n and L at least 2; L need not be that of the language.
-        floor: From `real_floor`, where many sets of one size are measured; by default it is computed here.
-        resamples: Of the bootstrap.
-        seed: Of the bootstrap and of the real text behind the floor.
+        floor: The result of `real_floor`, which can be shared by many sets of one size. Default: computed here.
+        resamples: Redraws of the bootstrap. Default: 1000.
+        seed: Random seed of the bootstrap and of the real text behind the floor. Default: 0.
 
     Raises:
-        TokenDriftError: If ids are no words (a mask that was left, say), or too few.
+        TokenDriftError: If ids are not words, such as a mask that remains, or if there are too few.
 
     >>> language = MarkovLanguage(torch.tensor([[0.0, 1.0], [0.5, 0.5]]))
     >>> figures = measure_ids(language, torch.tensor([[0, 0, 1], [0, 1, 0]]))  # 00 is wrong; 01 twice; 10 once
@@ -89,15 +89,13 @@ def measure_ids(
     n, length = ids.shape
     if n < 2 or length < 2:
         raise fail("ids must hold at least 2 sequences of at least 2 words.", ids=ids)
+    # Every adjacent pair as one number, and how often each pair occurs.
     code = ids[:, :-1] * language.words + ids[:, 1:]
     allowed, true = language.allowed.flatten(), language.pairs.flatten()
     counts = torch.bincount(code.flatten(), minlength=len(true)).double()
     valid = allowed[code].double()
     shares = counts / counts.sum()
     among = torch.where(allowed, counts, 0) / counts[allowed].sum()
-
-    def mean(values: Tensor) -> Interval:
-        return bootstrap_interval(lambda x: x.mean(dim=-1), values, resamples=resamples, seed=seed)
 
     def distance(differences: Tensor, counted: Tensor) -> Interval:
         """Return half the sum of |differences|, as the mean of their signs over pairs less what the truth has."""
@@ -114,8 +112,8 @@ def measure_ids(
         return Interval(*(torch.tensor(spread, dtype=torch.float64) - constant).clamp_min(0).tolist())
 
     return MarkovMeasures(
-        validity=mean(valid.mean(dim=1)),
-        sequence_validity=mean(valid.min(dim=1).values),
+        validity=mean_interval(valid.mean(dim=1), resamples=resamples, seed=seed),
+        sequence_validity=mean_interval(valid.min(dim=1).values, resamples=resamples, seed=seed),
         total_variation=distance(shares - true, torch.ones_like(valid)),
         mode_imbalance=distance(among - true, valid),
         floor=real_floor(language, n, length=length, seed=seed) if floor is None else floor,
@@ -129,16 +127,16 @@ def measure_ids(
 def real_floor(
     language: MarkovLanguage, n: int, *, length: int | None = None, repeats: int = 20, seed: int = 0
 ) -> float:
-    """Return the total variation that n real sequences measure: the mean over ``repeats`` fresh sets.
+    """Return the mean total variation of ``repeats`` fresh sets of n real sequences.
 
-    All their pairs are valid, so that it is their mode imbalance, too.
+    All pairs of real sequences are valid, so this is their mode imbalance as well.
 
     Args:
         language: The language.
         n: Sequences of a set.
-        length: Words of a sequence; that of the language by default.
-        repeats: Sets.
-        seed: Of the sets.
+        length: Words of a sequence. Default: the length of the language.
+        repeats: Number of sets. Default: 20.
+        seed: Random seed of the sets. Default: 0.
     """
     check_count("n", n, least=1)
     check_count("repeats", repeats, least=1)

@@ -1,4 +1,4 @@
-"""The denoiser that has learned the language perfectly: what a few steps cost without any error of learning."""
+"""A denoiser that has learned the language perfectly: its few-step samples show the cost of few steps alone."""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ from tokendrift.diffusion import MaskedDiffusion, Process, UniformDiffusion
 from tokendrift.models import hub, lightning
 from tokendrift.models.dit import DiT, DiTConfig
 from tokendrift.models.layers import rotary_frequencies
-from tokendrift.models.weight_files import CONFIG, INDEX, WEIGHTS, read_file, read_folder
+from tokendrift.models.weight_files import CONFIG, INDEX, WEIGHTS, read_weights
 
 SCHEDULES = ("LogLinear", "Cosine", "DuoCosine", "Linear", "Geometric")
 SIZES = tuple(field.name for field in dataclasses.fields(DiTConfig))
@@ -30,11 +30,11 @@ DEFAULTS = {"vocab_size": 50258, "model_length": 1024, "hidden_dim": 768, "cond_
 
 
 class Checkpoint(NamedTuple):
-    """A checkpoint as read, before a network is made of it.
+    """The content of a checkpoint, before a network is built from it.
 
     Attributes:
         source: Folder or file that the weights came from.
-        config: Fields of ``config.json``, or what a Lightning checkpoint says in their names.
+        config: Fields of ``config.json``, or what a Lightning checkpoint says under the same names.
         tensors: Weights by the parameter names of `DiT`.
         weights: What the weights are, such as ``"safetensors"`` or ``"averaged (EMA) weights of step 1000000"``.
         revision: Commit of a hub repository, None for local files.
@@ -48,7 +48,7 @@ class Checkpoint(NamedTuple):
 
     @property
     def folder(self) -> Path:
-        """Folder where a tokenizer may lie."""
+        """Folder in which the tokenizer is looked for."""
         return self.source if self.source.is_dir() else self.source.parent
 
 
@@ -70,9 +70,9 @@ def load_denoiser(
         revision: Branch, tag or commit of a hub repository.
         config: Fields that replace or complete those of ``config.json``, such as ``{"model_type": "mdlm"}``
             for a bare weight file or ``{"mask_id": 103}``.
-        ema: Take the averaged weights of a Lightning checkpoint where it has them, as its authors do.
-        dtype: Dtype of the parameters, float32 by default whatever the file holds.
-        device: Where they go, the CPU by default.
+        ema: Whether to take the averaged weights of a Lightning checkpoint if it has them, as its authors do.
+        dtype: Dtype of the parameters. Default: float32, whatever the file holds.
+        device: Device of the parameters. Default: the CPU.
 
     Returns:
         The network in evaluation mode and its process.
@@ -88,36 +88,38 @@ def load_denoiser(
 def read_checkpoint(
     source: str | Path, *, revision: str | None = None, config: Mapping[str, Any] | None = None, ema: bool = True
 ) -> Checkpoint:
-    """Read configuration and weights without making a network of them; arguments as in `load_denoiser`."""
+    """Read configuration and weights without building a network; arguments as in `load_denoiser`."""
     path = Path(source)
-    found = None
+    commit = None
     if not path.exists() and hub.is_hub_id(str(source)):
         path = hub.download(str(source), revision)
-        found = path.name  # the cache names a snapshot by its commit
+        commit = path.name  # the cache names a snapshot by its commit
     elif not path.exists():
         raise fail(f"{source} does not exist.", "Pass a folder, a file, or a hub id owner/name.")
     elif revision is not None:
         raise fail(f"revision belongs to hub ids, and {source} is a local path.", "Leave it out.", revision=revision)
-    own, tensors, weights = read_folder(path) if path.is_dir() else read_file(path, ema=ema)
+    found = read_weights(path, ema=ema)
     unknown = set(config or {}) - {*SIZES, "model_type", "schedule"}
     if unknown:
         raise fail(f"config has unknown fields: {', '.join(sorted(unknown))}.", f"Known are {', '.join(SIZES)}.")
-    named = {_plain_name(name).removeprefix(lightning.PREFIX): tensor for name, tensor in tensors.items()}
-    return Checkpoint(path, own | dict(config or {}), named, weights, found)
+    tensors = {_plain_name(name).removeprefix(lightning.PREFIX): tensor for name, tensor in found.tensors.items()}
+    return Checkpoint(path, found.config | dict(config or {}), tensors, found.label, commit)
 
 
 def build(
     checkpoint: Checkpoint, *, dtype: torch.dtype | None = None, device: torch.device | str | None = None
 ) -> tuple[DiT, Process]:
-    """Make the network and the process of a checkpoint; arguments and errors as in `load_denoiser`."""
+    """Build the network and the process of a checkpoint; arguments and errors as in `load_denoiser`."""
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise fail("dtype must be a floating torch.dtype, such as torch.bfloat16.", dtype=dtype)
     config = complete_config(checkpoint)
     device = check_device(device or "cpu")
     tensors = dict(checkpoint.tensors)
+    # 1. An empty network of the stated sizes, and the tensors that it must have.
     with torch.device("meta"):  # no random initial values: quicker, and the caller's random state stays
         model = DiT(config).to(dtype=dtype or torch.float32)
     _check_fit(model, tensors)
+    # 2. The rotary constant is computed where the file does not have it in full precision.
     exact, stored = rotary_frequencies(config.hidden_dim // config.n_heads), tensors.get(lightning.BUFFER)
     if stored is None or stored.dtype.itemsize < 4:
         tensors[lightning.BUFFER] = exact  # a constant: half precision on disk must not shift positions
@@ -127,10 +129,10 @@ def build(
 
 
 def complete_config(checkpoint: Checkpoint) -> DiTConfig:
-    """Return all sizes: those stated, else those that the weights show, else the defaults of the hub's classes.
+    """Return all sizes: those stated, else those read off the weights, else the defaults of the hub's classes.
 
     Raises:
-        TokenDriftError: If the model type is neither stated nor known, or the number of heads is not to be had.
+        TokenDriftError: If the model type is missing or unknown, or the number of heads cannot be determined.
     """
     stated = {name: value for name, value in checkpoint.config.items() if value is not None}
     kind = str(stated.get("model_type")).lower()
@@ -163,16 +165,19 @@ def process_of(config: DiTConfig, schedule: diffusion.Schedule | None = None) ->
     return MaskedDiffusion(config.vocab_size, config.mask_id, schedule)
 
 
-def save_denoiser(model: DiT, folder: str | Path, process: Process, *, dtype: torch.dtype | None = None) -> None:
+def save_denoiser(
+    model: DiT, folder: str | Path, process: Process | None = None, *, dtype: torch.dtype | None = None
+) -> None:
     """Write a model as a folder that `load_denoiser` and the hub's layout share.
 
-    A folder that this makes appears whole or not at all. In one that is there already, the configuration goes
-    first and comes last, so that an interruption leaves a folder that does not load, never a mixed one.
+    A new folder appears whole or not at all. In a folder that exists already, the configuration is removed first and
+    written last, so that an interruption leaves a folder that does not load, never a mixture of two models.
 
     Args:
         model: The network, compiled or not.
-        folder: Made if missing; its other files stay.
-        process: Masked (written as model_type ``mdlm``) or uniform (``DUO``); its schedule is kept too.
+        folder: Made if it does not exist; its other files stay.
+        process: Masked (written as model_type ``mdlm``) or uniform (``DUO``); its schedule is kept too. Default: the
+            log-linear process that the ``mask_id`` of the model's configuration stands for.
         dtype: Stored dtype; that of the parameters by default.
 
     Raises:
@@ -181,13 +186,13 @@ def save_denoiser(model: DiT, folder: str | Path, process: Process, *, dtype: to
     from safetensors.torch import save_file
 
     config = _config_json(model, process)
-    state = model.state_dict()
-    tensors = {
-        lightning.PREFIX + _plain_name(name): _stored(tensor, None if name == lightning.BUFFER else dtype)
-        for name, tensor in state.items()
-    }
+    tensors = {}
+    for name, tensor in model.state_dict().items():
+        kept = tensor.dtype if dtype is None or name == lightning.BUFFER else dtype
+        tensors[lightning.PREFIX + _plain_name(name)] = tensor.detach().to("cpu", kept).contiguous()
     folder = Path(folder)
-    beside = folder if folder.is_dir() else folder.parent  # on the same file system, so that renaming is atomic
+    # Everything is written beside its place first, on the same file system, so that renaming is atomic.
+    beside = folder if folder.is_dir() else folder.parent
     beside.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=beside, prefix=".saving-") as place:
         made = Path(place) / "model"
@@ -204,9 +209,11 @@ def save_denoiser(model: DiT, folder: str | Path, process: Process, *, dtype: to
             (made / name).replace(folder / name)
 
 
-def _config_json(model: DiT, process: Process) -> dict[str, Any]:
+def _config_json(model: DiT, process: Process | None) -> dict[str, Any]:
+    """Return the content of ``config.json``, once model and process are known to belong together."""
     if not isinstance(getattr(model, "config", None), DiTConfig):
         raise fail("model must be a DiT.", "Pass the network inside the wrapper: model.module.", model=type(model))
+    process = process_of(model.config) if process is None else process
     if not isinstance(process, (MaskedDiffusion, UniformDiffusion)):
         raise fail("process must be MaskedDiffusion or UniformDiffusion to be written.", process=process)
     kind = "mdlm" if isinstance(process, MaskedDiffusion) else "DUO"
@@ -266,10 +273,6 @@ def _shown(tensors: Mapping[str, Tensor]) -> dict[str, int]:
     if blocks:
         shown["n_blocks"] = max(blocks) + 1
     return shown
-
-
-def _stored(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
-    return tensor.detach().to("cpu", dtype or tensor.dtype).contiguous()
 
 
 def _check_fit(model: DiT, tensors: Mapping[str, Tensor]) -> None:

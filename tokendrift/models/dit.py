@@ -8,8 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -19,9 +18,6 @@ from torch import Tensor, nn
 from tokendrift._checks import check_count, check_ids, check_mask_id, fail
 from tokendrift.lift import LinearLogits
 from tokendrift.models.layers import Embedding, LayerNorm, Rotary, SigmaMap, modulate, rotate
-
-if TYPE_CHECKING:
-    from tokendrift.diffusion import Process
 
 T = TypeVar("T")
 
@@ -64,7 +60,7 @@ class DiTConfig:
         check_mask_id(self.mask_id, self.vocab_size)
 
 
-class Block(nn.Module):
+class TransformerBlock(nn.Module):
     """One transformer block: attention and a two-layer network, both modulated and gated by sigma."""
 
     def __init__(self, config: DiTConfig) -> None:
@@ -126,7 +122,7 @@ class OutputLayer(nn.Module):
 class DiT(nn.Module):
     """Denoiser of MDLM and DUO: noisy ids and sigma in, raw logits out.
 
-    SUBS and log-softmax belong to the process, not to the network. Follows the denoiser protocol
+    SUBS and log-softmax belong to the process, not to the network. The network follows the denoiser protocol
     ``(x_t (B, L) int64, sigma (B,) or None) -> logits (B, L, V)``.
 
     Args:
@@ -143,7 +139,7 @@ class DiT(nn.Module):
         self.vocab_embed = Embedding(config.vocab_size, config.hidden_dim)
         self.sigma_map = SigmaMap(config.cond_dim)
         self.rotary_emb = Rotary(config.hidden_dim // config.n_heads)
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_blocks))
+        self.blocks = nn.ModuleList(TransformerBlock(config) for _ in range(config.n_blocks))
         self.output_layer = OutputLayer(config)
 
     @property
@@ -166,42 +162,40 @@ class DiT(nn.Module):
         x_t: Tensor,
         sigma: Tensor | None = None,
         *,
-        weights: Tensor | None = None,
-        wanted: Tensor | None = None,
+        embed: Callable[[Tensor], Tensor] | None = None,
         head: Callable[[LinearLogits], T] | None = None,
     ) -> Tensor | T:
-        """Return raw logits, or what a head makes of them before they exist.
+        """Compute logits.
+
+        The two callables replace the first and the last layer. They are called inside this method, because a module
+        that DDP or FSDP has wrapped can only be entered here: FSDP has gathered the weights by then.
 
         Args:
-            x_t: Noisy ids (B, L) of an integer dtype, or input logits (B, L, V) of a float dtype
-                (their softmax is embedded, as DUO's curriculum needs), or ids (B, L, K) with weights.
+            x_t: Noisy ids (B, L) of an integer dtype.
             sigma: ``-log alpha_t``, shape (B,). Needed with time conditioning, unused without.
-            weights: Share of each of the K ids of a position, floating point (B, L, K), used as given.
-            wanted: See `logits_at`.
-            head: Called in place of the vocabulary product with its operands, of the dtype of the logits, as
-                `LinearLogits`; outside autocast, and inside this call, so that FSDP has gathered the weights. A loss
-                that takes them needs no tensor (B, L, V): ``head=lambda logits: drift(logits, x_0, noisy_ids=x_t)``.
+            embed: Called with the embedding matrix (V, D) in place of the look-up of x_t; returns embeddings (B, L, D).
+                `SoftCorruption.denoise` passes the soft inputs of DUO's curriculum this way.
+            head: Called with the operands of the vocabulary product in place of the product, as `LinearLogits`, of the
+                dtype of the logits and outside autocast. A loss that takes them needs no tensor (B, L, V):
+                ``head=lambda logits: drift(logits, x_0, noisy_ids=x_t)``.
 
         Returns:
-            Shape (B, L, V), or (K, V) at wanted positions, in the parameters' dtype (that of autocast inside it);
-            with a head its answer.
+            Logits (B, L, V) in the parameters' dtype, or in that of autocast inside it; with ``head``, what it returns.
 
         Raises:
-            TokenDriftError: If sigma is missing or misshapen, x_t has the wrong number of axes, weights do not belong
-                to x_t, or wanted and head are both given.
+            TokenDriftError: If x_t does not hold ids (B, L) of the vocabulary, sigma is missing or has another shape,
+                or ``embed`` returns another shape.
         """
-        if wanted is not None and head is not None:
-            raise fail("wanted and head were both given, but a head reads every position.", "Pass one of the two.")
+        check_ids("x_t", x_t, self.vocab_size)
         condition = self.condition(len(x_t), sigma)
-        hidden = self._blocks(self.vocab_embed(self._checked(x_t, weights), weights), condition, None)[-1]
-        if wanted is None:
-            result: Tensor | T = self.output_layer(hidden, condition, head)
-            return result
-        logits: Tensor = self.output_layer(hidden[wanted][:, None], condition[wanted.nonzero()[:, 0]])[:, 0]
-        return logits
+        embeds = self.vocab_embed(x_t, embed)
+        if embeds.shape != (*x_t.shape, self.config.hidden_dim):
+            raise fail(f"embed must return (B, L, D) = {(*x_t.shape, self.config.hidden_dim)}.", embeds=embeds)
+        result: Tensor | T = self.output_layer(self._blocks(embeds, condition, None)[-1], condition, head)
+        return result
 
     def logits_at(self, x_t: Tensor, sigma: Tensor | None, wanted: Tensor) -> Tensor:
-        """Return logits at some positions alone: the vocabulary head, a third of a small model, runs only there.
+        """Return logits at some positions alone: the vocabulary product, a third of a small model, runs only there.
 
         Args:
             x_t: Noisy ids (B, L).
@@ -211,7 +205,12 @@ class DiT(nn.Module):
         Returns:
             Shape (K, V), row after row.
         """
-        logits: Tensor = self(x_t, sigma, wanted=wanted)  # a call of the module: hooks, FSDP and subclasses take part
+
+        def head(operands: LinearLogits) -> Tensor:
+            hidden, weight, bias = operands
+            return F.linear(hidden[wanted], weight, None if bias is None else bias.to(hidden.dtype))
+
+        logits: Tensor = self(x_t, sigma, head=head)  # a call of the module: hooks, FSDP and subclasses take part
         return logits
 
     def hidden_states(
@@ -229,25 +228,6 @@ class DiT(nn.Module):
         """
         condition = self.condition(len(embeds), torch.zeros(len(embeds)) if sigma is None else sigma)
         return self._blocks(embeds, condition, attention_mask)
-
-    @classmethod
-    def from_pretrained(cls, source: str | Path, **options: Any) -> DiT:
-        """Load the network alone: the first half of what `load_denoiser` returns, with the same options."""
-        from tokendrift.models.checkpoints import load_denoiser
-
-        return load_denoiser(source, **options)[0]
-
-    def save_pretrained(self, folder: str | Path, process: Process | None = None, **options: Any) -> None:
-        """Write the network as `save_denoiser` does.
-
-        Args:
-            folder: Made if missing.
-            process: Its process; by default the log-linear one that ``config.mask_id`` stands for.
-            **options: Those of `save_denoiser`.
-        """
-        from tokendrift.models.checkpoints import process_of, save_denoiser
-
-        save_denoiser(self, folder, process_of(self.config) if process is None else process, **options)
 
     def _blocks(self, embeds: Tensor, condition: Tensor, attention_mask: Tensor | None) -> list[Tensor]:
         cos, sin = self.rotary_emb(embeds.shape[1])
@@ -269,27 +249,3 @@ class DiT(nn.Module):
                 sigma=sigma,
             )
         return self.sigma_map(sigma.to(weight.device, dtype))
-
-    def _checked(self, x_t: Tensor, weights: Tensor | None) -> Tensor:
-        if weights is not None:
-            if (
-                x_t.ndim != 3
-                or x_t.is_floating_point()
-                or weights.shape != x_t.shape
-                or not weights.is_floating_point()
-            ):
-                raise fail(
-                    "weights must be floating point of shape (B, L, K), one for each of the integer ids x_t (B, L, K).",
-                    x_t=x_t,
-                    weights=weights,
-                )
-            check_ids("x_t", x_t.flatten(1), self.vocab_size)
-            return x_t
-        axes = 3 if x_t.is_floating_point() else 2
-        if x_t.ndim != axes or (axes == 3 and x_t.shape[-1] != self.vocab_size):
-            raise fail(
-                f"x_t must be integer ids (B, L) or float logits (B, L, V) with V = {self.vocab_size}.",
-                "Ids (B, L, K) need their weights (B, L, K)." if x_t.ndim == 3 else "",
-                x_t=x_t,
-            )
-        return x_t if x_t.is_floating_point() else check_ids("x_t", x_t, self.vocab_size)

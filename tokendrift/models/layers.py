@@ -26,26 +26,15 @@ class LayerNorm(nn.Module):
 
 
 class Embedding(nn.Module):
-    """Token embedding that also takes distributions, as upstream's does.
-
-    Integer ids (B, L) are looked up. Floats (B, L, V) are read as logits: softmax, then ``p @ E``. Ids
-    (B, L, K) with weights (B, L, K), used as given, are a sum of K rows each: DUO's efficient curriculum.
-    """
+    """Token embedding: a look-up of ids (B, L), or what a function makes of the matrix (V, D)."""
 
     def __init__(self, vocab_size: int, width: int) -> None:
         super().__init__()
         self.embedding = nn.Parameter(torch.empty(vocab_size, width))
         nn.init.kaiming_uniform_(self.embedding, a=math.sqrt(5))
 
-    def forward(self, x: Tensor, weights: Tensor | None = None) -> Tensor:
-        if weights is not None:
-            flat, share = x.flatten(0, -2), weights.flatten(0, -2).to(self.embedding.dtype)
-            bag = F.embedding_bag(flat, self.embedding, per_sample_weights=share, mode="sum")
-            return bag.unflatten(0, x.shape[:-1])
-        if x.is_floating_point():
-            wide = torch.promote_types(x.dtype, torch.float32)
-            return torch.softmax(x, dim=-1, dtype=wide).to(self.embedding.dtype) @ self.embedding
-        return F.embedding(x, self.embedding)
+    def forward(self, ids: Tensor, embed: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+        return F.embedding(ids, self.embedding) if embed is None else embed(self.embedding)
 
 
 def rotary_frequencies(head_dim: int) -> Tensor:

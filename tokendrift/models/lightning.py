@@ -178,13 +178,13 @@ def _schedule(noise: dict[str, Any], *, duo_repository: bool) -> dict[str, Any] 
     ends = {name: noise[name] for name in ("sigma_min", "sigma_max") if isinstance(noise.get(name), (int, float))}
     if kind == "cosine" and duo_repository:
         return {"name": "DuoCosine"}
-    known: dict[str, dict[str, Any]] = {
+    schedules: dict[str, dict[str, Any]] = {
         "cosine": {"name": "Cosine"},
         "cosinesqr": {"name": "Cosine", "power": 2},
         "linear": {"name": "Linear", **ends},
         "geometric": {"name": "Geometric", **ends},
     }
-    return known.get(kind)
+    return schedules.get(kind)
 
 
 def _section(config: Any, name: str) -> dict[str, Any]:

@@ -1,4 +1,7 @@
-"""The tokenizer that belongs to a checkpoint."""
+"""The tokenizer of a checkpoint: finding, loading and comparing it, and text to ids and back.
+
+A tokenizer is one of transformers (fast or slow) or a ``tokenizers.Tokenizer``.
+"""
 
 from __future__ import annotations
 
@@ -8,11 +11,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from torch import Tensor
+
 from tokendrift._checks import fail
 
 GPT2_VOCABULARY = 50257  # released models have one entry more: MDLM's mask, DUO's [PAD]
-
+UNUSED = ("truncation", "padding", "post_processor")  # parts of a serialised tokenizer that `encode` does not apply
 ENDS = ("<|endoftext|>", "<eos>", "</s>", "[SEP]")  # a lone tokenizer.json does not say which token ends a text
+
+# ------------------------------------------------------------------------------------------ finding and loading
 
 
 def load_tokenizer(name: str | Path, *, fetch: bool = True) -> Any:
@@ -41,7 +48,7 @@ def load_tokenizer(name: str | Path, *, fetch: bool = True) -> Any:
             fast: Any = PreTrainedTokenizerFast
             tokenizer = fast(tokenizer_file=str(lone))
             vocabulary = tokenizer.get_vocab()
-            tokenizer.eos_token = next((name for name in ENDS if name in vocabulary), None)
+            tokenizer.eos_token = next((token for token in ENDS if token in vocabulary), None)
             return tokenizer
         return AutoTokenizer.from_pretrained(str(name), trust_remote_code=False, local_files_only=not fetch)
     except Exception as error:  # the tokenizers library raises bare Exceptions
@@ -55,12 +62,24 @@ def _is_tokenizer_file(path: Path) -> bool:
     return path.name.startswith(("tokenizer", "vocab")) or path.suffix == ".model"
 
 
-def find_tokenizer(folder: Path, vocab_size: int, *, fetch: bool = False) -> tuple[Any, str] | None:
-    """Return the tokenizer of a checkpoint folder and where it was found.
+def find_tokenizer(
+    folder: Path, vocab_size: int, *, source: str | Path | None = None, fetch: bool = False
+) -> tuple[Any, str] | None:
+    """Return the tokenizer of a checkpoint and where it was found, None if there is none.
 
-    A folder without one whose vocabulary is GPT-2's, as those of the released models are, gets GPT-2's own.
-    Returns None if there is neither.
+    A folder without a tokenizer whose vocabulary is GPT-2's, as those of the released models are, gets GPT-2's own.
+
+    Args:
+        folder: Folder of the checkpoint.
+        vocab_size: V of the checkpoint.
+        source: A ``tokenizer.json``, folder or hub name to use instead of the checkpoint's own tokenizer.
+        fetch: Whether GPT-2's tokenizer may be downloaded; otherwise the local cache must have it.
+
+    Raises:
+        TokenDriftError: If ``source``, or the tokenizer in the folder, cannot be read.
     """
+    if source is not None:
+        return load_tokenizer(source), str(source)
     if any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
         return load_tokenizer(folder, fetch=False), str(folder)
     if vocab_size not in (GPT2_VOCABULARY, GPT2_VOCABULARY + 1):
@@ -71,11 +90,124 @@ def find_tokenizer(folder: Path, vocab_size: int, *, fetch: bool = False) -> tup
         return None
 
 
+def require_tokenizer(folder: Path, vocab_size: int, *, source: str | Path | None = None) -> tuple[Any, str]:
+    """Return what `find_tokenizer` finds, downloading it where that is needed.
+
+    Raises:
+        TokenDriftError: If there is none, or it cannot be read.
+    """
+    found = find_tokenizer(folder, vocab_size, source=source, fetch=True)
+    if found is None:
+        raise fail(
+            f"{folder} has no tokenizer, and GPT-2's cannot be loaded or is not its own (V = {vocab_size}).",
+            "Pass tokenizer: a folder, a tokenizer.json or a hub id.",
+        )
+    return found
+
+
+# -------------------------------------------------------------------------------------------- text to ids and back
+
+
+def encode(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
+    """Return the ids of each text, whole and without special tokens around it.
+
+    Special tokens written in the text ("<|endoftext|>") become their ids. A fast tokenizer uses as many threads as
+    there are.
+
+    Args:
+        tokenizer: A transformers tokenizer or a ``tokenizers.Tokenizer``.
+        texts: Any number of texts.
+
+    Raises:
+        TokenDriftError: If the tokenizer is of another kind, or a ``tokenizers.Tokenizer`` is set to truncate.
+    """
+    fast = getattr(tokenizer, "backend_tokenizer", None)
+    if fast is not None:  # its file may say to truncate or to pad, which would lose text or add what is none
+        fast.no_truncation()
+        fast.no_padding()
+        return [one.ids for one in fast.encode_batch(list(texts), add_special_tokens=False)]
+    if hasattr(tokenizer, "encode_batch"):
+        if getattr(tokenizer, "truncation", None) is not None:
+            raise fail(
+                "the tokenizer is set to truncate, so texts would be read in part.",
+                "Call tokenizer.no_truncation().",
+                truncation=tokenizer.truncation,
+            )
+        encoded = tokenizer.encode_batch(list(texts), add_special_tokens=False)
+        return [[i for i, kept in zip(one.ids, one.attention_mask, strict=True) if kept] for one in encoded]
+    if tokenizer is None:
+        raise fail("texts need a tokenizer, and none was given.", "Pass tokenizer=..., or ids instead of texts.")
+    if not callable(tokenizer):
+        raise fail("tokenizer must be a transformers tokenizer or a tokenizers.Tokenizer.", tokenizer=tokenizer)
+    found = tokenizer(list(texts), add_special_tokens=False, padding=False, truncation=False, verbose=False)
+    return [list(ids) for ids in found["input_ids"]]
+
+
+def decode(tokenizer: Any, ids: Tensor | Sequence[Sequence[int]] | Sequence[Tensor]) -> list[str]:
+    """Return the text of each sequence of ids: special tokens are written out, and spaces stay as generated.
+
+    Args:
+        tokenizer: A transformers tokenizer or a ``tokenizers.Tokenizer``.
+        ids: Ids (n, L), or a list of sequences.
+
+    Raises:
+        TokenDriftError: If the tokenizer is of another kind.
+    """
+    rows = [list(map(int, sequence)) for sequence in (ids.tolist() if isinstance(ids, Tensor) else ids)]
+    if hasattr(tokenizer, "batch_decode"):
+        return list(tokenizer.batch_decode(rows, skip_special_tokens=False, clean_up_tokenization_spaces=False))
+    if hasattr(tokenizer, "decode_batch"):
+        return list(tokenizer.decode_batch(rows, skip_special_tokens=False))
+    raise fail("tokenizer must be a transformers tokenizer or a tokenizers.Tokenizer.", tokenizer=tokenizer)
+
+
+def end_of_text(tokenizer: Any) -> int | None:
+    """Return the id that ends a text: the EOS token, else the separator of BERT; None if the tokenizer has neither."""
+    return _first_id(tokenizer, "eos_token_id", "sep_token_id")
+
+
+def start_of_text(tokenizer: Any) -> int | None:
+    """Return the id that begins a text: the BOS token, else BERT's CLS, else the end of text; None without any."""
+    return _first_id(tokenizer, "bos_token_id", "cls_token_id", "eos_token_id", "sep_token_id")
+
+
+def _first_id(tokenizer: Any, *names: str) -> int | None:
+    found = (getattr(tokenizer, name, None) for name in names)
+    return next((token for token in found if token is not None), None)
+
+
+# ------------------------------------------------------------------------------------------------------- identity
+
+
+def tokenizer_identity(tokenizer: Any) -> str:
+    """Return the SHA-256 of all that determines the ids of a text: copies of a tokenizer have equal identities.
+
+    A fast tokenizer is read in its whole serialised form: normaliser, splitting, merges, vocabulary, special tokens.
+    Truncation, padding and what is put around texts are left out, because `encode` does not apply them. Of a slow
+    tokenizer, the class and the vocabulary count.
+    """
+    backend = getattr(tokenizer, "backend_tokenizer", tokenizer)
+    if hasattr(backend, "to_str"):
+        content = json.loads(backend.to_str()) | dict.fromkeys(UNUSED)
+    else:
+        content = [type(tokenizer).__name__, sorted(tokenizer.get_vocab().items())]
+    return _sha256(content)
+
+
+def same_tokenizer(first: Any, second: Any) -> bool:
+    """Tell whether two tokenizers read every text alike: whether their identities are equal."""
+    return tokenizer_identity(first) == tokenizer_identity(second)
+
+
+def _sha256(content: object) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
 class TextTokenizer(NamedTuple):
     """A tokenizer with the ids that stand around texts.
 
     Attributes:
-        tokenizer: That of transformers.
+        tokenizer: A transformers tokenizer.
         bos_id: Begins a wrapped sequence; the EOS where there is none.
         eos_id: Ends documents and wrapped sequences.
     """
@@ -85,17 +217,21 @@ class TextTokenizer(NamedTuple):
     eos_id: int
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
-        """Return the ids of each text, without special tokens, on as many threads as there are."""
-        fast = getattr(self.tokenizer, "backend_tokenizer", None)
-        if fast is not None:
-            return [each.ids for each in fast.encode_batch(list(texts), add_special_tokens=False)]
-        found = self.tokenizer(list(texts), add_special_tokens=False, truncation=False, verbose=False)
-        return [list(ids) for ids in found["input_ids"]]
+        """Return the ids of each text, see `encode`."""
+        return encode(self.tokenizer, texts)
 
     def identity(self) -> str:
-        """Return the SHA-256 of its vocabulary: not of its file, which other releases may write in another way."""
-        known = [sorted(self.tokenizer.get_vocab().items()), self.bos_id, self.eos_id]
-        return hashlib.sha256(json.dumps(known).encode()).hexdigest()
+        """Return the SHA-256 of the tokenizer and of the ids around texts."""
+        return _sha256([tokenizer_identity(self.tokenizer), self.bos_id, self.eos_id])
+
+    def has_identity(self, stored: str) -> bool:
+        """Tell whether a stored identity is that of this tokenizer.
+
+        Checkpoints of earlier versions stored the SHA-256 of the vocabulary and of the ids around texts alone, which
+        is accepted, too.
+        """
+        earlier = _sha256([sorted(self.tokenizer.get_vocab().items()), self.bos_id, self.eos_id])
+        return stored in (self.identity(), earlier)
 
     def save(self, folder: Path) -> None:
         """Write the files that transformers and tokenizers read.
@@ -122,24 +258,11 @@ def text_tokenizer(source: str | Path | None, checkpoint: Path, vocab_size: int)
     Raises:
         TokenDriftError: If there is none, it cannot be read, or its end of text is unknown.
     """
-    found = (load_tokenizer(source), str(source)) if source is not None else None
-    found = found or find_tokenizer(checkpoint, vocab_size, fetch=True)
-    if found is None:
-        raise fail(
-            f"{checkpoint} has no tokenizer, and GPT-2's is not to be had or not its own (V = {vocab_size}).",
-            "Pass tokenizer: a folder, a tokenizer.json or a hub id.",
-        )
-    tokenizer, place = found
-    fast = getattr(tokenizer, "backend_tokenizer", None)
-    if fast is not None:  # a file may say to cut or to fill up, which would lose text or add what is none
-        fast.no_truncation()
-        fast.no_padding()
-    eos, sep = tokenizer.eos_token_id, getattr(tokenizer, "sep_token_id", None)
-    bos, cls = tokenizer.bos_token_id, getattr(tokenizer, "cls_token_id", None)
-    eos = sep if eos is None else eos
-    if eos is None:
+    tokenizer, place = require_tokenizer(checkpoint, vocab_size, source=source)
+    bos, eos = start_of_text(tokenizer), end_of_text(tokenizer)
+    if bos is None or eos is None:
         raise fail(
             f"the tokenizer {place} does not say which token ends a text.",
             "Name its eos_token in tokenizer_config.json.",
         )
-    return TextTokenizer(tokenizer, next(found for found in (bos, cls, eos) if found is not None), eos)
+    return TextTokenizer(tokenizer, bos, eos)

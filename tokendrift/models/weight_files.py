@@ -1,10 +1,11 @@
-"""Weight files as they lie on disk: folders in the hub's layout, safetensors and their shards, pickles."""
+"""The table of checkpoint formats: weight files as they lie on disk, and folders in the hub's layout."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -12,70 +13,93 @@ from tokendrift._checks import fail
 from tokendrift.models import lightning
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
-PICKLES = (".ckpt", ".bin", ".pt", ".pth")
-
-Files = tuple[dict[str, Any], dict[str, Tensor], str]  # configuration, tensors by stored name, what they are
+FOLDER_WEIGHTS = (WEIGHTS, INDEX, "pytorch_model.bin")  # the first that a folder has is read
 
 
-def read_folder(folder: Path) -> Files:
-    """Read ``config.json`` and the weights beside it.
+class WeightFile(NamedTuple):
+    """What a weight file holds.
+
+    Attributes:
+        tensors: Weights by their stored names.
+        label: What they are, such as ``"safetensors"``.
+        config: What the file says of the network, in the names of ``config.json``; empty where it says nothing.
+    """
+
+    tensors: dict[str, Tensor]
+    label: str
+    config: dict[str, Any]
+
+
+def read_weights(path: Path, *, ema: bool) -> WeightFile:
+    """Read a folder or a weight file. If the file has no configuration, the ``config.json`` in its folder is read.
+
+    Args:
+        path: A folder with ``config.json`` and weights, or a weight file whose name ends as one of `FORMATS`.
+        ema: Whether averaged weights are preferred where the file has both.
 
     Raises:
-        TokenDriftError: If one of them is missing or unreadable.
+        TokenDriftError: If a file is missing, unreadable or of no format of the table.
     """
-    if not (folder / CONFIG).is_file():
-        raise fail(f"{folder} has no {CONFIG}.", f"Pass a folder with {CONFIG} and {WEIGHTS}, or a weight file.")
-    for name in (WEIGHTS, INDEX, "pytorch_model.bin"):
-        if (folder / name).is_file():
-            return _read_json(folder / CONFIG), *_read_weights(folder / name)
-    raise fail(f"{folder} has no {WEIGHTS}.", f"Pass a folder with {CONFIG} and {WEIGHTS}, or a weight file.")
+    folder = path if path.is_dir() else path.parent
+    if path.is_dir():
+        expected = f"Pass a folder with {CONFIG} and {WEIGHTS}, or a weight file."
+        if not (folder / CONFIG).is_file():
+            raise fail(f"{folder} has no {CONFIG}.", expected)
+        names = [name for name in FOLDER_WEIGHTS if (folder / name).is_file()]
+        if not names:
+            raise fail(f"{folder} has no {WEIGHTS}.", expected)
+        path = folder / names[0]
+    reader = next((reader for ending, reader in FORMATS.items() if path.name.endswith(ending)), None)
+    if reader is None:
+        raise fail(f"{path} is no weight file: expected {', '.join(FORMATS)}.", "Pass a weight file.")
+    found = reader(path, ema)
+    if found.config or not (folder / CONFIG).is_file():
+        return found
+    return found._replace(config=_read_json(folder / CONFIG))
 
 
-def read_file(path: Path, *, ema: bool) -> Files:
-    """Read one weight file, with the ``config.json`` beside it or what a Lightning checkpoint says of itself.
-
-    Raises:
-        TokenDriftError: If it is no weight file, or unreadable.
-    """
-    beside = path.parent / CONFIG
-    own = _read_json(beside) if beside.is_file() else {}
-    if path.suffix in PICKLES:
-        state = lightning.read_pickle(path)
-        if "state_dict" in state:
-            return lightning.hub_config(state), *lightning.weights(state, ema=ema)
-        return own, *_named_tensors(path, state)
-    if path.suffix == ".safetensors":
-        return own, *_read_weights(path)
-    raise fail(f"{path} is no weight file: expected .safetensors, {', '.join(PICKLES)}.", "Pass a weight file.")
-
-
-def _read_weights(path: Path) -> tuple[dict[str, Tensor], str]:
+def _read_safetensors(path: Path, ema: bool) -> WeightFile:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    if path.suffix in PICKLES:
-        return _named_tensors(path, lightning.read_pickle(path))
-    shards = [path]
-    if path.name == INDEX:
-        placed = _read_json(path).get("weight_map")
-        names = sorted({str(name) for name in placed.values()}) if isinstance(placed, dict) else []
-        shards = [path.parent / Path(name).name for name in names]  # never outside the folder
-    gone = [shard.name for shard in shards if not shard.is_file()]
-    if not shards:
-        raise fail(f"{path} names no shards.", "Fetch the file again.")
-    if gone:
-        raise fail(f"{path} names shards that are not there: {', '.join(gone)}.", "Fetch the whole checkpoint.")
     try:
-        parts = [load_file(shard) for shard in shards]
+        return WeightFile(load_file(path), "safetensors", {})
     except (SafetensorError, OSError) as error:
         raise fail(f"{path} cannot be read: {error}.", "Fetch the file again.") from None
-    return {name: tensor for part in parts for name, tensor in part.items()}, "safetensors"
 
 
-def _named_tensors(path: Path, state: dict[str, Any]) -> tuple[dict[str, Tensor], str]:
+def _read_shards(path: Path, ema: bool) -> WeightFile:
+    placed = _read_json(path).get("weight_map")
+    names = sorted({str(name) for name in placed.values()}) if isinstance(placed, dict) else []
+    shards = [path.parent / Path(name).name for name in names]  # never outside the folder
+    if not shards:
+        raise fail(f"{path} names no shards.", "Fetch the file again.")
+    missing = [shard.name for shard in shards if not shard.is_file()]
+    if missing:
+        raise fail(f"{path} names shards that are not there: {', '.join(missing)}.", "Fetch the whole checkpoint.")
+    parts = [_read_safetensors(shard, ema).tensors for shard in shards]
+    return WeightFile({name: tensor for part in parts for name, tensor in part.items()}, "safetensors", {})
+
+
+def _read_pickle(path: Path, ema: bool) -> WeightFile:
+    state = lightning.read_pickle(path)
+    if "state_dict" in state:
+        config = lightning.hub_config(state)
+        return WeightFile(*lightning.weights(state, ema=ema), config)
     if not all(isinstance(value, Tensor) for value in state.values()):
         raise fail(f"{path} holds neither a Lightning checkpoint nor named tensors.", "", entries=list(state)[:3])
-    return state, "pickled tensors"
+    return WeightFile(state, "pickled tensors", {})
+
+
+FORMATS: dict[str, Callable[[Path, bool], WeightFile]] = {
+    ".safetensors": _read_safetensors,
+    ".ckpt": _read_pickle,
+    ".bin": _read_pickle,
+    ".pt": _read_pickle,
+    ".pth": _read_pickle,
+    ".safetensors.index.json": _read_shards,
+}
+"""Readers by the ending of a file's name. A reader takes the path, and whether averaged (EMA) weights are preferred."""
 
 
 def _read_json(path: Path) -> dict[str, Any]:

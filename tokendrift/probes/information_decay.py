@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -13,8 +13,9 @@ from torch import Tensor
 from tokendrift._checks import check_count, check_ids, check_positive, check_tensor, fail
 from tokendrift.diffusion.process import Denoiser, Process
 from tokendrift.evaluation.bootstrap import Interval
+from tokendrift.evaluation.plots import canvas, plot_band
 from tokendrift.modes import evaluation_mode
-from tokendrift.probes.setting import Setting, interval_of_means
+from tokendrift.probes.noisy_prompts import NoisyPrompts, interval_of_means
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -66,20 +67,14 @@ class InformationDecay:
 
     def table(self, decode: Callable[[int], str] = str) -> Table:
         """Return a `rich` table (extra ``cli``), a row for each distance; ``decode`` gives the text of one token."""
-        from tokendrift.probes.views import decay_table
-
         return decay_table({"": self}, decode)
 
     def plot(self, axes: Axes | None = None) -> tuple[Figure, Axes]:
-        """Draw entropy and divergence over distance with their intervals; returns matplotlib's (fig, ax)."""
-        from tokendrift.probes.views import plot_decay
-
+        """Draw entropy and divergence over distance with their intervals; returns the figure and axes of matplotlib."""
         return plot_decay({"": self}, axes)
 
     def heat_map(self, decode: Callable[[int], str] = str, axes: Axes | None = None) -> tuple[Figure, Axes]:
-        """Draw the mean probability of every token that is among the first three somewhere; returns (fig, ax)."""
-        from tokendrift.probes.views import heat_map
-
+        """Draw the mean probability of the three likeliest tokens of each distance; see `heat_map`."""
         return heat_map(self, decode, axes)
 
 
@@ -102,17 +97,17 @@ def information_decay(
     .. math:: H_d = -\sum_v p_{dv}\log p_{dv}, \qquad D_d = \sum_v p_{dv}\log\frac{p_{dv}}{u_v}
 
     Args:
-        denoiser: Maps ids (B, L) and sigma (B,) to raw logits (B, L, V); asked in evaluation mode.
+        denoiser: Maps ids (B, L) and sigma (B,) to raw logits (B, L, V); called in evaluation mode.
         process: Its process.
         prompts: Clean ids (n, P), n at least 2.
         unigram: u, the corpus' law of single tokens (V,), as `unigram_law` counts it; nowhere 0 but at the mask.
-        positions: K, noisy positions appended.
-        draws: Noise patterns for each prompt; with masks there is only one.
-        temperature: Divides the logits.
-        batch_size: Sequences a forward call.
-        seed: Of the noise.
-        resamples: Of the bootstrap over prompts.
-        level: Share of it inside the intervals.
+        positions: Noisy positions K after each prompt. Default: 16.
+        draws: Noise patterns for each prompt; with masks there is only one. Default: 8.
+        temperature: Sampling temperature. Default: 1.0.
+        batch_size: Sequences in a forward call. Default: 64.
+        seed: Random seed of the noise. Default: 0.
+        resamples: Redraws of the bootstrap over prompts. Default: 1000.
+        level: Confidence of the intervals. Default: 0.95.
 
     Raises:
         TokenDriftError: If prompts, unigram or an option do not fit.
@@ -125,18 +120,19 @@ def information_decay(
     (1.3863, 0.0)
     """
     draws = draws if process.mask_id is None else min(draws, 1)  # masks are all alike: one draw says it all
-    setting = Setting(denoiser, process, prompts, draws, batch_size, seed)
+    prompted = NoisyPrompts(denoiser, process, prompts, draws, batch_size, seed)
     interval = interval_of_means(resamples, level)
     check_count("positions", positions, least=1)
     check_positive("temperature", temperature)
     law = _checked_law(unigram, process)
-    noise, rows = setting.noise(positions), len(setting.rows)
+    # Entropy, divergence and mean probabilities of the predictions, a batch of prompts at a time.
+    noise, rows = prompted.noise(positions), len(prompted.rows)
     entropy, divergence = (torch.zeros(rows, positions, dtype=torch.float64) for _ in range(2))
     mean = torch.zeros(positions, process.vocab_size, dtype=torch.float64)
     with evaluation_mode(denoiser):
-        for span in setting.batches():
-            ids = torch.cat([setting.rows[span], noise[span]], dim=1)
-            log_p = setting.predict(ids, noisy=positions, temperature=temperature)
+        for span in prompted.batches():
+            ids = torch.cat([prompted.rows[span], noise[span]], dim=1)
+            log_p = prompted.predict(ids, noisy=positions, temperature=temperature)
             for d in range(positions):  # one distance at a time: float64 of the whole would be large
                 p = log_p[:, d].double().exp().cpu()
                 entropy[span, d] = torch.special.entr(p).sum(dim=-1)
@@ -201,3 +197,82 @@ def _checked_law(unigram: Tensor, process: Process) -> Tensor:
             unigram=unigram,
         )
     return law
+
+
+def decay_table(
+    probes: Mapping[str, InformationDecay],
+    decode: Callable[[int], str] = str,
+    distances: Sequence[int] | None = None,
+) -> Table:
+    """Return a `rich` table with a row for each distance.
+
+    Args:
+        probes: Results by the name of the denoiser.
+        decode: Text of one token.
+        distances: Rows to show; all by default.
+    """
+    from rich.markup import escape
+    from rich.table import Table
+
+    first = next(iter(probes.values()))
+    alone = len(probes) == 1
+    table = Table(
+        title="Information decay: predictions at a distance from the prompt",
+        caption=f"nats; entropy of the corpus' unigrams {first.corpus_entropy:.2f}; {first.prompts} prompts of "
+        f"{first.prompt_length} tokens" + (f"; {first.level:.0%} intervals over prompts" if alone else ""),
+    )
+    table.add_column("distance", justify="right")
+    for heading, justify in (("entropy", "right"), ("KL from\nunigrams", "right"), ("likeliest tokens", "left")):
+        for name in probes:
+            table.add_column(f"{heading}\n{name}".strip(), justify=justify, no_wrap=justify == "right")  # type: ignore[arg-type]
+    for d in distances or range(1, len(first.entropy) + 1):
+        shown = [
+            f"{probe.entropy[d - 1]:.2f}" if alone else f"{probe.entropy[d - 1].estimate:.2f}"
+            for probe in probes.values()
+        ]
+        shown += [
+            f"{probe.divergence[d - 1]:.2f}" if alone else f"{probe.divergence[d - 1].estimate:.2f}"
+            for probe in probes.values()
+        ]
+        for probe in probes.values():
+            tokens = (f"{escape(repr(decode(share.token)))} {share.probability:.2f}" for share in probe.top[d - 1])
+            shown.append("  ".join(token.replace(" ", "\u00a0") for token in tokens))  # lines break between tokens
+        table.add_row(str(d), *shown)
+    return table
+
+
+def plot_decay(probes: Mapping[str, InformationDecay], axes: Axes | None = None) -> tuple[Figure, Axes]:
+    """Draw entropy (solid) and divergence (dashed) over distance, with intervals; returns matplotlib's (fig, ax)."""
+    figure, ax = canvas(axes)
+    for number, (name, probe) in enumerate(probes.items()):
+        distance = range(1, len(probe.entropy) + 1)
+        for label, intervals, style in (("entropy", probe.entropy, "-"), ("KL", probe.divergence, "--")):
+            plot_band(ax, distance, intervals, f"C{number}", style, f"{label}, {name}" if name else label)
+    ax.axhline(next(iter(probes.values())).corpus_entropy, color="grey", linewidth=0.8, label="entropy of unigrams")
+    ax.set(xlabel="distance from the prompt (tokens)", ylabel="nats", ylim=(0, None))
+    ax.legend()
+    return figure, ax
+
+
+def heat_map(
+    probe: InformationDecay, decode: Callable[[int], str] = str, axes: Axes | None = None
+) -> tuple[Figure, Axes]:
+    """Draw the mean probability of the three likeliest tokens of each distance; returns matplotlib's (fig, ax).
+
+    Rows are tokens in the order of their first appearance, columns distances; blank where a token is not among the
+    three.
+    """
+    tokens = list(dict.fromkeys(share.token for shares in probe.top for share in shares))
+    grid = [[float("nan")] * len(probe.top) for _ in tokens]
+    for column, shares in enumerate(probe.top):
+        for share in shares:
+            grid[tokens.index(share.token)][column] = share.probability
+    figure, ax = canvas(axes)
+    if axes is None:
+        figure.set_size_inches(1.8 + 0.3 * len(probe.top), 1.5 + 0.22 * len(tokens))
+    image = ax.imshow(grid, aspect="auto", vmin=0, cmap="viridis")
+    ax.set_yticks(range(len(tokens)), [repr(decode(token)) for token in tokens])
+    ax.set_xticks(range(len(probe.top)), [str(d) for d in range(1, len(probe.top) + 1)])
+    ax.set(xlabel="distance from the prompt (tokens)", ylabel="token")
+    figure.colorbar(image, ax=ax, label="mean probability")
+    return figure, ax

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -14,8 +14,9 @@ from tokendrift.diffusion.process import Denoiser, Process
 from tokendrift.evaluation.bootstrap import Interval
 from tokendrift.evaluation.diversity import unigram_entropy
 from tokendrift.evaluation.generative_perplexity import GenerativePerplexity
+from tokendrift.evaluation.plots import canvas, plot_band
 from tokendrift.modes import evaluation_mode
-from tokendrift.probes.setting import Setting, entropies, interval_of_means
+from tokendrift.probes.noisy_prompts import NoisyPrompts, entropies, interval_of_means
 from tokendrift.sampling.categorical import draw
 
 if TYPE_CHECKING:
@@ -79,14 +80,10 @@ class MarginalTrap:
 
     def table(self) -> Table:
         """Return a `rich` table (extra ``cli``), a row for each k."""
-        from tokendrift.probes.views import trap_table
-
         return trap_table({"": self})
 
     def plot(self, axes: Axes | None = None) -> tuple[Figure, Axes]:
-        """Draw the gap over k with its interval; returns matplotlib's (fig, ax)."""
-        from tokendrift.probes.views import plot_trap
-
+        """Draw the gap over k with its interval; returns the figure and axes of matplotlib."""
         return plot_trap({"": self}, axes)
 
 
@@ -107,29 +104,29 @@ def marginal_trap(
 ) -> MarginalTrap:
     """Draw k tokens after prompts, at once and one after another from left to right, and let a judge compare.
 
-    Both draws take the same noise and the same uniform numbers, position by position: they differ by what the later
-    predictions were told, and their first tokens are one and the same. Drawing one after another, the denoiser is told
-    the noise level of the positions still open.
+    Both draws use the same noise and the same uniform numbers at each position. They differ in the context of the later
+    predictions, and their first tokens are equal. When tokens are drawn one after another, the denoiser is called with
+    the noise level of the positions that are still noisy.
 
     Args:
         denoiser: As for `information_decay`.
         process: Its process.
         prompts: Clean ids (n, P), n at least 2.
         judge: Scores log-likelihoods; of protocol ``"all"``.
-        decode: Texts of ids (m, L), where the judge has another vocabulary. Both draws are then retokenised whole, and
-            the prompt, which is the same in both, falls out of the gap.
-        sizes: The k.
-        draws: Pairs of draws for each prompt.
-        temperature: Divides the logits of both.
-        batch_size: Sequences a forward call.
-        seed: Of noise and draws. The same seed gives two denoisers the same numbers.
-        resamples: Of the bootstrap over prompts.
-        level: Share of it inside the intervals.
+        decode: Returns the texts of ids (m, L), if the judge has another vocabulary. Both draws are then retokenised
+            whole, and the prompt, which is the same in both, cancels in the gap. Default: None.
+        sizes: Numbers k of tokens drawn. Default: (1, 2, 4, 8, 16).
+        draws: Pairs of draws for each prompt. Default: 4.
+        temperature: Sampling temperature of both draws. Default: 1.0.
+        batch_size: Sequences in a forward call. Default: 64.
+        seed: Random seed of noise and draws. With the same seed two denoisers use the same random numbers. Default: 0.
+        resamples: Redraws of the bootstrap over prompts. Default: 1000.
+        level: Confidence of the intervals. Default: 0.95.
 
     Raises:
         TokenDriftError: If prompts, judge or an option do not fit.
     """
-    setting = Setting(denoiser, process, prompts, draws, batch_size, seed)
+    prompted = NoisyPrompts(denoiser, process, prompts, draws, batch_size, seed)
     interval = interval_of_means(resamples, level)
     if not sizes:
         raise fail("sizes is empty.", "Name at least one number of positions, such as sizes=(1, 2, 4, 8).")
@@ -141,19 +138,21 @@ def marginal_trap(
             f"judge must score every token, but its protocol is {judge.protocol!r}.",
             f"Build it as GenerativePerplexity(model, protocol={PROTOCOL!r}).",
         )
-    noise, uniform = setting.noise(max(sizes)), setting.uniform(max(sizes))
+    # 1. Draw every k at once and in turn, from the same noise and the same uniform numbers.
+    noise, uniform = prompted.noise(max(sizes)), prompted.uniform(max(sizes))
     pairs, entropy = [], []
     with evaluation_mode(denoiser):
         for k in sizes:
             found = [
-                _draw_twice(setting, span, noise[span, :k], uniform[span, :k], temperature)
-                for span in setting.batches()
+                _draw_twice(prompted, span, noise[span, :k], uniform[span, :k], temperature)
+                for span in prompted.batches()
             ]
             at_once, in_turn, spread = (torch.cat(part).cpu() for part in zip(*found, strict=True))
             pairs.append((at_once, in_turn))
             entropy.append(float(spread.mean()))
-    prompt_nll, pair_nll = _score(judge, decode, setting.prompts, pairs)
-
+    # 2. One pass of the judge over the prompts and all draws.
+    prompt_nll, pair_nll = _score(judge, decode, prompted.prompts, pairs)
+    # 3. The gap of each pair, averaged over the draws of each prompt.
     before, gaps, likelihood, less_likely = prompt_nll.repeat_interleave(draws), [], [], []
     for k, (at_once, in_turn), (cost_at_once, cost_in_turn) in zip(sizes, pairs, pair_nll, strict=True):
         # Equal ids are equally likely; what a judge makes of them differs by the rounding of two batches.
@@ -181,12 +180,12 @@ def marginal_trap(
 def trap_change(before: MarginalTrap, after: MarginalTrap, *, resamples: int = 1000) -> list[Interval]:
     """Return by how much the gap of each size fell, nats per position, with paired intervals over prompts.
 
-    A trap is closed in part where an interval lies above 0. Compare the entropies too: see `MarginalTrap`.
+    The trap is closed in part if an interval lies above 0. Compare the entropies as well: see `MarginalTrap`.
 
     Args:
-        before: Of one denoiser.
-        after: Of another, on the same prompts, with the same seed.
-        resamples: Of the bootstrap.
+        before: Result for one denoiser.
+        after: Result for another, on the same prompts and with the same seed.
+        resamples: Redraws of the bootstrap. Default: 1000.
 
     Raises:
         TokenDriftError: If sizes, draws, judge or the number of prompts differ.
@@ -219,8 +218,8 @@ def matched_temperature(
 ) -> float:
     """Return the temperature, 1 at most, at which predictions at noisy positions have a mean entropy.
 
-    Sharper predictions alone move the gap. Whether a denoiser does more than that is seen against the other one at
-    this temperature.
+    Sharper predictions alone change the gap. To see whether a denoiser does more than that, compare it with the other
+    one at this temperature.
 
     Args:
         denoiser: As for `marginal_trap`.
@@ -228,20 +227,20 @@ def matched_temperature(
         prompts: Clean ids (n, P).
         entropy: The mean entropy wanted, nats: ``MarginalTrap.entropy`` of the other denoiser.
         positions: The k that it belongs to.
-        draws: As for `marginal_trap`, and so the others.
-        batch_size: Sequences a forward call.
-        seed: Of the noise.
+        draws: Noise patterns for each prompt. Default: 4.
+        batch_size: Sequences in a forward call. Default: 64.
+        seed: Random seed of the noise. Default: 0.
 
     Raises:
         TokenDriftError: If prompts or an option do not fit.
     """
-    setting = Setting(denoiser, process, prompts, draws, batch_size, seed)
-    noise = setting.noise(check_count("positions", positions, least=1))
+    prompted = NoisyPrompts(denoiser, process, prompts, draws, batch_size, seed)
+    noise = prompted.noise(check_count("positions", positions, least=1))
 
     def mean_entropy(temperature: float) -> float:
         with evaluation_mode(denoiser):
-            rows = (torch.cat([setting.rows[span], noise[span]], dim=1) for span in setting.batches())
-            laws = (setting.predict(ids, noisy=positions, temperature=temperature) for ids in rows)
+            rows = (torch.cat([prompted.rows[span], noise[span]], dim=1) for span in prompted.batches())
+            laws = (prompted.predict(ids, noisy=positions, temperature=temperature) for ids in rows)
             return float(torch.cat([entropies(log_p) for log_p in laws]).mean())
 
     if mean_entropy(1.0) <= entropy:
@@ -254,18 +253,18 @@ def matched_temperature(
 
 
 def _draw_twice(
-    setting: Setting, span: slice, noise: Tensor, uniform: Tensor, temperature: float
+    prompted: NoisyPrompts, span: slice, noise: Tensor, uniform: Tensor, temperature: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return rows (R, P + k) with k tokens drawn at once and in turn, and the entropies (R, k) of the former's laws."""
-    prompts, k = setting.rows[span], noise.shape[1]
+    prompts, k = prompted.rows[span], noise.shape[1]
     ids = torch.cat([prompts, noise], dim=1)
-    log_p = setting.predict(ids, noisy=k, temperature=temperature)
+    log_p = prompted.predict(ids, noisy=k, temperature=temperature)
     tokens = draw(log_p.flatten(0, 1), uniform=uniform.flatten()).ids.view(noise.shape)
     at_once, entropy = torch.cat([prompts, tokens], dim=1), entropies(log_p)
     first = prompts.shape[1]
     ids[:, first] = tokens[:, 0]
     for i in range(1, k):
-        log_p = setting.predict(ids, noisy=k - i, temperature=temperature)
+        log_p = prompted.predict(ids, noisy=k - i, temperature=temperature)
         ids[:, first + i] = draw(log_p[:, 0], uniform=uniform[:, i].contiguous()).ids
     return at_once, ids, entropy
 
@@ -290,3 +289,47 @@ def _score(
     found = nll.split([len(piece) for piece in pieces])
     before = torch.zeros_like(found[0]) if prompts.shape[1] == 1 and decode is None else found[0]
     return before, list(zip(found[1::2], found[2::2], strict=True))
+
+
+def trap_table(probes: Mapping[str, MarginalTrap]) -> Table:
+    """Return a `rich` table with a row for each k and denoiser."""
+    from rich.table import Table
+
+    first = next(iter(probes.values()))
+    table = Table(
+        title="Marginal trap: k tokens drawn at once against the same k drawn in turn",
+        caption=f"nats per position, log-likelihoods under the judge {first.judge}; gap = in turn - at once; entropy: "
+        "of the predictions at once, and of all tokens drawn from them; "
+        f"{len(first.prompt_gaps)} prompts x {first.draws} draws; {first.level:.0%} intervals over prompts",
+    )
+    alone = len(probes) == 1
+    if not alone:
+        table.add_column("denoiser")
+    for heading in ("k", "gap", "interval", "in turn", "at once", "entropy", "entropy drawn", "at once less likely"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for i, k in enumerate(first.sizes):
+        if not alone:
+            table.add_section()
+        for name, probe in probes.items():
+            gap = probe.gap[i]
+            row = [str(k), f"{gap.estimate:.3f}", f"{gap.low:.3f} to {gap.high:.3f}"]
+            row += [
+                f"{figures[i]:.3f}"
+                for figures in (probe.sequential, probe.parallel, probe.entropy, probe.drawn_entropy)
+            ]
+            table.add_row(*([] if alone else [name]), *row, f"{probe.less_likely[i]:.0%}")
+    return table
+
+
+def plot_trap(probes: Mapping[str, MarginalTrap], axes: Axes | None = None) -> tuple[Figure, Axes]:
+    """Draw the gap over k with intervals; returns matplotlib's (fig, ax)."""
+    figure, ax = canvas(axes)
+    for number, (name, probe) in enumerate(probes.items()):
+        plot_band(ax, probe.sizes, probe.gap, f"C{number}", "o-", name or "gap")
+    ax.axhline(0, color="grey", linewidth=0.8)
+    ax.set_xscale("log", base=2)
+    ax.set_xticks(next(iter(probes.values())).sizes)
+    ax.xaxis.set_major_formatter("{x:g}")
+    ax.set(xlabel="tokens drawn in one step", ylabel="gap (nats per position)")
+    ax.legend()
+    return figure, ax

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,17 +16,18 @@ from tokendrift.diffusion import Process
 from tokendrift.evaluation.bootstrap import Interval
 from tokendrift.evaluation.generative_perplexity import GenerativePerplexity
 from tokendrift.evaluation.judge import DEFAULT_JUDGE
-from tokendrift.evaluation.samples import decode
 from tokendrift.files import read_text
-from tokendrift.probes.information_decay import InformationDecay, information_decay, unigram_law
+from tokendrift.models import DiT, build, load_denoiser, read_checkpoint
+from tokendrift.models.tokenizer import decode, encode, require_tokenizer
+from tokendrift.probes.information_decay import InformationDecay, decay_table, information_decay, unigram_law
 from tokendrift.probes.marginal_trap import (
     PROTOCOL,
     MarginalTrap,
     marginal_trap,
     matched_temperature,
     trap_change,
+    trap_table,
 )
-from tokendrift.probes.views import decay_table, trap_table
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -41,13 +43,13 @@ class ProbeReport:
     """Both probes of one checkpoint, or of two.
 
     Attributes:
-        settings: How the probes were made.
+        settings: Options of the probes.
         decay: Information decay by name: ``"before"`` and, with a second checkpoint, ``"after"``.
-        trap: Marginal trap by name; with a second checkpoint also the first one sampled at the temperature at which
-            its predictions have the second one's entropy.
-        change: How much smaller the second checkpoint's gap is, one interval for each size; None without one.
-        matched_change: The same against the first at that temperature; None if that is 1.
-        token: Text of one token.
+        trap: Marginal trap by name. With a second checkpoint there is a third entry: the first one, sampled at the
+            temperature at which its predictions have the second one's entropy.
+        change: By how much the second checkpoint's gap is smaller, one interval for each size; None without one.
+        matched_change: The same against the first checkpoint at that temperature; None if the temperature is 1.
+        token: Returns the text of a token id.
     """
 
     settings: dict[str, Any]
@@ -79,21 +81,21 @@ class ProbeReport:
         yield trap_table(traps)  # type: ignore[arg-type]
 
     def sentences(self) -> Iterator[str]:
-        """Yield what the numbers say about the largest k."""
+        """Yield sentences on the results for the largest k."""
         first = self.trap[BEFORE]
         k, gap = first.sizes[-1], first.gap[-1]
         yield (
-            f"Drawn at once, {k} tokens are {_shown(gap)} nats a position less likely to the judge than drawn in turn: "
+            f"Drawn at once, {k} tokens are {gap:.2f} nats a position less likely to the judge than drawn in turn: "
             f"{'a trap beyond chance' if gap.low > 0 else 'no trap beyond chance'}."
         )
         if self.change is None:
             return
-        yield f"After, the gap is {_moved(self.change[-1])}."
+        yield f"After, the gap is {_change_in_words(self.change[-1])}."
         if self.matched_change is None:
             yield "Its predictions are no sharper than before: there is no temperature to compare with."
         else:
             (matched,) = (name for name in self.trap if name not in (BEFORE, AFTER))
-            yield f"Against '{matched}', which is as sharp, it is {_moved(self.matched_change[-1])}."
+            yield f"Against '{matched}', which is as sharp, it is {_change_in_words(self.matched_change[-1])}."
         drawn, then = first.drawn_entropy[-1], self.trap[AFTER].drawn_entropy[-1]
         yield f"Entropy of all tokens drawn at once: {drawn:.2f} nats before, {then:.2f} after."
 
@@ -120,28 +122,69 @@ def probe_checkpoints(
     Args:
         checkpoint: Hub id, folder or file, as `tokendrift.models.load_denoiser` takes it.
         text: UTF-8 file; prompts are spread evenly over it, and its tokens give the unigram law.
-        compare: The refined checkpoint, of the same vocabulary.
-        judge: As for `GenerativePerplexity`.
-        judge_reads_ids: The judge has the denoiser's vocabulary; nothing is decoded and retokenised.
-        tokenizer: ``tokenizer.json``, folder or hub name; by default that of the first checkpoint's folder.
-        prompts: n.
-        prompt_length: P; by default 64, or what the model's length leaves.
-        positions: K of `information_decay`; by default 32, or half of the model's length. The trap is read at powers
-            of two up to 16 within K.
-        draws: Noise patterns and pairs of draws for each prompt.
-        batch_size: Sequences a forward call.
-        seed: Of noise and draws.
-        device: Where the denoisers and a judge loaded by name go.
-        progress: Called with what is being done.
+        compare: Refined checkpoint of the same vocabulary. Default: None, for one checkpoint alone.
+        judge: As for `GenerativePerplexity`. Default: ``"gpt2-large"``.
+        judge_reads_ids: Whether the judge has the denoiser's vocabulary, so that nothing is decoded and retokenised.
+            Default: False.
+        tokenizer: ``tokenizer.json``, folder or hub name. Default: the tokenizer in the first checkpoint's folder, or
+            GPT-2's for a vocabulary of its size.
+        prompts: Number of prompts n. Default: 64.
+        prompt_length: Tokens of a prompt P. Default: 64, or what the model's length leaves.
+        positions: Noisy positions K of `information_decay`. The trap is measured at powers of two up to 16 within K.
+            Default: 32, or half of the model's length.
+        draws: Noise patterns, and pairs of draws, for each prompt. Default: 4.
+        batch_size: Sequences in a forward call. Default: 64.
+        seed: Random seed of noise and draws. Default: 0.
+        device: Device of the denoisers and of a judge loaded by name. Default: the CPU.
+        progress: Called with a description of each stage. Default: a function that does nothing.
 
     Raises:
         TokenDriftError: If anything cannot be read, is too short, or does not fit together.
     """
-    from tokendrift.models import build, load_denoiser, read_checkpoint
-    from tokendrift.models.tokenizer import load_tokenizer
-
+    # 1. Load the denoisers and encode the text. The judge may be large: it is loaded last, when everything else fits.
     written = read_text(text, argument="text")
     progress("loading")
+    denoisers, own_tokenizer = _load(checkpoint, compare, tokenizer, device)
+    model, process = denoisers[BEFORE]
+    stream = _encoded(own_tokenizer, written, process)
+    shortest = min(network.config.model_length for network, _ in denoisers.values())
+    k, width = _sizes(positions, prompt_length, shortest)
+    starts = _prompts(stream, check_count("prompts", prompts, least=2), width)
+    scorer = GenerativePerplexity(judge, own_tokenizer if judge_reads_ids else None, protocol=PROTOCOL, device=device)
+    # 2. Both probes on every denoiser, with the same random numbers.
+    options: dict[str, Any] = {"draws": draws, "batch_size": batch_size, "seed": seed}
+    sizes = tuple(size for size in SIZES if size <= k)
+    texts = None if judge_reads_ids else partial(decode, own_tokenizer)
+    trap_options = options | {"decode": texts, "sizes": sizes}
+    decay, trap = {}, {}
+    for name, (network, own) in denoisers.items():
+        progress(f"information decay, {name}")
+        decay[name] = information_decay(network, own, starts, unigram_law(stream, own), positions=k, **options)
+        progress(f"marginal trap, {name}")
+        trap[name] = marginal_trap(network, own, starts, scorer, **trap_options)
+    # 3. The change, and the change against the first denoiser at the temperature that makes it as sharp.
+    change = matched_change = None
+    if AFTER in denoisers:
+        change = trap_change(trap[BEFORE], trap[AFTER])
+        progress("marginal trap at matched entropy")
+        target = trap[AFTER].entropy[-1]
+        temperature = matched_temperature(model, process, starts, target, positions=sizes[-1], **options)
+        if temperature < 1:
+            cooler = marginal_trap(model, process, starts, scorer, temperature=temperature, **trap_options)
+            matched_change = trap_change(cooler, trap[AFTER])
+            trap = {BEFORE: trap[BEFORE], f"before, T = {temperature:.2f}": cooler, AFTER: trap[AFTER]}
+    settings = {
+        "checkpoint": str(checkpoint), "compare": None if compare is None else str(compare), "text": str(text),
+        "judge": scorer.judge.name, "judge_reads_ids": judge_reads_ids, "prompts": prompts, "prompt_length": width,
+        "positions": k, "draws": draws, "seed": seed,
+    }  # fmt: skip
+    return ProbeReport(settings, decay, trap, change, matched_change, lambda token: decode(own_tokenizer, [[token]])[0])
+
+
+def _load(
+    checkpoint: str | Path, compare: str | Path | None, tokenizer: str | Path | None, device: torch.device | str | None
+) -> tuple[dict[str, tuple[DiT, Process]], Any]:
+    """Return model and process of one checkpoint or of two, and the tokenizer, which they share."""
     source = read_checkpoint(checkpoint)
     found = {BEFORE: build(source, device=device)}
     if compare is not None:
@@ -152,71 +195,26 @@ def probe_checkpoints(
                 f"the checkpoints have V = {sizes[0]} and V = {sizes[1]}; one text does not fit both.",
                 "Compare a checkpoint with what was made of it.",
             )
-    model, process = found[BEFORE]
-    named = _tokenizer_of(source.folder, process) if tokenizer is None else load_tokenizer(tokenizer)
-    stream = _encoded(named, written, process)
-    length = min(network.config.model_length for network, _ in found.values())
+    return found, require_tokenizer(source.folder, found[BEFORE][1].vocab_size, source=tokenizer)[0]
+
+
+def _sizes(positions: int | None, prompt_length: int | None, length: int) -> tuple[int, int]:
+    """Return the numbers of noisy positions and of prompt tokens, which fit into a model's length together."""
     k = min(MOST_POSITIONS, length // 2) if positions is None else check_count("positions", positions, least=1)
-    width = (
-        min(MOST_PROMPT, length - k) if prompt_length is None else check_count("prompt_length", prompt_length, least=1)
-    )
+    width = min(MOST_PROMPT, length - k)
+    if prompt_length is not None:
+        width = check_count("prompt_length", prompt_length, least=1)
     if width < 1 or width + k > length:
         raise fail(
             f"{width} tokens of prompt and {k} positions do not fit into the model's {length}.",
             "Lower --prompt-length or --positions.",
         )
-    starts = _prompts(stream, check_count("prompts", prompts, least=2), width)
-    # The judge may be large: it comes last, when everything else fits.
-    scorer = GenerativePerplexity(judge, named if judge_reads_ids else None, protocol=PROTOCOL, device=device)
-    texts = None if judge_reads_ids else lambda ids: decode(named, ids)
-
-    options: dict[str, Any] = {"draws": draws, "batch_size": batch_size, "seed": seed}
-    trap_options = options | {"decode": texts, "sizes": tuple(size for size in SIZES if size <= k)}
-    decay, trap = {}, {}
-    for name, (network, own) in found.items():
-        progress(f"information decay, {name}")
-        law = unigram_law(stream, own)
-        decay[name] = information_decay(network, own, starts, law, positions=k, **options)
-        progress(f"marginal trap, {name}")
-        trap[name] = marginal_trap(network, own, starts, scorer, **trap_options)
-    change = matched_change = None
-    if AFTER in found:
-        change = trap_change(trap[BEFORE], trap[AFTER])
-        progress("marginal trap at matched entropy")
-        largest = trap[BEFORE].sizes[-1]
-        warmth = matched_temperature(model, process, starts, trap[AFTER].entropy[-1], positions=largest, **options)
-        if warmth < 1:
-            cooler = marginal_trap(model, process, starts, scorer, temperature=warmth, **trap_options)
-            matched_change = trap_change(cooler, trap[AFTER])
-            trap = {BEFORE: trap[BEFORE], f"before, T = {warmth:.2f}": cooler, AFTER: trap[AFTER]}
-    settings = {
-        "checkpoint": str(checkpoint),
-        "compare": None if compare is None else str(compare),
-        "text": str(text),
-        "judge": scorer.judge.name,
-        "judge_reads_ids": judge_reads_ids,
-        "prompts": prompts,
-        "prompt_length": width,
-        "positions": k,
-        "draws": draws,
-        "seed": seed,
-    }
-    return ProbeReport(settings, decay, trap, change, matched_change, lambda token: decode(named, [[token]])[0])
-
-
-def _tokenizer_of(folder: Path, process: Process) -> Any:
-    """Return the tokenizer beside the weights, or GPT-2's for a vocabulary of its size."""
-    from tokendrift.models.tokenizer import find_tokenizer
-
-    found = find_tokenizer(folder, process.vocab_size, fetch=True)
-    if found is None:
-        raise fail(f"{folder} has no tokenizer.", "Name one: a tokenizer.json, a folder or a hub name (--tokenizer).")
-    return found[0]
+    return k, width
 
 
 def _encoded(tokenizer: Any, text: str, process: Process) -> Tensor:
     """Return the tokens of a text, int64 (n,)."""
-    ids = torch.tensor(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], dtype=torch.int64)
+    ids = torch.tensor(encode(tokenizer, [text])[0], dtype=torch.int64)
     if len(ids) and int(ids.max()) >= process.vocab_size:
         raise fail(
             f"the tokenizer gives id {int(ids.max())}, the denoiser's vocabulary V has {process.vocab_size} entries.",
@@ -240,13 +238,9 @@ def _plain(intervals: list[Interval] | None) -> list[dict[str, float]] | None:
     return None if intervals is None else [interval._asdict() for interval in intervals]
 
 
-def _shown(interval: Interval) -> str:
-    return f"{interval.estimate:.2f} ({interval.low:.2f} to {interval.high:.2f})"
-
-
-def _moved(fall: Interval) -> str:
-    """Return in words by how much a gap fell, or rose."""
+def _change_in_words(fall: Interval) -> str:
+    """Return in words by how much a gap became smaller or larger."""
     direction, change = "smaller", fall
     if fall.estimate < 0:
         direction, change = "larger", Interval(-fall.estimate, -fall.high, -fall.low)
-    return f"{direction} by {_shown(change)}, {'beyond chance' if fall.excludes(0) else 'not beyond chance'}"
+    return f"{direction} by {change:.2f}, {'beyond chance' if fall.excludes(0) else 'not beyond chance'}"

@@ -29,15 +29,16 @@ class Drawn(NamedTuple):
 def draw(logits: Tensor, *, uniform: Tensor | None = None, generator: torch.Generator | None = None) -> Drawn:
     r"""Draw one index from each row by inverting its distribution function.
 
-    The first j with :math:`\sum_{i \le j} p_i > u`. Sums are float64 and u has 53 bits, so that a token of
-    chance e^-20 comes at its rate; the float32 Gumbel of the first MDLM samples never draws what lies more than
-    about 16.6 nats behind (the reason for their Gen.-PPL near 41, against 105). Weights are summed in blocks and
-    only the block that holds u is searched: no float64 tensor of the size of the logits is made.
+    The result is the first j with :math:`\sum_{i \le j} p_i > u`. Sums are float64 and u has 53 bits, so that even a
+    token of probability e^-20 is drawn at its rate. The float32 Gumbel noise of the first MDLM samples never draws a
+    token that lies more than about 16.6 nats below the likeliest (the reason for their Gen.-PPL near 41, against 105).
+    Weights are summed in blocks, and only the block that holds u is searched: no float64 tensor of the size of the
+    logits is made.
 
     Args:
         logits: Log-probabilities (K, V) of any float dtype; rows need not be normalised, -inf is never drawn.
-        uniform: u in [0, 1), float64 (K,), one for each row; drawn when omitted.
-        generator: Source of randomness where ``uniform`` is omitted, on the device of the logits.
+        uniform: u in [0, 1), float64 (K,), one for each row. Default: drawn here.
+        generator: Random number generator for ``uniform``, on the device of the logits. Default: PyTorch's own.
 
     Returns:
         Indices with the logarithm of their probability.
@@ -60,6 +61,7 @@ def draw(logits: Tensor, *, uniform: Tensor | None = None, generator: torch.Gene
     wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
     weights = (wide - wide.amax(dim=-1, keepdim=True)).exp_()
 
+    # 1. Sums over blocks of the vocabulary; the last block may be short.
     whole = size - size % BLOCK
     sums = weights[:, :whole].view(rows, whole // BLOCK, BLOCK).sum(dim=-1, dtype=torch.float64)
     if whole < size:
@@ -68,9 +70,11 @@ def draw(logits: Tensor, *, uniform: Tensor | None = None, generator: torch.Gene
     total = edges[:, -1]
     if not total.isfinite().all():  # NaN, +inf, or a row of -inf alone; compared with NaN every u would be below
         raise not_finite(logits)
+    # 2. The block in which the distribution function passes u.
     aim = (uniform * total).minimum(total * NEARLY_ONE)[:, None]
     block = torch.searchsorted(edges, aim, right=True)
     before = edges.gather(1, block) - sums.gather(1, block)
+    # 3. The entry within the block.
     columns = block * BLOCK + torch.arange(BLOCK, device=logits.device)
     inside = weights.gather(1, columns.clamp_max(size - 1)).double()
     inside = inside.masked_fill_(columns >= size, 0.0).cumsum_(dim=1)
@@ -80,7 +84,7 @@ def draw(logits: Tensor, *, uniform: Tensor | None = None, generator: torch.Gene
 
 
 def not_finite(logits: Tensor) -> TokenDriftError:
-    """Build the error for logits that no law can be read from."""
+    """Build the error for logits that are not a distribution."""
     return fail(
         "the logits of the denoiser are not finite.",
         "Look for an overflow in the denoiser, or a checkpoint that was loaded in part.",

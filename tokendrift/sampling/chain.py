@@ -1,4 +1,4 @@
-"""The state of a batch under way, and the one place where ids change."""
+"""The state of a batch that is being sampled, and the one place where its ids change."""
 
 from __future__ import annotations
 
@@ -19,10 +19,12 @@ CPU_ELEMENTS, DEVICE_ELEMENTS = 2**20, 2**25  # logits that are widened at a tim
 
 
 class Sampler(Protocol):
-    """Anything that yields the law of one reverse step after another.
+    """A function that yields the law of each reverse step.
 
-    A sampler is called with the chain and the number of steps, and yields a `Mixture` for each of them; the loop
-    draws from it, and the next turn sees the new ``chain.ids``. Frozen dataclasses hold the options.
+    A sampler is called with the chain and the number of steps, and yields a `Mixture` for each step. The loop draws
+    from it, so that the sampler finds the new ids in ``chain.ids`` when it continues. A sampler that sets the number
+    of steps itself has an attribute ``sets_steps = True`` and is called with None. Options are best kept in a frozen
+    dataclass.
 
     >>> def in_two_speeds(chain, steps):
     ...     *times, end = chain.times(steps)
@@ -37,11 +39,11 @@ class Sampler(Protocol):
 
 
 class Chain:
-    """A batch under way: what a sampler reads.
+    """The state of a batch that is being sampled: what a sampler reads.
 
     Attributes:
         process: The corruption process.
-        ids: Present tokens, int64 (B, L).
+        ids: Current tokens, int64 (B, L).
         free: Positions that may change, bool (B, L); False where the user gave the token.
         drawn_log_p: Log-probability that each token had when the denoiser drew it, float64 (B, L); 0 where none was.
         end: Time that the last step goes to: 0, or 1e-5 where something else removes the last noise.
@@ -74,13 +76,13 @@ class Chain:
     def times(self, steps: int | None) -> list[float]:
         """Return the published grid of N + 1 times, from 1 to `end`."""
         if steps is None:
-            raise fail("steps must be an integer of at least 1.", "Say how many reverse steps to take.", steps=steps)
+            raise fail("steps must be an integer of at least 1.", "Pass the number of reverse steps.", steps=steps)
         check_count("steps", steps, least=1)
         grid: list[float] = torch.linspace(1, LAST_TIME, steps + 1, dtype=torch.float64).tolist()
         return [*grid[:-1], self.end]
 
     def at(self, t: float) -> None:
-        """Say at which time the denoiser is asked from now on."""
+        """Set the time at which the denoiser is called from now on."""
         self.at_sigma(torch.full((len(self.ids),), self.sigma_at(t), dtype=torch.float64))
 
     def sigma_at(self, t: float) -> float:
@@ -88,13 +90,13 @@ class Chain:
         return self.process.sigma(torch.tensor(t, dtype=torch.float64)).item()
 
     def at_sigma(self, sigma: Tensor) -> None:
-        """Say at which noise levels ``-log alpha`` (B,) the denoiser is asked from now on."""
+        """Set the noise levels ``-log alpha`` (B,) at which the denoiser is called from now on."""
         if self._sigma is None or not torch.equal(sigma, self._sigma):
             self._sigma = sigma
             self._forget()
 
     def posterior(self, t: float, s: float) -> Mixture:
-        """Return the process's own law of the step from t to s (0: alpha_s is 1), and ask the denoiser at t."""
+        """Return the process's own law of the step from t to s, and set the time to t; s = 0 means alpha_s = 1."""
         self.at(t)
         return self.process.mixture(self.log_p if self.process.mask_id is None else None, self.ids, t, s)
 
@@ -104,10 +106,10 @@ class Chain:
 
     @property
     def log_p(self) -> Tensor:
-        """Log-probability of the present tokens under the denoiser, float (B, L).
+        """Log-probability of the current tokens under the denoiser, float (B, L).
 
-        Reading it costs a forward of the whole batch. Where a law does not need it, as in masked diffusion, who
-        moves is drawn first, and rows where nobody does skip the forward.
+        Reading it costs a forward call for the whole batch. A law that does not read it, as in masked diffusion, saves
+        the call for the rows in which nothing changes.
         """
         return self._read()[0]
 
@@ -119,22 +121,25 @@ class Chain:
     # ------------------------------------------------------------------------------------------ for the loop
 
     def move(self, law: Mixture) -> None:
-        """Draw the next ids: some stay, some follow the denoiser, the others return to the prior."""
+        """Draw the next ids: each position keeps its token, draws from the denoiser, or returns to the prior."""
         if law.stay.shape != self.ids.shape or law.denoise.shape != self.ids.shape:
             raise fail(
                 f"a sampler must yield chances of shape (B, L) = {tuple(self.ids.shape)}.",
                 stay=law.stay,
                 denoise=law.denoise,
             )
+        # 1. What each position does, by one uniform number for each.
         chance, token = self.uniform(2, self.ids.shape[1]).unbind(1)
         denoised = self.free & (chance < law.denoise)
         redrawn = self.free & ~denoised & (chance < 1 - law.stay)
+        # 2. Positions that return to the prior.
         ids = self.ids.clone()
         if self.process.mask_id is not None:
             ids[redrawn] = self.process.mask_id
         else:
             size = self.process.vocab_size
             ids = torch.where(redrawn, (token * size).long().clamp_max_(size - 1), ids)
+        # 3. Positions that draw from the denoiser: only for these are logits needed.
         if denoised.any():
             for where, logits in self._at(denoised):
                 found = draw(self._shaping(logits), uniform=token[where])
@@ -144,7 +149,7 @@ class Chain:
         self.ids = ids
 
     def take_likeliest(self) -> None:
-        """Put the likeliest token at every free predicted position: the greedy tail."""
+        """Put the likeliest token at every free predicted position: greedy noise removal."""
         wanted = self.free & self.process.predicted(self.ids)
         ids = self.ids.clone()
         if wanted.any():
@@ -158,7 +163,7 @@ class Chain:
     # ------------------------------------------------------------------------------------------ the denoiser
 
     def _read(self) -> tuple[Tensor, Tensor]:
-        """Return log_p and log_norm of the present ids, computed a few rows of V at a time."""
+        """Return log_p and log_norm of the current ids, computed a few rows of V at a time."""
         if self._present is not None:
             return self._present
         self._logits = self._forward(torch.arange(len(self.ids), device=self.ids.device))
@@ -205,7 +210,7 @@ class Chain:
     def _forward(self, rows: Tensor, head: Callable[..., Tensor] | None = None, wanted: Tensor | None = None) -> Tensor:
         """Return logits (R, L, V) of some rows, or by the head (K, V) at the wanted positions of theirs; counted."""
         if self._sigma is None:
-            raise fail("the sampler has not said at which time the denoiser is asked.", "Call chain.at(t) first.")
+            raise fail("the sampler has not said at which time the denoiser is called.", "Call chain.at(t) first.")
         ids = self.ids if len(rows) == len(self.ids) else self.ids[rows]
         sigma = self._sigma.float()[rows.cpu()].to(ids.device)
         shape: tuple[int, ...]

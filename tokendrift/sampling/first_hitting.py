@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 
@@ -22,6 +23,8 @@ class FirstHitting:
 
     Source: Zheng et al. (arXiv 2409.02908), with the bookkeeping a row.
     """
+
+    sets_steps: ClassVar[bool] = True
 
     def __call__(self, chain: Chain, steps: int | None) -> Iterator[Mixture]:
         """Yield steps that fill one mask in each row that has any."""

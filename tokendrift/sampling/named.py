@@ -1,6 +1,9 @@
-"""Samplers by name, as commands and configuration files spell them."""
+"""The table of samplers by name, as commands and configuration files spell them."""
 
 from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
 
 from tokendrift._checks import fail
 from tokendrift.sampling.ancestral import Analytic, Ancestral
@@ -9,35 +12,68 @@ from tokendrift.sampling.first_hitting import FirstHitting
 from tokendrift.sampling.psi import Psi
 from tokendrift.sampling.remdm import ReMDM, remdm_loop
 
-NAMES = ("ancestral", "analytic", "first-hitting", "remdm-cap", "remdm-rescale", "remdm-conf", "remdm-loop", "psi:...")
+
+def _psi(eta: float, high: str, middle: str, low: str, profile: str = "linear") -> Psi:
+    return Psi(high, middle, low, profile=profile)
+
+
+SAMPLERS: dict[str, Callable[..., Sampler]] = {
+    "ancestral": lambda eta: Ancestral(),
+    "analytic": lambda eta: Analytic(),
+    "first-hitting": lambda eta: FirstHitting(),
+    "remdm-cap": lambda eta: ReMDM("cap", eta),
+    "remdm-rescale": lambda eta: ReMDM("rescale", eta),
+    "remdm-conf": lambda eta: ReMDM("conf", eta),
+    "remdm-loop": remdm_loop,
+    "psi": _psi,
+}
+"""Samplers by name; add your own with ``SAMPLERS["mine"] = lambda eta: MySampler()``.
+
+Each entry is a function that returns a `Sampler`. Its first argument is eta, the chance of remasking. Further arguments
+come from the name, as strings: ``psi:A,B,C`` calls the entry ``psi`` with eta, ``"A"``, ``"B"`` and ``"C"``.
+"""
+
+
+def sampler_names() -> list[str]:
+    """Return how each sampler of the table is spelled, with its required arguments in capitals.
+
+    >>> sampler_names()[-1]
+    'psi:HIGH,MIDDLE,LOW'
+    """
+    spelled = []
+    for name, build in SAMPLERS.items():
+        _, *others = inspect.signature(build).parameters.values()
+        arguments = [one.name.upper() for one in others if one.default is one.empty]
+        spelled.append(f"{name}:{','.join(arguments)}" if arguments else name)
+    return spelled
 
 
 def named_sampler(name: str, *, eta: float = 0.02) -> Sampler:
     """Return the sampler of a name.
 
     Args:
-        name: ``ancestral``, ``analytic``, ``first-hitting``, ``remdm-cap``, ``remdm-rescale``, ``remdm-conf``,
-            ``remdm-loop``, or ``psi:HIGH,MIDDLE,LOW`` with three modes of `Psi` and, after another comma, a profile.
-        eta: Chance of remasking, of the ReMDM samplers.
+        name: A name in `SAMPLERS`, such as ``"ancestral"`` or ``"remdm-cap"``. Arguments follow after a colon, with
+            commas between them: ``"psi:pure-pc,constant-0.5,pure-posterior"`` gives three modes of `Psi`; a fourth
+            argument is its profile.
+        eta: Chance of remasking of the ReMDM samplers. Default: 0.02.
 
     Raises:
-        TokenDriftError: For any other name.
+        TokenDriftError: If the table has no such name, or the number of arguments is wrong.
 
     >>> named_sampler("remdm-cap", eta=0.1)
     ReMDM(rule='cap', eta=0.1)
     """
-    if name in ("ancestral", "analytic", "first-hitting"):
-        return {"ancestral": Ancestral, "analytic": Analytic, "first-hitting": FirstHitting}[name]()
-    if name == "remdm-loop":
-        return remdm_loop(eta)
-    if name in ("remdm-cap", "remdm-rescale", "remdm-conf"):
-        return ReMDM(name.removeprefix("remdm-"), eta)
-    modes = name.removeprefix("psi:").split(",")
-    if name.startswith("psi:") and len(modes) in (3, 4):
-        high, middle, low, profile = [*modes, "linear"][:4]
-        return Psi(high, middle, low, profile=profile)
-    raise fail(
-        f"sampler must be one of {', '.join(NAMES)}.",
-        "psi takes three modes: psi:pure-posterior,max-capped-0.02,pure-posterior",
-        sampler=name,
-    )
+    key, colon, rest = name.partition(":")
+    arguments = [eta, *(rest.split(",") if colon else [])]
+    build = SAMPLERS.get(key)
+    try:
+        if build is None:
+            raise TypeError
+        inspect.signature(build).bind(*arguments)
+    except TypeError:
+        raise fail(
+            f"sampler must be one of {', '.join(sampler_names())}.",
+            "The arguments of a sampler follow its name, for example psi:pure-posterior,max-capped-0.02,pure-posterior",
+            sampler=name,
+        ) from None
+    return build(*arguments)

@@ -1,4 +1,4 @@
-"""Random numbers with an owner: every sample has its own stream, whatever batch it is in."""
+"""Random numbers of each sample: every sample has its own stream, whatever batch it is in."""
 
 from __future__ import annotations
 

@@ -31,8 +31,8 @@ def psi_step(chain: Chain, t: float, s: float, kappa: float | Tensor) -> Mixture
     """Return the law of one psi-step: ``kappa`` of the posterior, the rest predicted and noised afresh.
 
     Args:
-        chain: The batch under way.
-        t: Present time.
+        chain: The state of the batch.
+        t: Current time.
         s: Next time, at most t; 0 means alpha_s = 1.
         kappa: At most 1: a number, or one a position (B, L).
     """
@@ -56,7 +56,7 @@ def remasking_kappa(process: Process, rule: str, eta: float, t: float, s: float)
         rule: ``"constant"`` (sigma = eta), ``"cap"``, ``"rescale"``, or ``"rescale-duo"``, in which DUO's code
             takes eta times min(eta, c).
         eta: Chance of remasking, in [0, 1].
-        t: Present time.
+        t: Current time.
         s: Next time.
     """
     alpha_t, alpha_s = process.levels(t, s)

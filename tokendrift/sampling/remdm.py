@@ -18,7 +18,7 @@ RULES = ("cap", "rescale", "conf")
 
 @dataclass(frozen=True)
 class ReMDM:
-    r"""Masked sampling in which a token that stands goes back to the mask with chance sigma.
+    r"""Masked sampling in which a token that was drawn returns to the mask with probability sigma.
 
     Attributes:
         rule: ``"cap"``: sigma = min(eta, c) with the largest possible c = (1 - alpha_s)/alpha_t;
@@ -63,7 +63,7 @@ class ReMDM:
 
 
 def remdm_loop(eta: float = 0.02, *, t_on: float = 0.55, t_off: float = 0.05, alpha_on: float = 0.9) -> Psi:
-    """Return ReMDM's loop: draw until most is there, remask and redraw at a standing level, then finish.
+    """Return ReMDM's loop: draw most tokens, then remask and redraw at a constant signal level, then finish.
 
     Args:
         eta: Chance of remasking, capped, inside the loop.

@@ -1,4 +1,4 @@
-"""Samples in a JSONL file that grows batch by batch and can be gone on with."""
+"""Samples in a JSON Lines file that grows batch by batch, and that an interrupted run resumes."""
 
 from __future__ import annotations
 
@@ -11,26 +11,27 @@ from typing import Any
 from tokendrift._checks import fail
 
 HEADER = "tokendrift"
-MEASURED = ("nfe", "complete")  # what the header learns at the end; the rest must not change
+MEASURED = ("nfe", "complete")  # fields of the header that are filled in at the end; the others must not change
 
 
 class SampleFile:
-    """One header line, then one object a sample: ``ids``, ``text`` where there is a tokenizer, ``nfe``.
+    """A file of samples: a header line, then one JSON object for each sample.
 
-    The header is ``{"tokendrift": {...}}``: everything that the samples depend on, and at the end their NFE. Until
-    then ``complete`` is false. What a crash leaves of a last line is dropped when the file is opened again.
+    The header is ``{"tokendrift": {...}}`` with everything that the samples depend on. At the end their NFE is added;
+    until then, ``complete`` is false. A sample has ``ids``, ``text`` if there is a tokenizer, and ``nfe``. An
+    incomplete last line, as a crash may leave it, is dropped when the file is opened again.
 
     Args:
         path: The file; folders above it are made.
-        settings: What the samples depend on, JSON-like. A file that has others is refused.
+        settings: What the samples depend on, fit for JSON. A file with other settings is refused.
 
     Attributes:
-        count: Samples that stand in the file.
+        count: Number of samples in the file.
         complete: Whether the run was finished.
-        nfe: ``{"mean": ..., "max": ...}`` of the samples' forward calls, once it was; empty until then.
+        nfe: ``{"mean": ..., "max": ...}`` of the samples' forward calls if the run was finished, else empty.
 
     Raises:
-        TokenDriftError: If the file is there and is none of this kind, belongs to other settings, or cannot be
+        TokenDriftError: If the file exists and is not a file of samples, belongs to other settings, or cannot be
             written to.
     """
 
@@ -54,13 +55,13 @@ class SampleFile:
         self.count = count
 
     def append(self, samples: Sequence[Mapping[str, Any]]) -> None:
-        """Write some samples, all or, if something stops it, a part that is mended later."""
+        """Write some samples; if this is interrupted, the incomplete part is dropped when the run is resumed."""
         with _plain_errors(self.path), self.path.open("ab") as file:
             file.write(b"".join(_line(sample) for sample in samples))
         self.count += len(samples)
 
     def finish(self) -> None:
-        """Put the measured NFE into the header: the file is replaced by one that has it, whole or not at all."""
+        """Put the measured NFE into the header. The file is replaced as a whole or not at all."""
         nfe = [sample["nfe"] for sample in self._samples()]
         self.nfe, self.complete = {"mean": sum(nfe) / len(nfe), "max": max(nfe)}, True
         part = self.path.with_name(f".{self.path.name}.part")
@@ -94,13 +95,13 @@ class SampleFile:
                 header = json.loads(file.readline())[HEADER]
             before = {name: value for name, value in header.items() if name not in MEASURED}
         except (ValueError, KeyError, TypeError, AttributeError):
-            raise fail(f"{self.path} is there and holds no samples of this kind.", "Choose another output.") from None
+            raise fail(f"{self.path} exists and holds no samples of this kind.", "Choose another output.") from None
         changed = [name for name in self.settings | before if self.settings.get(name) != before.get(name)]
         if changed:
             shown = "\n".join(f"    {n}: {before.get(n)!r} there, {self.settings.get(n)!r} now" for n in changed)
             raise fail(
                 f"{self.path} was begun with other settings:\n{shown}",
-                "Go on with the same settings, or choose another output.",
+                "Resume with the same settings, or choose another output.",
             )
         self.count = sum(1 for _ in self._samples())
         self.complete, self.nfe = header.get("complete") is True, header.get("nfe") or {}

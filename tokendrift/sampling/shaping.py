@@ -1,4 +1,4 @@
-"""What is done to the denoiser's law before a draw: temperature, top-k, nucleus."""
+"""Temperature, top-k and nucleus (top-p): how the denoiser's distribution is changed before a draw."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ FIRST_WIDTH, WIDTH_GROWTH = 256, 16  # a nucleus is looked for among the likelie
 
 @dataclass(frozen=True)
 class Shaping:
-    """Temperature, then top-k, then nucleus; at 1, None and 1 the model's own law.
+    """Temperature, then top-k, then nucleus. With the defaults, the model's own distribution is kept.
 
     Attributes:
         temperature: Divides the logits; below 1 sharpens every prediction.
-        top_k: Keep the k likeliest tokens (and those tied with the last of them).
+        top_k: Keep the k likeliest tokens, and those that are as likely as the last of them.
         top_p: Keep the likeliest tokens up to this probability.
-        nucleus: What becomes of the token that crosses top_p: ``"keep"`` as DUO and SDTT do, ``"drop"`` as ReMDM
-            and BD3-LM do (the likeliest always stays). With 0.6 of (0.5, 0.3, 0.15, 0.05) they leave two tokens
-            and one.
+        nucleus: Whether the token that crosses top_p is kept: ``"keep"`` as in DUO and SDTT, or ``"drop"`` as in ReMDM
+            and BD3-LM (the likeliest token always stays). For top_p = 0.6 and probabilities (0.5, 0.3, 0.15, 0.05),
+            ``"keep"`` leaves two tokens and ``"drop"`` one.
     """
 
     temperature: float = 1.0

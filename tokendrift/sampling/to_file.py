@@ -11,18 +11,16 @@ from typing import Any
 import torch
 
 import tokendrift
-from tokendrift._checks import check_choice, check_count, check_device, fail
-from tokendrift.diffusion import Process
+from tokendrift._checks import check_choice, check_count, fail
+from tokendrift.devices import resolve_device
 from tokendrift.files import weight_digest
-from tokendrift.models import DiT, build, read_checkpoint
-from tokendrift.models.tokenizer import find_tokenizer, load_tokenizer
-from tokendrift.sampling.loop import NOISE_REMOVAL, Samples
+from tokendrift.models import build, read_checkpoint
+from tokendrift.models.tokenizer import decode, encode, find_tokenizer
+from tokendrift.sampling.loop import NOISE_REMOVAL, Samples, sample, window_views
 from tokendrift.sampling.named import named_sampler
 from tokendrift.sampling.sample_file import SampleFile
-from tokendrift.sampling.semi_autoregressive import semi_autoregressive, window_starts
 from tokendrift.sampling.shaping import Shaping
 
-AS_IT_IS = {"skip_special_tokens": False, "clean_up_tokenization_spaces": False}
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 
@@ -30,22 +28,35 @@ DTYPES = ("float32", "bfloat16", "float16", "float64")
 class SampleConfig:
     """What a file of samples depends on, apart from the weights.
 
+    The descriptions are also the help texts of the command. ``device="auto"`` becomes the name of the chosen device.
+
     Attributes:
-        checkpoint: Hub id, folder or file.
-        n: Samples.
-        steps: Reverse steps; None for ``first-hitting``.
-        sampler: A name that `named_sampler` knows.
-        eta: Chance of remasking, of the ReMDM samplers.
-        temperature, top_k, top_p, nucleus, noise_removal: As in `sample`.
-        length: Tokens a sample; the model's own length by default. A longer one is drawn window by window.
-        stride: New tokens a window; half of one by default.
-        prefix: Text that every sample begins with.
-        seed: Seed of the run.
-        batch_size: Rows a forward call.
-        revision: Branch, tag or commit of a hub id.
-        tokenizer: ``tokenizer.json``, folder or hub name; by default the checkpoint's.
-        dtype: Dtype of the parameters.
-        device: Where to sample.
+        checkpoint: Hub id, folder, safetensors file or Lightning .ckpt.
+        n: Number of samples. Default: 64.
+        steps: Number of reverse steps, of each window. Required by every sampler but first-hitting.
+        sampler: Name of a sampler in the table, see `named_sampler`. Default: ancestral.
+        eta: Probability that a ReMDM sampler masks a token again; other samplers ignore it. Default: 0.02.
+        temperature: Divides the logits: below 1 sharpens every prediction, 1 is the model's own law. Default: 1.
+        top_k: Draw among the k likeliest tokens. Default: all tokens.
+        top_p: Draw among the likeliest tokens up to this probability. Default: 1, all tokens.
+        nucleus: Whether the token that crosses top-p can be drawn: keep (it can) or drop (it cannot). Default: keep.
+        noise_removal: How the last noise is removed: ancestral (by the last step), greedy (by the likeliest tokens,
+            with one more function evaluation) or none. Default: ancestral.
+        length: Tokens of a sample. Samples longer than the model are drawn window by window. Default: the length of
+            the model.
+        stride: New tokens of each further window. Default: half of the model's length.
+        prefix: Text that every sample begins with. Default: none.
+        seed: Random seed. Each sample derives its own seed from it, so that results do not depend on the batch size.
+            Default: 0.
+        batch_size: Samples drawn together in one forward call. Default: 32.
+        revision: Branch, tag or commit of a hub id. Default: the main branch.
+        tokenizer: A tokenizer.json, a folder or a hub id. Default: the checkpoint's own tokenizer, or GPT-2's for a
+            vocabulary of its size.
+        dtype: Data type of the parameters: float32, bfloat16, float16 or float64. Default: float32.
+        device: Device such as cpu or cuda:0; auto takes cuda if it is available, else cpu. Default: auto.
+
+    Raises:
+        TokenDriftError: If an option is out of range.
     """
 
     checkpoint: str
@@ -66,58 +77,55 @@ class SampleConfig:
     revision: str | None = None
     tokenizer: str | None = None
     dtype: str = "float32"
-    device: str = "cpu"
+    device: str = "auto"
 
     def __post_init__(self) -> None:
-        check_count("n", self.n, least=1)
-        check_count("batch_size", self.batch_size, least=1)
+        for name in ("n", "batch_size"):
+            check_count(name, getattr(self, name), least=1)
         check_count("seed", self.seed)
         check_choice("dtype", self.dtype, DTYPES)
         check_choice("noise_removal", self.noise_removal, NOISE_REMOVAL)
         Shaping(self.temperature, self.top_k, self.top_p, self.nucleus)
-        named_sampler(self.sampler, eta=self.eta)
-        check_device(self.device)
-        if (self.steps is None) != (self.sampler == "first-hitting"):
+        object.__setattr__(self, "device", str(resolve_device(self.device, needs_float64=True)))
+        sets_steps = getattr(named_sampler(self.sampler, eta=self.eta), "sets_steps", False)
+        if (self.steps is None) != sets_steps:
             raise fail(
-                "steps belongs to every sampler but first-hitting, which takes one a mask.",
-                "Pass steps, or leave them out with first-hitting.",
+                "steps belongs to every sampler but first-hitting, which takes one step for each mask.",
+                "Leave steps out for this sampler." if sets_steps else "Pass steps, the number of reverse steps.",
                 sampler=self.sampler,
                 steps=self.steps,
             )
 
 
-class Source:
-    """A loaded checkpoint with its tokenizer, ready to draw the rows of a run.
+class CheckpointSampler:
+    """A loaded checkpoint with its tokenizer, ready to draw the samples of a run.
 
     Args:
         config: What to load and how to draw.
 
     Attributes:
         settings: The header of the file: configuration, versions, and what the checkpoint turned out to be.
-        steps: Steps of a batch, all windows together.
+        steps: Steps of a batch, of all windows together.
     """
 
     def __init__(self, config: SampleConfig) -> None:
-        found = read_checkpoint(config.checkpoint, revision=config.revision)
         self.config = config
-        self.model: DiT
-        self.process: Process
+        # 1. The network, its process and its tokenizer.
+        found = read_checkpoint(config.checkpoint, revision=config.revision)
         self.model, self.process = build(found, dtype=getattr(torch, config.dtype), device=config.device)
+        own = find_tokenizer(
+            found.folder, self.process.vocab_size, source=config.tokenizer, fetch=found.revision is not None
+        )
+        self.tokenizer: Any = None if own is None else own[0]
+        # 2. The length of a sample and what it begins with.
         self.window = self.model.config.model_length
         self.length = self.window if config.length is None else check_count("length", config.length, least=1)
-        self.tokenizer: Any = None
-        where: str | None = None
-        if config.tokenizer is not None:
-            self.tokenizer, where = load_tokenizer(config.tokenizer), config.tokenizer
-        elif (
-            own := find_tokenizer(found.folder, self.process.vocab_size, fetch=found.revision is not None)
-        ) is not None:
-            self.tokenizer, where = own
         self.prefix = self._prefix_ids()
-        windows = len(window_starts(self.length, self.window, config.stride))
-        steps = (config.steps or 0) + (config.noise_removal == "greedy")
-        # First-hitting takes one step a mask.
-        self.steps = windows * steps if config.steps else self.length - len(self.prefix) + windows * steps
+        # 3. The number of steps; a sampler that sets it itself takes one for each mask.
+        windows = len(window_views(self.length, self.window, config.stride))
+        self.steps = windows * ((config.steps or 0) + (config.noise_removal == "greedy"))
+        if config.steps is None:
+            self.steps += self.length - len(self.prefix)
         self.settings = {
             "version": tokendrift.__version__,
             "torch": torch.__version__,
@@ -126,23 +134,28 @@ class Source:
             "weights": weight_digest(self.model)[:16],
             "process": repr(self.process),
             "length": self.length,
-            "tokenizer": where,
+            "tokenizer": None if own is None else own[1],
             "prefix_ids": self.prefix,
         }
 
-    def rows(self, first: int, count: int, progress: Callable[[int], object] | None) -> list[dict[str, Any]]:
-        """Return some samples of the run as the lines of the file."""
+    def draw(
+        self,
+        first: int,
+        count: int,
+        *,
+        progress: Callable[[int], object] | None = None,
+        on_batch: Callable[[Samples], object] | None = None,
+    ) -> Samples:
+        """Draw samples ``first`` to ``first + count - 1`` of the run, batch by batch."""
         config = self.config
-        given = torch.zeros(count, self.length, dtype=torch.int64)
-        given_mask = torch.zeros_like(given, dtype=torch.bool)
-        given[:, : len(self.prefix)] = torch.tensor(self.prefix, dtype=torch.int64)
-        given_mask[:, : len(self.prefix)] = True
-        found: Samples = semi_autoregressive(
+        # Every row begins with the prefix.
+        given, given_mask = torch.zeros(self.length, dtype=torch.int64), torch.zeros(self.length, dtype=torch.bool)
+        given[: len(self.prefix)] = torch.tensor(self.prefix, dtype=torch.int64)
+        given_mask[: len(self.prefix)] = True
+        return sample(
             self.model,
             self.process,
             (count, self.length),
-            window=self.window,
-            stride=config.stride,
             steps=config.steps,
             sampler=named_sampler(config.sampler, eta=config.eta),
             temperature=config.temperature,
@@ -150,18 +163,23 @@ class Source:
             top_p=config.top_p,
             nucleus=config.nucleus,
             noise_removal=config.noise_removal,
-            given=given,
-            given_mask=given_mask,
+            given=given.expand(count, -1),
+            given_mask=given_mask.expand(count, -1),
+            batch_size=config.batch_size,
+            window=self.window,
+            stride=config.stride,
             seed=config.seed,
             first_row=first,
             device=config.device,
             progress=progress,
+            on_batch=on_batch,
         )
-        lines: list[dict[str, Any]] = []
-        for ids, nfe in zip(found.ids.tolist(), found.row_nfe.tolist(), strict=True):
-            text = {} if self.tokenizer is None else {"text": self.tokenizer.decode(ids, **AS_IT_IS)}
-            lines.append({"ids": ids, **text, "nfe": nfe})
-        return lines
+
+    def lines(self, drawn: Samples) -> list[dict[str, Any]]:
+        """Return samples as the lines of the file."""
+        ids, calls = drawn.ids.tolist(), drawn.row_nfe.tolist()
+        texts = [{}] * len(ids) if self.tokenizer is None else [{"text": text} for text in decode(self.tokenizer, ids)]
+        return [{"ids": row, **text, "nfe": nfe} for row, text, nfe in zip(ids, texts, calls, strict=True)]
 
     def _prefix_ids(self) -> list[int]:
         """Return the ids of the prefix, none without one."""
@@ -169,44 +187,49 @@ class Source:
             return []
         if self.tokenizer is None:
             raise fail("prefix is text, and the checkpoint has no tokenizer.", "Name one with tokenizer.")
-        ids: list[int] = list(self.tokenizer(self.config.prefix, add_special_tokens=False)["input_ids"])
+        (ids,) = encode(self.tokenizer, [self.config.prefix])
         if len(ids) >= self.length:
-            raise fail(f"prefix has {len(ids)} tokens, a sample {self.length}.", "Shorten it, or raise length.")
+            raise fail(f"prefix has {len(ids)} tokens, a sample {self.length}.", "Shorten the prefix, or raise length.")
         return ids
 
 
 def sample_to_file(
     config: SampleConfig, path: str | Path, *, progress: Callable[[float], object] | None = None
 ) -> SampleFile:
-    """Draw samples into a file, or go on with a file that was begun with the same settings.
+    """Draw samples into a file, or resume a file that was begun with the same settings.
 
-    Batches are written as they come. A file that was interrupted goes on at the start of a batch, so that in the end
-    it has the bytes of an uninterrupted run.
+    Batches are written as they are drawn. A file that was interrupted is resumed at the start of a batch, so that in
+    the end it has the bytes of an uninterrupted run.
 
     Args:
         config: What to draw.
-        path: A JSONL file, see `SampleFile`.
-        progress: Called with the number of samples drawn, in parts of samples within a batch.
+        path: A JSON Lines file, see `SampleFile`.
+        progress: Called with the number of samples drawn, which includes fractions of samples within a batch.
 
     Raises:
         TokenDriftError: If the checkpoint cannot be read, the configuration does not fit it, or the file belongs to
             other settings.
     """
-    source = Source(config)
+    source = CheckpointSampler(config)
     file = SampleFile(Path(path), source.settings)
     if file.complete:
         return file
     # The last batch may be short; any other that is not whole is drawn again.
     file.keep(file.count if file.count >= config.n else file.count - file.count % config.batch_size)
-    while file.count < config.n:
-        size, done = min(config.batch_size, config.n - file.count), float(file.count)
+    taken = 0
 
-        def tick(steps: int, size: int = size) -> None:
-            nonlocal done
-            done += size * steps / source.steps
-            if progress is not None:
-                progress(done)
+    def step_taken(steps: int) -> None:
+        nonlocal taken
+        taken += steps
+        if progress is not None:
+            progress(file.count + min(config.batch_size, config.n - file.count) * taken / source.steps)
 
-        file.append(source.rows(file.count, size, tick))
+    def batch_drawn(drawn: Samples) -> None:
+        nonlocal taken
+        file.append(source.lines(drawn))
+        taken = 0
+
+    if file.count < config.n:
+        source.draw(file.count, config.n - file.count, progress=step_taken, on_batch=batch_drawn)
     file.finish()
     return file

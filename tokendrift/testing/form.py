@@ -66,7 +66,7 @@ def assert_well_formed(
     exclude_positive: Tensor | None = None,
     exclude_negative: Tensor | None = None,
 ) -> None:
-    """Assert one finite drift an anchor, in the dtype of the anchors, also for anchors that see no negative.
+    """Assert one finite drift for each anchor, in the dtype of the anchors, also for anchors that see no negative.
 
     A first training step with one sequence and empty queues is such a case: the only negative is the anchor.
 

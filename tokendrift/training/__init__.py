@@ -2,48 +2,55 @@
 
 from tokendrift.models.tokenizer import TextTokenizer, text_tokenizer
 from tokendrift.training.card import evaluation_table
-from tokendrift.training.config import RefineConfig
-from tokendrift.training.objectives import (
-    Continuation,
-    CurriculumContinuation,
-    Denoising,
-    Drift,
+from tokendrift.training.config import PRESETS, RefineConfig, make_config, parse_settings
+from tokendrift.training.objectives import OBJECTIVES
+from tokendrift.training.objectives.continuation import Continuation, CurriculumContinuation, Denoising, ScoreEntropy
+from tokendrift.training.objectives.drift import CombinedConfig, Drift, DriftConfig
+from tokendrift.training.objectives.objective import (
     Objective,
-    ScoreEntropy,
+    ObjectiveConfig,
+    ObjectiveSetup,
+    StatefulObjective,
     StepLoss,
 )
+from tokendrift.training.objectives.trajectories import OwnTrajectories, PairsConfig, chain_positions
 from tokendrift.training.optimization import LoopConfig, Optimization, train, windows
 from tokendrift.training.packing import PackedText
 from tokendrift.training.records import read_log
 from tokendrift.training.refinement import Refined, refine
-from tokendrift.training.settings import PRESETS, make_config, parse_settings
 from tokendrift.training.text import DatasetRows, Documents, Piece, TextFiles
-from tokendrift.training.trajectories import OwnTrajectories, places
 
 __all__ = [
+    "OBJECTIVES",
     "PRESETS",
+    "CombinedConfig",
     "Continuation",
     "CurriculumContinuation",
     "DatasetRows",
     "Denoising",
     "Documents",
     "Drift",
+    "DriftConfig",
     "LoopConfig",
     "Objective",
+    "ObjectiveConfig",
+    "ObjectiveSetup",
     "Optimization",
     "OwnTrajectories",
     "PackedText",
+    "PairsConfig",
     "Piece",
     "RefineConfig",
     "Refined",
     "ScoreEntropy",
+    "StatefulObjective",
     "StepLoss",
     "TextFiles",
     "TextTokenizer",
+    "chain_positions",
     "evaluation_table",
     "make_config",
     "parse_settings",
-    "places",
     "read_log",
     "refine",
     "text_tokenizer",

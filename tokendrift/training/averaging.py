@@ -13,8 +13,9 @@ class WeightAverage:
     """An exponential moving average of parameters, kept beside them.
 
     Args:
-        parameters: What is averaged.
-        decay: Share that the average keeps a step; early steps use (1 + n) / (10 + n) where that is less.
+        parameters: The parameters to average.
+        decay: Share that the average keeps at each step; step n uses (1 + n) / (10 + n) while that is less. 0 keeps no
+            average.
     """
 
     def __init__(self, parameters: Iterable[nn.Parameter], decay: float) -> None:
@@ -23,20 +24,20 @@ class WeightAverage:
 
     @torch.no_grad()
     def update(self, step: int) -> None:
-        """Take the weights in after the step of this number, from 0."""
+        """Include the weights after a step in the average; steps are numbered from 0."""
         if self.values:
             decay = min(self.decay, (1 + step) / (10 + step))
             torch._foreach_lerp_(self.values, [parameter.detach() for parameter in self.parameters], 1 - decay)
 
     @torch.no_grad()
     def take(self) -> None:
-        """Let the average be what the parameters are."""
+        """Set the average to the present parameters."""
         for value, parameter in zip(self.values, self.parameters, strict=True):
             value.copy_(parameter)
 
     @torch.no_grad()
     def swap(self) -> None:
-        """Exchange weights and average, bit by bit."""
+        """Exchange weights and average exactly."""
         for parameter, value in zip(self.parameters, self.values, strict=False):
             kept = parameter.detach().clone()
             parameter.copy_(value)
@@ -44,7 +45,7 @@ class WeightAverage:
 
     @contextmanager
     def applied(self) -> Iterator[None]:
-        """Let the parameters hold the average inside the block."""
+        """Let the parameters have their averaged values inside the block."""
         self.swap()
         try:
             yield

@@ -1,4 +1,4 @@
-"""The README of a refined model: how it was made, what was measured, what it is not good for."""
+"""The README of a refined model: how it was made, what was measured, and its limits."""
 
 from __future__ import annotations
 
@@ -10,22 +10,6 @@ from tokendrift import __version__
 from tokendrift.models.hub import is_hub_id
 from tokendrift.training.config import RefineConfig
 
-COLUMNS = {
-    "gen_ppl": "Gen.-PPL",
-    "sample_entropy": "sample entropy (nats)",
-    "unigram_entropy": "unigram entropy (nats)",
-    "distinct_3": "distinct 3-grams",
-    "repetition_4": "repeated 4-grams",
-}
-WAYS = {
-    "drift": "the drifting loss of TokenDrift (arXiv 2605.19470) alone, without the denoising loss",
-    "continuation": "its own denoising objective",
-    "combined": "the drifting loss of TokenDrift (arXiv 2605.19470) beside its own denoising objective",
-    "pairs": "a drift of the law of token pairs on its own few-step chains (`PairDriftLoss`)",
-    "mirror-kl": "the KL mirror teacher of TokenDrift (arXiv 2605.19470)",
-    "mirror-mse": "the MSE mirror teacher of TokenDrift (arXiv 2605.19470)",
-}
-
 
 def model_card(
     config: RefineConfig, evaluations: Sequence[dict[str, Any]], *, steps: int, process: str, judge: str | None = None
@@ -33,11 +17,12 @@ def model_card(
     """Return a model card in Markdown, with the front matter of the hub.
 
     Args:
-        config: The run.
-        evaluations: Rows as `FewStep` measures them, each with ``step`` and ``nfe``; a row of real text has nfe None.
-        steps: Optimiser steps taken.
+        config: The settings of the run.
+        evaluations: Rows as `FewStepEvaluation` measures them, each with ``step`` and ``nfe``; for real text, ``nfe``
+            is None.
+        steps: Number of optimiser steps taken.
         process: Name of the corruption process.
-        judge: Name of the judge behind Gen.-PPL; None where nothing was judged.
+        judge: Name of the judge that measured Gen.-PPL. Default: none.
     """
     source = ", ".join(config.text) or config.dataset or "text of the caller"
     base = f"base_model: {config.checkpoint}\n" if _on_the_hub(config.checkpoint) else ""
@@ -53,7 +38,7 @@ library_name: tokendrift
 # {config.checkpoint}, refined
 
 A {process} diffusion language model: `{config.checkpoint}`, trained for {steps:,} more steps with
-{WAYS[config.objective]}.
+{config.objective.description}.
 
 ```python
 from tokendrift.models import load_denoiser
@@ -110,13 +95,15 @@ def _name(row: dict[str, Any]) -> str:
 
 def _cells(rows: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
     """Return the head of a table and its lines."""
-    columns = [name for name in COLUMNS if any(name in row for row in rows)]
+    from tokendrift.evaluation.figures import main_figures
+
+    columns = main_figures(*rows)
     lines = []
     for row in rows:
         real = row.get("nfe") is None
         cells = [_name(row), "" if real else f"{row['step']:,}", "" if real else str(row["nfe"])]
-        lines.append(cells + [f"{row[name]:.3g}" if name in row else "" for name in columns])
-    return ["model", "step", "NFE", *(COLUMNS[name] for name in columns)], lines
+        lines.append(cells + [f"{row[each.name]:.{each.digits}f}" if each.name in row else "" for each in columns])
+    return ["model", "step", "NFE", *(figure.label for figure in columns)], lines
 
 
 def _on_the_hub(checkpoint: str) -> bool:

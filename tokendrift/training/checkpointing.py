@@ -1,7 +1,7 @@
-"""Checkpoints of a run that appear whole or not at all, are checked when read, and fall back to the one before.
+"""Checkpoints of a run: written completely or not at all, verified when read, with a fallback to the one before.
 
-One folder a checkpoint: named tensors as safetensors and ``state.json``, which holds everything else and the SHA-256 of
-each tensor file. It is written under another name, flushed to the disk and then renamed; nothing is pickled.
+A checkpoint is a folder with named tensors as safetensors and with ``state.json``, which holds everything else and the
+SHA-256 of each tensor file. It is written under another name, flushed to the disk and then renamed. Nothing is pickled.
 """
 
 from __future__ import annotations
@@ -21,8 +21,6 @@ from tokendrift.files import file_digest, flush_to_disk
 STATE = "state.json"
 NAME, UNFINISHED, BROKEN = "step-", ".saving-", "broken-"
 
-Tell = Callable[[str], object]
-
 
 class Stored(NamedTuple):
     """A checkpoint as read.
@@ -39,16 +37,16 @@ class Stored(NamedTuple):
 def save_checkpoint(
     folder: Path, step: int, groups: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any]
 ) -> Path:
-    """Write a checkpoint and return its place.
+    """Write a checkpoint and return its folder.
 
     Args:
-        folder: Where the checkpoints of the run lie.
-        step: Finished optimiser steps; names the checkpoint.
-        groups: Named tensors, one file for each group.
-        state: Whatever else is needed, fit for JSON.
+        folder: Folder of all checkpoints of the run.
+        step: Number of finished optimiser steps, which names the checkpoint.
+        groups: Named tensors; each group becomes one file.
+        state: Everything else, fit for JSON.
 
     Raises:
-        OSError: If it cannot be written, on a full disk for instance; nothing of it is left then.
+        OSError: If it cannot be written, for instance on a full disk; nothing of it is left then.
     """
     from safetensors import SafetensorError
     from safetensors.torch import save_file
@@ -84,8 +82,8 @@ def load_checkpoint(place: Path) -> Stored:
     """Read a checkpoint.
 
     Raises:
-        TokenDriftError: If a file is missing, or not what was written.
-        OSError: If the disk does not give it; it may be whole.
+        TokenDriftError: If a file is missing, or is not what was written.
+        OSError: If the disk fails to return it; the checkpoint may be complete.
     """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
@@ -103,14 +101,14 @@ def load_checkpoint(place: Path) -> Stored:
     return Stored(tensors, state)
 
 
-def latest_checkpoint(folder: Path, tell: Tell) -> tuple[Path, Stored] | None:
-    """Return the newest checkpoint that is whole, None without any.
+def latest_checkpoint(folder: Path, warn: Callable[[str], object]) -> tuple[Path, Stored] | None:
+    """Return the newest complete checkpoint, or None if there is none.
 
-    Newer ones that are not are named, and renamed to ``broken-...`` so that they no longer count. One that the disk
-    did not give keeps its name: it may be read next time.
+    Damaged checkpoints that are newer are reported to ``warn`` and renamed to ``broken-...``, so that they no longer
+    count. A checkpoint that the disk failed to return keeps its name: it may be readable next time.
 
     Raises:
-        TokenDriftError: If there are some, and none can be read; all keep their names.
+        TokenDriftError: If there are checkpoints and none can be read; all keep their names.
     """
     places = list_checkpoints(folder)
     damaged, reasons = list[Path](), list[str]()
@@ -124,7 +122,7 @@ def latest_checkpoint(folder: Path, tell: Tell) -> tuple[Path, Stored] | None:
             reasons.append(f"the checkpoint {place} cannot be read: {error}.")
         else:
             for reason in reasons:
-                tell(f"{reason} Going back to the one before.")
+                warn(f"{reason} Going back to the one before.")
             for broken in damaged:
                 aside = broken.with_name(BROKEN + broken.name)
                 shutil.rmtree(aside, ignore_errors=True)
@@ -139,12 +137,12 @@ def latest_checkpoint(folder: Path, tell: Tell) -> tuple[Path, Stored] | None:
 
 
 def checkpoint_place(folder: Path, step: int) -> Path:
-    """Return where the checkpoint of a step lies."""
+    """Return the folder of the checkpoint of a step."""
     return folder / f"{NAME}{step:08d}"
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
-    """Return the checkpoints of a run, oldest first; clear away what an interruption left half written."""
+    """Return the checkpoints of a run, oldest first; remove what an interruption left half written."""
     if not folder.is_dir():
         return []
     for left in [*folder.glob(f"{UNFINISHED}*"), *(p for p in folder.glob(f"{NAME}*") if not (p / STATE).exists())]:
@@ -153,7 +151,7 @@ def list_checkpoints(folder: Path) -> list[Path]:
 
 
 def prune_checkpoints(folder: Path, keep: int, spare: Collection[int] = ()) -> None:
-    """Remove all checkpoints but the newest ``keep`` and those of the steps in ``spare``."""
+    """Remove all checkpoints except the newest ``keep`` and those of the steps in ``spare``."""
     spared = {f"{NAME}{step:08d}" for step in spare}
     for place in list_checkpoints(folder)[:-keep]:
         if place.name not in spared:
@@ -161,6 +159,6 @@ def prune_checkpoints(folder: Path, keep: int, spare: Collection[int] = ()) -> N
 
 
 def remove_checkpoint(place: Path) -> None:
-    """Remove a checkpoint; its state goes first, so that an interruption leaves nothing that looks whole."""
+    """Remove a checkpoint, its state first, so that an interruption leaves nothing that looks complete."""
     (place / STATE).unlink(missing_ok=True)
     shutil.rmtree(place, ignore_errors=True)

@@ -1,105 +1,91 @@
-"""The configuration of a refinement: one frozen dataclass that refuses what cannot work."""
+"""The configuration of a refinement, and where it comes from: presets, a TOML file, single values."""
 
 from __future__ import annotations
 
 import dataclasses
 import difflib
-import json
-import os
-import types
-import typing
-from collections.abc import Mapping
+import sys
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
-from tokendrift._checks import check_choice, check_count, check_positive, fail
-from tokendrift.field import NORMALIZATIONS
+from tokendrift._checks import check_choice, check_count, fail
+from tokendrift.errors import TokenDriftError
+from tokendrift.files import read_text
+from tokendrift.training.objectives import OBJECTIVES
+from tokendrift.training.objectives.drift import DriftConfig
+from tokendrift.training.objectives.objective import ObjectiveConfig
 from tokendrift.training.optimization import LoopConfig
-
-OBJECTIVES = ("drift", "continuation", "combined", "pairs", "mirror-kl", "mirror-mse")
-BASE_WEIGHTS = {"combined": 1.0, "pairs": 0.1}  # unless it is given; no other objective has one
-DOCUMENTS = ("file", "paragraph", "line")
-PRECISIONS = ("fp32", "bf16")
-KERNELS = ("gaussian", "laplace", "sharp_laplace")
-# What may differ when a run goes on: it changes what is told and kept, not what is learned.
-BOOKKEEPING = frozenset(
-    (
-        *("output", "log_every", "checkpoint_every", "keep", "tensorboard", "wandb", "judge", "entropy_tolerance"),
-        "baseline",
-        *("evaluate_every", "evaluate_samples", "evaluate_nfe", "evaluate_batch"),
-    )
+from tokendrift.training.settings import (
+    Settings,
+    SettingType,
+    check_fraction,
+    describe_setting,
+    from_text,
+    setting_types,
+    to_toml,
 )
-# What no other objective than "pairs" reads.
-PAIR_SETTINGS = frozenset(("chains", "pair_decay", "pair_classes", "pair_sequences"))
+
+DEFAULT_OBJECTIVE = "drift"
+RETIRED = frozenset(("pair_classes",))  # settings of earlier versions, which are read and have no effect
 
 
 @dataclass(frozen=True)
-class RefineConfig:
+class RefineConfig(Settings):
     """Everything a refinement depends on.
 
+    Settings have flat names in TOML files, flags and `make_config`: those of the objective stand beside the others.
+
     Attributes:
-        checkpoint: What `load_denoiser` takes: a hub id, a folder or a file. Also the frozen encoder.
+        checkpoint: Checkpoint to refine: hub id, folder or file, as `load_denoiser` takes it. The frozen encoder is a
+            copy of it.
         output: Folder for the refined model, its checkpoints and its log.
-        revision: Branch, tag or commit of a hub id.
-        text: Text files (``.txt`` and others) and JSON lines (``.jsonl``, ``.ndjson``, ``.json``), either of them
-            gzipped (``.gz``) or not.
-        dataset: Name of a Hugging Face dataset, or a folder that ``datasets`` has saved; instead of ``text``.
-        dataset_config: Configuration of that dataset.
-        dataset_split: Split of that dataset.
-        text_field: Field of JSON lines and of the dataset that holds the text.
-        documents: What one document of a text file is: the ``"file"``, a ``"paragraph"`` or a ``"line"``. An
-            end-of-text token stands after each.
-        tokenizer: Folder, ``tokenizer.json`` or hub id; by default the checkpoint's own, GPT-2's for a checkpoint
-            without one and of GPT-2's vocabulary.
-        length: L; by default that of the checkpoint.
-        wrap: Begin every sequence with BOS and end it with EOS, as the released checkpoints were trained.
-        shuffle: Sequences in a block that is shuffled as a whole; 1 keeps the order of the text.
-        objective: ``"drift"``; ``"continuation"``, the backbone's own objective; ``"combined"``, both; ``"pairs"``,
-            `PairDriftLoss` on the model's own few-step chains (`OwnTrajectories`); ``"mirror-kl"`` and
-            ``"mirror-mse"``, the paper's teachers in logit space.
-        baseline: First train the checkpoint by its own objective on the same batches and noise, into the folder
-            ``continuation`` of the output, and show both.
-        base_weight: Weight of the backbone's own objective beside the drift; by default 1 in ``"combined"`` and 0.1 in
-            ``"pairs"``, where 0 leaves it out.
-        chains: Numbers of steps of the chains in ``"pairs"``.
-        pair_decay: Share of the law of generated pairs that a micro-batch keeps.
-        pair_classes: Without effect. Pairs of more than 4,096 tokens are counted in buckets (`PairDriftLoss`).
-        pair_sequences: Sequences of the text whose pairs are counted before the first step; training goes on counting.
-        temperatures: tau of the field.
-        queue_size: Features in each queue.
-        drift_scale: alpha.
-        normalization: That of `DriftField`.
-        kernel: That of `DriftField`.
-        exclude_paired_positive: Hide an anchor's own clean sequence from its positives.
-        window: Positions pooled into one feature; the whole sequence by default, as in the paper.
-        encoder_time: Diffusion time that a time-conditioned encoder is told; 0 is clean.
-        mirror_step: eta of the mirror teachers.
-        freeze_queues: Let all micro-batches of a step see the same queues (see `TokenDriftLoss`); by default each is
-            pushed at once, as in the paper.
-        steps: Optimiser steps.
-        batch_size: Sequences an optimiser step, over all processes and micro-batches.
-        micro_batch: Sequences a forward call of one process; the batch must be a multiple of it times the processes.
-        learning_rate: Peak rate of AdamW.
-        schedule: ``"constant"``, ``"cosine"`` (to 2 % of the peak) or ``"linear"`` (to 0), after the warm-up.
-        warmup: Linear warm-up steps.
-        weight_decay: AdamW's.
-        betas: AdamW's.
-        clip: Largest gradient norm.
-        ema: Decay of the average of the weights, which is the model that is evaluated and written; 0 for none.
-        dropout: Dropout probability; by default the checkpoint's.
-        precision: ``"fp32"``, or ``"bf16"`` for the network under autocast; losses are float32 in either.
-        seed: Of data order, noise, dropout and evaluation.
-        log_every: Steps between lines of the log.
-        checkpoint_every: Steps between checkpoints.
-        keep: Checkpoints kept, beside the one that was best.
-        evaluate_every: Steps between evaluations; 0 for none but the first and the last.
+        revision: Branch, tag or commit of a hub id. Default: the main branch.
+        text: Files to train on: text (``.txt`` and others) or JSON Lines (``.jsonl``, ``.ndjson``, ``.json``), also
+            gzipped (``.gz``).
+        dataset: Hugging Face dataset to train on, by name or by folder, in place of ``text``.
+        dataset_config: Configuration of the dataset.
+        dataset_split: Split of the dataset.
+        text_field: Field of JSON Lines, or column of the dataset, that holds the text.
+        documents: What one document of a text file is: the ``"file"``, a ``"paragraph"`` or a ``"line"``. The end of
+            each document is marked by an end-of-text token.
+        tokenizer: Tokenizer of the checkpoint: a folder, a ``tokenizer.json`` or a hub id. Default: the checkpoint's
+            own, or that of GPT-2 for a checkpoint that has none and a vocabulary of that size.
+        length: Tokens of a sequence, L. Default: the length that the checkpoint was trained with.
+        wrap: Whether every sequence begins with BOS and ends with EOS, as in the training of the released checkpoints.
+        shuffle: Number of sequences that are shuffled together; 1 keeps the order of the text.
+        objective: Settings of what is minimised; a name in `OBJECTIVES` stands for its defaults.
+        baseline: Whether to train the checkpoint first by its own objective on the same batches and noise, into the
+            folder ``continuation`` of the output, and to show both.
+        steps: Number of optimiser steps.
+        batch_size: Sequences per optimiser step, over all processes and micro-batches.
+        micro_batch: Sequences per forward call of one process. ``batch_size`` must be a multiple of it times the number
+            of processes.
+        learning_rate: Peak learning rate of AdamW.
+        schedule: Learning rate after the warm-up: ``"constant"``, ``"cosine"`` (to 2 % of the peak) or ``"linear"``
+            (to 0).
+        warmup: Number of linear warm-up steps.
+        weight_decay: Decoupled weight decay of AdamW.
+        betas: Decay rates of AdamW's moments.
+        clip: Largest norm of the gradient; larger gradients are scaled down to it.
+        ema: Decay of the moving average of the weights, which is the model that is evaluated and written; 0 keeps no
+            average.
+        dropout: Dropout probability. Default: that of the checkpoint.
+        precision: ``"fp32"``, or ``"bf16"`` to run the network under autocast; losses are float32 in either.
+        seed: Random seed of data order, noise, dropout and evaluation.
+        log_every: Optimiser steps between lines of the log.
+        checkpoint_every: Optimiser steps between checkpoints.
+        keep: Number of latest checkpoints that are kept; the best one is kept as well.
+        evaluate_every: Optimiser steps between evaluations; 0 evaluates only before the first and after the last step.
         evaluate_samples: Sequences sampled at each number of function evaluations.
-        evaluate_nfe: Numbers of function evaluations.
+        evaluate_nfe: Numbers of function evaluations of the sampler.
         evaluate_batch: Sequences sampled at a time.
-        judge: Name or folder of the causal language model behind Gen.-PPL; without one, entropy and diversity alone.
-        entropy_tolerance: Warn when the sample entropy falls by more than this share below that of real text.
-        tensorboard: Write curves for TensorBoard, where it is installed.
-        wandb: Project of Weights & Biases, where it is installed.
+        judge: Causal language model that measures Gen.-PPL: hub name or folder. Default: none; entropy and diversity
+            are measured alone.
+        entropy_tolerance: Warn if the sample entropy falls by more than this share, in [0, 1), below that of real text.
+        tensorboard: Whether to write curves for TensorBoard, if it is installed.
+        wandb: Project of Weights & Biases to log to, if it is installed. Default: none.
     """
 
     checkpoint: str
@@ -115,23 +101,8 @@ class RefineConfig:
     length: int | None = None
     wrap: bool = True
     shuffle: int = 1024
-    objective: Literal["drift", "continuation", "combined", "pairs", "mirror-kl", "mirror-mse"] = "drift"
+    objective: ObjectiveConfig = dataclasses.field(default_factory=DriftConfig)
     baseline: bool = False
-    base_weight: float | None = None
-    chains: tuple[int, ...] = (2, 4)
-    pair_decay: float = 0.95
-    pair_classes: int = 4096
-    pair_sequences: int = 4096
-    temperatures: tuple[float, ...] = (0.02, 0.05, 0.2)
-    queue_size: int = 1024
-    drift_scale: float = 1.0
-    normalization: Literal["joint", "separate", "two_sided", "sinkhorn"] = "joint"
-    kernel: Literal["gaussian", "laplace", "sharp_laplace"] = "gaussian"
-    exclude_paired_positive: bool = False
-    window: int | None = None
-    encoder_time: float = 0.0
-    mirror_step: float = 1.0
-    freeze_queues: bool = False
     steps: int = 1000
     batch_size: int = 64
     micro_batch: int = 8
@@ -158,145 +129,252 @@ class RefineConfig:
     wandb: str | None = None
 
     def __post_init__(self) -> None:
-        for name, kind in KINDS.items():
-            object.__setattr__(self, name, _converted(name, getattr(self, name), kind))
-        check_choice("objective", self.objective, OBJECTIVES)
-        check_choice("documents", self.documents, DOCUMENTS)
-        check_choice("precision", self.precision, PRECISIONS)
-        check_choice("kernel", self.kernel, KERNELS)
-        check_choice("normalization", self.normalization, NORMALIZATIONS)
+        super().__post_init__()
+        if isinstance(self.objective, str):
+            object.__setattr__(self, "objective", objective_class(self.objective)())
         for name in ("shuffle", "micro_batch", "checkpoint_every", "keep", "evaluate_batch"):
             check_count(name, getattr(self, name), least=1)
-        for name in ("queue_size", "pair_sequences", "evaluate_every", "seed"):
+        for name in ("evaluate_every", "seed"):
             check_count(name, getattr(self, name))
         check_count("evaluate_samples", self.evaluate_samples, least=2)
         for nfe in self.evaluate_nfe:
             check_count("evaluate_nfe", nfe, least=1)
         if self.length is not None:
             check_count("length", self.length, least=3 if self.wrap else 1)
-        if self.base_weight is not None and (self.base_weight or self.objective == "combined"):
-            check_positive("base_weight", self.base_weight)
-        if not self.chains:
-            raise fail("chains must name at least one number of steps, such as (2, 4).", chains=self.chains)
-        for steps in self.chains:
-            check_count("chains", steps, least=1)
-        check_count("pair_classes", self.pair_classes, least=2)
-        if not 0 <= self.pair_decay < 1:
-            raise fail("pair_decay must lie in [0, 1).", pair_decay=self.pair_decay)
-        if self.dropout is not None and not 0 <= self.dropout < 1:
-            raise fail("dropout must lie in [0, 1), or be left out for that of the checkpoint.", dropout=self.dropout)
-        if not 0 <= self.entropy_tolerance < 1:
-            raise fail(
-                "entropy_tolerance must lie in [0, 1): a share of the entropy of real text.",
-                entropy_tolerance=self.entropy_tolerance,
-            )
-        if not 0 <= self.encoder_time < 1:
-            raise fail("encoder_time must lie in [0, 1): a diffusion time, 0 is clean.", encoder_time=self.encoder_time)
-        if self.batch_size % self.micro_batch:
-            raise fail(
-                "batch_size must be a multiple of micro_batch (times the number of processes).",
-                "Gradients accumulate over the micro-batches of a step.",
-                batch_size=self.batch_size,
-                micro_batch=self.micro_batch,
-            )
+        if self.dropout is not None:
+            check_fraction("dropout", self.dropout, ", or be left out for that of the checkpoint")
+        check_fraction("entropy_tolerance", self.entropy_tolerance, ": a share of the entropy of real text")
         if self.text and self.dataset is not None:
             raise fail("text and dataset exclude each other.", "Pass one source of text.", dataset=self.dataset)
-        self.loop()  # its rules are ours
+        self.accumulation(processes=1)
+        self.loop()  # checks the settings of the optimiser
 
     def loop(self) -> LoopConfig:
-        """Return the part that the optimiser reads."""
-        names = {field.name for field in dataclasses.fields(LoopConfig)}
-        return LoopConfig(**{name: value for name, value in dataclasses.asdict(self).items() if name in names})
-
-    def weight_of_base(self) -> float:
-        """Return the weight of the backbone's own objective beside the drift; 0 where there is none.
-
-        >>> RefineConfig("base", objective="pairs").weight_of_base()
-        0.1
-        """
-        default = BASE_WEIGHTS.get(self.objective, 0.0)
-        return self.base_weight if default and self.base_weight is not None else default
+        """Return the settings of the optimiser."""
+        return LoopConfig(**{field.name: getattr(self, field.name) for field in dataclasses.fields(LoopConfig)})
 
     def accumulation(self, processes: int) -> int:
-        """Return the micro-batches of a step for each process.
+        """Return the number of micro-batches per step and process.
 
         Raises:
-            TokenDriftError: If the batch cannot be split so.
+            TokenDriftError: If the batch cannot be split in this way.
         """
-        micro, rest = divmod(self.batch_size, self.micro_batch * processes)
+        micro_batches, rest = divmod(self.batch_size, self.micro_batch * processes)
         if rest:
             raise fail(
                 f"batch_size must be a multiple of micro_batch times {processes} processes, "
                 f"{self.micro_batch * processes}.",
-                "Change one of the two.",
+                "Change one of the two: gradients accumulate over the micro-batches of a step.",
                 batch_size=self.batch_size,
                 micro_batch=self.micro_batch,
             )
-        return micro
+        return micro_batches
+
+    @classmethod
+    def from_settings(cls, settings: Mapping[str, Any]) -> RefineConfig:
+        """Build a configuration from settings under their flat names; None stands for the default.
+
+        Settings that belong to another objective than the chosen one have no effect, but must be values that it takes.
+
+        Raises:
+            TokenDriftError: For an unknown name (the nearest one is named), or a value that cannot work.
+        """
+        check_setting_names(settings)
+        given = {name: value for name, value in settings.items() if value is not None and name not in RETIRED}
+        objective = given.get("objective", DEFAULT_OBJECTIVE)
+        if not isinstance(objective, ObjectiveConfig):
+            chosen = objective_class(objective)
+            objective = chosen(**{name: given[name] for name in setting_types(chosen) if name in given})
+        general = {field.name for field in dataclasses.fields(cls)}
+        for name in given.keys() - general - setting_types(type(objective)).keys():
+            _check_unused(name, given[name])
+        return cls(**{name: value for name, value in given.items() if name in general} | {"objective": objective})
+
+    def settings(self) -> dict[str, Any]:
+        """Return all settings under their flat names; ``objective`` is the name of the objective.
+
+        >>> RefineConfig("base", objective=DriftConfig(window=8)).settings()["window"]
+        8
+        """
+        found: dict[str, Any] = {}
+        for field in dataclasses.fields(self):
+            if field.name == "objective":
+                found |= {"objective": objective_name(self.objective), **dataclasses.asdict(self.objective)}
+            else:
+                found[field.name] = getattr(self, field.name)
+        return found
 
     def replace(self, **changes: Any) -> RefineConfig:
-        """Return the configuration with some values changed; an unknown name is an error that names the nearest."""
-        return dataclasses.replace(self, **known(changes))
+        """Return the configuration with some settings changed, under their flat names."""
+        return RefineConfig.from_settings(self.settings() | changes)
 
     def as_toml(self) -> str:
-        """Return the configuration as a TOML file; what is None is left out.
+        """Return the settings as a TOML file; those that are not set are comments.
 
         >>> print(RefineConfig("kuleshov-group/mdlm-owt").as_toml().splitlines()[0])
         checkpoint = "kuleshov-group/mdlm-owt"
         """
-        pairs = dataclasses.asdict(self).items()
-        return "".join(f"{name} = {_toml(value)}\n" for name, value in pairs if value is not None)
+        return "".join(
+            f"# {name} is not set\n" if value is None else f"{name} = {to_toml(value)}\n"
+            for name, value in self.settings().items()
+        )
 
 
-def known(values: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return the values, all of whose names are fields; refuse others and name the nearest field."""
-    names = list(KINDS)
-    for name in values:
-        if name not in names:
+def objective_class(name: object) -> type[ObjectiveConfig]:
+    """Return the settings class of an objective."""
+    check_choice("objective", name, tuple(OBJECTIVES))
+    return OBJECTIVES[str(name)]
+
+
+def objective_name(objective: ObjectiveConfig) -> str:
+    """Return the name under which an objective is registered."""
+    for name, registered in OBJECTIVES.items():
+        if registered is type(objective):
+            return name
+    raise fail(f"{type(objective).__name__} is not registered.", "Add it to OBJECTIVES under a name.")
+
+
+def all_setting_types() -> dict[str, SettingType]:
+    """Return the type of every setting, under its flat name; those of all objectives are among them."""
+    found = {**setting_types(RefineConfig), "objective": SettingType(str)}
+    for objective in OBJECTIVES.values():
+        found = {**setting_types(objective), **found}
+    return found
+
+
+def check_setting_names(settings: Iterable[str]) -> None:
+    """Require that all names are settings; the error names the nearest setting."""
+    names = [field.name for field in dataclasses.fields(RefineConfig)]
+    names += [name for name in all_setting_types() if name not in names]
+    for name in settings:
+        if name not in names and name not in RETIRED:
             near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
             hint = f"; the nearest is {near[0]!r}." if near else f"; known are {', '.join(names)}."
             raise fail(f"unknown key {name!r}{hint}")
-    return values
 
 
-class Kind(typing.NamedTuple):
-    """Type of a field: its base type, whether None is allowed, whether it is a tuple of the base."""
-
-    base: type
-    optional: bool
-    many: bool
-
-
-def _kind(annotation: Any) -> Kind:
-    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
-    if origin in (types.UnionType, typing.Union):
-        return _kind(next(each for each in arguments if each is not type(None)))._replace(optional=True)
-    if origin is tuple:
-        return Kind(arguments[0], False, True)
-    return Kind(str if origin is Literal else annotation, False, False)
+def _check_unused(name: str, value: Any) -> None:
+    """Require that at least one objective takes a value."""
+    refusal: TokenDriftError | None = None
+    for objective in OBJECTIVES.values():
+        if name in setting_types(objective):
+            try:
+                objective(**{name: value})
+                return
+            except TokenDriftError as error:
+                refusal = refusal or error
+    if refusal is not None:
+        raise refusal
 
 
-KINDS = {name: _kind(annotation) for name, annotation in typing.get_type_hints(RefineConfig).items()}
-WORDS = {str: "a text", int: "an integer", float: "a number", bool: "true or false"}
+def setting_help(name: str) -> str:
+    """Return the help of a setting for the command line."""
+    if name == "objective":
+        return f"What is minimised: {', '.join(OBJECTIVES)}. Default: {DEFAULT_OBJECTIVE}."
+    return describe_setting(RefineConfig, name)
 
 
-def _converted(name: str, value: Any, kind: Kind) -> Any:
-    """Return the value in the type of its field; refuse what would have to be guessed."""
-    if value is None and kind.optional:
-        return None
-    if kind.many:
-        if not isinstance(value, (list, tuple)):
-            raise fail(f"{name} must be a list, each entry {WORDS[kind.base]}.", **{name: value})
-        return tuple(_converted(name, each, kind._replace(many=False)) for each in value)
-    if kind.base is str and isinstance(value, os.PathLike):
-        return os.fspath(value)
-    fits = isinstance(value, (int, float) if kind.base is float else kind.base)
-    if not fits or (isinstance(value, bool) and kind.base is not bool):
-        raise fail(f"{name} must be {WORDS[kind.base]}.", **{name: value})
-    return float(value) if kind.base is float else value
+# What the paper states (section 4 and appendix F): batch, steps, rate, queues, temperatures, alpha, no base loss,
+# micro-batches of 2. It gives two rates and does not say which backbone had which. Warm-up, clipping, averaging and
+# precision are those that the backbones were trained with (mdlm and duo, configs/config.yaml).
+_PAPER = {
+    "dataset": "Skylion007/openwebtext",
+    "objective": "drift",
+    "steps": 13_000,
+    "batch_size": 512,
+    "micro_batch": 2,
+    "queue_size": 1024,
+    "temperatures": (0.02, 0.05, 0.2),
+    "drift_scale": 1.0,
+    "schedule": "constant",
+    "warmup": 2500,
+    "weight_decay": 0.0,
+    "betas": (0.9, 0.999),
+    "clip": 1.0,
+    "ema": 0.9999,
+    "precision": "bf16",
+    "judge": "gpt2-large",
+    "evaluate_every": 1000,
+}
+# For either backbone: it names no checkpoint and no text, and its rate is twice the default.
+_PAIRS = {
+    "objective": "pairs",
+    "chains": (2, 4),
+    "base_weight": 0.1,
+    "pair_decay": 0.95,
+    "learning_rate": 2 * RefineConfig.learning_rate,
+}
+PRESETS: Mapping[str, Mapping[str, Any]] = {
+    "mdlm-owt": {"checkpoint": "kuleshov-group/mdlm-owt", "learning_rate": 3e-5, **_PAPER},
+    "duo-owt": {"checkpoint": "s-sahoo/duo", "learning_rate": 5e-5, **_PAPER},
+    "pairs": _PAIRS,
+}
 
 
-def _toml(value: Any) -> str:
-    if isinstance(value, (list, tuple)):
-        return "[" + ", ".join(map(_toml, value)) + "]"
-    return json.dumps(value, ensure_ascii=False) if isinstance(value, (str, bool)) else repr(value)
+def make_config(
+    *, preset: str | None = None, file: str | Path | None = None, values: Mapping[str, Any] | None = None
+) -> RefineConfig:
+    """Build a configuration from a preset, a TOML file over it, and single values over both.
+
+    A file may name its preset itself: ``preset = "mdlm-owt"``. A source of text replaces that of the preset.
+
+    Args:
+        preset: Name of a preset: ``"mdlm-owt"``, ``"duo-owt"`` or ``"pairs"``. Default: none.
+        file: TOML file of settings. Default: none.
+        values: Settings under their flat names. Default: none.
+
+    Raises:
+        TokenDriftError: For an unknown key (the nearest one is named), a value of the wrong type or out of range, a
+            file that is not TOML, or a missing checkpoint.
+
+    >>> make_config(preset="duo-owt", values={"steps": 100}).learning_rate
+    5e-05
+    >>> make_config(values={"checkpoint": "base", "learning_rat": 1e-4})
+    Traceback (most recent call last):
+    tokendrift.errors.TokenDriftError: unknown key 'learning_rat'; the nearest is 'learning_rate'.
+    """
+    # 1. The preset is that of the argument, or that which the file names.
+    stated = {} if file is None else _read_toml(Path(file))
+    preset = preset if preset is not None else stated.get("preset")
+    stated = {name: value for name, value in stated.items() if name != "preset"}
+    if preset is not None:
+        check_choice("preset", preset, tuple(PRESETS))
+    chosen: dict[str, Any] = dict(PRESETS[preset]) if preset is not None else {}
+    # 2. Later layers win; text and dataset replace each other.
+    for layer in (stated, dict(values or {})):
+        check_setting_names(layer)
+        if layer.get("text"):
+            chosen.pop("dataset", None)
+        if layer.get("dataset"):
+            chosen.pop("text", None)
+        chosen |= layer
+    if "checkpoint" not in chosen:
+        raise fail("no checkpoint to refine.", "Name one in the command, in the TOML file or by a preset.")
+    return RefineConfig.from_settings(chosen)
+
+
+def _read_toml(path: Path) -> dict[str, Any]:
+    if sys.version_info >= (3, 11):
+        import tomllib
+    else:
+        import tomli as tomllib
+    try:
+        return tomllib.loads(read_text(path, argument="config"))
+    except tomllib.TOMLDecodeError as error:
+        raise fail(f"{path} cannot be read as TOML: {error}.", "Texts stand in quotes, lists in brackets.") from None
+
+
+def parse_settings(settings: Iterable[str]) -> dict[str, Any]:
+    """Return the values of settings written as ``KEY=VALUE``; lists are separated by commas.
+
+    >>> parse_settings(["wrap=false", "evaluate_nfe=4,16"])
+    {'wrap': False, 'evaluate_nfe': (4, 16)}
+    """
+    found: dict[str, Any] = {}
+    for setting in settings:
+        name, sign, text = (part.strip() for part in setting.partition("="))
+        if not sign:
+            raise fail(f"a setting must have the form KEY=VALUE, and {name!r} has not.")
+        check_setting_names([name])
+        found[name] = from_text(name, text, all_setting_types()[name])
+    return found

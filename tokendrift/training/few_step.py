@@ -1,9 +1,10 @@
-"""Few-step evaluation of a model in training, beside real text, and the warning that it collapses."""
+"""Evaluation of a model in training at few sampling steps, beside real text, and the warning that it collapses."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,102 +13,109 @@ from torch import Tensor
 
 from tokendrift.diffusion import Process
 from tokendrift.models.tokenizer import TextTokenizer
+from tokendrift.training.optimization import Optimization
 from tokendrift.training.packing import mix
 
 Row = dict[str, Any]
 
 
-class FewStep:
-    """Sample at a few numbers of function evaluations and measure, the same way at every call.
+@dataclass(eq=False)
+class FewStepEvaluation:
+    """Samples at a few numbers of function evaluations and measures them, with the same random numbers at every call.
 
-    Args:
+    Attributes:
         process: The process of the model.
-        tokenizer: Of the model, for a judge with tokens of its own.
+        tokenizer: Tokenizer of the model, for a judge with tokens of its own.
         real: Real text to compare with, ids (n, L); as many sequences of that length are sampled.
         nfes: Numbers of function evaluations.
         judge: A `GenerativePerplexity`, or the judge to make one of: name or folder of a causal language model, model
             or callable. None measures entropy and diversity alone.
         batch: Sequences sampled at a time.
-        seed: Of the samples.
-        device: Where to sample and judge.
+        seed: Random seed of the samples.
+        device: Device for sampling and for the judge.
         tolerance: Share by which the sample entropy may fall below that of real text without a warning.
     """
 
-    def __init__(
-        self,
-        process: Process,
-        tokenizer: TextTokenizer,
-        real: Tensor,
-        *,
-        nfes: Sequence[int] = (4, 8),
-        judge: Any = None,
-        batch: int = 16,
-        seed: int = 0,
-        device: torch.device | str | None = None,
-        tolerance: float = 0.02,
-    ) -> None:
-        self.process, self.tokenizer, self.real = process, tokenizer, real
-        self.nfes, self.batch, self.seed, self.tolerance = tuple(nfes), batch, seed, tolerance
-        self.device, self._judge = torch.device(device or "cpu"), judge
+    process: Process
+    tokenizer: TextTokenizer
+    real: Tensor
+    nfes: tuple[int, ...] = (4, 8)
+    judge: Any = None
+    batch: int = 16
+    seed: int = 0
+    device: torch.device | str = "cpu"
+    tolerance: float = 0.02
+
+    def __post_init__(self) -> None:
         self._metric: Any = None
         self._real_row: Row | None = None
 
     @property
-    def way(self) -> dict[str, Any]:
-        """What the figures depend on beside the model, fit for JSON: those of another way do not compare."""
-        return {"judge": judge_name(self._judge), "nfes": list(self.nfes), "samples": len(self.real)}
+    def conditions(self) -> dict[str, Any]:
+        """What the figures depend on beside the model, fit for JSON: only figures of equal conditions compare."""
+        return {"judge": judge_name(self.judge), "nfes": list(self.nfes), "samples": len(self.real)}
+
+    def sample_all(self, optimization: Optimization, accelerator: Any) -> dict[int, Tensor]:
+        """Sample the averaged model at every number of function evaluations; every process must call.
+
+        A sharded network needs all processes at every call: each of them then draws all samples, in step. Otherwise
+        the processes share the samples, and call the network without its wrapper, which would wait for the others.
+
+        Returns:
+            Ids (n, L) on the CPU for each number of function evaluations, on every process.
+        """
+        rank, ranks = accelerator.process_index, accelerator.num_processes
+        sharded = any(hasattr(parameter, "full_tensor") for parameter in optimization.parameters)
+        alone = sharded or ranks == 1
+        found = {}
+        with optimization.evaluating():
+            for nfe in self.nfes:
+                network = optimization.network if sharded else optimization.bare_network
+                ids = self.sample(network, nfe, share=(0, 1) if alone else (rank, ranks))
+                found[nfe] = ids if alone else accelerator.reduce(ids.to(self.device), "sum").cpu()
+        return found
 
     @torch.no_grad()
-    def sample(
-        self,
-        network: Callable[..., Tensor],
-        nfe: int,
-        *,
-        share: tuple[int, int] = (0, 1),
-        collect: Callable[[Tensor], Tensor] | None = None,
-    ) -> Tensor:
-        """Return samples (n, L) on the CPU, the same in whatever batches and on however many processes.
+    def sample(self, network: Callable[..., Tensor], nfe: int, *, share: tuple[int, int] = (0, 1)) -> Tensor:
+        """Return samples (n, L) on the CPU; the batch size and the number of processes do not change them.
 
         Args:
             network: The denoiser, in evaluation mode.
-            nfe: Reverse steps.
-            share: Number of this process and how many share the work.
-            collect: Adds up what the processes have sampled, rows of others being zero.
+            nfe: Number of reverse steps.
+            share: Rank of this process and the number of processes that share the work. Rows of the others are zero.
         """
         from tokendrift.sampling import sample
 
-        count, length = self.real.shape
+        (count, length), (rank, ranks) = self.real.shape, share
         found = torch.zeros(count, length, dtype=torch.int64)
-        for number, first in enumerate(range(0, count, self.batch)):
-            if number % share[1] != share[0]:
-                continue
-            rows = min(self.batch, count - first)
-            drawn = sample(
+        first, end = rank * count // ranks, (rank + 1) * count // ranks
+        if first < end:
+            found[first:end] = sample(
                 network,
                 self.process,
-                (rows, length),
+                (end - first, length),
                 steps=nfe,
                 seed=mix(self.seed, nfe),
                 first_row=first,
+                batch_size=self.batch,
                 device=self.device,
-            )
-            found[first : first + rows] = drawn.ids.cpu()
-        return found if collect is None else collect(found.to(self.device)).cpu()
+            ).ids.cpu()
+        return found
 
     def measure(self, ids: Tensor) -> Row:
         """Return the figures of ids (n, L)."""
         from tokendrift.evaluation import GenerativePerplexity, distinct_n, measure, sample_entropy, unigram_entropy
 
-        if self._judge is None:
+        if self.judge is None:
             return {
                 "sample_entropy": float(sample_entropy(ids).mean()),
                 "unigram_entropy": float(unigram_entropy(ids)),
                 "distinct_3": float(distinct_n(ids, 3)),
             }
         if self._metric is None:
-            own = isinstance(self._judge, GenerativePerplexity)
+            own = isinstance(self.judge, GenerativePerplexity)
             options: dict[str, Any] = {"device": self.device, "batch_size": self.batch}
-            self._metric = self._judge if own else GenerativePerplexity(self._judge, **options)
+            self._metric = self.judge if own else GenerativePerplexity(self.judge, **options)
         # A judge without a tokenizer reads the ids as they are: it shares their vocabulary.
         tokenizer = None if self._metric.judge.tokenizer is None else self.tokenizer.tokenizer
         found = measure(ids, self._metric, tokenizer=tokenizer, skip_bad=True)
@@ -124,8 +132,8 @@ class FewStep:
         real = self.real_row()["sample_entropy"]
         return [
             f"at {row['nfe']} function evaluations the samples have an entropy of {row['sample_entropy']:.2f} nats, "
-            f"real text {real:.2f}: the model repeats itself, and a lower Gen.-PPL is no gain from here on. Take an "
-            "earlier checkpoint, a lower learning rate, or objective 'combined'."
+            f"real text has {real:.2f}: the model repeats itself, and a lower Gen.-PPL is no improvement from here on. "
+            "Take an earlier checkpoint, a lower learning rate, or the objective 'combined'."
             for row in rows
             if row["sample_entropy"] < (1 - self.tolerance) * real
         ]
@@ -138,7 +146,7 @@ class FewStep:
 
 
 def judge_name(judge: Any) -> str | None:
-    """Return what a judge is called without loading it; None for none."""
+    """Return the name of a judge without loading it; None for none."""
     if judge is None:
         return None
     model = getattr(judge, "judge", judge)  # that of a GenerativePerplexity

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from tokendrift._checks import check_choice, check_count, check_positive, fail
 from tokendrift.training.averaging import WeightAverage
-from tokendrift.training.objectives import Objective
+from tokendrift.training.objectives.objective import Objective, StatefulObjective
+from tokendrift.training.settings import check_fraction
 
 SCHEDULES = ("cosine", "constant", "linear")
 BETWEEN = "/"  # parameter and moment in the names of AdamW's tensors
@@ -24,19 +25,21 @@ Tensors = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class LoopConfig:
-    """How long and how fast.
+    """Settings of the optimiser and of the length of training.
 
     Attributes:
-        steps: Optimiser steps.
-        batch_size: Sequences a step.
-        learning_rate: Peak rate of AdamW, reached after ``warmup`` steps.
-        warmup: Linear warm-up steps.
-        schedule: What follows: a ``"cosine"`` down to 2 % of the peak, a ``"linear"`` way to 0, or ``"constant"``.
-        weight_decay: AdamW's decoupled decay.
-        betas: AdamW's decay rates.
-        clip: Largest gradient norm.
-        ema: Decay of the weight average that is returned; early steps use (1 + n) / (10 + n). 0 keeps no average.
-        log_every: Steps between recorded diagnostics.
+        steps: Number of optimiser steps.
+        batch_size: Sequences per optimiser step.
+        learning_rate: Peak learning rate of AdamW, reached after ``warmup`` steps.
+        warmup: Number of linear warm-up steps.
+        schedule: Learning rate after the warm-up: ``"cosine"`` (to 2 % of the peak), ``"linear"`` (to 0) or
+            ``"constant"``.
+        weight_decay: Decoupled weight decay of AdamW.
+        betas: Decay rates of AdamW's moments.
+        clip: Largest norm of the gradient; larger gradients are scaled down to it.
+        ema: Decay of the moving average of the weights; step n uses (1 + n) / (10 + n) while that is less. 0 keeps no
+            average.
+        log_every: Optimiser steps between recorded diagnostics.
     """
 
     steps: int
@@ -59,8 +62,7 @@ class LoopConfig:
         check_choice("schedule", self.schedule, SCHEDULES)
         if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
             raise fail("betas must be two numbers in [0, 1).", betas=self.betas)
-        if not 0 <= self.ema < 1:
-            raise fail("ema must lie in [0, 1); 0 keeps no average.", ema=self.ema)
+        check_fraction("ema", self.ema, "; 0 keeps no average")
         if self.weight_decay < 0:
             raise fail("weight_decay must be 0 or above.", weight_decay=self.weight_decay)
 
@@ -77,12 +79,12 @@ class LoopConfig:
 
 
 class Autocast(nn.Module):
-    """A network under autocast: still a module, so that objectives that sample from it find its modes.
+    """A network under autocast. It is a module, so that objectives that sample from it can set its mode.
 
     Args:
-        network: What is called.
-        device: Type of its device.
-        dtype: That of autocast.
+        network: The network.
+        device: Type of its device, such as ``"cuda"``.
+        dtype: Dtype of autocast.
     """
 
     def __init__(self, network: nn.Module, device: str, dtype: torch.dtype) -> None:
@@ -95,18 +97,18 @@ class Autocast(nn.Module):
 
 
 class Optimization:
-    """A model with its AdamW, learning rate, clipping and weight average: losses of micro-batches in, a step out.
+    """A model with its AdamW, learning rate, clipping and weight average.
 
     Args:
         model: The denoiser.
         config: Length, rate and averaging.
-        accelerator: Of the package ``accelerate``: places the model, wraps it for DDP or FSDP and reduces over
-            processes. None trains on the model's own device, alone.
-        autocast: Dtype of the network under autocast; None for none. Its logits keep that dtype: losses are made for
-            it, and widening would double the largest tensor of the step.
+        accelerator: An ``accelerate.Accelerator``, which moves the model to its device, wraps it for DDP or FSDP and
+            reduces over processes. Default: none; one process trains on the model's own device.
+        autocast: Dtype of the network under autocast. Logits keep that dtype: the losses accept it, and converting
+            them would double the largest tensor of the step. Default: no autocast.
 
     Attributes:
-        network: The model as objectives call it, under autocast where that was asked for.
+        network: The model as objectives call it, under autocast if that was requested.
     """
 
     def __init__(
@@ -129,14 +131,14 @@ class Optimization:
         self.network: nn.Module = model if autocast is None else Autocast(model, self.device.type, autocast)
 
     def bare_network(self, *args: Any, **kwargs: Any) -> Tensor:
-        """Call the model inside the wrapper of several processes, which then need not call together."""
+        """Call the model without the wrapper of several processes, which would wait for all of them to call."""
         model = self.model if self.accelerator is None else self.accelerator.unwrap_model(self.model)
         with torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None):
             return model(*args, **kwargs)
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:
-        """Let the model be the averaged one, in evaluation mode, inside the block; later steps know nothing of it."""
+        """Give the model its averaged weights, in evaluation mode, inside the block; later steps are not affected."""
         self.model.eval()
         with self.average.applied():
             yield
@@ -150,7 +152,14 @@ class Optimization:
     def step(
         self, step: int, objective: Objective, batches: Iterable[Tensor], *, count: int = 1, log: bool = False
     ) -> Record | None:
-        """Take the step of this number, from 0, on ``count`` micro-batches of clean ids (B, L).
+        """Take one optimiser step.
+
+        Args:
+            step: Number of the step, from 0.
+            objective: Loss of a micro-batch. The hooks of a `StatefulObjective` are called.
+            batches: Micro-batches of clean ids (B, L).
+            count: Number of micro-batches. Default: 1.
+            log: Whether to return figures. Default: False.
 
         Returns:
             With ``log``: ``step``, ``learning_rate``, ``grad_norm`` and the means, over micro-batches and processes,
@@ -160,25 +169,32 @@ class Optimization:
             TokenDriftError: With ``log``, if a figure is not finite; the step is named.
         """
         self.model.train()
+        hooks = objective if isinstance(objective, StatefulObjective) else None
         for group in self.optimizer.param_groups:
             group["lr"] = self.config.rate(step)
+        # 1. Gradients of all micro-batches add up; the logs are their means.
         logs: dict[str, Tensor] = {}
-        for number, x0 in enumerate(batches):
-            with self._accumulating(last=number == count - 1):
-                loss, found = objective(self.network, x0.to(self.device), log=log)
-                self._backward(loss if count == 1 else loss / count)
-            for name, value in found.items():
-                logs[name] = logs.get(name, torch.zeros_like(value)) + value / count
+        with nullcontext() if hooks is None else hooks.step_context():
+            for number, x0 in enumerate(batches):
+                with self._accumulating(last=number == count - 1):
+                    loss, found = objective(self.network, x0.to(self.device), log=log)
+                    self._backward(loss if count == 1 else loss / count)
+                for name, value in found.items():
+                    logs[name] = logs.get(name, torch.zeros_like(value)) + value / count
+        # 2. Clip, step, and take the weights into the average.
         norm = self._clip()
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.average.update(step)
+        # 3. The objective may act on the new weights.
+        if hooks is not None:
+            hooks.after_step(step + 1, self)
         return self._record(step, norm, logs) if log else None
 
     def state(self) -> dict[str, Tensors]:
-        """Return weights, their average and AdamW's moments: whole, on the CPU, and the same however many processes.
+        """Return weights, their average and AdamW's moments on the CPU, unsharded, whatever the number of processes.
 
-        Every process has to call; all but the main one may get nothing.
+        Every process must call; processes other than the main one may get empty groups.
         """
         from torch.distributed.checkpoint import state_dict
 
@@ -201,7 +217,7 @@ class Optimization:
         return found
 
     def load_state(self, state: dict[str, Tensors]) -> None:
-        """Take up what `state` gave on the main process; every process has to call, each with all of it."""
+        """Restore what `state` returned on the main process; every process must call, each with all of it."""
         from torch.distributed.checkpoint import state_dict
 
         whole: Any = state_dict
@@ -261,7 +277,9 @@ class Optimization:
 
 
 def windows(stream: Tensor, length: int, batch_size: int, *, seed: int) -> Iterator[Tensor]:
-    """Yield batches (B, L) of windows at random places of a token stream (n,), for ever, in an order fixed by the seed.
+    """Yield batches (B, L) of windows at random positions of a token stream (n,), without end.
+
+    The seed fixes their order.
 
     Raises:
         TokenDriftError: If the stream is shorter than one window.
@@ -285,7 +303,7 @@ def train(
 ) -> list[Record]:
     """Train in place and in memory; the model ends with its averaged weights, in evaluation mode.
 
-    For runs of minutes: what should survive being killed, or run on several devices, is `refine`.
+    For runs of minutes. A run that should survive interruptions or use several devices is one for `refine`.
 
     Args:
         model: The denoiser; its device decides where batches go.

@@ -1,4 +1,4 @@
-"""Sequences of equal length from a stream of documents, in an order and from a place that can be taken up again."""
+"""Sequences of equal length from a stream of documents, in a fixed order that can be resumed at any position."""
 
 from __future__ import annotations
 
@@ -18,22 +18,22 @@ LOT = 64  # pieces that are tokenised together, on as many threads as there are
 
 
 class PackedText:
-    """Documents, tokenised, joined by EOS and cut into sequences (L,), for ever.
+    """An endless stream of sequences (L,): documents are tokenised, joined by EOS and cut.
 
-    With ``wrap`` a sequence is BOS, L - 2 tokens of the stream, EOS, as the released checkpoints of MDLM and DUO were
-    trained; without, it is L tokens of the stream. Sequences are shuffled within blocks: block k in an order
-    that depends on the seed and k alone. At the end of the source it begins again, with other borders between
-    sequences where the tokens do not come out even.
+    With ``wrap`` a sequence is BOS, L - 2 tokens of the stream, EOS, as in the training of the released checkpoints of
+    MDLM and DUO; without, it is L tokens of the stream. Sequences are shuffled within blocks, block k in an order
+    that depends on the seed and k alone. At the end of the source the stream begins again; if the tokens of the source
+    do not fill whole sequences, they are cut at other places then.
 
     Args:
-        documents: The source.
-        tokenizer: Its tokenizer.
-        length: L.
-        wrap: Put BOS and EOS around every sequence.
-        shuffle: Sequences in a block.
-        seed: Of the order.
-        vocab_size: V of the model; ids beyond it are an error.
-        mask_id: Entry that no text may contain.
+        documents: The source of text.
+        tokenizer: The tokenizer.
+        length: Tokens of a sequence, L.
+        wrap: Whether to put BOS and EOS around every sequence. Default: True.
+        shuffle: Number of sequences in a block. Default: 1024.
+        seed: Random seed of the order. Default: 0.
+        vocab_size: Vocabulary size V of the model; ids beyond it are an error. Default: not checked.
+        mask_id: Entry of the vocabulary that no text may contain. Default: none.
 
     Raises:
         TokenDriftError: While reading: if the source holds no text, or the tokenizer does not fit the model.
@@ -71,17 +71,17 @@ class PackedText:
         return torch.stack(rows)
 
     def position(self) -> dict[str, Any]:
-        """Return where the next `take` begins: a few numbers, fit for JSON."""
+        """Return the position where the next `take` begins: a few numbers, fit for JSON."""
         return {**self._at, "taken": self._taken}
 
     def restore(self, position: dict[str, Any]) -> None:
-        """Go on from a position of the same source with the same options."""
+        """Continue from a position of the same source with the same options."""
         self._begin(position)
         if position["taken"]:
             self._read_block()
 
     def _begin(self, position: dict[str, Any]) -> None:
-        """Set the place where the present block starts, and forget what was read."""
+        """Set the position where the present block starts, and drop everything that was read."""
         self._at = {name: value for name, value in position.items() if name != "taken"}
         self._taken: int = position["taken"]
         self._block: Tensor | None = None
@@ -132,7 +132,7 @@ class PackedText:
         return torch.cat(parts)
 
     def _read_lot(self) -> None:
-        """Tokenise the next pieces; from the beginning where the source has ended."""
+        """Tokenise the next pieces; begin again if the source has ended."""
         lot = list(islice(self._pieces, LOT))
         if not lot:
             self._epoch += 1

@@ -1,4 +1,4 @@
-"""What a run tells: lines of JSON, curves for TensorBoard and Weights & Biases, a progress bar, warnings."""
+"""The log of a run: lines of JSON, curves for TensorBoard and Weights & Biases, a progress bar, and warnings."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ _LOST = "the curves cannot be written ({}); training goes on without them."
 
 
 class Records:
-    """The log of a run; silent on all processes but the main one.
+    """The log of a run, which the main process alone writes.
 
     Every line of ``log.jsonl`` is an object with ``kind`` (``"train"``, ``"evaluation"``, ``"real_text"`` or
-    ``"message"``) and ``step``, the number of finished steps. Lines of steps that a resumed run takes again are cut off
-    first.
+    ``"message"``) and ``step``, the number of finished steps. A resumed run first removes the lines of steps that it
+    takes again.
 
     Args:
         folder: Folder of the run.
-        step: Finished steps.
-        steps: All steps.
-        main: Whether this process speaks.
-        tensorboard: Write curves where TensorBoard is installed.
-        wandb: Project of Weights & Biases.
-        config: What the run depends on, for Weights & Biases.
-        progress: Show a bar, where rich is installed.
+        step: Number of finished steps.
+        steps: Number of all steps.
+        main: Whether this process is the main one. Default: True.
+        tensorboard: Whether to write curves, if TensorBoard is installed. Default: False.
+        wandb: Project of Weights & Biases. Default: none.
+        config: Settings of the run, for Weights & Biases. Default: none.
+        progress: Whether to show a progress bar, if rich is installed. Default: True.
     """
 
     def __init__(
@@ -72,7 +72,7 @@ class Records:
             self.wandb.finish(exit_code=0 if kind is None else 1)
 
     def figures(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
-        """Note the figures of a step."""
+        """Log the figures of a step."""
         if not self.main:
             return
         self._line({"kind": kind, "step": step, **values})
@@ -92,13 +92,13 @@ class Records:
             self.wandb.log(scalars, step=step)
 
     def warn(self, step: int, message: str) -> None:
-        """Note a message and warn with it, once for all processes."""
+        """Log a message and issue it as a warning, once for all processes."""
         if self.main:
             self._line({"kind": "message", "step": step, "message": message})
             warnings.warn(message, stacklevel=2)
 
     def advance(self, step: int, shown: Mapping[str, float] | None = None) -> None:
-        """Move the bar to a number of finished steps."""
+        """Move the progress bar to a number of finished steps, and show figures beside it."""
         if self.bar is not None:
             text = "" if shown is None else "  ".join(f"{name} {value:.4g}" for name, value in shown.items())
             self.bar.update(self.bar.task_ids[0], completed=step, **({"shown": text} if text else {}))
@@ -118,7 +118,7 @@ class Records:
             self._failed = True
 
     def _cut(self, step: int) -> None:
-        """Drop lines beyond the step, all of them at the start, and one that was cut off in the middle."""
+        """Remove lines beyond the step (all of them at step 0), and a line that was cut off in the middle."""
         if not self.path.exists():
             return
         kept = []
@@ -133,14 +133,19 @@ class Records:
 
 
 def read_log(folder: str | Path, kind: str | None = None) -> list[dict[str, Any]]:
-    """Return the lines of a run's log, those of one kind alone if named."""
+    """Return the lines of a run's log, or only those of one kind.
+
+    Args:
+        folder: Folder of the run.
+        kind: ``"train"``, ``"evaluation"``, ``"real_text"`` or ``"message"``. Default: all.
+    """
     lines = (Path(folder) / LOG).read_text(encoding="utf-8").splitlines()
     entries = [json.loads(line) for line in lines]
     return [entry for entry in entries if kind is None or entry["kind"] == kind]
 
 
 def _finite(value: Any) -> Any:
-    """Return the value; None for a number that JSON does not know."""
+    """Return the value, or None for a number that JSON cannot express."""
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
@@ -162,12 +167,12 @@ def _wandb(project: str, folder: Path, config: dict[str, Any]) -> Any:
     except ImportError:
         warnings.warn("wandb is not installed: no curves there. pip install wandb", stacklevel=3)
         return None
-    # One run for one folder, also after an interruption; the id is drawn, since folders of one name are many.
+    # One run per folder, also after an interruption. The id is random, since several folders may have one name.
     kept = folder / WANDB
     if not kept.exists():
         write_atomically(kept, uuid.uuid4().hex)
-    known = {"id": kept.read_text(encoding="utf-8"), "name": folder.resolve().name}
-    return wandb.init(project=project, dir=str(folder), resume="allow", config=config, **known)
+    identity = {"id": kept.read_text(encoding="utf-8"), "name": folder.resolve().name}
+    return wandb.init(project=project, dir=str(folder), resume="allow", config=config, **identity)
 
 
 def _bar(step: int, steps: int) -> Any:

@@ -2,27 +2,52 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from tokendrift.training.config import RefineConfig
-from tokendrift.training.few_step import Row
-from tokendrift.training.parts import check_accelerator, make_accelerator
-from tokendrift.training.run import Run
-from tokendrift.training.text import Documents
+import torch
+from torch import Tensor
+
+from tokendrift._checks import fail
+from tokendrift.errors import TokenDriftError
+from tokendrift.files import weight_digest
+from tokendrift.models import DiT
+from tokendrift.models.checkpoints import build, read_checkpoint
+from tokendrift.models.tokenizer import text_tokenizer
+from tokendrift.training.checkpointing import Stored, load_checkpoint
+from tokendrift.training.config import RefineConfig, objective_name
+from tokendrift.training.few_step import FewStepEvaluation, Row, judge_name
+from tokendrift.training.objectives.objective import ObjectiveSetup
+from tokendrift.training.optimization import Optimization, Tensors
+from tokendrift.training.packing import PackedText, mix
+from tokendrift.training.processes import (
+    any_rank,
+    broadcast_from_main,
+    check_accelerator,
+    make_accelerator,
+    termination,
+)
+from tokendrift.training.records import Records
+from tokendrift.training.run_folder import RunFolder
+from tokendrift.training.text import Documents, TextFiles, open_text
 
 BASELINE = "continuation"  # folder of the matched continuation
+NOISE, DROPOUT, ORDER, SAMPLES, BUILDING = range(5)  # purposes of random numbers; each has a stream of its own
+NOT_SHOWN = ("step", "learning_rate", "grad_norm", "queue")  # left out beside the progress bar
+
+Best = dict[str, float]  # step and score of the best evaluation
 
 
 class Refined(NamedTuple):
     """What a refinement leaves, beside its folder.
 
     Attributes:
-        folder: With the model, its tokenizer and card; `load_denoiser` reads it.
-        evaluations: Rows of figures: real text, the model before, the model as it was refined, and the matched
-            continuation (``model`` says so) where there is one. ``step`` counts finished steps. On the main process;
-            the others have none.
+        folder: Folder with the model, its tokenizer and its card; `load_denoiser` reads it.
+        evaluations: Rows of figures: real text, the model before, the refined model, and the matched continuation
+            (named by ``model``) if there is one. ``step`` is the number of finished steps. Empty on all processes but
+            the main one.
     """
 
     folder: Path
@@ -40,22 +65,22 @@ def refine(
 ) -> Refined:
     """Train a released or saved denoiser further, and write it as a folder.
 
-    Run again with the same configuration, it goes on from its last whole checkpoint, and ends with the same bits
-    (on one CPU) as if it had not been interrupted: random numbers are functions of seed and step, and all else is in
-    the checkpoint. Under ``accelerate launch`` it runs on several devices; the batch, its order and its noise do not
-    depend on their number. The output folder has to be one that all of them see.
+    Called again with the same configuration, it resumes from the last complete checkpoint and ends with the same bits
+    (on one CPU) as a run that was not interrupted: random numbers are functions of the seed and the step, and
+    everything else is in the checkpoint. Under ``accelerate launch`` it runs on several devices; the batch, its order
+    and its noise do not depend on their number. All processes must see the output folder.
 
-    On SIGTERM the step is finished and a checkpoint written, then KeyboardInterrupt raised. PyTorch's global generator
-    is seeded anew at every step.
+    On SIGTERM the step is finished, a checkpoint is written, and KeyboardInterrupt is raised. PyTorch's global
+    generator is seeded anew at every step.
 
     Args:
-        config: What to do.
+        config: The settings.
         documents: A source of text of your own, in place of the configured one.
         judge: A judge of your own for the evaluation, in place of the configured one.
-        accelerator: An ``accelerate.Accelerator`` of your own, without mixed precision and gradient accumulation of
-            its own; alone, DDP or FSDP2.
-        progress: Show a bar.
-        on_step: Called with the number of finished steps after each.
+        accelerator: An ``accelerate.Accelerator`` of your own, without mixed precision and gradient accumulation: for
+            one process, DDP or FSDP2. Default: one for the way in which this process was launched.
+        progress: Whether to show a progress bar. Default: True.
+        on_step: Called with the number of finished steps after each. Default: None.
 
     Raises:
         TokenDriftError: For a configuration that cannot work, before any work is done; if training diverges; if the
@@ -63,11 +88,285 @@ def refine(
     """
     accelerator = accelerator or make_accelerator()
     check_accelerator(accelerator)
-    beside: list[Row] = []
-    if config.baseline and config.objective != "continuation":
-        matched = config.replace(objective="continuation", output=str(Path(config.output) / BASELINE), baseline=False)
-        done = Run(matched, documents, judge, accelerator).run(progress, None)
-        beside = [{"model": "continuation", **row} for row in done if row["step"]]
+    baseline_rows: list[Row] = []
+    # The matched continuation first: the same run with the backbone's own objective, in a folder of its own.
+    if config.baseline and objective_name(config.objective) != BASELINE:
+        matched = config.replace(objective=BASELINE, output=str(Path(config.output) / BASELINE), baseline=False)
+        rows = Run(matched, documents, judge, accelerator).run(progress, None)
+        baseline_rows = [{"model": BASELINE, **row} for row in rows if row["step"]]
         accelerator.free_memory()
-    evaluations = Run(config, documents, judge, accelerator, beside).run(progress, on_step)
+    evaluations = Run(config, documents, judge, accelerator, baseline_rows).run(progress, on_step)
     return Refined(Path(config.output), evaluations)
+
+
+class Run:
+    """One run of `refine`: what it consists of, its steps, evaluations and checkpoints.
+
+    Args:
+        config: The settings.
+        documents: A source of text, in place of the configured one.
+        judge: A judge, in place of the configured one.
+        accelerator: Devices and processes.
+        baseline_rows: Figures of the matched continuation.
+    """
+
+    def __init__(
+        self,
+        config: RefineConfig,
+        documents: Documents | None,
+        judge: Any,
+        accelerator: Any,
+        baseline_rows: Sequence[Row] = (),
+    ) -> None:
+        self.accelerator, self.baseline_rows = accelerator, list(baseline_rows)
+        self.main: bool = accelerator.is_main_process
+        self.rank, self.ranks = accelerator.process_index, accelerator.num_processes
+        self.micro_batches = config.accumulation(self.ranks)
+        # 1. The checkpoint, first on the main process: a hub id is downloaded once.
+        with accelerator.main_process_first():
+            checkpoint = read_checkpoint(config.checkpoint, revision=config.revision)
+            base, self.process = build(checkpoint)
+            self.tokenizer = text_tokenizer(config.tokenizer, checkpoint.folder, base.vocab_size)
+        self.length: int = config.length or base.config.model_length
+        self.config = config = config.replace(length=self.length)
+        # 2. The text; its first sequences are also the real text of the evaluation.
+        source = documents or open_text(config)
+        self.data = self._packed(source)
+        real = self._packed(source).take(config.evaluate_samples)
+        # 3. The objective, around the checkpoint as it is, and the network that is trained.
+        autocast = torch.bfloat16 if config.precision == "bf16" else None
+        self.generator = torch.Generator(accelerator.device)
+        torch.manual_seed(mix(config.seed, BUILDING))
+        share, options = (self.rank, self.ranks), (config.seed, config.steps, autocast, accelerator)
+        setup = ObjectiveSetup(base, self.process, self.length, self.generator, share, *options)
+        self.objective = config.objective.build(setup)
+        if self.objective.module is not None:
+            self.objective.module.to(accelerator.device)
+        model = DiT(base.config if config.dropout is None else dataclasses.replace(base.config, dropout=config.dropout))
+        model.load_state_dict(base.state_dict())
+        self.optimization = Optimization(model, config.loop(), accelerator=accelerator, autocast=autocast)
+        # 4. The evaluation, and the folder of the run.
+        judge = judge if judge is not None else config.judge
+        self.evaluator = FewStepEvaluation(
+            self.process,
+            self.tokenizer,
+            real,
+            nfes=config.evaluate_nfe,
+            judge=judge,
+            batch=config.evaluate_batch,
+            seed=mix(config.seed, SAMPLES),
+            device=accelerator.device,
+            tolerance=config.entropy_tolerance,
+        )
+        self.evaluations: list[Row] = []
+        self.conditions = self.evaluator.conditions
+        self.best: Best | None = None
+        self.folder = RunFolder(
+            config,
+            together=config.micro_batch * self.ranks,
+            base=weight_digest(base),
+            model=model.config,
+            process=self.process,
+            tokenizer=self.tokenizer,
+            # Any source is recognised by its first sequence, files also by their content.
+            text=[real[0].tolist(), source.identity() if isinstance(source, TextFiles) else None],
+            judge=judge_name(judge),
+        )
+
+    def run(self, progress: bool, on_step: Callable[[int], object] | None) -> list[Row]:
+        """Train from the newest checkpoint to the end; return the evaluations, on the main process alone."""
+        config, messages = self.config, list[str]()
+        # 1. Find out where the run stands, before anything is written.
+        stored = self._newest(messages.append)
+        finished = 0 if stored is None else int(stored.state["step"])
+        if self.main:
+            self.folder.open()
+        options: dict[str, Any] = {"tensorboard": config.tensorboard, "wandb": config.wandb}
+        options |= {"config": config.settings(), "main": self.main, "progress": progress}
+        with Records(self.folder.path, finished, config.steps, **options) as records:
+            self.records = records
+            for message in messages:
+                records.warn(finished, message)
+            # 2. Begin, or resume.
+            if stored is None:
+                self.objective.before_training(self._packed(self.data.documents).take)
+                self._evaluate(0)
+            else:
+                self._resume(stored)
+            # 3. Take the remaining steps; SIGTERM on any process stops all of them after a checkpoint.
+            with termination() as received:
+                while finished < config.steps:
+                    finished = self._step(finished)
+                    if on_step is not None:
+                        on_step(finished)
+                    if finished < config.steps and any_rank(self.accelerator, received()):
+                        self._save(finished)
+                        raise KeyboardInterrupt
+            # 4. Write the refined model.
+            self._finish()
+        return [*self.evaluations, *self.baseline_rows] if self.main else []
+
+    def _step(self, step: int) -> int:
+        """Take a step with all that is due after it; return the number of finished steps."""
+        config, finished = self.config, step + 1
+        last = finished == config.steps
+        evaluate = last or (config.evaluate_every > 0 and finished % config.evaluate_every == 0)
+        save = last or finished % config.checkpoint_every == 0
+        log = save or step == 0 or finished % config.log_every == 0  # before saving: a diverged state is not kept
+        torch.manual_seed(mix(config.seed, DROPOUT, step, self.rank))
+        batches = self._batches(step)
+        record = self.optimization.step(step, self.objective, batches, count=self.micro_batches, log=log)
+        shown = {name: value for name, value in (record or {}).items() if name not in NOT_SHOWN and "/" not in name}
+        self.records.advance(finished, shown or None)
+        if record is not None:
+            self.records.figures("train", finished, {**record, "step": finished})
+        better = self._evaluate(finished) if evaluate else None
+        if save or better:
+            self._save(finished, better)
+        return finished
+
+    def _batches(self, step: int) -> Iterator[Tensor]:
+        """Yield this process's rows of each micro-batch of a step, with the generator seeded for it."""
+        size = self.config.micro_batch
+        for number in range(self.micro_batches):
+            rows = self.data.take(size * self.ranks)
+            self.generator.manual_seed(mix(self.config.seed, NOISE, step, number))
+            yield rows[self.rank * size : (self.rank + 1) * size]
+
+    def _evaluate(self, finished: int) -> Best | None:
+        """Sample and measure the averaged model; return its step and score if it is the best so far."""
+        if not self.config.evaluate_nfe:
+            return None
+        drawn = self.evaluator.sample_all(self.optimization, self.accelerator)
+        better: Best | None = None
+        if self.main:
+            # 1. Measure; the first evaluation also measures real text.
+            rows = [{"step": finished, "nfe": nfe, **self.evaluator.measure(ids)} for nfe, ids in drawn.items()]
+            if finished == 0:
+                self.evaluations.append({"step": 0, "nfe": None, **self.evaluator.real_row()})
+                self.records.figures("real_text", 0, self.evaluations[0])
+            # 2. Log, and warn of collapse.
+            self.evaluations += rows
+            for row in rows:
+                self.records.figures("evaluation", finished, row)
+            for message in self.evaluator.warnings(rows):
+                self.records.warn(finished, f"after {finished} steps, {message}")
+            # 3. Compare with the best so far.
+            score = self.evaluator.score(rows)
+            if finished and score is not None and (self.best is None or score < self.best["score"]):
+                better = {"step": finished, "score": score}
+        found: Best | None = broadcast_from_main(self.accelerator, better)
+        return found
+
+    def _save(self, finished: int, better: Best | None = None) -> None:
+        """Write a checkpoint; if that fails, warn and go on, since the checkpoint before is complete."""
+        groups = self._groups()
+        if not self.main:
+            return
+        best = better or self.best
+        state = {"data": self.data.position(), "evaluations": self.evaluations, "way": self.conditions, "best": best}
+        try:
+            self.folder.save(finished, groups, state, keep=[int(best["step"])] if best else [])
+        except OSError as error:
+            self.records.warn(
+                finished,
+                f"the checkpoint of step {finished} could not be written ({error}); training goes on, and an "
+                "interruption would go back to the one before.",
+            )
+            return
+        self.best = best  # not before: the checkpoint of the old best is kept until that of the new one is complete
+        if better:
+            self._export_best(finished, groups)
+
+    def _export_best(self, step: int, groups: Mapping[str, Tensors]) -> None:
+        """Write the best model; if that fails, warn: its checkpoint is kept, and the next start tries again."""
+        try:
+            self.folder.export(groups, self._rows(step), step, best=True)
+        except OSError as error:
+            self.records.warn(step, f"the best model, of step {step}, could not be written ({error}).")
+
+    def _newest(self, warn: Callable[[str], object]) -> Stored | None:
+        """Read the newest complete checkpoint, which must be of this run; return None if there is none."""
+        found = self.folder.newest(warn) if self.main else None
+        place = broadcast_from_main(self.accelerator, str(found[0]) if found else None)
+        if place is None:
+            return None
+        stored = found[1] if found else load_checkpoint(Path(place))
+        self.folder.check_same_run(stored.state)
+        return stored
+
+    def _resume(self, stored: Stored) -> None:
+        """Restore a checkpoint; if evaluations are made under other conditions now, begin them anew."""
+        state = stored.state
+        finished, before = int(state["step"]), state.get("way", self.conditions)
+        anew = before != self.conditions and bool(self.config.evaluate_nfe)
+        if anew:
+            self.records.warn(
+                finished,
+                f"evaluations were made with {before} and are made with {self.conditions} from here on: what was "
+                "measured before stays in log.jsonl alone, and the best checkpoint is chosen among later ones.",
+            )
+            self._evaluate(0)  # the model before training, whose weights are still in place
+        # Versions before 0.1 called the state of the objective "queues".
+        of_objective = stored.tensors.pop("objective", None) or stored.tensors.pop("queues", {})
+        try:
+            self.objective.load_state_dict(of_objective)
+        except (RuntimeError, KeyError) as error:
+            raise fail(
+                f"the state of the objective in {self.folder.path} does not fit: {error}.",
+                "It may come from another version: finish the run with that version, or choose another output.",
+            ) from None
+        self.optimization.load_state(stored.tensors)
+        self.data.restore(state["data"])
+        if anew:
+            self._save(finished, self._evaluate(finished))
+        elif self.main:
+            self.evaluations, self.best, self.conditions = state["evaluations"], state["best"], before
+            self._restore_best()
+
+    def _restore_best(self) -> None:
+        """Write the best model from its checkpoint: a kill may have come between the two."""
+        if self.best is None:
+            return
+        step = int(self.best["step"])
+        try:
+            groups = self.folder.load_step(step).tensors
+        except (TokenDriftError, OSError) as error:
+            self.records.warn(step, f"the best model, of step {step}, stays as it was written: {error}")
+        else:
+            self._export_best(step, groups)
+
+    def _finish(self) -> None:
+        """Write the refined model, its tokenizer and its card."""
+        groups, steps = self._groups(), self.config.steps
+        if self.main:
+            try:
+                self.folder.export(groups, self._rows(steps), steps)
+            except OSError as error:
+                raise fail(
+                    f"the refined model cannot be written to {self.folder.path}: {error}.",
+                    "Make room and run the same command again: training is done, and its last checkpoint is kept.",
+                ) from None
+        self.accelerator.wait_for_everyone()
+
+    def _rows(self, steps: int) -> list[Row]:
+        """Return the evaluations up to a step, and those of the matched continuation."""
+        return [row for row in self.evaluations if row["step"] <= steps] + self.baseline_rows
+
+    def _groups(self) -> dict[str, Tensors]:
+        """Return all tensors of a checkpoint; every process must call."""
+        state = {name: tensor.cpu().clone() for name, tensor in self.objective.state_dict().items()}
+        return self.optimization.state() | ({"objective": state} if state else {})
+
+    def _packed(self, documents: Documents) -> PackedText:
+        """Return the sequences of a source, from its beginning."""
+        return PackedText(
+            documents,
+            self.tokenizer,
+            self.length,
+            wrap=self.config.wrap,
+            shuffle=self.config.shuffle,
+            seed=mix(self.config.seed, ORDER),
+            vocab_size=self.process.vocab_size,
+            mask_id=self.process.mask_id,
+        )

@@ -1,9 +1,9 @@
-"""The folder of a run: which run it belongs to, its checkpoints, and the refined model that others read."""
+"""The folder of a run: the run that it belongs to, its checkpoints, and the refined model."""
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,24 +25,31 @@ from tokendrift.training.checkpointing import (
     prune_checkpoints,
     save_checkpoint,
 )
-from tokendrift.training.config import BOOKKEEPING, KINDS, PAIR_SETTINGS, RefineConfig
+from tokendrift.training.config import RefineConfig, all_setting_types
 
 CONFIG, CARD = "config.toml", "README.md"
 CHECKPOINTS, BEST = "checkpoints", "best"
 
+# Settings that may differ when a run is resumed: they change what is logged and kept, or are compared in another way.
+BOOKKEEPING = {
+    *("output", "log_every", "checkpoint_every", "keep", "tensorboard", "wandb", "judge", "entropy_tolerance"),
+    *("baseline", "micro_batch", "evaluate_every", "evaluate_samples", "evaluate_nfe", "evaluate_batch"),
+}
+
 Groups = Mapping[str, Mapping[str, Tensor]]
 
 
+@dataclass(eq=False)
 class RunFolder:
-    """Where a run keeps what must not be lost.
+    """The output folder of a run.
 
-    Args:
-        config: The run.
-        together: Sequences in a forward call of all processes: what the statistics of the field are taken over.
-        base: Identity of the weights that are refined.
+    Attributes:
+        config: The settings of the run.
+        together: Number of sequences in a forward call of all processes, over which the field takes its statistics.
+        base: Digest of the weights that are refined.
         model: Sizes of the network.
-        process: Its process.
-        tokenizer: Its tokenizer.
+        process: Process of the network.
+        tokenizer: Tokenizer of the network.
         text: Identity of the text, fit for JSON.
         judge: Name of the judge, for the model card.
 
@@ -50,25 +57,23 @@ class RunFolder:
         TokenDriftError: If the folder holds a model that no refinement has written.
     """
 
-    def __init__(
-        self,
-        config: RefineConfig,
-        *,
-        together: int,
-        base: str,
-        model: DiTConfig,
-        process: Process,
-        tokenizer: TextTokenizer,
-        text: Any = None,
-        judge: str | None = None,
-    ) -> None:
-        self.config, self.path, self.judge = config, Path(config.output), judge
-        self.identity = {"together": together, "base": base, "tokenizer": tokenizer.identity(), "text": text}
-        self.model, self.process, self.tokenizer = model, process, tokenizer
+    config: RefineConfig
+    together: int
+    base: str
+    model: DiTConfig
+    process: Process
+    tokenizer: TextTokenizer
+    text: Any = None
+    judge: str | None = None
+
+    def __post_init__(self) -> None:
+        self.path = Path(self.config.output)
         if (self.path / "config.json").exists() and not (self.path / CONFIG).exists():
             raise fail(
                 f"output {self.path} holds a model that no refinement has written.", "Choose a folder of its own."
             )
+        identity = self.tokenizer.identity()
+        self.identity = {"together": self.together, "base": self.base, "tokenizer": identity, "text": self.text}
 
     def open(self) -> None:
         """Make the folder and write the configuration into it.
@@ -82,26 +87,22 @@ class RunFolder:
         except OSError as error:
             raise fail(f"output {self.path} cannot be written: {error}.", "Choose a folder with room.") from None
 
-    def newest(self, tell: Callable[[str], object]) -> tuple[Path, Stored] | None:
-        """Return the newest whole checkpoint, None without any; say which are not whole."""
-        return latest_checkpoint(self.path / CHECKPOINTS, tell)
-
-    def load(self, place: Path) -> Stored:
-        """Read a checkpoint."""
-        return load_checkpoint(place)
+    def newest(self, warn: Callable[[str], object]) -> tuple[Path, Stored] | None:
+        """Return the newest complete checkpoint, or None if there is none; warn of damaged ones."""
+        return latest_checkpoint(self.path / CHECKPOINTS, warn)
 
     def load_step(self, step: int) -> Stored:
         """Read the checkpoint of a step."""
         return load_checkpoint(checkpoint_place(self.path / CHECKPOINTS, step))
 
     def save(self, finished: int, groups: Groups, state: Mapping[str, Any], *, keep: Sequence[int] = ()) -> None:
-        """Write a checkpoint, and remove those that are neither among the last nor of the steps to keep.
+        """Write a checkpoint, and remove those that are neither among the newest nor of the steps to keep.
 
         Raises:
-            OSError: If it cannot be written; those before are whole then.
+            OSError: If it cannot be written; the checkpoints before are complete then.
         """
         about = {
-            "config": dataclasses.asdict(self.config),
+            "config": self.config.settings(),
             **self.identity,
             "versions": {"tokendrift": __version__, "torch": torch.__version__},
         }
@@ -109,38 +110,38 @@ class RunFolder:
         prune_checkpoints(self.path / CHECKPOINTS, self.config.keep, keep)
 
     def check_same_run(self, state: Mapping[str, Any]) -> None:
-        """Require that a checkpoint is of this run.
+        """Require that a checkpoint belongs to this run.
 
         Raises:
-            TokenDriftError: If not; what differs is named.
+            TokenDriftError: If it does not; the error names what differs.
         """
-        # A setting that the run did not know yet had what is its default now.
-        told = {name: value for name, value in state["config"].items() if name in KINDS and name not in BOOKKEEPING}
-        other = _learned(RefineConfig(**told))
-        # A constant rate does not know when it ends, so that a run may be made longer.
-        free = BOOKKEEPING | {"micro_batch"} | ({"steps"} if self.config.schedule == "constant" else set())
-        if self.config.objective != "pairs":
-            free |= PAIR_SETTINGS
+        # 1. The settings that change the result. One that an older version did not have had what is its default now,
+        # and those of other objectives do not count.
+        known = all_setting_types()
+        before = RefineConfig.from_settings({n: v for n, v in state["config"].items() if n in known}).settings()
+        free = BOOKKEEPING | ({"steps"} if self.config.schedule == "constant" else set())
         differ = [
-            f"{name} was {other[name]!r} and is {value!r}"
-            for name, value in _learned(self.config).items()
-            if name not in free and value != other[name]
+            f"{name} was {before.get(name)!r} and is {value!r}"
+            for name, value in self.config.settings().items()
+            if name not in free and value != before.get(name)
         ]
-        before, now = state["together"], self.identity["together"]
-        if before != now:
-            differ.append(f"a forward call of all processes had {before} sequences and has {now}")
-        if state["base"] != self.identity["base"]:
-            differ.append("the weights of the checkpoint to refine have changed")
-        if state.get("tokenizer", self.identity["tokenizer"]) != self.identity["tokenizer"]:
-            differ.append("the vocabulary of the tokenizer has changed")
-        if state.get("text", self.identity["text"]) != self.identity["text"]:
+        # 2. What the settings do not show: processes, weights, tokenizer and text.
+        now = self.identity
+        if state["together"] != now["together"]:
             differ.append(
-                "the text, or what the tokenizer makes of it, has changed (text added at the end counts, too)"
+                f"a forward call of all processes had {state['together']} sequences and has {now['together']}"
             )
+        changes = {
+            "base": "the weights of the checkpoint to refine have changed",
+            "text": "the text, or what the tokenizer makes of it, has changed (text added at the end counts, too)",
+        }
+        differ += [change for name, change in changes.items() if state.get(name, now[name]) != now[name]]
+        if "tokenizer" in state and not self.tokenizer.has_identity(state["tokenizer"]):
+            differ.append("the tokenizer has changed")
         if differ:
             raise fail(
                 f"{self.path} holds a run with another configuration: {'; '.join(differ)}.",
-                f"Choose another output, or go on with the configuration of that run, {self.path / CONFIG}.",
+                f"Choose another output, or resume with the configuration of that run, {self.path / CONFIG}.",
             )
         if state["step"] > self.config.steps:
             raise fail(
@@ -149,7 +150,7 @@ class RunFolder:
             )
 
     def export(self, groups: Groups, rows: Sequence[dict[str, Any]], steps: int, *, best: bool = False) -> None:
-        """Write the averaged model, its tokenizer and card; the best one into a folder of its own.
+        """Write the averaged model, its tokenizer and its card; the best model has a folder of its own.
 
         Raises:
             OSError: If they cannot be written.
@@ -167,8 +168,3 @@ class RunFolder:
         kind = "masked" if self.process.mask_id is not None else "uniform-state"
         card = model_card(self.config, rows, steps=steps, process=kind, judge=self.judge)
         write_atomically(folder / CARD, card)
-
-
-def _learned(config: RefineConfig) -> dict[str, Any]:
-    """Return the settings, the weight of the backbone's own objective as it is used."""
-    return dataclasses.asdict(config) | {"base_weight": config.weight_of_base()}

@@ -1,129 +1,132 @@
-"""Where a configuration comes from: flags, a TOML file, and presets."""
+"""Dataclasses of settings: types read off the annotations, values given as text, TOML, and help."""
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Iterable, Mapping
-from pathlib import Path
-from typing import Any
+import dataclasses
+import inspect
+import json
+import os
+import re
+import types
+import typing
+from dataclasses import dataclass
+from typing import Any, Literal
 
 from tokendrift._checks import check_choice, fail
-from tokendrift.training.config import KINDS, WORDS, RefineConfig, known
 
-# What the paper states (section 4 and appendix F): batch, steps, rate, queues, temperatures, alpha, no base loss,
-# micro-batches of 2. Which backbone had which of its two rates it does not say. Warm-up, clipping, averaging and
-# precision are those that the backbones were trained with (mdlm and duo, configs/config.yaml).
-_PAPER = {
-    "dataset": "Skylion007/openwebtext",
-    "objective": "drift",
-    "steps": 13_000,
-    "batch_size": 512,
-    "micro_batch": 2,
-    "queue_size": 1024,
-    "temperatures": (0.02, 0.05, 0.2),
-    "drift_scale": 1.0,
-    "schedule": "constant",
-    "warmup": 2500,
-    "weight_decay": 0.0,
-    "betas": (0.9, 0.999),
-    "clip": 1.0,
-    "ema": 0.9999,
-    "precision": "bf16",
-    "judge": "gpt2-large",
-    "evaluate_every": 1000,
-}
-# Ours, for either backbone: it names no checkpoint and no text, and its rate is twice that of a refinement without it.
-_PAIRS = {
-    "objective": "pairs",
-    "chains": (2, 4),
-    "base_weight": 0.1,
-    "pair_decay": 0.95,
-    "learning_rate": 2 * RefineConfig.learning_rate,
-}
-PRESETS: Mapping[str, Mapping[str, Any]] = {
-    "mdlm-owt": {"checkpoint": "kuleshov-group/mdlm-owt", "learning_rate": 3e-5, **_PAPER},
-    "duo-owt": {"checkpoint": "s-sahoo/duo", "learning_rate": 5e-5, **_PAPER},
-    "pairs": _PAIRS,
-}
+WORDS = {str: "a text", int: "an integer", float: "a number", bool: "true or false"}
+TRUTH = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
 
 
-def make_config(
-    *, preset: str | None = None, file: str | Path | None = None, values: Mapping[str, Any] | None = None
-) -> RefineConfig:
-    """Build a configuration from a preset, a TOML file over it, and single values over both.
+class SettingType(typing.NamedTuple):
+    """Type of a setting.
 
-    A file may name its preset itself: ``preset = "mdlm-owt"``. A source of text replaces the preset's.
+    Attributes:
+        base: ``str``, ``int``, ``float`` or ``bool``.
+        optional: Whether None is allowed.
+        many: Whether the value is a tuple of the base type.
+        choices: The texts that are allowed; empty if any is.
+    """
+
+    base: type
+    optional: bool = False
+    many: bool = False
+    choices: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Base of dataclasses of settings: every value is converted to the type of its field, or refused.
+
+    Fields may be annotated with ``str``, ``int``, ``float``, ``bool``, a ``Literal`` of texts, one of these or None, or
+    a tuple of one of these. Fields of other types are left as they are.
+    """
+
+    def __post_init__(self) -> None:
+        for name, kind in setting_types(type(self)).items():
+            object.__setattr__(self, name, converted(name, getattr(self, name), kind))
+
+
+def setting_types(settings: type[Settings]) -> dict[str, SettingType]:
+    """Return the type of each setting of a dataclass, in the order of its fields."""
+    hints = typing.get_type_hints(settings)
+    found = {field.name: _setting_type(hints[field.name]) for field in dataclasses.fields(settings)}
+    return {name: kind for name, kind in found.items() if kind.base in WORDS}
+
+
+def _setting_type(annotation: Any) -> SettingType:
+    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin in (types.UnionType, typing.Union):
+        return _setting_type(next(each for each in arguments if each is not type(None)))._replace(optional=True)
+    if origin is tuple:
+        return SettingType(arguments[0], many=True)
+    if origin is Literal:
+        return SettingType(str, choices=arguments)
+    return SettingType(annotation)
+
+
+def converted(name: str, value: Any, kind: SettingType) -> Any:
+    """Return a value in the type of its setting.
 
     Raises:
-        TokenDriftError: For an unknown key (the nearest one is named), a value of the wrong type or out of range, a
-            file that is no TOML, or no checkpoint.
-
-    >>> make_config(preset="duo-owt", values={"steps": 100}).learning_rate
-    5e-05
-    >>> make_config(values={"checkpoint": "base", "learning_rat": 1e-4})
-    Traceback (most recent call last):
-    tokendrift.errors.TokenDriftError: unknown key 'learning_rat'; the nearest is 'learning_rate'.
+        TokenDriftError: If the value has another type, or is none of the choices.
     """
-    stated = {} if file is None else read_toml(Path(file))
-    preset = preset if preset is not None else stated.get("preset")
-    stated = {name: value for name, value in stated.items() if name != "preset"}
-    if preset is not None:
-        check_choice("preset", preset, tuple(PRESETS))
-    chosen: dict[str, Any] = dict(PRESETS[preset]) if preset is not None else {}
-    for layer in (stated, dict(values or {})):
-        if layer.get("text"):
-            chosen.pop("dataset", None)
-        if layer.get("dataset"):
-            chosen.pop("text", None)
-        chosen |= known(layer)
-    if "checkpoint" not in chosen:
-        raise fail("no checkpoint to refine.", "Name one, in the command, the TOML file or by a preset.")
-    return RefineConfig(**chosen)
+    if value is None and kind.optional:
+        return None
+    if kind.many:
+        if not isinstance(value, (list, tuple)):
+            raise fail(f"{name} must be a list, each entry {WORDS[kind.base]}.", **{name: value})
+        return tuple(converted(name, each, kind._replace(many=False)) for each in value)
+    if kind.choices:
+        check_choice(name, value, kind.choices)
+    if kind.base is str and isinstance(value, os.PathLike):
+        return os.fspath(value)
+    fits = isinstance(value, (int, float) if kind.base is float else kind.base)
+    if not fits or (isinstance(value, bool) and kind.base is not bool):
+        raise fail(f"{name} must be {WORDS[kind.base]}.", **{name: value})
+    return float(value) if kind.base is float else value
 
 
-def read_toml(path: Path) -> dict[str, Any]:
-    """Return the values of a TOML file."""
-    if sys.version_info >= (3, 11):
-        import tomllib
-    else:
-        import tomli as tomllib
-    try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise fail(f"{path} cannot be read as TOML: {error}.", "Texts stand in quotes, lists in brackets.") from None
+def check_fraction(name: str, value: float, remark: str = "") -> None:
+    """Require a number in [0, 1); the remark ends the message."""
+    if not 0 <= value < 1:
+        raise fail(f"{name} must lie in [0, 1){remark}.", **{name: value})
 
 
-def parse_settings(settings: Iterable[str]) -> dict[str, Any]:
-    """Return the values of settings written ``KEY=VALUE``; see `parse_value`.
+def from_text(name: str, text: str, kind: SettingType) -> Any:
+    """Return the value of a setting given as text, as on a command line; lists are separated by commas.
 
-    >>> parse_settings(["wrap=false", "evaluate_nfe=4,16"])
-    {'wrap': False, 'evaluate_nfe': (4, 16)}
+    >>> from_text("temperatures", "0.1,0.5", SettingType(float, many=True))
+    (0.1, 0.5)
+    >>> from_text("window", "none", SettingType(int, optional=True))
     """
-    pairs = [setting.partition("=") for setting in settings]
-    for name, sign, _ in pairs:
-        if not sign:
-            raise fail(f"a setting must have the form KEY=VALUE, and {name!r} has not.")
-    return {name.strip(): parse_value(name.strip(), text.strip()) for name, _, text in pairs}
-
-
-def parse_value(name: str, text: str) -> Any:
-    """Return the value of a key given as text, as on a command line; lists are separated by commas.
-
-    >>> parse_value("temperatures", "0.1,0.5"), parse_value("wrap", "false"), parse_value("window", "none")
-    ((0.1, 0.5), False, None)
-    """
-    known({name: text})
-    kind = KINDS[name]
     if kind.optional and text.lower() == "none":
         return None
     if kind.many:
-        return tuple(_parsed(name, part.strip(), kind.base) for part in text.split(",") if part.strip())
-    return _parsed(name, text, kind.base)
-
-
-def _parsed(name: str, text: str, base: type) -> Any:
-    words = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
+        one = kind._replace(many=False)
+        return tuple(from_text(name, part.strip(), one) for part in text.split(",") if part.strip())
     try:
-        return words[text.lower()] if base is bool else base(text)
+        return TRUTH[text.lower()] if kind.base is bool else kind.base(text)
     except (KeyError, ValueError):
-        raise fail(f"{name} must be {WORDS[base]}.", **{name: text}) from None
+        raise fail(f"{name} must be {WORDS[kind.base]}.", **{name: text}) from None
+
+
+def to_toml(value: Any) -> str:
+    """Return a value as it is written in a TOML file."""
+    if isinstance(value, (list, tuple)):
+        return "[" + ", ".join(map(to_toml, value)) + "]"
+    return json.dumps(value, ensure_ascii=False) if isinstance(value, (str, bool)) else repr(value)
+
+
+def describe_setting(settings: type[Settings], name: str) -> str:
+    """Return what the docstring of a dataclass says of one of its settings, with the default value.
+
+    >>> from tokendrift.training import LoopConfig, RefineConfig
+    >>> describe_setting(RefineConfig, "steps")
+    'Number of optimiser steps. Default: 1000.'
+    """
+    entry = re.search(rf"^ {{4}}{name}: (.*(?:\n {{8}}.*)*)", inspect.getdoc(settings) or "", re.MULTILINE)
+    text = " ".join(entry[1].replace("`", "").split()) if entry else ""
+    field = next(each for each in dataclasses.fields(settings) if each.name == name)
+    plain = field.default not in (dataclasses.MISSING, None, ())
+    return f"{text} Default: {to_toml(field.default)}." if plain else text

@@ -1,4 +1,4 @@
-"""Documents from text files, JSON lines and Hugging Face datasets, read as a stream from any place on."""
+"""Documents from text files, JSON Lines and Hugging Face datasets, read as a stream from any position."""
 
 from __future__ import annotations
 
@@ -8,12 +8,15 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from itertools import chain
 from pathlib import Path
-from typing import IO, Any, NamedTuple, Protocol, cast
+from typing import IO, TYPE_CHECKING, Any, NamedTuple, Protocol, cast
 
 from tokendrift._checks import fail
 
+if TYPE_CHECKING:
+    from tokendrift.training.config import RefineConfig
+
 PIECE = 1 << 16  # bytes of a long document that are tokenised at a time
-HEAD = 1 << 20  # bytes of a file by which it is known
+HEAD = 1 << 20  # bytes of a file by which it is recognised
 JSON_LINES = (".jsonl", ".ndjson", ".json")
 NO_TEXT = (".parquet", ".arrow", ".feather", ".csv", ".tsv", ".zst", ".xz", ".bz2", ".zip", ".tar", ".tgz")
 SAVED = ("dataset_info.json", "dataset_dict.json")  # what `datasets` leaves in a folder that it has saved
@@ -26,8 +29,8 @@ class Piece(NamedTuple):
 
     Attributes:
         text: The text, never empty.
-        ends: Whether the document ends with it.
-        start: Place from which reading gives this piece first.
+        ends: Whether the document ends with this piece.
+        start: Position from which reading returns this piece first.
     """
 
     text: str
@@ -39,7 +42,7 @@ class Documents(Protocol):
     """A source of text that always gives the same pieces in the same order."""
 
     def read(self, start: Place | None = None) -> Iterator[Piece]:
-        """Yield the pieces from a place on, to the end of the source; from its beginning by default."""
+        """Yield the pieces from a position (default: the beginning) to the end of the source."""
         ...
 
 
@@ -73,7 +76,7 @@ class TextFiles:
                 )
 
     def identity(self) -> list[list[Any]]:
-        """Return size and the SHA-256 of the beginning of each file: edited or longer, it is another text."""
+        """Return the size and the SHA-256 of the first MiB of each file, which change if a file is edited or grows."""
         found = []
         for path in self.paths:
             with path.open("rb") as file:
@@ -81,19 +84,19 @@ class TextFiles:
         return found
 
     def read(self, start: Place | None = None) -> Iterator[Piece]:
-        """Yield the pieces from a place on."""
+        """Yield the pieces from a position to the end of the files."""
         start = start or {"file": 0, "byte": 0, "line": 0}
         for number in range(start["file"], len(self.paths)):
             place = start if number == start["file"] else {"file": number, "byte": 0, "line": 0}
             lines = self._lines(number, place)
-            cut: Callable[[Iterator[_Line]], Iterator[Piece]]
+            cut: Callable[[Iterator[_TextLine]], Iterator[Piece]]
             if _kind(self.paths[number]) in JSON_LINES:
                 cut = self._objects
             else:
                 cut = {"file": _whole, "paragraph": _paragraphs, "line": _single}[self.documents]
             yield from cut(lines)
 
-    def _lines(self, number: int, place: Place) -> Iterator[_Line]:
+    def _lines(self, number: int, place: Place) -> Iterator[_TextLine]:
         path, line = self.paths[number], place["line"]
         with cast(IO[bytes], (gzip.open if path.suffix.lower() == ".gz" else open)(path, "rb")) as file:
             file.seek(place["byte"])
@@ -101,12 +104,12 @@ class TextFiles:
             for raw in file:
                 at = {"file": number, "byte": byte, "line": line}
                 try:
-                    yield _Line(raw.decode("utf-8-sig" if byte == 0 else "utf-8"), at)
+                    yield _TextLine(raw.decode("utf-8-sig" if byte == 0 else "utf-8"), at)
                 except UnicodeDecodeError as error:
                     raise fail(f"{path}, line {line + 1} is not UTF-8: {error}.", "Convert the file.") from None
                 byte, line = byte + len(raw), line + 1
 
-    def _objects(self, lines: Iterator[_Line]) -> Iterator[Piece]:
+    def _objects(self, lines: Iterator[_TextLine]) -> Iterator[Piece]:
         for line in lines:
             if not line.text.strip():
                 continue
@@ -130,14 +133,14 @@ def _kind(path: Path) -> str:
     return Path(path.name.lower().removesuffix(".gz")).suffix
 
 
-class _Line(NamedTuple):
+class _TextLine(NamedTuple):
     text: str
     at: Place
 
 
-def _whole(lines: Iterator[_Line]) -> Iterator[Piece]:
+def _whole(lines: Iterator[_TextLine]) -> Iterator[Piece]:
     """Yield a file in pieces of about `PIECE` bytes that end with a line; only the last one ends the document."""
-    held: list[_Line] = []
+    held: list[_TextLine] = []
     size = 0
     for line in lines:
         if size >= PIECE:
@@ -149,8 +152,8 @@ def _whole(lines: Iterator[_Line]) -> Iterator[Piece]:
         yield Piece("".join(part.text for part in held), True, held[0].at)
 
 
-def _paragraphs(lines: Iterator[_Line]) -> Iterator[Piece]:
-    held: list[_Line] = []
+def _paragraphs(lines: Iterator[_TextLine]) -> Iterator[Piece]:
+    held: list[_TextLine] = []
     for line in chain(lines, [None]):
         if line is not None and line.text.strip():
             held.append(line)
@@ -159,7 +162,7 @@ def _paragraphs(lines: Iterator[_Line]) -> Iterator[Piece]:
             held = []
 
 
-def _single(lines: Iterator[_Line]) -> Iterator[Piece]:
+def _single(lines: Iterator[_TextLine]) -> Iterator[Piece]:
     for line in lines:
         if line.text.strip():
             yield Piece(line.text.rstrip("\r\n"), True, line.at)
@@ -202,7 +205,7 @@ class DatasetRows:
         self.rows = rows
 
     def read(self, start: Place | None = None) -> Iterator[Piece]:
-        """Yield the rows from a place on."""
+        """Yield the rows from a position to the end of the dataset."""
         first = start["row"] if start else 0
         for number, row in enumerate(self.rows.skip(first), first):
             text = row[self.field]
@@ -210,3 +213,17 @@ class DatasetRows:
                 raise fail(f"row {number} of {self.name!r} has no text in column {self.field!r}.", **{self.field: text})
             if text.strip():
                 yield Piece(text, True, {"row": number})
+
+
+def open_text(config: RefineConfig) -> Documents:
+    """Return the source of text that a configuration names.
+
+    Raises:
+        TokenDriftError: If it names none, or the source cannot be opened.
+    """
+    if config.dataset is not None:
+        options = {"split": config.dataset_split, "field": config.text_field}
+        return DatasetRows(config.dataset, config.dataset_config, **options)
+    if not config.text:
+        raise fail("no text to train on.", "Name text files or a dataset.")
+    return TextFiles(config.text, documents=config.documents, field=config.text_field)

@@ -1,4 +1,4 @@
-"""Samples files and checkpoints in, a report out: what the command ``tokendrift evaluate`` does."""
+"""From samples files and checkpoints to a report: what the command ``tokendrift evaluate`` does."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import dataclasses
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,52 +15,60 @@ import torch
 import tokendrift
 from tokendrift._checks import check_choice, check_count, check_device, fail
 from tokendrift.evaluation.bootstrap import Interval
-from tokendrift.evaluation.evaluator import Evaluation, cut_to_lengths, evaluate
+from tokendrift.evaluation.evaluator import cut_to_lengths, evaluate
 from tokendrift.evaluation.generative_perplexity import GenerativePerplexity
 from tokendrift.evaluation.judge import DEFAULT_JUDGE, PRECISIONS
-from tokendrift.evaluation.measures import measure
+from tokendrift.evaluation.measures import Measures, measure
 from tokendrift.evaluation.protocols import PROTOCOLS
-from tokendrift.evaluation.report.checkpoint_rows import at_entropy_of_each, held_out_nelbo, load_models
-from tokendrift.evaluation.report.report import REAL, Matched, Report
+from tokendrift.evaluation.report.evaluation_report import REAL, EvaluationReport, MatchedSet
+from tokendrift.evaluation.report.from_checkpoints import (
+    held_out_nelbo,
+    load_denoisers,
+    match_entropies,
+    sample_checkpoints,
+)
 from tokendrift.evaluation.report.sources import (
+    NamedSamples,
     common_tokenizer,
-    labels,
-    named,
     read_real,
     read_some_text,
     read_sources,
     real_windows,
-    sample_checkpoints,
+    split_name,
+    unique_names,
 )
-from tokendrift.evaluation.samples import SampleSet, decode
+from tokendrift.models.tokenizer import decode
+from tokendrift.sampling import SampleSet, denoiser_samples
+from tokendrift.sampling.to_file import SampleConfig
 
 
 @dataclass(frozen=True)
 class EvaluateConfig:
-    """What a report depends on, apart from the files.
+    """Options of `evaluate_files`.
 
     Attributes:
-        samples: Samples files, ``FILE`` or ``NAME=FILE`` each, as `read_samples` takes them.
-        checkpoint: Checkpoints to sample, ``PLACE`` or ``NAME=PLACE`` each.
-        nfe: Function evaluations at which each checkpoint is sampled.
-        n: Samples of each checkpoint and NFE.
-        temperature: Of sampling checkpoints.
-        baseline: Name of one of the checkpoints: every set of as many steps is compared with it at equal entropy.
-        keep: Folder for the samples of checkpoints; a temporary one by default.
-        real: Text that neither denoiser nor judge was trained on: samples of a ``.jsonl`` file, or any other
-            file, cut into windows of the samples' length that are spread over it.
-        training_text: To find copies.
-        tokenizer: The denoisers'; by default that which the samples files or checkpoints name.
-        judge: Name or folder of a causal LM.
-        judge_tokenizer: Instead of the judge's own.
-        revision: Branch, tag or commit of the judge.
-        dtype: Of the judge, ``"float32"`` or ``"bfloat16"``.
-        protocol: As for `GenerativePerplexity`.
-        skip_bad: Leave out lines and samples that cannot be scored, and name them.
-        resamples: Redraws of the bootstrap.
-        seed: Of sampling checkpoints and of redraws.
-        batch_size: Windows of full length the judge reads at once.
-        device: Where to sample and to judge.
+        samples: Samples files, ``FILE`` or ``NAME=FILE`` each, in the formats of `read_samples`.
+        checkpoint: Checkpoints to sample, ``PATH`` or ``NAME=PATH`` each.
+        nfe: Numbers of function evaluations at which each checkpoint is sampled.
+        n: Samples of each checkpoint and NFE. Default: 256.
+        temperature: Sampling temperature of the checkpoints. Default: 1.0.
+        baseline: Name of one of the checkpoints. Every set of as many steps is compared with it at equal entropy.
+            Default: None.
+        keep: Folder in which the samples of checkpoints are kept. Default: a temporary folder.
+        real: Text that neither denoiser nor judge was trained on: a samples file, or any other text file, which is
+            cut into windows of the samples' length, spread evenly over it.
+        training_text: Text file of training text, to find copies. Default: None.
+        tokenizer: Tokenizer of the denoisers. Default: the one that the samples files or checkpoints name.
+        judge: Name or folder of a causal language model. Default: ``"gpt2-large"``.
+        judge_tokenizer: Tokenizer of the judge. Default: the judge's own.
+        revision: Branch, tag or commit of the judge. Default: None, for its main branch.
+        dtype: Precision of the judge, ``"float32"`` or ``"bfloat16"``. Default: ``"float32"``.
+        protocol: Protocol of Gen.-PPL, as for `GenerativePerplexity`. Default: ``"mdlm"``.
+        skip_bad: Leave out lines and samples that cannot be scored, and report them. Default: False.
+        resamples: Redraws of the bootstrap. Default: 1000.
+        seed: Random seed of sampling and of the bootstrap. Default: 0.
+        batch_size: Windows of full length in a forward call of the judge. Default: 8.
+        device: Device to sample and to judge on. Default: ``"cpu"``.
     """
 
     samples: tuple[str, ...] = ()
@@ -92,9 +101,9 @@ class EvaluateConfig:
                 checkpoint=self.checkpoint,
                 nfe=self.nfe,
             )
-        names = [name for name, _ in map(named, self.checkpoint)]
+        names = [name for name, _ in map(split_name, self.checkpoint)]
         if len(set(names)) < len(names):
-            raise fail("two checkpoints have one name.", "Name them: NAME=PLACE.", names=names)
+            raise fail("two checkpoints have one name.", "Name them: NAME=PATH.", names=names)
         if self.baseline is not None and self.baseline not in names:
             raise fail("baseline must be the name of a checkpoint.", baseline=self.baseline, names=names)
         for nfe in self.nfe:
@@ -106,24 +115,69 @@ class EvaluateConfig:
         check_device(self.device)
 
 
-def evaluate_files(config: EvaluateConfig, *, progress: Callable[[str], object] = lambda stage: None) -> Report:
+def evaluate_files(
+    config: EvaluateConfig, *, progress: Callable[[str], object] = lambda stage: None
+) -> EvaluationReport:
     """Read or draw the samples, measure them beside real text, and return the report.
 
     Args:
         config: What to evaluate, and how.
-        progress: Called with what is being done.
+        progress: Called with a description of each stage. Default: a function that does nothing.
 
     Raises:
         TokenDriftError: If a file, checkpoint, tokenizer or the judge cannot be read, or they do not fit together.
     """
-    from tokendrift.models.tokenizer import load_tokenizer
-
+    # 1. Read the files, then load the judge, which may be large, and sample the checkpoints.
     progress("reading")
     sources = read_sources(config.samples, skip_bad=config.skip_bad)
     real = read_real(config.real, skip_bad=config.skip_bad)
     training = None if config.training_text is None else SampleSet(texts=[read_some_text(config.training_text)])
     progress(f"loading the judge {config.judge}")
-    judge = GenerativePerplexity(
+    judge = _load_judge(config)
+    sources += _sample_checkpoints(config, progress)
+    names = unique_names(sources)
+    if REAL in names:
+        raise fail(f"a set of samples is called {REAL!r}, as real text is.", "Name it otherwise: NAME=FILE.")
+    # 2. Find the tokenizer that all sets share, and cut real text in its tokens.
+    tokenizer = common_tokenizer(sources, config.tokenizer)
+    real_set = real_windows(real, sources, tokenizer, judge.judge.tokenizer) if isinstance(real, str) else real
+    if tokenizer is None and real_set.texts is not None:
+        real_set = dataclasses.replace(real_set, ids=None)  # ids of an unknown vocabulary compare with nothing
+    # 3. Measure the checkpoints, then every set beside real text.
+    denoisers = load_denoisers(config.checkpoint, sources, config.tokenizer, device=config.device)
+    if config.baseline is not None and denoisers[config.baseline].tokenizer is None:
+        raise fail(
+            f"no tokenizer is known that decodes what the baseline {config.baseline} draws.",
+            "Name it: --tokenizer tokenizer.json, a folder, or a hub name.",
+        )
+    bounds: dict[str, Interval | None] = {}
+    for model, denoiser in denoisers.items():
+        progress(f"NELBO of {model}")
+        bounds[model] = held_out_nelbo(denoiser, real, resamples=config.resamples, seed=config.seed)
+    nelbo = {name: bounds.get(source.model) for name, source in zip(names, sources, strict=True)}
+    sets = {name: source.samples for name, source in zip(names, sources, strict=True)}
+    options: dict[str, Any] = {"training": training, "resamples": config.resamples, "seed": config.seed}
+    options |= {"skip_bad": config.skip_bad, "progress": _count_samples(progress)}
+    evaluation = evaluate(sets, judge, real=real_set, tokenizer=tokenizer, nelbo=nelbo, **options)
+    # 4. Compare every set with the baseline at equal entropy.
+    matched: tuple[MatchedSet, ...] = ()
+    if config.baseline is not None:
+        baseline = denoisers[config.baseline]
+        options |= {"tokenizer": baseline.tokenizer, "vocabulary": evaluation.rows[0].measures.vocabulary}
+        draw = denoiser_samples(baseline.model, baseline.process, baseline.model.config.model_length, seed=config.seed)
+        measured = partial(measure, judge=judge, **options)
+        matched = match_entropies(evaluation, sources, config.baseline, draw, measured)
+    # 5. The report, with the texts that its page shows.
+    texts = {name: _texts(samples, tokenizer) for name, samples in sets.items()}
+    texts[REAL] = _real_texts(evaluation.rows[0].measures, real_set, judge, tokenizer)
+    settings = {"tokendrift": tokendrift.__version__, "torch": torch.__version__, **dataclasses.asdict(config)}
+    return EvaluationReport(evaluation, tuple(sources), texts, settings, matched)
+
+
+def _load_judge(config: EvaluateConfig) -> GenerativePerplexity:
+    from tokendrift.models.tokenizer import load_tokenizer
+
+    return GenerativePerplexity(
         config.judge,
         None if config.judge_tokenizer is None else load_tokenizer(config.judge_tokenizer),
         protocol=config.protocol,
@@ -132,87 +186,33 @@ def evaluate_files(config: EvaluateConfig, *, progress: Callable[[str], object] 
         batch_size=config.batch_size,
         device=config.device,
     )
+
+
+def _sample_checkpoints(config: EvaluateConfig, progress: Callable[[str], object]) -> list[NamedSamples]:
+    options = {name: getattr(config, name) for name in ("n", "temperature", "tokenizer", "seed", "device")}
+    sampling = SampleConfig("", steps=1, **options)
     with tempfile.TemporaryDirectory() as temporary:
-        drawn = sample_checkpoints(
-            config.checkpoint,
-            config.nfe,
-            Path(config.keep or temporary),
-            progress=progress,
-            n=config.n,
-            temperature=config.temperature,
-            tokenizer=config.tokenizer,
-            seed=config.seed,
-            device=config.device,
-        )
-        sources += drawn
-    keys = labels(sources)
-    if REAL in keys:
-        raise fail(f"a set of samples is called {REAL!r}, as real text is.", "Name it otherwise: NAME=FILE.")
-    tokenizer = common_tokenizer(sources, config.tokenizer)
-    real_set = real_windows(real, sources, tokenizer, judge.judge.tokenizer) if isinstance(real, str) else real
-    if tokenizer is None and real_set.texts is not None:
-        real_set = dataclasses.replace(real_set, ids=None)  # ids of an unknown vocabulary compare with nothing
-    models = dict(load_models(config.checkpoint, config.device))
-    # What a checkpoint draws and predicts is read in its own vocabulary, also beside sets whose vocabulary is unknown.
-    known = {name: common_tokenizer([s for s in sources if s.model == name], config.tokenizer) for name in models}
-    if config.baseline is not None and known[config.baseline] is None:
-        raise fail(
-            f"no tokenizer is known that decodes what the baseline {config.baseline} draws.",
-            "Name it: --tokenizer tokenizer.json, a folder, or a hub name.",
-        )
-    nelbo: dict[str, Interval] = {}
-    for name, (model, process) in models.items():
-        progress(f"NELBO of {name}")
-        found = held_out_nelbo(model, process, real, known[name], resamples=config.resamples, seed=config.seed)
-        if found is not None:
-            nelbo |= {key: found for key, source in zip(keys, sources, strict=True) if source.model == name}
-    done = 0
+        folder = Path(config.keep or temporary)
+        return list(sample_checkpoints(config.checkpoint, config.nfe, folder, sampling, progress=progress))
 
-    def scored(count: int) -> None:
-        nonlocal done
-        done += count
-        progress(f"judging: {done} samples")
 
-    options: dict[str, Any] = {
-        "training": training,
-        "resamples": config.resamples,
-        "seed": config.seed,
-        "skip_bad": config.skip_bad,
-        "progress": scored,
-    }
-    evaluation = evaluate(
-        {key: source.samples for key, source in zip(keys, sources, strict=True)},
-        judge,
-        real=real_set,
-        tokenizer=tokenizer,
-        nelbo=nelbo,
-        **options,
-    )
-    matched: tuple[Matched, ...] = ()
-    if config.baseline is not None:
-        vocabulary = evaluation.rows[0].measures.vocabulary
-        as_the_sets = options | {"tokenizer": known[config.baseline], "vocabulary": vocabulary}
-        matched = at_entropy_of_each(
-            evaluation,
-            sources,
-            config.baseline,
-            *models[config.baseline],
-            measure=lambda samples: measure(samples, judge, **as_the_sets),
-            seed=config.seed,
-        )
-    texts = {key: _texts(source.samples, tokenizer) for key, source in zip(keys, sources, strict=True)}
-    texts[REAL] = _real_texts(evaluation, real_set, judge, tokenizer)
-    settings = {"tokendrift": tokendrift.__version__, "torch": torch.__version__, **dataclasses.asdict(config)}
-    return Report(evaluation, tuple(sources), texts, settings, matched)
+def _count_samples(progress: Callable[[str], object]) -> Callable[[int], object]:
+    """Return what reports how many samples the judge has scored so far, given those of each forward call."""
+    total = 0
+
+    def report(count: int) -> None:
+        nonlocal total
+        total += count
+        progress(f"judging: {total} samples")
+
+    return report
 
 
 def _texts(samples: SampleSet, tokenizer: Any) -> list[str]:
     return samples.texts if samples.texts is not None else decode(tokenizer, samples.ids or [])
 
 
-def _real_texts(evaluation: Evaluation, real: SampleSet, judge: GenerativePerplexity, tokenizer: Any) -> list[str]:
-    """Return real text cut as it stands in the first row."""
-    measures = evaluation.rows[0].measures
-    lengths = tuple(sorted(measures.per_sample["length"].tolist(), reverse=True))
-    cut = cut_to_lengths(real, lengths, judge, tokenizer, measures.vocabulary, as_text=True)
-    return cut.texts or []
+def _real_texts(first: Measures, real: SampleSet, judge: GenerativePerplexity, tokenizer: Any) -> list[str]:
+    """Return the texts of real text, cut to the lengths of the first set."""
+    own = tokenizer if first.vocabulary == "generated" else judge.judge.tokenizer
+    return cut_to_lengths(real, first.falling_lengths(), own, first.vocabulary, as_text=True).texts or []

@@ -9,7 +9,7 @@ import re
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from tokendrift.errors import TokenDriftError
+from tokendrift.evaluation.plots import require_matplotlib
 
 if TYPE_CHECKING:
     from markupsafe import Markup
@@ -22,13 +22,13 @@ LEGEND_WIDTH, HANDLE_WIDTH, LONGEST_LABEL = 85, 8, 60  # letters
 
 
 def render(template: str, *, package: str = "tokendrift.evaluation.report", script: str = "", **values: Any) -> str:
-    """Return a page. What fills it is escaped; the browser is told to load nothing, and to run ``script`` alone.
+    """Return a page made from a template. All values are escaped, and a policy allows no script but ``script``.
 
     Args:
         template: File in ``package/templates``; it may extend ``base.html.j2``.
-        package: Where the template lies.
-        script: JavaScript of the page.
-        **values: What the template shows.
+        package: Package of the template.
+        script: JavaScript of the page. Default: empty.
+        **values: Values that the template shows.
     """
     from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined
     from markupsafe import Markup
@@ -45,10 +45,10 @@ def inline_svg(draw: Callable[[Axes], None], name: str, title: str, description:
     """Return a plot as an SVG element without background, its ink in the colour of the page's text.
 
     Args:
-        draw: Draws on the axes; every artist with a label comes into the legend.
-        name: Unlike that of any other plot of the page; every id in the element begins with it.
+        draw: Draws on the axes; every artist with a label appears in the legend.
+        name: Name of the plot, unique within the page; every id in the element begins with it.
         title: Accessible name.
-        description: What a reader who does not see the plot is told.
+        description: Description for readers who do not see the plot.
 
     Raises:
         TokenDriftError: If matplotlib is missing.
@@ -85,15 +85,7 @@ def inline_svg(draw: Callable[[Axes], None], name: str, title: str, description:
 
 
 def as_label(name: str) -> str:
-    """Return a name, shortened if need be, as a label in which matplotlib sees no mathematics and no wish to hide."""
+    """Return a name as a label, shortened if it is long, in which matplotlib finds no formula and no hidden label."""
     if len(name) > LONGEST_LABEL:
         name = f"{name[: LONGEST_LABEL - 3]}..."
     return ("\u200a" if name.startswith("_") else "") + name.replace("$", r"\$")
-
-
-def require_matplotlib() -> None:
-    """Raise unless there is matplotlib: before the work that ends in plots."""
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError as error:
-        raise TokenDriftError("plots need matplotlib.\n  pip install 'tokendrift[plot]'") from error

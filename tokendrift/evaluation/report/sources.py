@@ -1,24 +1,26 @@
-"""Where samples and real text come from: files, and checkpoints sampled at several NFE."""
+"""Samples and real text from files, with a name for each set and the tokenizer that all sets share."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from tokendrift._checks import fail
-from tokendrift.evaluation.files import has_header, read_samples
-from tokendrift.evaluation.samples import SampleSet, decode, id_sequences, tokenize
+from tokendrift.evaluation.sample_reader import has_header, read_samples
+from tokendrift.evaluation.samples import id_sequences
 from tokendrift.files import read_text
+from tokendrift.models.tokenizer import decode, encode, load_tokenizer, same_tokenizer
+from tokendrift.sampling import SampleSet
 
 
-class Source(NamedTuple):
-    """One set of samples.
+class NamedSamples(NamedTuple):
+    """A set of samples with its name and where it came from.
 
     Attributes:
-        model: What the set is called; sets of one name and several NFE make one line of a plot.
+        model: Name of the model. Sets of the same model at several NFE make one line of a plot.
         samples: The set.
-        origin: File or checkpoint.
+        origin: File or checkpoint of the set.
     """
 
     model: str
@@ -27,74 +29,39 @@ class Source(NamedTuple):
 
     @property
     def steps(self) -> int | None:
-        """Steps of the sampler, as the file says, else its NFE: rows in which nothing moved cost fewer calls."""
-        said = self.samples.metadata.get("steps")
-        return said if isinstance(said, int) else self.samples.nfe
+        """Steps of the sampler if the file names them, else NFE, which is lower if some steps needed no call."""
+        steps = self.samples.metadata.get("steps")
+        return steps if isinstance(steps, int) else self.samples.nfe
 
 
-def named(argument: str) -> tuple[str, str]:
-    """Return name and place of ``NAME=PLACE`` or ``PLACE``, whose name is then the last part without its ending.
+def split_name(argument: str) -> tuple[str, str]:
+    """Return name and path of ``NAME=PATH``, or of ``PATH``: its last part without the file ending is then the name.
 
-    >>> named("base=runs/base-4.jsonl"), named("runs/base-4.jsonl")
+    >>> split_name("base=runs/base-4.jsonl"), split_name("runs/base-4.jsonl")
     (('base', 'runs/base-4.jsonl'), ('base-4', 'runs/base-4.jsonl'))
     """
-    name, equals, place = argument.partition("=")
-    if equals and name.strip() and place and not Path(argument).exists():
-        return name.strip(), place
+    name, equals, path_named = argument.partition("=")
+    if equals and name.strip() and path_named and not Path(argument).exists():
+        return name.strip(), path_named
     path = Path(argument)
     return (path.stem if path.suffix in {".jsonl", ".json", ".txt", ".safetensors", ".ckpt"} else path.name), argument
 
 
-def read_sources(arguments: Sequence[str], *, skip_bad: bool = False) -> list[Source]:
-    """Return the sets of samples files, ``PLACE`` or ``NAME=PLACE`` each."""
-    places = map(named, arguments)
-    return [Source(name, read_samples(place, skip_bad=skip_bad), place) for name, place in places]
+def read_sources(arguments: Sequence[str], *, skip_bad: bool = False) -> list[NamedSamples]:
+    """Return the sets of samples files, ``PATH`` or ``NAME=PATH`` each."""
+    return [
+        NamedSamples(name, read_samples(path, skip_bad=skip_bad), path) for name, path in map(split_name, arguments)
+    ]
 
 
-def sample_checkpoints(
-    checkpoints: Sequence[str],
-    nfes: Sequence[int],
-    folder: Path,
-    *,
-    progress: Callable[[str], object] = lambda stage: None,
-    **options: Any,
-) -> Iterator[Source]:
-    """Sample each checkpoint at each NFE into a file of the folder, and yield the sets.
+def unique_names(sources: Sequence[NamedSamples]) -> list[str]:
+    """Return a name for each set: the name of its model, with the NFE if there are several sets of that model.
 
-    Files that are there from an earlier run with the same settings are used, unfinished ones gone on with.
-
-    Args:
-        checkpoints: ``PLACE`` or ``NAME=PLACE`` each.
-        nfes: Function evaluations, one set for each.
-        folder: For the files.
-        progress: Called with what is being sampled.
-        **options: Of `tokendrift.sampling.to_file.SampleConfig`.
+    Sets of a model with equal NFE are named by their steps as well: with more steps than tokens, more steps hardly
+    need more calls.
 
     Raises:
-        TokenDriftError: As for `tokendrift.sampling.to_file.sample_to_file`.
-    """
-    from tokendrift.sampling.to_file import SampleConfig, sample_to_file
-
-    for name, place in map(named, checkpoints):
-        for nfe in nfes:
-            progress(f"sampling {name} at {nfe} NFE")
-            path = folder / f"{name.replace('/', '-')}-{nfe}.jsonl"
-            try:
-                sample_to_file(SampleConfig(place, steps=nfe, **options), path)
-            except OSError as error:
-                raise fail(
-                    f"{path} could not be written: {error.strerror}.", "Free some space, or keep elsewhere."
-                ) from None
-            yield Source(name, read_samples(path), place)
-
-
-def labels(sources: Sequence[Source]) -> list[str]:
-    """Return a name for each set: that of its model, with its NFE where a model has several sets.
-
-    Sets of one NFE are told apart by their steps: with more steps than tokens, rows hardly need more calls.
-
-    Raises:
-        TokenDriftError: If two sets have one name, one NFE and as many steps.
+        TokenDriftError: If two sets have the same name, NFE and number of steps.
     """
     models = [source.model for source in sources]
     found = [
@@ -112,17 +79,19 @@ def labels(sources: Sequence[Source]) -> list[str]:
     return found
 
 
-def common_tokenizer(sources: Sequence[Source], name: str | None) -> Any:
-    """Return the denoisers' tokenizer: the one named, or that which all files of ids name and which can be read.
+def common_tokenizer(sources: Sequence[NamedSamples], name: str | None) -> Any:
+    """Return the tokenizer that all sets of ids share, None if it is not known.
 
-    Two places are one tokenizer where what lies there is the same: every checkpoint folder has a copy of its own.
+    Every checkpoint folder has its own copy of a tokenizer; copies with the same content count as one tokenizer.
+
+    Args:
+        sources: The sets. The metadata of a samples file names the tokenizer of its ids.
+        name: Tokenizer to load instead: a ``tokenizer.json``, a folder or a hub name.
 
     Raises:
-        TokenDriftError: If the one named cannot be read, files name tokenizers that differ, or ids without texts come
-            without a tokenizer.
+        TokenDriftError: If ``name`` cannot be read, if the sets have different tokenizers, or if a set has ids without
+            texts and no tokenizer is known.
     """
-    from tokendrift.models.tokenizer import load_tokenizer
-
     if name is not None:
         return load_tokenizer(name)
     own = {source.samples.metadata.get("tokenizer"): source for source in sources if source.samples.ids is not None}
@@ -134,7 +103,7 @@ def common_tokenizer(sources: Sequence[Source], name: str | None) -> Any:
     if found and len(found) == len(own):
         (first, tokenizer), *others = found.items()
         for place, other in others:
-            if _content(other) != _content(tokenizer):
+            if not same_tokenizer(other, tokenizer):
                 raise fail(
                     f"the tokenizers of {own[first].origin} and {own[place].origin} differ: {first}, {place}. Ids of "
                     "two vocabularies do not compare.",
@@ -147,14 +116,6 @@ def common_tokenizer(sources: Sequence[Source], name: str | None) -> Any:
                 "Name the denoiser's: --tokenizer tokenizer.json, a folder, or a hub name.",
             )
     return tokenizer
-
-
-def _content(tokenizer: Any) -> str:
-    """Return all that makes a tokenizer, so that copies are equal wherever they lie."""
-    backend = getattr(tokenizer, "backend_tokenizer", tokenizer)
-    if hasattr(backend, "to_str"):
-        return str(backend.to_str())
-    return repr((type(tokenizer).__name__, sorted(tokenizer.get_vocab().items())))
 
 
 def read_some_text(path: str) -> str:
@@ -170,23 +131,24 @@ def read_some_text(path: str) -> str:
 
 
 def read_real(path: str, *, skip_bad: bool = False) -> SampleSet | str:
-    """Return real text: the samples of a file that has them by line, or any other's text whole, for `real_windows`."""
+    """Return the samples of a samples file, or the whole text of any other file, which `real_windows` cuts."""
     if Path(path).suffix == ".jsonl":
         return read_samples(path, skip_bad=skip_bad)
     text = read_some_text(path)
     return read_samples(path, skip_bad=skip_bad) if has_header(text) else text
 
 
-def real_windows(text: str, sources: Sequence[Source], tokenizer: Any, judge_tokenizer: Any) -> SampleSet:
-    """Return disjoint windows of a text, spread evenly over it: as many as the largest set has, as long as its longest.
+def real_windows(text: str, sources: Sequence[NamedSamples], tokenizer: Any, judge_tokenizer: Any) -> SampleSet:
+    """Return disjoint windows of a text, spread evenly over it.
 
-    Windows are cut in the ids as generated where every set has them and the tokenizer is known, else in the judge's.
+    There are as many windows as samples in the largest set, and they are as long as the longest sample. They are cut
+    in tokens of the denoisers if every set has ids and the tokenizer is known, else in tokens of the judge.
 
     Args:
         text: Real text.
-        sources: The sets it will stand beside.
-        tokenizer: The denoisers', None if it is not known.
-        judge_tokenizer: The judge's.
+        sources: The sets to compare with it.
+        tokenizer: Tokenizer of the denoisers, None if it is not known.
+        judge_tokenizer: Tokenizer of the judge.
 
     Raises:
         TokenDriftError: If the text is too short for two windows, or needs a tokenizer that is missing.
@@ -198,16 +160,16 @@ def real_windows(text: str, sources: Sequence[Source], tokenizer: Any, judge_tok
     for source in sources:
         sequences = source.samples.ids if as_generated else id_sequences(source.samples.scored(), None, own)[0]
         width = max(width, *map(len, sequences or []))
-    rows = windows(tokenize(own, [text])[0], width, count)
+    rows = evenly_spaced_windows(encode(own, [text])[0], width, count)
     if len(rows) < 2:
         raise fail(f"real text is too short for two windows of {width} tokens, the longest sample.", "Pass more text.")
     return SampleSet(ids=rows if as_generated else None, texts=decode(own, rows))
 
 
-def windows(stream: list[int], width: int, count: int) -> list[list[int]]:
-    """Return disjoint windows of one width, spread evenly over a stream of ids: so many, or as many as it holds.
+def evenly_spaced_windows(stream: list[int], width: int, count: int) -> list[list[int]]:
+    """Return ``count`` disjoint windows of one width, spread evenly over a stream of ids, or as many as it holds.
 
-    >>> windows([0, 1, 2, 3, 4, 5, 6], 3, 2)
+    >>> evenly_spaced_windows([0, 1, 2, 3, 4, 5, 6], 3, 2)
     [[0, 1, 2], [4, 5, 6]]
     """
     count = min(count, len(stream) // width)

@@ -1,19 +1,32 @@
-"""What the probes share: prompts followed by noise, and a denoiser that is told how much of it there is."""
+"""Prompts followed by noise, and a denoiser that is called with the noise level of exactly that input."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from tokendrift._checks import check_count, check_ids, check_tensor, fail
 from tokendrift.diffusion.process import Denoiser, Process, wide
-from tokendrift.evaluation.bootstrap import Interval, bootstrap_interval, check_resampling
+from tokendrift.evaluation.bootstrap import Interval, check_resampling, mean_interval
 
 
-class Setting:
-    """Denoiser, prompts and noise of a probe: the arguments that the probes share, checked."""
+class NoisyPrompts:
+    """The prompts of a probe, followed by noise, and the denoiser that reads them.
+
+    Args:
+        denoiser: Maps ids (B, L) and sigma (B,) to raw logits (B, L, V).
+        process: Its diffusion process.
+        prompts: Clean ids (n, P), n at least 2.
+        draws: Noise patterns for each prompt.
+        batch_size: Sequences in a forward call.
+        seed: Random seed of the noise.
+
+    Raises:
+        TokenDriftError: If prompts or an option do not fit.
+    """
 
     def __init__(
         self,
@@ -72,6 +85,6 @@ def entropies(log_p: Tensor) -> Tensor:
 
 
 def interval_of_means(resamples: int, level: float) -> Callable[[Tensor], Interval]:
-    """Return what maps one value a prompt (n,) to their mean and its bootstrap interval."""
+    """Return a function that maps one value for each prompt, (n,), to their mean with its bootstrap interval."""
     check_resampling(level, resamples)
-    return lambda values: bootstrap_interval(lambda x: x.mean(dim=-1), values, resamples=resamples, level=level)
+    return partial(mean_interval, resamples=resamples, level=level)

@@ -1,4 +1,4 @@
-"""What an evaluation of files says: a table, sentences, and everything for JSON and CSV."""
+"""The report of an evaluation: a table and sentences for the terminal, and every number for JSON and CSV."""
 
 from __future__ import annotations
 
@@ -12,43 +12,26 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from tokendrift.evaluation.bootstrap import Interval
 from tokendrift.evaluation.comparison import Comparison
-from tokendrift.evaluation.evaluator import Evaluation, Row
+from tokendrift.evaluation.evaluator import EvaluatedSet, Evaluation
+from tokendrift.evaluation.figures import FIGURES, main_figures
 from tokendrift.evaluation.guard import SAME_SIZE
 from tokendrift.evaluation.matching import MatchedEntropy
 from tokendrift.evaluation.measures import Measures
-from tokendrift.evaluation.report.sources import Source
+from tokendrift.evaluation.report.sources import NamedSamples
 
 if TYPE_CHECKING:
     from rich.table import Table
 
 REAL = "real text"
-HEADINGS = {
-    "gen_ppl": ("Gen.-PPL", 1),
-    "sample_entropy": ("H sample", 3),
-    "unigram_entropy": ("H unigram", 3),
-    "distinct_1": ("distinct-1", 3),
-    "distinct_2": ("distinct-2", 3),
-    "distinct_3": ("distinct-3", 3),
-    "distinct_4": ("distinct-4", 3),
-    "repetition_4": ("seq-rep-4", 3),
-    "longest_repeat": ("longest repeat", 1),
-    "most_frequent_share": ("most frequent", 3),
-    "duplicate_share": ("duplicates", 3),
-    "self_bleu": ("self-BLEU", 3),
-    "copied_share": ("copied", 3),
-    "length": ("length", 1),
-    "nelbo": ("NELBO", 3),
-}
-SHOWN = ("gen_ppl", "sample_entropy", "unigram_entropy", "distinct_3", "repetition_4")  # in the terminal
 ENTROPIES = ("sample_entropy", "unigram_entropy")
 
 
-class Matched(NamedTuple):
-    """A set beside the baseline at equal entropy.
+class MatchedSet(NamedTuple):
+    """A set compared with the baseline at equal entropy.
 
     Attributes:
-        name: Of the set.
-        baseline: Of the baseline.
+        name: Name of the set.
+        baseline: Name of the baseline.
         found: The comparison.
     """
 
@@ -58,7 +41,7 @@ class Matched(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Report:
+class EvaluationReport:
     """Sets of samples beside real text, and the texts themselves.
 
     Attributes:
@@ -66,25 +49,25 @@ class Report:
         sources: The sets of samples.
         texts: Texts by row, real text last under ``"real text"``.
         settings: How the figures were made.
-        matched: Sets beside the baseline at equal entropy, where one was named.
+        matched: Sets compared with the baseline at equal entropy; empty if no baseline was named.
     """
 
     evaluation: Evaluation
-    sources: tuple[Source, ...]
+    sources: tuple[NamedSamples, ...]
     texts: Mapping[str, list[str]]
     settings: Mapping[str, Any]
-    matched: tuple[Matched, ...] = ()
+    matched: tuple[MatchedSet, ...] = ()
 
     @property
     def level(self) -> str:
         """The confidence of the intervals in words."""
         return f"{self.evaluation.rows[0].measures.level:.0%}"
 
-    def entries(self) -> Iterator[tuple[str, Measures, Row | None]]:
-        """Yield name, figures and row of every line: the sets, then real text, once for each number and length.
+    def entries(self) -> Iterator[tuple[str, Measures, EvaluatedSet | None]]:
+        """Yield name, figures and set of every line of the table: the sets, then real text.
 
-        Real text is measured beside each set; cuts whose number or mean length differs by less than `SAME_SIZE` are
-        shown once, as the first of them. The JSON has them all.
+        Real text was cut to each set. Cuts whose number of samples and mean length differ by less than `SAME_SIZE` are
+        shown once, as the first of them; the JSON has them all.
         """
         for row in self.evaluation.rows:
             yield row.name, row.measures, row
@@ -95,12 +78,12 @@ class Report:
                 yield (REAL if len(seen) == 1 else f"{REAL}, cut as {row.name}"), row.real, None
 
     def model(self, name: str) -> str:
-        """Return what the model of a set is called; real text is its own."""
+        """Return the name of the model of a set; for real text the name itself."""
         pairs = zip(self.evaluation.rows, self.sources, strict=True)
         return {row.name: source.model for row, source in pairs}.get(name, name)
 
     def table(self) -> Table:
-        """Return the table for the terminal: no Gen.-PPL without its entropies, NFE, n, precision, and real text."""
+        """Return the `rich` table for the terminal: every Gen.-PPL with its entropies, NFE, n, precision, real text."""
         from rich.box import HORIZONTALS
         from rich.table import Table
         from rich.text import Text
@@ -109,18 +92,19 @@ class Report:
         view.add_column("", overflow="fold", min_width=9)
         for heading in ("NFE", "n", "precision"):
             view.add_column(heading, justify="right", no_wrap=True)
-        for name in SHOWN:  # an interval may break into two lines where the terminal is narrow
-            view.add_column(HEADINGS[name][0], justify="right", min_width=8)
+        figures = main_figures(*(measures.figures for _, measures, _ in self.entries()))
+        for figure in figures:  # an interval may break into two lines where the terminal is narrow
+            view.add_column(figure.heading, justify="right", min_width=8)
         view.add_column("guard", no_wrap=True)
         for name, measures, row in self.entries():
-            figures = ("\n".join(shown(measures, figure)) for figure in SHOWN)
+            cells = ("\n".join(figure.cell(measures.figures)) for figure in figures)
             view.add_row(
                 Text(self.model(name)),
                 "" if measures.nfe is None else str(measures.nfe),
                 str(measures.samples),
                 measures.perplexity.precision,
-                *figures,
-                "" if row is None else in_short(row),
+                *cells,
+                "" if row is None else guard_summary(row),
                 style="italic" if row is None else None,
             )
         return view
@@ -130,11 +114,10 @@ class Report:
         measures = self.evaluation.rows[0].measures
         judged = measures.perplexity
         revision = "" if judged.revision is None else f" at {judged.revision}"
-        counted = "the ids as generated" if measures.vocabulary == "generated" else "tokens of the judge"
         return (
             f"Judge {judged.judge}{revision}, {judged.precision}, protocol {judged.protocol}. H: entropy in nats, of "
-            f"the tokens of a sample and of all tokens together, counted in {counted}. {self.level} intervals by "
-            "resampling."
+            f"the tokens of a sample and of all tokens together, counted in {measures.counted_in}. "
+            f"{self.level} intervals by resampling."
         )
 
     def guard(self) -> list[str]:
@@ -169,7 +152,7 @@ class Report:
     def differences(self) -> list[str]:
         """Return a sentence for each pair of sets that differ beyond chance in Gen.-PPL or an entropy."""
         compared = self.comparisons()
-        lines = [told for a, b, found in compared if (told := _difference(a, b, found))]
+        lines = [text for a, b, found in compared if (text := _difference(a, b, found))]
         rest = len(compared) - len(lines)
         if rest:
             are = "1 pair is" if rest == 1 else f"{rest} pairs are"
@@ -195,39 +178,23 @@ class Report:
     def to_csv(self) -> str:
         """Return the table as CSV, a line for each set and for real text, every figure with its interval."""
         out = io.StringIO()
-        names = [f"{name}{end}" for name in HEADINGS for end in ("", "_low", "_high")]
+        names = [f"{name}{end}" for name in FIGURES for end in ("", "_low", "_high")]
         general = ("name", "model", "nfe", "samples", "protocol", "precision", "judge", "revision", "vocabulary")
         writer = csv.DictWriter(out, [*general, *names, "flags"], lineterminator="\n")
         writer.writeheader()
         for name, measures, row in self.entries():
             judged = measures.perplexity
-            values: list[Any] = [
-                name,
-                self.model(name),
-                measures.nfe,
-                measures.samples,
-                judged.protocol,
-                judged.precision,
-            ]
-            values += [judged.judge, judged.revision, measures.vocabulary]
-            line: dict[str, Any] = dict(zip(general, values, strict=True))
-            for figure, value in measures.intervals().items():
+            line: dict[str, Any] = {"name": name, "model": self.model(name), "nfe": measures.nfe}
+            line |= {"samples": measures.samples, "vocabulary": measures.vocabulary}
+            line |= {key: getattr(judged, key) for key in ("protocol", "precision", "judge", "revision")}
+            for figure, value in measures.figures.items():
                 line |= dict(zip((figure, f"{figure}_low", f"{figure}_high"), map(_finite, value), strict=True))
             writer.writerow({**line, "flags": "" if row is None else " ".join(row.verdict.flags)})
         return out.getvalue()
 
 
-def shown(measures: Measures, figure: str) -> tuple[str, str]:
-    """Return a figure and its interval as text; empty texts where it was not measured."""
-    value = measures.intervals().get(figure)
-    if value is None or not math.isfinite(value.estimate):
-        return "", ""
-    digits = HEADINGS[figure][1]
-    return f"{value.estimate:.{digits}f}", f"{value.low:.{digits}f} to {value.high:.{digits}f}"
-
-
-def in_short(row: Row) -> str:
-    """Return the guard's verdict in a word or two; what it comments on without a flag does not count as passed."""
+def guard_summary(row: EvaluatedSet) -> str:
+    """Return the guard's verdict in a word or two: "passed" only if there is neither a flag nor a comment."""
     flags = len(row.verdict.flags)
     if not flags:
         return "comment" if row.verdict.findings else "passed"
@@ -235,7 +202,7 @@ def in_short(row: Row) -> str:
 
 
 def as_json(value: Any) -> Any:
-    """Return a value in which numbers that JSON does not know are None."""
+    """Return a value for JSON, in which numbers that are not finite are None."""
     if isinstance(value, dict):
         return {name: as_json(one) for name, one in value.items()}
     if isinstance(value, (list, tuple)):
@@ -253,22 +220,24 @@ def _difference(a: str, b: str, found: Comparison) -> str | None:
     verdicts = {name: found.verdict(name) for name in ("gen_ppl", *ENTROPIES)}
     if set(verdicts.values()) == {"not distinguishable"}:
         return None
-    parts = [_told("Gen.-PPL", verdicts["gen_ppl"], found.gen_ppl_ratio, "times")]
-    for name in ENTROPIES:
-        parts.append(_told(name.replace("_", " "), verdicts[name], found.differences[name], "by"))
+    parts = [_in_words(name, verdict, found) for name, verdict in verdicts.items()]
     sentence = f"{a} against {b}: {'; '.join(parts)}."
     if verdicts["gen_ppl"] == "lower" and "lower" in (verdicts[name] for name in ENTROPIES):
         sentence += " A lower entropy lowers Gen.-PPL by itself: this is no gain until it holds at equal entropy."
     return sentence
 
 
-def _told(name: str, verdict: str, value: Interval, how: str) -> str:
+def _in_words(name: str, verdict: str, found: Comparison) -> str:
+    """Return a verdict on a figure with the ratio of Gen.-PPL, or with the size of the difference in an entropy."""
+    title = FIGURES[name].title
     if verdict == "not distinguishable":
-        return f"{name} {verdict}"
-    if how == "times":
-        return f"{name} {verdict}, {value.estimate:.3f} times ({value.low:.3f} to {value.high:.3f})"
-    size, *ends = abs(value.estimate), *sorted((abs(value.low), abs(value.high)))
-    return f"{name} {verdict} by {size:.3f} ({ends[0]:.3f} to {ends[1]:.3f}) nats"
+        return f"{title} {verdict}"
+    if name == "gen_ppl":
+        ratio = found.gen_ppl_ratio
+        return f"{title} {verdict}, {ratio.estimate:.3f} times ({ratio.ends('.3f')})"
+    value = found.differences[name]
+    size = Interval(abs(value.estimate), *sorted((abs(value.low), abs(value.high))))
+    return f"{title} {verdict} by {size:.3f} nats"
 
 
 def _finite(value: float) -> float | None:

@@ -8,7 +8,7 @@ import pytest
 from accelerate import DistributedType
 
 from tokendrift import TokenDriftError
-from tokendrift.training.parts import check_accelerator
+from tokendrift.training.processes import check_accelerator
 
 
 def accelerator(kind, *, fsdp2=False, accumulation=1):

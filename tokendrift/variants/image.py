@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from tokendrift._checks import check_clouds, check_positive, check_weights, fail
+from tokendrift._checks import check_clouds, check_temperatures, check_weights
 from tokendrift.kernels import exact_matmul, squared_distances
 
 
@@ -16,8 +15,8 @@ from tokendrift.kernels import exact_matmul, squared_distances
 class ImageDriftField:
     r"""Algorithm 2 of arXiv 2602.04770 with everything that its official code adds.
 
-    What ``DriftField(kernel="laplace", normalization="two_sided", feature_scaling=True, aggregate="sum")`` leaves
-    out, because it hides an anchor less than fully or depends on the number of references:
+    What ``ExtendedDriftField(kernel="laplace", normalization="two_sided", feature_scaling=True, aggregate="sum")``
+    leaves out, because it hides an anchor less than fully or depends on the number of references:
 
     * the product of row and column softmax is at least 1e-6, so that every weight is at least 1e-3;
     * an excluded reference is 100 mean distances further away instead of absent, and counts in the mean distance;
@@ -38,10 +37,7 @@ class ImageDriftField:
     temperatures: tuple[float, ...] = (0.02, 0.05, 0.2)
 
     def __post_init__(self) -> None:
-        if not isinstance(self.temperatures, Sequence) or not self.temperatures:
-            raise fail("temperatures must be a tuple of numbers above 0.", temperatures=self.temperatures)
-        for temperature in self.temperatures:
-            check_positive("temperatures", temperature, symbol="each R")
+        object.__setattr__(self, "temperatures", check_temperatures(self.temperatures, symbol="each R"))
 
     def __call__(
         self,
@@ -56,13 +52,7 @@ class ImageDriftField:
     ) -> Tensor:
         """Return the drift of every anchor, (N, M); arguments as for `DriftField`."""
         raw, unit = self.raw(
-            anchors,
-            positives,
-            negatives,
-            exclude_positive,
-            exclude_negative,
-            positive_weights=positive_weights,
-            negative_weights=negative_weights,
+            anchors, positives, negatives, exclude_positive, exclude_negative, positive_weights, negative_weights
         )
         mean_square = raw.square().mean(dim=(1, 2), keepdim=True).clamp_min(1e-8)
         return (raw / mean_square.sqrt()).sum(dim=0) * unit
@@ -75,7 +65,6 @@ class ImageDriftField:
         negatives: Tensor,
         exclude_positive: Tensor | None = None,
         exclude_negative: Tensor | None = None,
-        *,
         positive_weights: Tensor | None = None,
         negative_weights: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
@@ -95,6 +84,7 @@ class ImageDriftField:
             if hidden is not None:
                 far[:, block] = (torch.arange(len(side), device=x.device) == hidden[:, None]).to(x)
         with exact_matmul(x.device):
+            # 1. Distances and their mean, from centred clouds.
             centre = y.mean(dim=0)
             x, y = x - centre, y - centre
             distances = squared_distances(x, y, refine=True).clamp_min(1e-8).sqrt()
@@ -102,6 +92,7 @@ class ImageDriftField:
             unit = mean / x.shape[1] ** 0.5
             x, y = x / unit, y / unit
             drifts = []
+            # 2. For each temperature, the geometric mean of row and column softmax, and its cross-weights.
             for temperature in self.temperatures:
                 logits = -(distances / mean + 100 * far) / temperature
                 affinity = (logits.softmax(dim=1) * logits.softmax(dim=0)).clamp_min(1e-6).sqrt() * weight

@@ -1,4 +1,4 @@
-"""Samples from files, and reports into files: JSONL, text, and writing that leaves no half-written file behind."""
+"""Samples from files: JSON Lines, or text whose paragraphs are the samples."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from typing import Any, NamedTuple
 
 from tokendrift._checks import fail
 from tokendrift.errors import TokenDriftError
-from tokendrift.evaluation.samples import BadLine, SampleSet
 from tokendrift.files import read_text
+from tokendrift.sampling import BadLine, SampleSet
 from tokendrift.sampling.sample_file import HEADER
 
 
-class _Line(NamedTuple):
+class _SampleLine(NamedTuple):
     ids: list[int] | None
     text: str | None
     nfe: int | None
@@ -24,18 +24,19 @@ class _Line(NamedTuple):
 def read_samples(path: str | os.PathLike[str], *, skip_bad: bool = False) -> SampleSet:
     """Read samples from a file.
 
-    ``.jsonl``: one object a line with ``"ids"`` (a list of integers), ``"text"``, or both, and ``"nfe"`` if it is
-    known. The first line may instead be ``{"tokendrift": {...}}``, whose object becomes the metadata; then all lines
-    are of one run, and its NFE is the largest of theirs. A file with such a first line is read so whatever its ending.
-    Any other: UTF-8 text, whose paragraphs, between blank lines, are the samples.
+    A ``.jsonl`` file has one object a line, with ``"ids"`` (a list of integers), ``"text"``, or both, and ``"nfe"`` if
+    it is known. The first line may be a header ``{"tokendrift": {...}}`` instead, whose object becomes the metadata.
+    All lines then belong to one run, and its NFE is the largest of theirs. A file with a header is read in this format
+    whatever its ending. Any other file is UTF-8 text whose paragraphs, separated by blank lines, are the samples.
 
     Args:
         path: The file.
-        skip_bad: Leave out lines that cannot be read and name them in ``bad_lines``; otherwise the first is an error.
+        skip_bad: Leave out lines that cannot be read and list them in ``bad_lines``; otherwise the first such line is
+            an error. Default: False.
 
     Raises:
-        TokenDriftError: If the file cannot be read, holds no sample, has a bad line, or mixes what does not go
-            together (lines with and without ids or text, several NFE).
+        TokenDriftError: If the file cannot be read, holds no sample, has a bad line, or mixes lines with and without
+            ids or text, or lines of several NFE.
     """
     place = Path(path)
     content = read_text(place, argument="samples file")
@@ -45,7 +46,7 @@ def read_samples(path: str | os.PathLike[str], *, skip_bad: bool = False) -> Sam
             raise _empty(place, ())
         return SampleSet(texts=texts)
     metadata: dict[str, Any] = {}
-    lines: list[_Line] = []
+    lines: list[_SampleLine] = []
     bad: list[BadLine] = []
     for number, line in enumerate(content.split("\n"), start=1):  # splitlines would also break at U+2028 within a text
         if not line.strip():
@@ -93,7 +94,7 @@ def _header(metadata: object) -> dict[str, Any]:
     return metadata
 
 
-def _sample(entry: dict[str, Any]) -> _Line:
+def _sample(entry: dict[str, Any]) -> _SampleLine:
     ids, text, nfe = entry.get("ids"), entry.get("text"), entry.get("nfe")
     if ids is None and text is None:
         raise ValueError('it has neither "text" nor "ids"')
@@ -105,10 +106,12 @@ def _sample(entry: dict[str, Any]) -> _Line:
         raise ValueError('"ids" must be a list of integers of at least 0')
     if nfe is not None and (type(nfe) is not int or nfe < 0):
         raise ValueError('"nfe" must be an integer of at least 0')
-    return _Line(ids, text, nfe)
+    return _SampleLine(ids, text, nfe)
 
 
-def _together(place: Path, lines: Sequence[_Line], metadata: dict[str, Any], bad: tuple[BadLine, ...]) -> SampleSet:
+def _together(
+    place: Path, lines: Sequence[_SampleLine], metadata: dict[str, Any], bad: tuple[BadLine, ...]
+) -> SampleSet:
     have_ids, have_text = ([line[i] is not None for line in lines] for i in range(2))
     if not (all(have_ids) or all(have_text)):
         raise TokenDriftError(

@@ -1,0 +1,83 @@
+"""What the processes of a run share: the accelerator, values of the main process, and the signal to stop."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any
+
+import torch
+
+from tokendrift._checks import fail
+
+
+def make_accelerator() -> Any:
+    """Return an accelerator for what this process was launched as: alone, DDP or FSDP."""
+    try:
+        from accelerate import Accelerator, InitProcessGroupKwargs
+    except ImportError as error:
+        raise fail(f"{error}; refining needs it.", "Install it with pip install 'tokendrift[train]'.") from None
+    # The other processes wait while the main one measures samples, which may take longer than the usual limit.
+    patience = InitProcessGroupKwargs(timeout=timedelta(hours=4))
+    # Optimization runs autocast itself: that of accelerate would widen the logits, the largest tensor, to float32.
+    return Accelerator(mixed_precision="no", kwargs_handlers=[patience])
+
+
+def check_accelerator(accelerator: Any) -> None:
+    """Require an accelerator that trains alone, by DDP or by FSDP2, and does not accumulate gradients itself.
+
+    Raises:
+        TokenDriftError: For FSDP of version 1, DeepSpeed and all others, and for an accelerator that accumulates
+            gradients itself.
+    """
+    kind = str(getattr(accelerator.distributed_type, "value", accelerator.distributed_type))
+    sharded = kind == "FSDP" and getattr(accelerator, "is_fsdp2", False)  # accelerate before 1.6 has no FSDP2
+    if kind != "NO" and not kind.startswith("MULTI_") and not sharded:
+        raise fail(
+            f"several processes train by DDP or FSDP2, and accelerate was launched for {kind}"
+            f"{' of version 1' if kind == 'FSDP' else ''}.",
+            "Launch with --use_fsdp --fsdp_version 2 to shard weights, or with --multi_gpu.",
+        )
+    if accelerator.gradient_accumulation_steps != 1:
+        raise fail(
+            "gradient_accumulation_steps of accelerate must be 1: gradients would be divided by it again.",
+            "Leave it out, and set micro_batch: gradients accumulate over the micro-batches of a batch_size.",
+            gradient_accumulation_steps=accelerator.gradient_accumulation_steps,
+        )
+
+
+def any_rank(accelerator: Any, here: bool) -> bool:
+    """Return whether something is true on at least one process; every process must call."""
+    if accelerator.num_processes == 1:
+        return here
+    return bool(accelerator.reduce(torch.tensor(float(here), device=accelerator.device), "sum"))
+
+
+def broadcast_from_main(accelerator: Any, value: Any) -> Any:
+    """Send a value from the main process to all processes, and return it; every process must call."""
+    if accelerator.num_processes == 1:
+        return value
+    from accelerate.utils import broadcast_object_list
+
+    return broadcast_object_list([value])[0]
+
+
+@contextmanager
+def termination() -> Iterator[Callable[[], bool]]:
+    """Catch SIGTERM inside the block, and yield a function that returns whether it has come.
+
+    Clusters send SIGTERM before they kill a process. Outside the main thread signals cannot be caught, and the function
+    always returns False.
+    """
+    received: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: False
+        return
+    before = signal.signal(signal.SIGTERM, lambda number, frame: received.append(number))
+    try:
+        yield lambda: bool(received)
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL if before is None else before)
