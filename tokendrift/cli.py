@@ -73,18 +73,10 @@ def demo(
     equal entropy. After an interruption, run the same command again to go on.
     """
     with plain_errors():
-        from tokendrift._checks import fail
         from tokendrift.demo import PRETRAINED, DemoConfig, run_demo
-        from tokendrift.demo.demonstration import SIZES, show
+        from tokendrift.demo.demonstration import show
 
-        if from_scratch:
-            raise fail(
-                "--from-scratch is no longer part of the demo.",
-                "Train the models with python examples/study/pretrain.py FOLDER, then pass --models FOLDER.",
-            )
-        if quick and full:
-            raise fail("--quick and --full exclude each other.", "Pass one of them.")
-        sizes = SIZES["quick" if quick else "full" if full else "default"]
+        sizes = _demo_size(quick, full, from_scratch)
         console = Console()
         # The table needs more than the 80 columns that rich assumes for a pipe.
         console.width = min(console.width, 100) if console.is_terminal else 100
@@ -101,6 +93,21 @@ def demo(
                 **options,
             )
             show(run_demo(config, Console(stderr=True)), config, console)
+
+
+def _demo_size(quick: bool, full: bool, from_scratch: bool) -> dict[str, Any]:
+    """Return the size of the demo that the flags ask for."""
+    from tokendrift._checks import fail
+    from tokendrift.demo.demonstration import SIZES
+
+    if from_scratch:
+        raise fail(
+            "--from-scratch is no longer part of the demo.",
+            "Train the models with python examples/study/pretrain.py FOLDER, then pass --models FOLDER.",
+        )
+    if quick and full:
+        raise fail("--quick and --full exclude each other.", "Pass one of them.")
+    return SIZES["quick" if quick else "full" if full else "default"]
 
 
 def _setting(name: str, *flags: str) -> Any:
