@@ -82,8 +82,8 @@ def test_a_module_that_returns_bare_logits_serves_too():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"vocab_size": 5}, r"mask_id is neither passed nor an attribute mask_token_id[\s\S]*Pass mask_id="),
-        ({"mask_id": 4}, "vocab_size is neither passed nor"),
+        ({"vocab_size": 5}, r"mask_id was not passed, and is not an attribute mask_token_id[\s\S]*Pass mask_id="),
+        ({"mask_id": 4}, "vocab_size was not passed, and is not"),
         ({"mask_id": 5, "vocab_size": 5}, r"mask_id must lie in \[0, V\)"),
     ],
 )

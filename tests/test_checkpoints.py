@@ -255,7 +255,8 @@ def test_without_a_network_the_message_says_how_to_go_on(monkeypatch):
     with pytest.raises(TokenDriftError) as caught:
         load_denoiser("kuleshov-group/mdlm-owt", revision="v9")
     for part in (
-        "'kuleshov-group/mdlm-owt' is no local path, and cannot be fetched from the hub at revision v9: Cannot find",
+        "'kuleshov-group/mdlm-owt' is not a local path, and cannot be downloaded from the hub at revision v9: "
+        "Cannot find",
         "copy config.json and model.safetensors",
     ):
         assert part in str(caught.value)
@@ -335,7 +336,7 @@ def test_an_index_without_shards_is_named(tmp_path, model, index):
     save_denoiser(model, tmp_path, UniformDiffusion(13))
     (tmp_path / "model.safetensors").unlink()
     (tmp_path / "model.safetensors.index.json").write_text(index)
-    with pytest.raises(TokenDriftError, match=r"index\.json names no shards"):
+    with pytest.raises(TokenDriftError, match=r"index\.json does not list any shards"):
         load_denoiser(tmp_path)
 
 
@@ -366,7 +367,7 @@ def test_a_causal_network_is_refused(tmp_path, model):
 
 
 def test_a_process_that_does_not_belong_to_the_network_is_not_written(tmp_path, model):
-    with pytest.raises(TokenDriftError, match="process has vocab_size 14, the network 13"):
+    with pytest.raises(TokenDriftError, match="process has vocab_size 14, but the network has 13"):
         save_denoiser(model, tmp_path / "model", UniformDiffusion(14))
     masked = DiT(DiTConfig(13, 8, 16, 4, 1, 2, mask_id=4))
     with pytest.raises(TokenDriftError, match="process has mask_id None, the network 4"):

@@ -209,9 +209,15 @@ def test_the_mask_is_held_against_the_tokenizer(checkpoint):
 @pytest.mark.parametrize(
     ("process", "perplexity", "source", "verdict", "said"),
     [
-        (MaskedDiffusion(50258), 23.9, "m", "ok", "near: MDLM has 23.2 on OpenWebText with GPT-2 tokens"),
-        (UniformDiffusion(50258), 25.0, "m", "ok", "near: DUO has 25.2 on OpenWebText"),
-        (MaskedDiffusion(50258), 33.0, "m", "note", "23.2 on OpenWebText with GPT-2 tokens, to which only that text"),
+        (MaskedDiffusion(50258), 23.9, "m", "ok", "close: MDLM has 23.2 on OpenWebText with GPT-2 tokens"),
+        (UniformDiffusion(50258), 25.0, "m", "ok", "close: DUO has 25.2 on OpenWebText"),
+        (
+            MaskedDiffusion(50258),
+            33.0,
+            "m",
+            "note",
+            "23.2 on OpenWebText with GPT-2 tokens, which can only be compared on that text",
+        ),
         (UniformDiffusion(50258), 70.0, "s-sahoo/duo-distilled", "note", "distilled models trade likelihood"),
     ],
 )

@@ -175,7 +175,7 @@ def test_bad_encoders_are_refused(arguments, message):
 
 @pytest.mark.parametrize("layers", [(-4,), (3,), (0, 3)])
 def test_layers_that_do_not_exist_are_refused(layers):
-    with pytest.raises(TokenDriftError, match="do not exist: the encoder shows 3 hidden states"):
+    with pytest.raises(TokenDriftError, match="do not exist: the encoder returns 3 hidden states"):
         PooledFeatures(Identity(3), layers=layers)(torch.zeros(1, 2, 3))
 
 

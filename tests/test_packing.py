@@ -92,7 +92,7 @@ def test_a_tokenizer_of_another_model_is_refused():
         packed(["abc"], vocab_size=8).take(1)
     with pytest.raises(TokenDriftError, match="gives id 8, which is the mask token of the checkpoint"):
         packed(["abc"], mask_id=8).take(1)
-    with pytest.raises(TokenDriftError, match="the source holds no text"):
+    with pytest.raises(TokenDriftError, match="the source contains no text"):
         packed([]).take(1)
 
 
@@ -133,7 +133,7 @@ def test_json_lines_give_the_named_field(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_text('{"body": "one"}\n\n{"body": " "}\n{"body": "two"}\n')
     assert [piece.text for piece in TextFiles([path], field="body").read()] == ["one", "two"]
-    with pytest.raises(TokenDriftError, match=r"a.jsonl, line 1 is no JSON object with a text under 'text'"):
+    with pytest.raises(TokenDriftError, match=r"a.jsonl, line 1 is not a JSON object with a text in the field 'text'"):
         list(TextFiles([path]).read())
 
 

@@ -286,7 +286,7 @@ FOLLOWS[[A, C], [B, D]], FOLLOWS[B], FOLLOWS[D] = 0.0, 0.0, 0.0
         ),
         (
             lambda: trap_change(*(marginal_trap(two_words, PAIRS, PROMPTS, JUDGE, sizes=(k,)) for k in (1, 2))),
-            r"before has sizes \(1,\) and after \(2,\)",
+            r"before has sizes \(1,\) and after has \(2,\)",
         ),
         (
             lambda: trap_change(*(marginal_trap(two_words, PAIRS, PROMPTS[:n], JUDGE, sizes=(1,)) for n in (4, 6))),
