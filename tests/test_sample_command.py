@@ -181,7 +181,7 @@ def test_a_file_of_another_kind_is_not_touched(checkpoint, tmp_path, content):
         (["--steps", "2", "--device", "abacus"], "device 'abacus' cannot be used"),
         (["--steps", "2", "--temperature", "0"], "temperature must be a finite number above 0"),
         (["--steps", "2", "--prefix", "the"], "the checkpoint has no tokenizer"),
-        (["--steps", "2", "--prefix", "the " * 9, "--tokenizer", str(TOKENIZER)], "a sample 8"),
+        (["--steps", "2", "--prefix", "the " * 9, "--tokenizer", str(TOKENIZER)], "a sample has only 8"),
         (["--steps", "2", "--length", "20", "--stride", "8"], "stride must be below window"),
     ],
 )

@@ -311,7 +311,7 @@ class Run:
         of_objective = stored.tensors.pop("objective", None) or stored.tensors.pop("queues", {})
         try:
             self.objective.load_state_dict(of_objective)
-        except (RuntimeError, KeyError) as error:
+        except (RuntimeError, KeyError, TokenDriftError) as error:
             raise fail(
                 f"the state of the objective in {self.folder.path} does not fit: {error}.",
                 "It may come from another version: finish the run with that version, or choose another output.",
