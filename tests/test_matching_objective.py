@@ -269,6 +269,17 @@ def run(process, steps, state=None, **settings):
 
 
 @KINDS
+def test_the_law_of_pairs_can_be_matched_beside_it_with_a_law_for_each_position(kind):
+    process = LANGUAGE.process(kind)
+    model, shares = small_model(process), MatchingConfig().positions(process)
+    pairs = PairDriftLoss(process.vocab_size, strata=len(shares), mask_id=process.mask_id)
+    learn = objective(process, model, pair_loss=pairs, pair_weight=0.5, base_weight=0.25)
+    loss, logs = learn(model, LANGUAGE.sample(8, seed=0), log=True)
+    torch.testing.assert_close(loss, logs["matching"] + 0.5 * logs["drift"] + 0.25 * logs["nelbo"])
+    assert pairs.generated_weight.sum() == 1 and 0 < logs["total_variation"] < 1
+
+
+@KINDS
 @pytest.mark.parametrize("rank", [0, 2])
 @pytest.mark.parametrize("cut", [2, 4])
 def test_a_run_that_is_resumed_ends_with_the_same_bits(kind, rank, cut):

@@ -170,7 +170,8 @@ class DistributionMatching:
         options = {"rate": config.auxiliary_rate, "betas": config.auxiliary_betas, "clip": config.auxiliary_clip}
         self.auxiliary = AuxiliaryModel(auxiliary, ranks=share[1], **options)  # type: ignore[arg-type]
         self.completions: list[Tensor] = []
-        self._chains = OwnTrajectories(process, pair_loss, (2,), generator=generator, share=share)  # type: ignore[arg-type]
+        # Only its inputs and completions are used: positions are drawn here, and it has no loss.
+        self._chains = OwnTrajectories(process, None, (2,), generator=generator, share=share)  # type: ignore[arg-type]
 
     def __call__(self, model: Network, x0: Tensor, *, log: bool = False) -> StepLoss:
         """Return the student's loss for a batch of clean ids (B, L).
@@ -206,7 +207,7 @@ class DistributionMatching:
         options = {"field": self.field, "mask_id": mask_id, "reduction": "sum", "return_diagnostics": True}
         loss, diagnostics = distribution_matching_loss(logits, teacher, auxiliary, read, **options)
         del teacher, auxiliary  # the graph of the loss holds them as long as it needs to
-        loss = loss * (self.share[1] / self._over_ranks(diagnostics.positions, x0.device))
+        loss = loss * self.share[1] / self._over_ranks(diagnostics.positions, x0.device)
         logs = {"matching": loss.detach()}
         if log:
             logs |= {"mean_field": -logs["matching"], "clipped_share": diagnostics.clipped_share}
@@ -218,6 +219,9 @@ class DistributionMatching:
             where["stratum"] = number % len(self.pair_loss.generated)
             pairs = self.pair_loss(logits, x0, **where)
             logs["drift"] = pairs.detach()
+            if log:
+                met = self.pair_loss.generated_weight > 0
+                logs["total_variation"] = self.pair_loss.total_variation()[met].mean()
             loss = loss + self.config.pair_weight * pairs
         del logits
         if self.config.base_weight:
