@@ -32,7 +32,7 @@ def train(rank, ranks, kind, rank_of_adapters, steps=3):
     process = MaskedDiffusion(V, mask_id=V - 1) if kind == "masked" else UniformDiffusion(V)
     teacher = model(process.mask_id).eval().requires_grad_(False)
     student = copy.deepcopy(teacher).requires_grad_(True).train()
-    config = MatchingConfig(pair_weight=0.5, auxiliary_rank=rank_of_adapters, auxiliary_steps=2, micro_batches=2)
+    config = MatchingConfig(pair_weight=0.5, auxiliary_rank=rank_of_adapters, auxiliary_steps=2)
     objective = DistributionMatching(
         process,
         teacher,
@@ -40,6 +40,7 @@ def train(rank, ranks, kind, rank_of_adapters, steps=3):
         pair_loss=PairDriftLoss(V, mask_id=process.mask_id).double(),
         generator=torch.Generator().manual_seed(1),
         share=(rank, ranks),
+        micro_batches=2,
     )
     optimizer = torch.optim.SGD(student.parameters(), lr=0.1)
     own = slice(rank * ROWS // ranks, (rank + 1) * ROWS // ranks)

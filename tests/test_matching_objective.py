@@ -38,10 +38,9 @@ def frozen(model):
     return copy.deepcopy(model).eval().requires_grad_(False)
 
 
-def objective(process, teacher, seed=1, pair_loss=None, **settings):
-    config = MatchingConfig(**settings)
-    generator = torch.Generator().manual_seed(seed)
-    return DistributionMatching(process, frozen(teacher), config=config, pair_loss=pair_loss, generator=generator)
+def objective(process, teacher, pair_loss=None, micro_batches=1, **settings):
+    options = {"generator": torch.Generator().manual_seed(1), "pair_loss": pair_loss, "micro_batches": micro_batches}
+    return DistributionMatching(process, frozen(teacher), config=MatchingConfig(**settings), **options)
 
 
 # ------------------------------------------------------------------------------------------------ the student's loss
@@ -227,6 +226,19 @@ def test_the_auxiliary_model_must_be_trained_between_steps():
         learn(model, LANGUAGE.sample(4, seed=0))
     learn.update_auxiliary()
     learn(model, LANGUAGE.sample(4, seed=0))
+    learn.micro_batches = None
+    for _ in range(3):
+        learn(model, LANGUAGE.sample(4, seed=0))
+    assert len(learn.completions) == 4
+
+
+def test_its_networks_move_together():
+    process = LANGUAGE.process("uniform")
+    learn = objective(process, small_model(process), pair_loss=PairDriftLoss(6), pair_weight=1.0, auxiliary_rank=2)
+    assert list(learn.module) == [learn.teacher, learn.auxiliary.network, learn.pair_loss]
+    learn.module.double()
+    learn(small_model(process).double(), LANGUAGE.sample(4, seed=0)).loss.backward()
+    assert learn.update_auxiliary().isfinite()
 
 
 def test_dropout_reaches_the_student_alone():
@@ -280,7 +292,7 @@ def run(process, steps, state=None, **settings):
         optimizer.load_state_dict(moments)
         learn.load_state_dict(own)
     for step in range(first, steps):
-        if len(learn.completions) < learn.config.micro_batches:
+        if len(learn.completions) < learn.micro_batches:
             learn(student, LANGUAGE.sample(8, seed=step), log=step % 2 == 0).loss.backward()
         if step % 2:
             optimizer.step()

@@ -53,7 +53,6 @@ class MatchingConfig:
         auxiliary_rate: Learning rate of the auxiliary model's AdamW, constant. Default: 1e-3.
         auxiliary_betas: Its decay rates. Default: (0.9, 0.98).
         auxiliary_clip: Its largest gradient norm. Default: 1.
-        micro_batches: Calls for each step of the optimisers. Default: 1.
 
     Raises:
         TokenDriftError: For a setting out of range.
@@ -71,7 +70,6 @@ class MatchingConfig:
     auxiliary_rate: float = 1e-3
     auxiliary_betas: tuple[float, float] = (0.9, 0.98)
     auxiliary_clip: float = 1.0
-    micro_batches: int = 1
 
     def __post_init__(self) -> None:
         check_choice("form", self.form, FORMS)
@@ -82,8 +80,7 @@ class MatchingConfig:
         for name in ("clip", "auxiliary_rate", "auxiliary_clip"):
             check_positive(name, getattr(self, name))
         check_count("auxiliary_rank", self.auxiliary_rank)
-        for name in ("auxiliary_steps", "micro_batches"):
-            check_count(name, getattr(self, name), least=1)
+        check_count("auxiliary_steps", self.auxiliary_steps, least=1)
         for name in ("pair_weight", "base_weight"):
             if getattr(self, name) < 0:
                 raise fail(f"{name} must be 0 or above.", **{name: getattr(self, name)})
@@ -133,6 +130,8 @@ class DistributionMatching:
             global one.
         share: Number of this process, and how many train together. Default: (0, 1).
         autocast: Dtype of teacher and auxiliary model under autocast. Default (None): no autocast.
+        micro_batches: Calls for each step of the optimisers. More calls without `update_auxiliary` are an error.
+            Default: 1; None does not count them.
 
     Attributes:
         auxiliary: f with its optimiser, an `AuxiliaryModel`.
@@ -156,11 +155,13 @@ class DistributionMatching:
         generator: torch.Generator | None = None,
         share: tuple[int, int] = (0, 1),
         autocast: torch.dtype | None = None,
+        micro_batches: int | None = 1,
     ) -> None:
         check_frozen("teacher", teacher)
         self.config = config = MatchingConfig() if config is None else config
         self.process, self.teacher, self.pair_loss = process, teacher, pair_loss
         self.generator, self.share, self.autocast = generator, share, autocast
+        self.micro_batches = None if micro_batches is None else check_count("micro_batches", micro_batches, least=1)
         self.field = ConditionalField(config.form, config.clip)
         self.shares = config.positions(process)
         self._check_pairs()
@@ -173,6 +174,12 @@ class DistributionMatching:
         # Only its inputs and completions are used: positions are drawn here, and it has no loss.
         self._chains = OwnTrajectories(process, None, (2,), generator=generator, share=share)  # type: ignore[arg-type]
 
+    @property
+    def module(self) -> nn.ModuleList:
+        """Teacher, auxiliary model and pair loss, to be moved to a device before the first call."""
+        parts = (self.teacher, self.auxiliary.network, self.pair_loss)
+        return nn.ModuleList(part for part in parts if part is not None)
+
     def __call__(self, model: Network, x0: Tensor, *, log: bool = False) -> StepLoss:
         """Return the student's loss for a batch of clean ids (B, L).
 
@@ -181,7 +188,7 @@ class DistributionMatching:
         Raises:
             TokenDriftError: If there were ``micro_batches`` calls since `update_auxiliary`.
         """
-        if len(self.completions) >= self.config.micro_batches:
+        if self.micro_batches is not None and len(self.completions) >= self.micro_batches:
             raise fail(
                 f"the auxiliary model was not trained after {len(self.completions)} calls.",
                 "Call update_auxiliary() after each optimiser step, or set micro_batches to the calls of a step.",
