@@ -14,7 +14,7 @@ from tokendrift._checks import check_count, check_positive, fail
 from tokendrift.diffusion import Mixture, Process
 from tokendrift.loss import TokenDriftLoss
 from tokendrift.modes import evaluation_mode
-from tokendrift.pairs import PairDriftLoss, frequent_first_classes
+from tokendrift.pairs import BUCKETS, PairDriftLoss
 from tokendrift.sampling import Chain, sample
 from tokendrift.training.objectives.continuation import Continuation
 from tokendrift.training.objectives.objective import (
@@ -185,8 +185,8 @@ class PairsConfig(ObjectiveConfig):
         chains: Numbers of steps of the chains.
         base_weight: Weight of the NELBO beside the loss; 0 leaves it out.
         pair_decay: Share, in [0, 1), that the law of generated pairs keeps at each micro-batch.
-        pair_classes: Largest number of token classes in the laws of pairs. In a larger vocabulary, rare tokens share
-            classes (`frequent_first_classes`).
+        pair_classes: Size of the largest vocabulary in which each pair of tokens has an entry of its own. Pairs of larger
+            vocabularies are counted in hashed buckets.
         pair_sequences: Number of sequences of the text whose pairs are counted before the first step. Pairs of the
             training batches are counted in any case.
     """
@@ -216,7 +216,7 @@ class PairsConfig(ObjectiveConfig):
             size,
             strata=len(chain_positions(setup.process, self.chains)),
             decay=self.pair_decay,
-            classes=frequent_first_classes(size, self.pair_classes) if size > self.pair_classes else None,
+            buckets=BUCKETS if size > self.pair_classes else None,
             mask_id=setup.process.mask_id,
         )
         options: dict[str, Any] = {"generator": setup.generator, "share": setup.share}
