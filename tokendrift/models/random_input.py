@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor, nn
 
 from tokendrift._checks import check_count, check_mask_id, fail
 from tokendrift.models.layers import Embedding
 
-__all__ = ["RandomMaskEmbedding", "add_random_input", "random_numbers"]
+if TYPE_CHECKING:
+    from tokendrift.models.dit import DiT
+
+__all__ = ["RandomMaskEmbedding", "add_random_input", "random_numbers", "without_random_input"]
 
 
 class RandomMaskEmbedding(Embedding):
@@ -32,6 +40,7 @@ class RandomMaskEmbedding(Embedding):
 
     Attributes:
         random_map: W, parameter (K, D).
+        silent: Whether the numbers are left out, see `without_random_input`.
 
     Raises:
         TokenDriftError: For an option out of range.
@@ -43,7 +52,8 @@ class RandomMaskEmbedding(Embedding):
     def __init__(self, vocab_size: int, width: int, mask_id: int, numbers: int) -> None:
         super().__init__(vocab_size, width)
         check_mask_id(mask_id, vocab_size)
-        self.mask_id, self.numbers = mask_id, check_count("numbers", numbers, least=1)
+        self.silent, self.mask_id = False, mask_id
+        self.numbers = check_count("numbers", numbers, least=1)
         self.random_map = nn.Parameter(torch.empty(numbers, width))
         self.reset_random_map()
 
@@ -53,12 +63,14 @@ class RandomMaskEmbedding(Embedding):
         size = self.embedding[self.mask_id].norm() / self.random_map.numel() ** 0.5
         self.random_map.copy_(torch.randn(self.random_map.shape, generator=generator)).mul_(size)
 
-    def forward(self, x: Tensor, weights: Tensor | None = None, normals: Tensor | None = None) -> Tensor:
+    def forward(
+        self, ids: Tensor, embed: Callable[[Tensor], Tensor] | None = None, normals: Tensor | None = None
+    ) -> Tensor:
         """Embed.
 
         Args:
-            x: Ids (B, L), or what else `Embedding` takes.
-            weights: As in `Embedding`.
+            ids: Ids (B, L).
+            embed: As in `Embedding`: what it returns is given no random numbers.
             normals: Standard normal numbers n, floating point (B, L, K). Default: drawn from PyTorch's global
                 generator.
 
@@ -68,44 +80,43 @@ class RandomMaskEmbedding(Embedding):
         Raises:
             TokenDriftError: If normals have another shape.
         """
-        found = super().forward(x, weights)
-        if weights is not None or x.is_floating_point():
+        found = super().forward(ids, embed)
+        if embed is not None or self.silent:
             return found
         if normals is None:
-            normals = torch.randn(*x.shape, self.numbers, device=x.device)
-        elif normals.shape != (*x.shape, self.numbers):
-            raise fail(f"normals must have shape (B, L, K) = {(*x.shape, self.numbers)}.", normals=normals)
+            normals = torch.randn(*ids.shape, self.numbers, device=ids.device)
+        elif normals.shape != (*ids.shape, self.numbers):
+            raise fail(f"normals must have shape (B, L, K) = {(*ids.shape, self.numbers)}.", normals=normals)
         moved = normals.to(self.random_map.dtype) @ self.random_map
-        return found + moved.masked_fill((x != self.mask_id)[..., None], 0).to(found.dtype)
+        return found + moved.masked_fill((ids != self.mask_id)[..., None], 0).to(found.dtype)
 
 
-def add_random_input(
-    model: nn.Module, numbers: int, mask_id: int, *, generator: torch.Generator | None = None
-) -> RandomMaskEmbedding:
-    """Give a model with an `Embedding` named ``vocab_embed`` a random input, in place, and return the new embedding.
+def add_random_input(model: DiT, numbers: int, *, generator: torch.Generator | None = None) -> None:
+    """Give a model a random input, in place, as if it had been built with ``random_input=numbers``.
 
     The embedding matrix stays the parameter that it was; what the model predicts changes, since W does not start at
     zero.
 
     Args:
-        model: A masked denoiser such as a `DiT`.
+        model: A masked model without random input.
         numbers: K, numbers a masked position.
-        mask_id: Id of the mask.
         generator: Source of W, on the CPU. Default: PyTorch's global generator.
 
     Raises:
-        TokenDriftError: If the model has no such embedding, or has a random input already.
+        TokenDriftError: If the model has no mask, or has a random input already.
     """
-    before = getattr(model, "vocab_embed", None)
-    if type(before) is not Embedding:
-        raise fail("model must have a plain Embedding as vocab_embed.", model=model, vocab_embed=before)
-    vocab_size, width = before.embedding.shape
-    after = RandomMaskEmbedding(vocab_size, width, mask_id, numbers).to(before.embedding)
+    config = dataclasses.replace(model.config, random_input=check_count("numbers", numbers, least=1))
+    before = model.vocab_embed
+    if isinstance(before, RandomMaskEmbedding) or config.mask_id is None:
+        raise fail(
+            f"the model has a random input of {random_numbers(model)} numbers already.",
+            "Leave random_input out: the model keeps the one that it has.",
+            numbers=numbers,
+        )
+    after = RandomMaskEmbedding(config.vocab_size, config.hidden_dim, config.mask_id, numbers).to(before.embedding)
     after.embedding = before.embedding
     after.reset_random_map(generator)
-    after.train(before.training)
-    model.vocab_embed = after
-    return after
+    model.config, model.vocab_embed = config, after.train(before.training)
 
 
 def random_numbers(model: object) -> int:
@@ -113,5 +124,21 @@ def random_numbers(model: object) -> int:
 
     Wrappers such as DDP or autocast are looked through.
     """
+    return next((module.numbers for module in _embeddings(model)), 0)
+
+
+@contextmanager
+def without_random_input(model: nn.Module) -> Iterator[None]:
+    """Leave the random numbers out inside the block, so that a model predicts what it did before it was given them."""
+    for module in _embeddings(model):
+        module.silent = True
+    try:
+        yield
+    finally:
+        for module in _embeddings(model):
+            module.silent = False
+
+
+def _embeddings(model: object) -> list[RandomMaskEmbedding]:
     modules = model.modules() if isinstance(model, nn.Module) else iter(())
-    return next((module.numbers for module in modules if isinstance(module, RandomMaskEmbedding)), 0)
+    return [module for module in modules if isinstance(module, RandomMaskEmbedding)]
