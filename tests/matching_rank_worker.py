@@ -11,7 +11,7 @@ from torch import distributed
 from tokendrift import PairDriftLoss
 from tokendrift.diffusion import MaskedDiffusion, UniformDiffusion
 from tokendrift.models import DiT, DiTConfig
-from tokendrift.training.matching_objective import DistributionMatching, MatchingConfig
+from tokendrift.training import DistributionMatching, MatchingConfig
 
 V, L, ROWS = 7, 6, 4
 
@@ -32,7 +32,9 @@ def train(rank, ranks, kind, rank_of_adapters, steps=3):
     process = MaskedDiffusion(V, mask_id=V - 1) if kind == "masked" else UniformDiffusion(V)
     teacher = model(process.mask_id).eval().requires_grad_(False)
     student = copy.deepcopy(teacher).requires_grad_(True).train()
-    config = MatchingConfig(pair_weight=0.5, auxiliary_rank=rank_of_adapters, auxiliary_steps=2)
+    config = MatchingConfig(
+        chains=(2, 4), random_input=0, pair_weight=0.5, auxiliary_rank=rank_of_adapters, auxiliary_steps=2
+    )
     objective = DistributionMatching(
         process,
         teacher,

@@ -16,7 +16,7 @@ from tokendrift.markov import MarkovLanguage
 from tokendrift.models import DiT, DiTConfig
 from tokendrift.models.low_rank import low_rank_copy
 from tokendrift.models.random_input import RandomMaskEmbedding
-from tokendrift.training.matching_objective import DistributionMatching, MatchingConfig
+from tokendrift.training import DistributionMatching, MatchingConfig
 
 WORKER = Path(__file__).with_name("matching_rank_worker.py")
 PAGE = Path(__file__).parents[1] / "docs" / "matching.md"
@@ -38,9 +38,12 @@ def frozen(model):
     return copy.deepcopy(model).eval().requires_grad_(False)
 
 
+PLAIN = {"chains": (2, 4), "pair_weight": 0.0, "random_input": 0}  # the field alone, for any model
+
+
 def objective(process, teacher, pair_loss=None, micro_batches=1, **settings):
     options = {"generator": torch.Generator().manual_seed(1), "pair_loss": pair_loss, "micro_batches": micro_batches}
-    return DistributionMatching(process, frozen(teacher), config=MatchingConfig(**settings), **options)
+    return DistributionMatching(process, frozen(teacher), config=MatchingConfig(**PLAIN | settings), **options)
 
 
 # ------------------------------------------------------------------------------------------------ the student's loss
@@ -67,7 +70,7 @@ def test_exchanging_teacher_and_auxiliary_model_turns_the_gradient(kind, form):
             process,
             frozen(teacher),
             copy.deepcopy(auxiliary),
-            MatchingConfig(form=form, base_weight=0.0),
+            MatchingConfig(**PLAIN, field_form=form, base_weight=0.0),
             generator=torch.Generator().manual_seed(0),
         )
         loss = learn(student, LANGUAGE.sample(8, seed=0)).loss
@@ -103,7 +106,11 @@ def test_both_networks_read_a_completion_of_the_student_that_is_corrupted_to_an_
     law[2] = 1  # the student writes this token alone
     student, teacher, auxiliary = (Watched(process, law) for _ in range(3))
     learn = DistributionMatching(
-        process, frozen(teacher), auxiliary, MatchingConfig(base_weight=0.0), generator=torch.Generator().manual_seed(0)
+        process,
+        frozen(teacher),
+        auxiliary,
+        MatchingConfig(**PLAIN, base_weight=0.0),
+        generator=torch.Generator().manual_seed(0),
     )
     for _ in range(4):
         for network in (student, learn.teacher, auxiliary):
@@ -127,7 +134,10 @@ def test_masked_positions_that_were_not_predicted_are_not_read():
     model = small_model(process)
     learn = objective(process, model, base_weight=0.0)
     real = learn._logits
-    learn._logits = lambda network, noised, where: (read.append((noised.x_t, where)), real(network, noised, where))[1]
+    learn._logits = lambda network, noised, where, given: (
+        read.append((noised.x_t, where)),
+        real(network, noised, where, given),
+    )[1]
     learn(model, LANGUAGE.sample(32, seed=0))
     z, where = read[0]
     assert where.any() and (z[where] == process.mask_id).all()
@@ -148,7 +158,7 @@ def test_completions_keep_what_is_visible_and_hold_no_mask():
 def test_completions_follow_the_law(monkeypatch):
     process = LANGUAGE.process("masked")
     learn = objective(process, small_model(process))
-    monkeypatch.setattr("tokendrift.training.matching_objective.ELEMENTS", {"cpu": 1000})  # in many parts
+    monkeypatch.setattr("tokendrift.training.objectives.matching_objective.ELEMENTS", {"cpu": 1000})  # in many parts
     logits = torch.randn(process.vocab_size, generator=torch.Generator().manual_seed(0))
     x_t = torch.full((200, 50), process.mask_id)
     drawn = learn._drawn(logits.expand(200, 50, -1), x_t, x_t == process.mask_id)
@@ -162,13 +172,15 @@ def test_completions_follow_the_law(monkeypatch):
 def test_positions_of_the_chains_have_shares_that_add_to_one():
     masked, uniform = MaskedDiffusion(7), UniformDiffusion(6)
     even = dict.fromkeys([(2, 1), (4, 1), (4, 2), (4, 3)], 0.25)
-    assert MatchingConfig().positions(masked) == even
-    assert MatchingConfig().positions(uniform) == dict.fromkeys([(4, 0), *even], 0.2)
-    assert MatchingConfig(start_share=0.5).positions(masked) == {(4, 0): 0.5} | dict.fromkeys(even, 0.125)
-    assert MatchingConfig(start_share=1).positions(masked) == {(4, 0): 1.0}
+    assert MatchingConfig(**PLAIN).positions(masked) == even
+    assert MatchingConfig(**PLAIN).positions(uniform) == dict.fromkeys([(4, 0), *even], 0.2)
+    assert MatchingConfig(**PLAIN, start_share=0.5).positions(masked) == {(4, 0): 0.5} | dict.fromkeys(even, 0.125)
+    assert MatchingConfig(**PLAIN, start_share=1).positions(masked) == {(4, 0): 1.0}
     assert MatchingConfig(chains=(1,)).positions(uniform) == {(1, 0): 1.0}
     with pytest.raises(TokenDriftError, match="start_share to 1"):
         MatchingConfig(chains=(1,), start_share=0.5).positions(uniform)
+    with_start = {(4, 0): 3 / 7} | dict.fromkeys(even, 1 / 7)  # three of the seven calls of these chains are at a start
+    assert MatchingConfig().positions(masked) == pytest.approx(with_start)
 
 
 def test_positions_come_at_their_shares():
@@ -262,7 +274,7 @@ def test_student_and_auxiliary_model_together_find_the_law_of_the_teacher(kind):
     law[:6] = torch.tensor([0.4, 0.2, 0.2, 0.1, 0.05, 0.05])
     even = torch.full((process.vocab_size,), 1 / 6)
     student, teacher = Watched(process, even), frozen(Watched(process, law))
-    config = MatchingConfig(base_weight=0.0, auxiliary_rate=0.05)
+    config = MatchingConfig(**PLAIN, base_weight=0.0, auxiliary_rate=0.05)
     generator = torch.Generator().manual_seed(0)
     learn = DistributionMatching(process, teacher, Watched(process, even), config, generator=generator)
     text, distances = torch.zeros(64, 8, dtype=torch.int64), []
@@ -304,7 +316,7 @@ def run(process, steps, state=None, **settings):
 @KINDS
 def test_the_law_of_pairs_can_be_matched_beside_it_with_a_law_for_each_position(kind):
     process = LANGUAGE.process(kind)
-    model, shares = small_model(process), MatchingConfig().positions(process)
+    model, shares = small_model(process), MatchingConfig(**PLAIN).positions(process)
     pairs = PairDriftLoss(process.vocab_size, strata=len(shares), mask_id=process.mask_id)
     learn = objective(process, model, pair_loss=pairs, pair_weight=0.5, base_weight=0.25)
     loss, logs = learn(model, LANGUAGE.sample(8, seed=0), log=True)
@@ -335,6 +347,27 @@ def test_completions_that_wait_are_in_the_state():
     other.load_state_dict(state)
     assert torch.equal(learn.update_auxiliary(), other.update_auxiliary())
     assert all(isinstance(value, torch.Tensor) for value in state.values())
+
+
+@KINDS
+def test_defaults_follow_the_process(kind):
+    chosen = MatchingConfig().for_process(LANGUAGE.process(kind))
+    found = (chosen.chains, chosen.pair_weight, chosen.random_input)
+    assert found == (((1, 2, 4), 0.2, 32) if kind == "masked" else ((2, 4), 1.0, 0))
+    assert MatchingConfig(chains=(8,), pair_weight=0.0, random_input=0).for_process(LANGUAGE.process(kind)).chains == (
+        8,
+    )
+    again = MatchingConfig().for_process(LANGUAGE.process("masked"), numbers=16)  # a model that has one already
+    assert (again.chains, again.random_input) == ((1, 2, 4), 0)
+
+
+def test_low_rank_adapters_take_part_where_the_logits_of_some_positions_are_computed():
+    process = LANGUAGE.process("uniform")
+    adapted = low_rank_copy(frozen(small_model(process)), 2)
+    with torch.no_grad():
+        adapted.output_layer.linear.up.normal_()
+    ids, wanted = LANGUAGE.sample(4, seed=0), torch.rand(4, LANGUAGE.length) < 0.5
+    torch.testing.assert_close(adapted.logits_at(ids, torch.ones(4), wanted), adapted(ids, torch.ones(4))[wanted])
 
 
 def test_what_is_logged_changes_no_result():
@@ -409,7 +442,7 @@ def test_a_student_with_a_random_input_gets_its_numbers_from_the_generator_row_b
     for share, rows in (((0, 1), slice(0, 8)), ((1, 2), slice(4, 8))):
         student = Mixed(process, 3)
         generator = torch.Generator().manual_seed(0)
-        config = MatchingConfig(start_share=1, base_weight=0.0)
+        config = MatchingConfig(**PLAIN, start_share=1, base_weight=0.0)
         learn = DistributionMatching(process, teacher, config=config, generator=generator, share=share)
         learn._over_ranks = lambda count, device: torch.tensor(max(count, 1))
         learn(student, LANGUAGE.sample(8, seed=0)[rows]).loss.backward()
@@ -426,8 +459,8 @@ def test_a_student_with_a_random_input_gets_its_numbers_from_the_generator_row_b
         {"chains": ()},
         {"chains": (0,)},
         {"start_share": 1.5},
-        {"form": "log"},
-        {"clip": 0.0},
+        {"field_form": "log"},
+        {"field_clip": 0.0},
         {"pair_weight": -1.0},
         {"auxiliary_steps": 0},
         {"auxiliary_rate": 0.0},
@@ -446,9 +479,12 @@ def test_parts_that_do_not_belong_together_are_refused():
         DistributionMatching(process, model)
     with pytest.raises(TokenDriftError, match="no parameter that requires gradients"):
         DistributionMatching(process, frozen(model), frozen(model))
-    with pytest.raises(TokenDriftError, match="pair_weight above 0 belong together"):
-        DistributionMatching(process, frozen(model), pair_loss=PairDriftLoss(6))
-    with pytest.raises(TokenDriftError, match="stratum"):
+    with pytest.raises(TokenDriftError, match="pair_loss was given, but pair_weight is 0"):
+        objective(process, model, pair_loss=PairDriftLoss(6))
+    masked = LANGUAGE.process("masked")
+    with pytest.raises(TokenDriftError, match="32 random numbers at each masked position, but the model has no random"):
+        DistributionMatching(masked, frozen(small_model(masked)))(small_model(masked), LANGUAGE.sample(4, seed=0))
+    with pytest.raises(TokenDriftError, match="one stratum"):
         objective(process, model, pair_loss=PairDriftLoss(6, strata=2), pair_weight=1.0)
 
 

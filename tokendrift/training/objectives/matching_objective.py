@@ -3,106 +3,139 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
-from typing import Any, Literal
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, distributed, nn
 
-from tokendrift._checks import check_choice, check_count, check_frozen, check_positive, fail
+from tokendrift._checks import check_count, check_frozen, check_positive, fail
 from tokendrift.diffusion import Corruption, Process
-from tokendrift.distribution_matching import (
-    FORMS,
-    ConditionalField,
-    distribution_matching_loss,
-    positions_to_match,
-)
+from tokendrift.distribution_matching import ConditionalField, distribution_matching_loss, positions_to_match
+from tokendrift.models import DiT
 from tokendrift.models.low_rank import low_rank_copy
-from tokendrift.models.random_input import random_numbers
+from tokendrift.models.random_input import add_random_input, random_numbers
 from tokendrift.pairs import PairDriftLoss
 from tokendrift.sampling import draw
-from tokendrift.sampling.noise import RowNoise
-from tokendrift.training.auxiliary import AuxiliaryModel
-from tokendrift.training.objectives import Network, StepLoss
-from tokendrift.training.trajectories import OwnTrajectories, places
+from tokendrift.training.objectives.auxiliary import AuxiliaryModel
+from tokendrift.training.objectives.objective import Network, ObjectiveSetup, StatefulObjective, StepLoss
+from tokendrift.training.objectives.own_chains import (
+    ChainsConfig,
+    OwnChains,
+    chain_positions,
+    check_strata,
+    count_pairs,
+    pair_logs,
+)
+
+if TYPE_CHECKING:
+    from tokendrift.training.optimization import Optimization
 
 ELEMENTS = {"cpu": 2**20, "cuda": 2**25}  # logits that are widened at a time while completions are drawn
 
 
 @dataclass(frozen=True)
-class MatchingConfig:
-    """Settings of `DistributionMatching`.
+class MatchingConfig(ChainsConfig):
+    """Settings of the objective ``matching``: `DistributionMatching`.
+
+    The defaults of ``chains``, ``pair_weight`` and ``random_input`` depend on the process; `for_process` fills them in.
 
     Attributes:
-        chains: Numbers of steps of the model's own chains. Default: (2, 4).
-        start_share: Share of the calls that are at the common start of the chains, whose input is the prior; the other
-            positions of the chains share the rest evenly. Default (None): 0 for masked models, whose start is the same
-            all-masked input for every text, and as often as any other position for uniform-state models. Give masked
-            models a share only with a random input (`tokendrift.models.random_input`).
-        form: Form of the field, ``"log_ratio"`` (default) or ``"bounded"``, see `ConditionalField`.
-        clip: Largest absolute value of the log-ratio, in nats. Default: 5.
-        replaced_only: For uniform-state models, read the field only where the re-noised token was replaced. Default:
-            False.
-        pair_weight: Weight of a `PairDriftLoss` beside the field. Default: 0.
-        base_weight: Weight of the backbone's own NELBO on real text beside the field. Default: 0.1.
-        auxiliary_rank: Rank of low-rank adapters on the teacher's weights as the auxiliary model; 0 (default) for a
-            full copy of the teacher.
-        auxiliary_steps: Optimiser steps of the auxiliary model for each of the student's. Default: 1.
-        auxiliary_rate: Learning rate of the auxiliary model's AdamW, constant. Default: 1e-3.
-        auxiliary_betas: Its decay rates. Default: (0.9, 0.98).
-        auxiliary_clip: Its largest gradient norm. Default: 1.
+        chains: Numbers of steps of the model's own chains. Default: 1, 2 and 4 for masked models with a random input, 2
+            and 4 for others.
+        start_share: Share, in [0, 1], of the micro-batches at the common start of the chains, whose input is the prior;
+            the other positions share the rest evenly. Default: as often as chains begin there (3 in 7 for chains of 1,
+            2 and 4) for masked models with a random input, 0 for masked models without, whose start is the same input
+            for every text, and as often as any other position for uniform-state models.
+        field_form: Form of the field, ``"log_ratio"`` or ``"bounded"``, see `ConditionalField`.
+        field_clip: Largest absolute value of the log-ratio, in nats.
+        replaced_only: Whether to read the field of a uniform-state model only where corruption has replaced the token
+            of the completion.
+        pair_weight: Weight of the law of pairs, a `PairDriftLoss`, beside the field; 0 leaves it out. Default: 0.2 for
+            masked models, 1 for uniform-state models.
+        random_input: Number of random numbers that the refined model is given at each masked position, see
+            `tokendrift.models.random_input`; 0 leaves the model as it is. Default: 32 for masked models without one, 0
+            for others.
+        auxiliary_rank: Rank of low-rank adapters on the teacher's weights as the auxiliary model; 0 for a full copy of
+            the teacher.
+        auxiliary_steps: Optimiser steps of the auxiliary model for each of the refined model's.
+        auxiliary_rate: Learning rate of the auxiliary model's AdamW, constant.
+        auxiliary_betas: Decay rates of the moments of the auxiliary model's AdamW.
+        auxiliary_clip: Largest norm of the auxiliary model's gradient.
 
     Raises:
         TokenDriftError: For a setting out of range.
     """
 
-    chains: tuple[int, ...] = (2, 4)
+    description: ClassVar[str] = (
+        "distribution matching on its own few-step chains (`DistributionMatching`), beside its own denoising objective"
+    )
+    chains: tuple[int, ...] | None = None
     start_share: float | None = None
-    form: Literal["log_ratio", "bounded"] = "log_ratio"
-    clip: float = 5.0
+    field_form: Literal["log_ratio", "bounded"] = "log_ratio"
+    field_clip: float = 5.0
     replaced_only: bool = False
-    pair_weight: float = 0.0
-    base_weight: float = 0.1
+    pair_weight: float | None = None
+    random_input: int | None = None
     auxiliary_rank: int = 0
     auxiliary_steps: int = 1
     auxiliary_rate: float = 1e-3
-    auxiliary_betas: tuple[float, float] = (0.9, 0.98)
+    auxiliary_betas: tuple[float, ...] = (0.9, 0.98)
     auxiliary_clip: float = 1.0
 
     def __post_init__(self) -> None:
-        check_choice("form", self.form, FORMS)
-        if not self.chains:
-            raise fail("chains must name a number of steps, such as (2, 4).", chains=self.chains)
-        for steps in self.chains:
-            check_count("chains", steps, least=1)
-        for name in ("clip", "auxiliary_rate", "auxiliary_clip"):
+        super().__post_init__()
+        for name in ("field_clip", "auxiliary_rate", "auxiliary_clip"):
             check_positive(name, getattr(self, name))
         check_count("auxiliary_rank", self.auxiliary_rank)
         check_count("auxiliary_steps", self.auxiliary_steps, least=1)
-        for name in ("pair_weight", "base_weight"):
-            if getattr(self, name) < 0:
-                raise fail(f"{name} must be 0 or above.", **{name: getattr(self, name)})
+        if self.random_input is not None:
+            check_count("random_input", self.random_input)
+        if self.pair_weight:
+            check_positive("pair_weight", self.pair_weight)
         if self.start_share is not None and not 0 <= self.start_share <= 1:
-            raise fail("start_share must lie in [0, 1], or be None.", start_share=self.start_share)
+            raise fail("start_share must lie in [0, 1], or be left out.", start_share=self.start_share)
+        if len(self.auxiliary_betas) != 2 or not all(0 <= beta < 1 for beta in self.auxiliary_betas):
+            raise fail("auxiliary_betas must be two numbers in [0, 1).", auxiliary_betas=self.auxiliary_betas)
+
+    def for_process(self, process: Process, numbers: int = 0) -> MatchingConfig:
+        masked = process.mask_id is not None
+        given = self.random_input
+        if given is None:
+            given = 32 if masked and not numbers else 0
+        chains = self.chains or ((1, 2, 4) if given or numbers else (2, 4))
+        weight = self.pair_weight if self.pair_weight is not None else (0.2 if masked else 1.0)
+        share = self.start_share
+        if share is None:
+            counts = set(chains)
+            share = len(counts) / sum(counts) if given or numbers else 0.0
+            if not masked:
+                share = 1 / len(chain_positions(process, chains))
+        return replace(self, random_input=given, chains=chains, pair_weight=weight, start_share=share)
 
     def positions(self, process: Process) -> dict[tuple[int, int], float]:
         """Return how often each position (N, k) of the chains, after k of N steps, is trained: shares that add to 1."""
-        start = (max(self.chains), 0)
-        if self.start_share == 1:
-            return {start: 1.0}
-        others = [position for position in places(process, self.chains) if position != start]
-        share = self.start_share
-        if share is None:
-            share = 0.0 if process.mask_id is not None else 1 / (1 + len(others))
+        config = self.for_process(process)
+        start, *others = chain_positions(process, config.chains or (), start=True)
+        share = config.start_share or 0.0
         if not others and share < 1:
             raise fail("chains of one step have a start alone.", "Set start_share to 1.", start_share=share)
         found = {start: share} if share else {}
-        return found | {position: (1 - share) / len(others) for position in others}
+        return found | ({position: (1 - share) / len(others) for position in others} if share < 1 else {})
+
+    def prepare(self, model: DiT) -> None:
+        if self.random_input:
+            add_random_input(model, self.random_input)
+
+    def build(self, setup: ObjectiveSetup) -> DistributionMatching:
+        teacher = copy.deepcopy(setup.base).eval().requires_grad_(False)
+        options: dict[str, Any] = {"generator": setup.generator, "share": setup.share, "autocast": setup.autocast}
+        return DistributionMatching(setup.process, teacher, config=self, micro_batches=None, **options)
 
 
-class DistributionMatching:
+class DistributionMatching(StatefulObjective):
     r"""Distribution matching at what the model meets when it samples in few steps.
 
     A call takes the student to one position of one of its own chains, at x_t, and its law p of the clean tokens there.
@@ -125,7 +158,7 @@ class DistributionMatching:
         auxiliary: Denoiser f with the teacher's weights. Default: made by ``config.auxiliary_rank``.
         config: Settings. Default: ``MatchingConfig()``.
         pair_loss: Loss of the law of pairs for ``config.pair_weight``, with one stratum or one for each entry of
-            ``config.positions(process)``.
+            ``config.positions(process)``. Default: made by the configuration, one law for all positions.
         generator: Source of positions, chains, completions and noise, on the device of the text. Default: PyTorch's
             global one.
         share: Number of this process, and how many train together. Default: (0, 1).
@@ -158,21 +191,25 @@ class DistributionMatching:
         micro_batches: int | None = 1,
     ) -> None:
         check_frozen("teacher", teacher)
-        self.config = config = MatchingConfig() if config is None else config
-        self.process, self.teacher, self.pair_loss = process, teacher, pair_loss
-        self.generator, self.share, self.autocast = generator, share, autocast
+        self.config = config = (config or MatchingConfig()).for_process(process, random_numbers(teacher))
+        self.process, self.teacher, self.share, self.autocast = process, teacher, share, autocast
+        self.generator = generator
         self.micro_batches = None if micro_batches is None else check_count("micro_batches", micro_batches, least=1)
-        self.field = ConditionalField(config.form, config.clip)
+        self.chains = OwnChains(process, generator, share)
+        self.field = ConditionalField(config.field_form, config.field_clip)
         self.shares = config.positions(process)
-        self._check_pairs()
+        if pair_loss is not None and not config.pair_weight:
+            raise fail("pair_loss was given, but pair_weight is 0.", "Leave one of the two out.", pair_loss=pair_loss)
+        self.pair_loss = pair_loss or (config.pair_loss(process, strata=1) if config.pair_weight else None)
+        if self.pair_loss is not None:
+            check_strata(self.pair_loss, len(self.shares))
         if auxiliary is None:
             rank = config.auxiliary_rank
             auxiliary = low_rank_copy(teacher, rank) if rank else copy.deepcopy(teacher).requires_grad_(True)
-        options = {"rate": config.auxiliary_rate, "betas": config.auxiliary_betas, "clip": config.auxiliary_clip}
-        self.auxiliary = AuxiliaryModel(auxiliary, ranks=share[1], **options)  # type: ignore[arg-type]
+        first, second = config.auxiliary_betas
+        options: dict[str, Any] = {"rate": config.auxiliary_rate, "clip": config.auxiliary_clip, "ranks": share[1]}
+        self.auxiliary = AuxiliaryModel(auxiliary, betas=(first, second), **options)
         self.completions: list[Tensor] = []
-        # Only its inputs and completions are used: positions are drawn here, and it has no loss.
-        self._chains = OwnTrajectories(process, None, (2,), generator=generator, share=share)  # type: ignore[arg-type]
 
     @property
     def module(self) -> nn.ModuleList:
@@ -180,59 +217,62 @@ class DistributionMatching:
         parts = (self.teacher, self.auxiliary.network, self.pair_loss)
         return nn.ModuleList(part for part in parts if part is not None)
 
+    def before_training(self, take: Callable[[int], Tensor]) -> None:
+        if self.pair_loss is not None and self.config.pair_sequences:
+            count_pairs(self.pair_loss, take(self.config.pair_sequences), self.share)
+
+    def after_step(self, finished: int, optimization: Optimization) -> None:
+        self.update_auxiliary()
+
     def __call__(self, model: Network, x0: Tensor, *, log: bool = False) -> StepLoss:
         """Return the student's loss for a batch of clean ids (B, L).
 
         Of the clean ids the field reads the shape alone; the pair loss and the NELBO read them.
 
         Raises:
-            TokenDriftError: If there were ``micro_batches`` calls since `update_auxiliary`.
+            TokenDriftError: If there were ``micro_batches`` calls since `update_auxiliary`, or the model lacks the
+                random input of the configuration.
         """
-        if self.micro_batches is not None and len(self.completions) >= self.micro_batches:
-            raise fail(
-                f"the auxiliary model was not trained after {len(self.completions)} calls.",
-                "Call update_auxiliary() after each optimiser step, or set micro_batches to the calls of a step.",
-            )
+        self._check_call(model)
         # 1. A position of a chain, and the input to which the model's own steps lead.
         number, (total, taken) = self._position()
-        times = torch.full((len(x0),), 1 - taken / total, device=x0.device)
-        x_t = self._chains.inputs(model, x0, total, taken)
+        time = 1 - taken / total
+        x_t = self.chains.inputs(model, x0, total, taken)
         predicted = self.process.predicted(x_t)
         # 2. The law that the step to time 0 draws from, and a completion drawn from it.
-        options: dict[str, Any] = self._random_input(model, x_t)
-        logits = self._chains._completion(model(x_t, self.process.sigma(times), **options), x_t, times)
+        logits = self.chains.logits(model, x_t, time)
         completion = self._drawn(logits.detach(), x_t, predicted)
         self.completions.append(completion)
         # 3. The completion corrupted to an earlier time, and both networks there.
-        noised = self._corrupted(completion, below=1 - taken / total)
+        noised = self._earlier(completion, time)
+        options = self.chains.random_input(self.teacher, noised.x_t)
         mask_id, replaced = self.process.mask_id, self.config.replaced_only
         read = positions_to_match(noised.x_t, completion, predicted, mask_id=mask_id, replaced_only=replaced)
         with torch.no_grad():
-            teacher = self._logits(self.teacher, noised, read)
-            auxiliary = self._logits(self.auxiliary.network, noised, read)
+            teacher = self._logits(self.teacher, noised, read, options)
+            auxiliary = self._logits(self.auxiliary.network, noised, read, options)
         # 4. The field moves the law: a mean over the positions that all processes read.
-        options = {"field": self.field, "mask_id": mask_id, "reduction": "sum", "return_diagnostics": True}
-        loss, diagnostics = distribution_matching_loss(logits, teacher, auxiliary, read, **options)
+        how: dict[str, Any] = {"field": self.field, "mask_id": mask_id, "reduction": "sum", "return_diagnostics": True}
+        loss, diagnostics = distribution_matching_loss(logits, teacher, auxiliary, read, **how)
         del teacher, auxiliary  # the graph of the loss holds them as long as it needs to
-        loss = loss * self.share[1] / self._over_ranks(diagnostics.positions, x0.device)
+        weight = self.share[1] / self._over_ranks(diagnostics.positions, x0.device)
+        loss = loss * weight
         logs = {"matching": loss.detach()}
         if log:
-            logs |= {"mean_field": -logs["matching"], "clipped_share": diagnostics.clipped_share}
-            logs["token_entropy"] = diagnostics.token_entropy
-            logs |= self._watched(completion, noised)
+            logs["mean_field"] = -logs["matching"]
+            for name in ("clipped_share", "token_entropy"):
+                logs[name] = getattr(diagnostics, name) * diagnostics.positions * weight
+            logs |= self._watched(completion, noised, options)
         # 5. What stands beside it.
         if self.pair_loss is not None:
             where: dict[str, Any] = {"noisy_ids": x_t, "predicted": predicted}
             where["stratum"] = number % len(self.pair_loss.generated)
             pairs = self.pair_loss(logits, x0, **where)
-            logs["drift"] = pairs.detach()
-            if log:
-                met = self.pair_loss.generated_weight > 0
-                logs["total_variation"] = self.pair_loss.total_variation()[met].mean()
-            loss = loss + self.config.pair_weight * pairs
+            logs |= {"drift": pairs.detach()} | (pair_logs(self.pair_loss) if log else {})
+            loss = loss + (self.config.pair_weight or 0.0) * pairs
         del logits
         if self.config.base_weight:
-            base = self._nelbo(model, x0)
+            base = self.chains.nelbo(model, x0)
             logs["nelbo"] = base.detach()
             loss = loss + self.config.base_weight * base
         return StepLoss(loss, logs)
@@ -296,19 +336,17 @@ class DistributionMatching:
 
     # ------------------------------------------------------------------------------------------ parts
 
-    def _check_pairs(self) -> None:
-        if (self.pair_loss is None) != (not self.config.pair_weight):
+    def _check_call(self, model: Network) -> None:
+        if self.micro_batches is not None and len(self.completions) >= self.micro_batches:
             raise fail(
-                "pair_loss and a pair_weight above 0 belong together.",
-                "Pass pair_loss=PairDriftLoss(...) and MatchingConfig(pair_weight=...).",
-                pair_weight=self.config.pair_weight,
-                pair_loss=self.pair_loss,
+                f"the auxiliary model was not trained after {len(self.completions)} calls.",
+                "Call update_auxiliary() after each optimiser step, or set micro_batches to the calls of a step.",
             )
-        if self.pair_loss is not None and len(self.pair_loss.generated) not in (1, len(self.shares)):
+        if self.config.random_input and not random_numbers(model):
             raise fail(
-                f"pair_loss must have one stratum, or one for each of the {len(self.shares)} positions of the chains.",
-                "Build it with strata=1.",
-                strata=len(self.pair_loss.generated),
+                f"the configuration gives the model {self.config.random_input} random numbers at each masked position, "
+                "but the model has no random input.",
+                "Call add_random_input(model, numbers) first, or set random_input=0.",
             )
 
     def _position(self) -> tuple[int, tuple[int, int]]:
@@ -323,22 +361,10 @@ class DistributionMatching:
         device = None if self.generator is None else self.generator.device
         return torch.rand(count, generator=self.generator, device=device)
 
-    def _noise(self, ids: Tensor) -> RowNoise:
-        """Return fresh streams of random numbers, one for each row, numbered through over all processes."""
-        return RowNoise(self._chains._random(2**62), self.share[0] * len(ids), len(ids), ids.device)
-
-    def _random_input(self, model: Network, ids: Tensor) -> dict[str, Tensor]:
-        """Return the random numbers of a model that takes some."""
-        numbers = random_numbers(model)
-        if not numbers:
-            return {}
-        noise, shape = self._noise(ids), (ids.shape[1], numbers)
-        return {"normals": torch.stack([torch.randn(shape, generator=g) for g in noise.generators]).to(ids.device)}
-
     def _drawn(self, logits: Tensor, x_t: Tensor, predicted: Tensor) -> Tensor:
         """Return the completion (B, L): tokens drawn at predicted positions, a few rows of V at a time."""
         rows, index = logits.flatten(0, 1), predicted.flatten().nonzero()[:, 0]
-        uniform, found = self._noise(x_t).uniform(x_t.shape[1]).flatten()[index], x_t.flatten().clone()
+        uniform, found = self.chains.noise(x_t).uniform(x_t.shape[1]).flatten()[index], x_t.flatten().clone()
         step = max(1, ELEMENTS.get(logits.device.type, ELEMENTS["cpu"]) // logits.shape[-1])
         for positions, numbers in zip(index.split(step), uniform.split(step), strict=True):
             part = rows[positions]
@@ -347,40 +373,24 @@ class DistributionMatching:
             found[positions] = draw(part, uniform=numbers).ids
         return found.view_as(x_t)
 
-    def _corrupted(self, ids: Tensor, below: float | None = None) -> Corruption:
-        """Corrupt this process's rows as one process would within the batch of all.
+    def _earlier(self, ids: Tensor, time: float) -> Corruption:
+        """Corrupt the rows of this process to times that are uniform in (0, time], as one process would."""
+        (rank, ranks), rows = self.share, len(ids)
+        drawn = self._rand(ranks * rows)[rank * rows : (rank + 1) * rows]
+        return self.chains.corrupt(ids, (1 - drawn.to(ids.device)) * time)
 
-        Args:
-            ids: Clean ids (B, L).
-            below: Draw times uniformly in (0, below]; by default as the process does for its own objective.
-        """
-        rank, ranks = self.share
-        times = None
-        if below is not None:
-            times = (1 - self._rand(ranks * len(ids)).to(ids.device)) * below
-        if ranks == 1:
-            return self.process.corrupt(ids, times, generator=self.generator)
-        # Numbers are drawn for all rows; those of the other processes do not matter.
-        drawn = self.process.corrupt(ids.repeat(ranks, 1), times, generator=self.generator)
-        return Corruption(*(value[rank * len(ids) : (rank + 1) * len(ids)] for value in drawn))
-
-    def _nelbo(self, model: Network, ids: Tensor) -> Tensor:
-        """Return the mean NELBO per token of clean ids (B, L), in nats."""
-        corrupted = self._corrupted(ids)
-        options = self._random_input(model, corrupted.x_t)
-        logits = model(corrupted.x_t, corrupted.sigma, **options)
-        return self.process.nelbo(logits, ids, corrupted.x_t, corrupted.t).mean()
-
-    def _logits(self, network: nn.Module, noised: Corruption, read: Tensor) -> Tensor:
+    def _logits(self, network: nn.Module, noised: Corruption, read: Tensor, options: Mapping[str, Tensor]) -> Tensor:
         """Return logits of the teacher or the auxiliary model at the positions read, (K, V)."""
         with self._autocast():
-            head = getattr(network, "logits_at", None)
+            head: Network | None = getattr(network, "logits_at", None)
             if head is not None and read.any():
-                return head(noised.x_t, noised.sigma, read)
-            return network(noised.x_t, noised.sigma)[read]
+                found: Tensor = head(noised.x_t, noised.sigma, read, **options)
+            else:
+                found = network(noised.x_t, noised.sigma, **options)[read]
+            return found
 
     @torch.no_grad()
-    def _watched(self, completion: Tensor, noised: Corruption) -> dict[str, Tensor]:
+    def _watched(self, completion: Tensor, noised: Corruption, options: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return how far the auxiliary model is from the teacher on the student's samples, and their entropy.
 
         It draws no random number: what is logged changes no result.
@@ -388,7 +398,7 @@ class DistributionMatching:
         found = {}
         for name, network in (("auxiliary_nelbo", self.auxiliary.network), ("teacher_nelbo", self.teacher)):
             with self._autocast():
-                logits = network(noised.x_t, noised.sigma)
+                logits = network(noised.x_t, noised.sigma, **options)
             found[name] = self.process.nelbo(logits, completion, noised.x_t, noised.t).mean()
         shares = [row.unique(return_counts=True)[1] / len(row) for row in completion]
         found["completion_entropy"] = torch.stack([torch.special.entr(share).sum() for share in shares]).mean()
@@ -398,7 +408,7 @@ class DistributionMatching:
         """Yield the NELBO of the auxiliary model on each call's completions, divided by the number of calls."""
         for completion in self.completions:
             with self._autocast():
-                loss = self._nelbo(self.auxiliary.network, completion) / len(self.completions)
+                loss = self.chains.nelbo(self.auxiliary.network, completion) / len(self.completions)
             yield loss
 
     @property
