@@ -13,7 +13,7 @@ from torch import Tensor
 from tokendrift._checks import check_count, check_positive, fail
 from tokendrift.diffusion import Corruption, Mixture, Process
 from tokendrift.modes import evaluation_mode
-from tokendrift.pairs import BUCKETS, PairDriftLoss
+from tokendrift.pairs import PairDriftLoss
 from tokendrift.sampling import Chain, sample
 from tokendrift.sampling.noise import RowNoise, random_input
 from tokendrift.training.objectives.objective import Network, ObjectiveConfig, corrupt_rows
@@ -153,9 +153,8 @@ class ChainsConfig(ObjectiveConfig):
         chains: Numbers of steps of the chains.
         base_weight: Weight of the NELBO beside the loss; 0 leaves it out.
         pair_decay: Share, in [0, 1), that the law of generated pairs keeps at each micro-batch.
-        pair_classes: Size of the largest vocabulary in which each pair of tokens has an entry of its own in the laws of
-            pairs, which then have the square of it in entries. Pairs of larger vocabularies are counted in hashed
-            buckets, see `PairDriftLoss`.
+        pair_buckets: Number of buckets of the laws of pairs. By default every pair has an entry of its own if there
+            are at most 4,096 tokens, and a law has 65,536 buckets if there are more.
         pair_sequences: Number of sequences of the text whose pairs are counted before the first step. Pairs of the
             training batches are counted in any case.
     """
@@ -163,7 +162,7 @@ class ChainsConfig(ObjectiveConfig):
     chains: tuple[int, ...] | None = (2, 4)
     base_weight: float = 0.1
     pair_decay: float = 0.95
-    pair_classes: int = 4096
+    pair_buckets: int | None = None
     pair_sequences: int = 4096
 
     def __post_init__(self) -> None:
@@ -176,11 +175,12 @@ class ChainsConfig(ObjectiveConfig):
         if self.base_weight:
             check_positive("base_weight", self.base_weight)
         check_fraction("pair_decay", self.pair_decay)
-        check_count("pair_classes", self.pair_classes, least=2)
+        if self.pair_buckets is not None:
+            check_count("pair_buckets", self.pair_buckets, least=2)
         check_count("pair_sequences", self.pair_sequences)
 
     def pair_loss(self, process: Process, strata: int) -> PairDriftLoss:
         """Return the loss of the law of pairs."""
-        size = process.vocab_size
-        buckets = BUCKETS if size > self.pair_classes else None
-        return PairDriftLoss(size, strata=strata, decay=self.pair_decay, buckets=buckets, mask_id=process.mask_id)
+        buckets = "auto" if self.pair_buckets is None else self.pair_buckets
+        options: dict[str, Any] = {"decay": self.pair_decay, "buckets": buckets, "mask_id": process.mask_id}
+        return PairDriftLoss(process.vocab_size, strata=strata, **options)
