@@ -117,7 +117,7 @@ def test_settings_have_the_types_of_their_keys():
         ({"steps": 0}, "steps must be an integer of at least 1"),
         ({"wrap": "yes"}, "wrap must be true or false"),
         ({"text": "a.txt"}, "text must be a list, each entry a text"),
-        ({"text": ["a"], "dataset": "b"}, "text and dataset exclude each other"),
+        ({"text": ["a"], "dataset": "b"}, "text and dataset cannot both be given"),
         ({"batch_size": 9, "micro_batch": 2}, "batch_size must be a multiple of micro_batch"),
         ({"encoder_time": 1.0}, r"encoder_time must lie in \[0, 1\)"),
         ({"learning_rate": -1.0}, "learning_rate must be a finite number above 0"),
@@ -146,7 +146,7 @@ def test_paths_may_stand_for_their_names():
 def test_what_cannot_be_read_is_refused(tmp_path):
     file = tmp_path / "run.toml"
     file.write_text("steps = = 3")
-    with pytest.raises(TokenDriftError, match=r"run.toml cannot be read as TOML: .*\n.*Texts stand in quotes"):
+    with pytest.raises(TokenDriftError, match=r"run.toml cannot be read as TOML: .*\n.*Write strings in quotes"):
         make_config(file=file)
     with pytest.raises(TokenDriftError, match="no checkpoint to refine"):
         make_config()

@@ -340,7 +340,7 @@ def test_falling_entropy_is_warned_of(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"learning_rate": 1e-3}, r"holds a run with another configuration: learning_rate was 0.01 and is 0.001"),
+        ({"learning_rate": 1e-3}, r"contains a run with another configuration: learning_rate was 0.01 and is 0.001"),
         ({"micro_batch": 2}, r"a forward call of all processes had 4 sequences and has 2.*\n.*Choose another output"),
     ],
 )

@@ -99,7 +99,11 @@ def test_a_best_model_that_cannot_be_written_is_written_at_the_next_start(run, m
 def test_figures_of_another_judge_are_made_anew(run):
     before = run(steps=2).evaluations
     assert not any("gen_ppl" in row for row in before)
-    with pytest.warns(UserWarning, match=r"evaluations were made with {'judge': None, .* stays in log.jsonl alone"):
+    with pytest.warns(
+        UserWarning,
+        match=r"evaluations were made with "
+        "{'judge': None, .* figures remain only in log.jsonl",
+    ):
         refined = run(steps=2, judge=uniform())
     assert [(row["step"], row["nfe"]) for row in refined.evaluations] == [(0, None), (0, 2), (2, 2)]
     assert all(row["gen_ppl"] == pytest.approx(1025.0, rel=1e-4) for row in refined.evaluations)

@@ -1,4 +1,4 @@
-"""Held-out NELBO of a denoiser: the figure that no sampler and no judge can flatter."""
+"""Held-out NELBO of a denoiser, a figure that depends neither on a sampler nor on a judge."""
 
 from __future__ import annotations
 

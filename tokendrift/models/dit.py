@@ -35,7 +35,7 @@ class DiTConfig:
         n_blocks: Number of transformer blocks.
         n_heads: Number of attention heads; divides hidden_dim.
         dropout: Dropout probability on the two residual branches.
-        time_conditioning: Whether the network reads sigma (DUO) or zeros in its place (MDLM).
+        time_conditioning: Whether the network uses sigma (DUO) or zeros instead (MDLM).
         mask_id: Id of the mask token, None for uniform-state models.
         random_input: Number K of random numbers that each masked position is given, see `RandomMaskEmbedding`. Default:
             0, a model without random input.
@@ -199,8 +199,8 @@ class DiT(nn.Module):
             sigma: ``-log alpha_t``, shape (B,). Needed with time conditioning, unused without.
             embed: Called with the embedding matrix (V, D) in place of the look-up of x_t; returns embeddings (B, L, D).
                 `SoftCorruption.denoise` passes the soft inputs of DUO's curriculum this way.
-            head: Called with the operands of the vocabulary product in place of the product, as `LinearLogits`, of the
-                dtype of the logits and outside autocast. A loss that takes them needs no tensor (B, L, V):
+            head: Called instead of the product with the vocabulary, outside autocast, with its operands as
+                `LinearLogits` in the dtype of the logits. A loss that accepts these needs no tensor (B, L, V):
                 ``head=lambda logits: drift(logits, x_0, noisy_ids=x_t)``.
             wanted: Positions whose logits are returned, bool (B, L), see `logits_at`. Default: all.
             normals: Standard normal numbers (B, L, K) of a model with a random input; `tokendrift.sampling.sample`
@@ -229,7 +229,7 @@ class DiT(nn.Module):
         return found
 
     def logits_at(self, x_t: Tensor, sigma: Tensor | None, wanted: Tensor, *, normals: Tensor | None = None) -> Tensor:
-        """Return logits at some positions alone: the vocabulary product, a third of a small model, runs only there.
+        """Return the logits at some positions only, which saves most of the product with the vocabulary.
 
         Args:
             x_t: Noisy ids (B, L).
@@ -276,8 +276,8 @@ class DiT(nn.Module):
             sigma = torch.zeros(rows, device=weight.device, dtype=dtype)
         if sigma is None or sigma.shape != (rows,):
             raise fail(
-                f"sigma must have shape (B,) = ({rows},): one noise level -log(alpha_t) a row.",
-                "Pass process.sigma(t), not the time t itself and not one value a position.",
+                f"sigma must have shape (B,) = ({rows},): one noise level -log(alpha_t) for each row.",
+                "Pass process.sigma(t), not the time t itself, and not one value for each position.",
                 sigma=sigma,
             )
         return self.sigma_map(sigma.to(weight.device, dtype))

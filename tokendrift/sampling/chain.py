@@ -1,4 +1,4 @@
-"""The state of a batch that is being sampled, and the one place where its ids change."""
+"""The state of a batch that is being sampled."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Sampler(Protocol):
     """
 
     def __call__(self, chain: Chain, steps: int | None, /) -> Iterator[Mixture]:
-        """Yield one law a step, float (B, L) each."""
+        """Yield one `Mixture` of float tensors (B, L) for each step."""
         ...
 
 
@@ -126,7 +126,7 @@ class Chain:
         """Draw the next ids: each position keeps its token, draws from the denoiser, or returns to the prior."""
         if law.stay.shape != self.ids.shape or law.denoise.shape != self.ids.shape:
             raise fail(
-                f"a sampler must yield chances of shape (B, L) = {tuple(self.ids.shape)}.",
+                f"a sampler must yield probabilities of shape (B, L) = {tuple(self.ids.shape)}.",
                 stay=law.stay,
                 denoise=law.denoise,
             )
@@ -213,7 +213,7 @@ class Chain:
     def _forward(self, rows: Tensor, head: Callable[..., Tensor] | None = None, wanted: Tensor | None = None) -> Tensor:
         """Return logits (R, L, V) of some rows, or by the head (K, V) at the wanted positions of theirs; counted."""
         if self._sigma is None:
-            raise fail("the sampler has not said at which time the denoiser is called.", "Call chain.at(t) first.")
+            raise fail("the time at which the denoiser is called is not set.", "Call chain.at(t) first.")
         ids = self.ids if len(rows) == len(self.ids) else self.ids[rows]
         sigma = self._sigma.float()[rows.cpu()].to(ids.device)
         options = {}

@@ -1,4 +1,4 @@
-"""Training: objectives, one optimiser step for all of them, and `refine`, which survives being killed."""
+"""Training: objectives, one optimiser step for all of them, and `refine`, which can be interrupted at any time."""
 
 from tokendrift.models.tokenizer import TextTokenizer, text_tokenizer
 from tokendrift.training.card import evaluation_table

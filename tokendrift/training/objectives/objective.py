@@ -1,4 +1,4 @@
-"""What an objective of training is: a loss of one batch, and for `refine` its settings, its state and its hooks."""
+"""Objectives of training: the loss of a batch, and for `refine` the settings, state and hooks of an objective."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ class StatefulObjective:
 
 
 class ObjectiveSetup(NamedTuple):
-    """What an objective is built from.
+    """Everything that an objective is built from.
 
     Attributes:
         base: The network before training, on the CPU. It is not trained: an objective may keep or copy it.

@@ -25,26 +25,26 @@ from tokendrift.training.objectives.own_chains import (
 
 @dataclass
 class OwnTrajectories(StatefulObjective):
-    """A drifting loss on what the model meets when it samples in few steps, rather than on corrupted real text.
+    """A drifting loss on the states of the model's own few-step chains, instead of corrupted real text.
 
     Each batch belongs to one position of one chain: after k of N ancestral steps from the prior, at time 1 - k/N. The
     model samples up to there without gradient and completes the text in one call, and the loss compares the completions
     with real text. The last position of a chain is the last step of the sampler, whose completions are the samples.
 
-    Masked models leave out k = 0: all inputs are the same there, and what consistency gains, diversity loses.
+    Masked models leave out k = 0: all inputs are the same there, and consistency could only be gained at the expense of
+    diversity.
 
-    Several processes choose the same position if their generators are in the same state. With ``share`` they do
-    together what one process does with the whole batch.
+    Several processes choose the same position if their generators are in the same state. With ``share``, they together
+    sample the chains that one process would sample for the whole batch.
 
     Attributes:
         process: Corruption and posterior.
         drift: The loss. A `PairDriftLoss` has ``strata=len(chain_positions(...))``, a law for each position, or one law
             for all.
-        steps: Numbers of steps N of the chains. Positions are drawn at random, not chains: with chains of 2 and 4
-            steps, three calls in four of a masked model belong to the longer one.
-        base_weight: Weight of the NELBO on corrupted real text beside the loss, which holds the rest of the model in
-            place. Masked models need it (0.1 is enough): their first step is no position of these chains, and may
-            collapse without it.
+        steps: Numbers of steps N of the chains. Positions rather than chains are drawn at random, so longer chains are
+            used more often: with chains of 2 and 4 steps, three out of four calls of a masked model use the longer one.
+        base_weight: Weight of the NELBO on corrupted real text, which is added to the loss. Masked models need it (0.1
+            is enough): their first step is not a position of these chains, and may collapse without it.
         own: If False, real text corrupted at the same times replaces the chains: cheaper, and a comparison.
         generator: Source of positions, chains and noise; PyTorch's global generator by default.
         share: Rank of this process and the number of processes; the rows of their chains are numbered consecutively.
