@@ -369,7 +369,7 @@ def test_a_process_that_does_not_belong_to_the_network_is_not_written(tmp_path, 
     with pytest.raises(TokenDriftError, match="process has vocab_size 14, but the network has 13"):
         save_denoiser(model, tmp_path / "model", UniformDiffusion(14))
     masked = DiT(DiTConfig(13, 8, 16, 4, 1, 2, mask_id=4))
-    with pytest.raises(TokenDriftError, match="process has mask_id None, the network 4"):
+    with pytest.raises(TokenDriftError, match="process has mask_id None, but the network has 4"):
         save_denoiser(masked, tmp_path / "model", UniformDiffusion(13))
     assert not (tmp_path / "model").exists()
 

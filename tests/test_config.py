@@ -107,7 +107,7 @@ def test_settings_have_the_types_of_their_keys():
     ("values", "message"),
     [
         ({"objctive": "drift"}, "unknown key 'objctive'; the nearest is 'objective'"),
-        ({"zzz": 1}, "unknown key 'zzz'; known are checkpoint, output"),
+        ({"zzz": 1}, "unknown key 'zzz'; the settings are checkpoint, output"),
         (
             {"objective": "gan"},
             "must be one of 'drift', 'continuation', 'combined', 'pairs', 'matching', 'mirror-kl', 'mirror-mse'",
@@ -116,7 +116,7 @@ def test_settings_have_the_types_of_their_keys():
         ({"steps": True}, "steps must be an integer"),
         ({"steps": 0}, "steps must be an integer of at least 1"),
         ({"wrap": "yes"}, "wrap must be true or false"),
-        ({"text": "a.txt"}, "text must be a list, each entry a text"),
+        ({"text": "a.txt"}, "text must be a list in which each entry is a text"),
         ({"text": ["a"], "dataset": "b"}, "text and dataset cannot both be given"),
         ({"batch_size": 9, "micro_batch": 2}, "batch_size must be a multiple of micro_batch"),
         ({"encoder_time": 1.0}, r"encoder_time must lie in \[0, 1\)"),
@@ -150,7 +150,7 @@ def test_what_cannot_be_read_is_refused(tmp_path):
         make_config(file=file)
     with pytest.raises(TokenDriftError, match="no checkpoint to refine"):
         make_config()
-    with pytest.raises(TokenDriftError, match=r"a setting must have the form KEY=VALUE, and 'steps' has not"):
+    with pytest.raises(TokenDriftError, match=r"a setting must have the form KEY=VALUE, but 'steps' has no value"):
         parse_settings(["steps"])
     with pytest.raises(TokenDriftError, match="seed must be an integer"):
         parse_settings(["seed=x"])

@@ -116,10 +116,10 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_taken(inputs, whole):
     content = bytearray(file.read_bytes())
     content[-1] ^= 1
     file.write_bytes(content)
-    with pytest.warns(UserWarning, match=r"(?s)optimizer.safetensors is not what was written: its SHA-256.*before"):
+    with pytest.warns(UserWarning, match=r"(?s)optimizer.safetensors was changed after it was written: its SHA-256.*previous"):
         folder = run(inputs, "damaged").folder
     assert (folder / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
-    assert "optimizer.safetensors is not what was written" in read_log(folder, "message")[0]["message"]
+    assert "optimizer.safetensors was changed after it was written" in read_log(folder, "message")[0]["message"]
     assert (last.parent / "broken-step-00000004").exists()
 
 
@@ -354,7 +354,7 @@ def test_what_is_told_and_kept_may_change(inputs, whole):
 
 
 def test_a_model_of_another_making_is_not_overwritten(inputs):
-    with pytest.raises(TokenDriftError, match=r"base holds a model that no refinement has written"):
+    with pytest.raises(TokenDriftError, match=r"base contains a model that was not written by refine"):
         run(inputs, "base")
 
 

@@ -322,7 +322,7 @@ def test_a_figure_of_a_users_own_is_measured_and_shown_with_all_others(tokenizer
     monkeypatch.setitem(FIGURES, "even_share", figure)  # so that it is forgotten after this test
     del FIGURES["even_share"]
     register_figure(figure)
-    with pytest.raises(TokenDriftError, match="there is a figure of the name 'even_share' already"):
+    with pytest.raises(TokenDriftError, match="there is already a figure named 'even_share'"):
         register_figure(figure)
     report = make_report(tokenizer, [("model", as_samples(tokenizer, language(20)))])
     share = report.evaluation["model"].measures.even_share
