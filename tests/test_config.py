@@ -13,6 +13,7 @@ from tokendrift.training import (
     OBJECTIVES,
     PRESETS,
     DriftConfig,
+    MatchingConfig,
     PairsConfig,
     RefineConfig,
     make_config,
@@ -45,7 +46,9 @@ def test_presets_have_the_values_of_the_paper(preset, rate):
     assert (made.steps, made.batch_size, made.micro_batch, made.learning_rate) == (13_000, 512, 2, rate)
     assert made.objective == DriftConfig(temperatures=(0.02, 0.05, 0.2), queue_size=1024, drift_scale=1.0)
     assert made.accumulation(processes=4) == 64
-    assert set(PRESETS) == {"mdlm-owt", "duo-owt", "pairs"}
+    assert set(PRESETS) == {"tokendrift", "mdlm-owt", "duo-owt", "pairs", "matching"}
+    named = {"checkpoint": made.checkpoint, "learning_rate": rate}
+    assert make_config(preset="tokendrift", values=named) == made
 
 
 def test_the_preset_of_pairs_serves_any_checkpoint_at_twice_the_rate():
@@ -55,6 +58,14 @@ def test_the_preset_of_pairs_serves_any_checkpoint_at_twice_the_rate():
     assert made.objective == PairsConfig(chains=(2, 4), base_weight=0.1, pair_decay=0.95)
     assert made.learning_rate == 2 * RefineConfig("base").learning_rate
     assert (made.dataset, made.judge, made.steps) == (None, None, RefineConfig("base").steps)
+
+
+def test_the_preset_of_matching_leaves_to_the_process_what_depends_on_it():
+    made = make_config(preset="matching", values={"checkpoint": "base"})
+    assert made.objective == MatchingConfig(base_weight=0.1, field_clip=5.0, auxiliary_rate=1e-3)
+    assert (made.learning_rate, made.schedule, made.ema, made.betas) == (5e-4, "cosine", 0.99, (0.9, 0.98))
+    again = make_config(values=made.settings())
+    assert again == made and again.settings()["random_input"] is None
 
 
 @pytest.mark.parametrize(
@@ -99,7 +110,7 @@ def test_settings_have_the_types_of_their_keys():
         ({"zzz": 1}, "unknown key 'zzz'; the settings are checkpoint, output"),
         (
             {"objective": "gan"},
-            "objective must be one of 'drift', 'continuation', 'combined', 'pairs', 'mirror-kl', 'mirror-mse'",
+            "must be one of 'drift', 'continuation', 'combined', 'pairs', 'matching', 'mirror-kl', 'mirror-mse'",
         ),
         ({"steps": 1.5}, "steps must be an integer"),
         ({"steps": True}, "steps must be an integer"),

@@ -133,8 +133,9 @@ def refine(
     preset: Annotated[
         str | None,
         typer.Option(
-            help="Preset to start from: mdlm-owt or duo-owt (the settings of the paper), or pairs (the objective of "
-            "token pairs). Default: none."
+            help="Settings to start from: tokendrift (the paper's, for any checkpoint), mdlm-owt or duo-owt (the same "
+            "with its checkpoint), pairs (the objective of token pairs), or matching (distribution matching, which "
+            "chooses chains, weights and a random input by the process of the checkpoint). Default: none."
         ),
     ] = None,
     config: Annotated[

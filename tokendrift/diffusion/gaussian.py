@@ -123,8 +123,8 @@ class SoftCorruption(Corruption):
         self.soft, self.weights = soft, weights
         return self
 
-    def denoise(self, denoiser: Denoiser) -> Tensor:
-        """Return the denoiser's logits (B, L, V) for the soft input.
+    def denoise(self, denoiser: Denoiser, **options: Tensor) -> Tensor:
+        """Return the denoiser's logits (B, L, V) for the soft input; options are passed to it.
 
         The denoiser must take the keyword ``embed``, as `tokendrift.models.DiT` does: a function that maps its
         embedding matrix (V, D) to the embeddings (B, L, D) which it then reads in place of those of x_t.
@@ -133,7 +133,7 @@ class SoftCorruption(Corruption):
         def embed(embedding: Tensor) -> Tensor:
             return soft_embedding(self.soft, self.weights, embedding)
 
-        return denoiser(self.x_t, self.sigma, embed=embed)  # type: ignore[call-arg]
+        return denoiser(self.x_t, self.sigma, embed=embed, **options)  # type: ignore[call-arg]
 
 
 class GaussianUniformDiffusion(UniformDiffusion):

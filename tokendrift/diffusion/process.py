@@ -40,9 +40,9 @@ class Corruption(NamedTuple):
     t: Tensor
     sigma: Tensor
 
-    def denoise(self, denoiser: Denoiser) -> Tensor:
-        """Return the denoiser's logits (B, L, V) for this batch."""
-        return denoiser(self.x_t, self.sigma)
+    def denoise(self, denoiser: Denoiser, **options: Tensor) -> Tensor:
+        """Return the denoiser's logits (B, L, V) for this batch; options are passed to it."""
+        return denoiser(self.x_t, self.sigma, **options)
 
 
 class Mixture(NamedTuple):

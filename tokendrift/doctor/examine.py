@@ -82,6 +82,8 @@ def diagnose(
     )
     if not check_weights(report, model):
         return report
+    if model.config.random_input:
+        report.add("random input", "ok", f"{model.config.random_input} random numbers at each masked position")
 
     # 3. Vocabulary and mask against the tokenizer. What came from the hub may bring its tokenizer from there.
     found = chosen or find_tokenizer(checkpoint.folder, process.vocab_size, fetch=checkpoint.revision is not None)

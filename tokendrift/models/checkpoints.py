@@ -226,6 +226,8 @@ def _config_json(model: DiT, process: Process | None) -> dict[str, Any]:
             )
     config: dict[str, Any] = {"model_type": kind} | dataclasses.asdict(model.config)
     config["mask_id"] = process.mask_id
+    if not config["random_input"]:
+        del config["random_input"]  # the configuration of a model without one is as it always was
     if process.schedule != diffusion.LogLinear():
         name = type(process.schedule).__name__
         if name not in SCHEDULES or not dataclasses.is_dataclass(process.schedule):

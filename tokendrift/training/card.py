@@ -12,7 +12,13 @@ from tokendrift.training.config import RefineConfig
 
 
 def model_card(
-    config: RefineConfig, evaluations: Sequence[dict[str, Any]], *, steps: int, process: str, judge: str | None = None
+    config: RefineConfig,
+    evaluations: Sequence[dict[str, Any]],
+    *,
+    steps: int,
+    process: str,
+    judge: str | None = None,
+    random_input: int = 0,
 ) -> str:
     """Return a model card in Markdown, with the front matter of the hub.
 
@@ -23,12 +29,10 @@ def model_card(
         steps: Number of optimiser steps taken.
         process: Name of the corruption process.
         judge: Name of the judge that measured Gen.-PPL. Default: none.
+        random_input: Random numbers that the network takes at each masked position. Default: 0.
     """
     source = ", ".join(config.text) or config.dataset or "text of the caller"
     base = f"base_model: {config.checkpoint}\n" if _on_the_hub(config.checkpoint) else ""
-    kept = "The weights are those of the last step."
-    if config.ema:
-        kept = f"The weights are a moving average of the weights during training\n(decay {config.ema:g})."
     tokens = "" if config.length is None else f" of {config.length} tokens"
     return f"""---
 library_name: tokendrift
@@ -48,7 +52,7 @@ model, process = load_denoiser("path/of/this/folder")
 ids = sample(model, process, (4, model.config.model_length), steps=8).ids
 ```
 
-The network runs with the unchanged samplers of its backbone. {kept}
+The network runs with the unchanged samplers of its backbone. {_about_network(config, random_input)}
 
 ## What was measured
 
@@ -104,6 +108,19 @@ def _cells(rows: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
         cells = [_name(row), "" if real else f"{row['step']:,}", "" if real else str(row["nfe"])]
         lines.append(cells + [f"{row[each.name]:.{each.digits}f}" if each.name in row else "" for each in columns])
     return ["model", "step", "NFE", *(figure.label for figure in columns)], lines
+
+
+def _about_network(config: RefineConfig, random_input: int) -> str:
+    """Return what the card says of the weights, and of the random input if there is one."""
+    kept = "The weights are those of the last step."
+    if config.ema:
+        kept = f"The weights are a moving average of the weights during training\n(decay {config.ema:g})."
+    if random_input:
+        kept += (
+            f" The network takes {random_input} random numbers at each masked\nposition (`random_input`): "
+            "the samplers pass them, and other callers may pass `normals`."
+        )
+    return kept
 
 
 def _on_the_hub(checkpoint: str) -> bool:

@@ -306,10 +306,29 @@ _PAIRS = {
     "pair_decay": 0.95,
     "learning_rate": 2 * RefineConfig.learning_rate,
 }
+# For either backbone: what depends on the process (chains, weight of the pairs, random input) is left to the objective.
+_MATCHING = {
+    "objective": "matching",
+    "steps": 1500,
+    "batch_size": 64,
+    "base_weight": 0.1,
+    "field_clip": 5.0,
+    "auxiliary_rate": 1e-3,
+    "learning_rate": 5e-4,
+    "schedule": "cosine",
+    "warmup": 30,
+    "weight_decay": 0.0,
+    "betas": (0.9, 0.98),
+    "clip": 1.0,
+    "ema": 0.99,
+    "dropout": 0.0,
+}
 PRESETS: Mapping[str, Mapping[str, Any]] = {
+    "tokendrift": {"learning_rate": 3e-5, **_PAPER},
     "mdlm-owt": {"checkpoint": "kuleshov-group/mdlm-owt", "learning_rate": 3e-5, **_PAPER},
     "duo-owt": {"checkpoint": "s-sahoo/duo", "learning_rate": 5e-5, **_PAPER},
     "pairs": _PAIRS,
+    "matching": _MATCHING,
 }
 
 
@@ -321,7 +340,8 @@ def make_config(
     A file may name its preset itself: ``preset = "mdlm-owt"``. A source of text replaces that of the preset.
 
     Args:
-        preset: Name of a preset: ``"mdlm-owt"``, ``"duo-owt"`` or ``"pairs"``. Default: none.
+        preset: Name of a preset: ``"tokendrift"``, ``"mdlm-owt"``, ``"duo-owt"``, ``"pairs"`` or ``"matching"``.
+            Default: none.
         file: TOML file of settings. Default: none.
         values: Settings under their flat names. Default: none.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,6 +16,7 @@ from tokendrift.errors import TokenDriftError
 from tokendrift.files import weight_digest
 from tokendrift.models import DiT
 from tokendrift.models.checkpoints import build, read_checkpoint
+from tokendrift.models.random_input import without_random_input
 from tokendrift.models.tokenizer import text_tokenizer
 from tokendrift.training.checkpointing import Stored, load_checkpoint
 from tokendrift.training.config import RefineConfig, objective_name
@@ -128,7 +130,8 @@ class Run:
             base, self.process = build(checkpoint)
             self.tokenizer = text_tokenizer(config.tokenizer, checkpoint.folder, base.vocab_size)
         self.length: int = config.length or base.config.model_length
-        self.config = config = config.replace(length=self.length)
+        objective = config.objective.for_process(self.process, base.config.random_input)
+        self.config = config = dataclasses.replace(config, length=self.length, objective=objective)
         # 2. The text; its first sequences are also the real text of the evaluation.
         source = documents or open_text(config)
         self.data = self._packed(source)
@@ -144,6 +147,9 @@ class Run:
             self.objective.module.to(accelerator.device)
         model = DiT(base.config if config.dropout is None else dataclasses.replace(base.config, dropout=config.dropout))
         model.load_state_dict(base.state_dict())
+        config.objective.prepare(model)
+        # Until the first step, a random input that the checkpoint does not have is left out.
+        self.as_it_was = without_random_input if model.config.random_input != base.config.random_input else nullcontext
         self.optimization = Optimization(model, config.loop(), accelerator=accelerator, autocast=autocast)
         # 4. The evaluation, and the folder of the run.
         judge = judge if judge is not None else config.judge
@@ -237,7 +243,8 @@ class Run:
         """Sample and measure the averaged model; return its step and score if it is the best so far."""
         if not self.config.evaluate_nfe:
             return None
-        drawn = self.evaluator.sample_all(self.optimization, self.accelerator)
+        with nullcontext() if finished else self.as_it_was(self.optimization.model):
+            drawn = self.evaluator.sample_all(self.optimization, self.accelerator)
         better: Best | None = None
         if self.main:
             # 1. Measure; the first evaluation also measures real text.

@@ -166,5 +166,6 @@ class RunFolder:
             raise OSError(str(error)) from error
         self.tokenizer.save(folder)
         kind = "masked" if self.process.mask_id is not None else "uniform-state"
-        card = model_card(self.config, rows, steps=steps, process=kind, judge=self.judge)
+        about = {"judge": self.judge, "random_input": self.model.random_input}
+        card = model_card(self.config, rows, steps=steps, process=kind, **about)  # type: ignore[arg-type]
         write_atomically(folder / CARD, card)

@@ -125,6 +125,18 @@ class ObjectiveConfig(Settings, ABC):
 
     description: ClassVar[str] = "an objective of the user"  # for the model card: "trained with ..."
 
+    def for_process(self, process: Process, numbers: int = 0) -> ObjectiveConfig:
+        """Return the settings with defaults that depend on the process, or on the network, filled in.
+
+        Args:
+            process: Process of the network.
+            numbers: Random numbers that the network takes at each masked position. Default: 0.
+        """
+        return self
+
+    def prepare(self, model: DiT) -> None:
+        """Change the network that is going to be trained, in place, for instance to give it a random input."""
+
     @abstractmethod
     def build(self, setup: ObjectiveSetup) -> StatefulObjective:
         """Return the objective.
