@@ -294,7 +294,10 @@ def test_falling_entropy_is_warned_of(tmp_path):
     ("changes", "message"),
     [
         ({"learning_rate": 1e-3}, r"holds a run with another configuration: learning_rate was 0.01 and is 0.001"),
-        ({"micro_batch": 2}, r"a forward call of all processes had 4 sequences and has 2.*\n.*Choose another output"),
+        (
+            {"micro_batch": 2},
+            r"a forward call of all processes had 4 .* and has 2; pass micro_batch=4.*\n.*Choose another output",
+        ),
     ],
 )
 def test_a_folder_belongs_to_one_configuration(inputs, whole, changes, message):
@@ -304,6 +307,13 @@ def test_a_folder_belongs_to_one_configuration(inputs, whole, changes, message):
 
 def test_what_is_told_and_kept_may_change(inputs, whole):
     run(inputs, "whole", keep=1, judge=None, evaluate_samples=4)
+
+
+def test_a_text_too_short_for_one_sequence_is_refused(inputs, tmp_path):
+    (tmp_path / "short.txt").write_text("a few words")
+    with pytest.raises(TokenDriftError, match=r"the text has \d tokens, too few for one sequence of 10"):
+        run(inputs, "short", text=(str(tmp_path / "short.txt"),))
+    assert not (inputs / "short").exists()
 
 
 def test_a_model_of_another_making_is_not_overwritten(inputs):

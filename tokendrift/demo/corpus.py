@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from tokendrift._checks import fail
-from tokendrift.files import read_text
+from tokendrift.text_files import read_documents
 
 SKIPPED_FOLDERS = {"site-packages", "__pycache__", "lib2to3", "test", "tests", "idle_test"}
 SHARES = (("held_out", 0.10), ("judge", 0.35), ("denoiser", 0.55))
@@ -64,7 +64,7 @@ def docstrings(path: Path) -> Iterator[str]:
 def file_documents(paths: Iterable[Path]) -> Iterator[str]:
     """Yield chapters of the user's UTF-8 text files: runs of paragraphs, about 200 words each."""
     for path in paths:
-        text = read_text(path, argument="--text")
+        text = "\n\n".join(read_documents(path, argument="--text"))
         chapter: list[str] = []
         for paragraph in re.split(r"\n\s*\n", text):
             chapter.append(paragraph)

@@ -187,7 +187,7 @@ class CheckpointSampler:
             return []
         if self.tokenizer is None:
             raise fail("prefix is text, and the checkpoint has no tokenizer.", "Name one with tokenizer.")
-        (ids,) = encode(self.tokenizer, [self.config.prefix])
+        (ids,) = encode(self.tokenizer, [self.config.prefix], special_tokens=True)
         if len(ids) >= self.length:
             raise fail(f"prefix has {len(ids)} tokens, a sample {self.length}.", "Shorten the prefix, or raise length.")
         return ids
