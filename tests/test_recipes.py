@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tokendrift.demo.stages import PRETRAINED
+from tokendrift.demo import PRETRAINED
 from tokendrift.models import load_denoiser
 
 pytest.importorskip("transformers")

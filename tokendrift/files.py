@@ -33,7 +33,7 @@ def check_text_kind(path: str | os.PathLike[str], argument: str) -> None:
     """Require a file whose name is not that of a table or an archive."""
     if file_kind(path) in NO_TEXT:
         raise TokenDriftError(
-            f"{argument} {path} is no text file: its suffix is {file_kind(path)}.\n"
+            f"{argument} {path} is not a text file: its suffix is {file_kind(path)}.\n"
             "  Text files and JSON lines are read, gzipped or not. To train on others, put the files into a folder of "
             "their own and pass that as dataset; else convert them, for instance by to_json of the package datasets."
         )

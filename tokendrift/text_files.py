@@ -51,11 +51,11 @@ class TextFiles:
     feed. Long documents come in pieces, so that a file of any size, with or without line breaks, takes little memory.
 
     Args:
-        paths: Files. ``.jsonl``, ``.ndjson`` and ``.json`` hold one JSON object a line, or one JSON list, or one object
-            with a list of texts, as `json_list` reads it. Everything else is UTF-8 text. ``.gz`` after either is
-            unpacked on the way. Case does not matter.
-        documents: What a document of a text file is: the ``"file"``, a ``"paragraph"`` (blank lines part them) or a
-            ``"line"``.
+        paths: Files. ``.jsonl``, ``.ndjson`` and ``.json`` contain one JSON object or text on each line, or one JSON
+            list, or one object with a list of texts, as `json_list` reads it. All other files are UTF-8 text. Files
+            whose names end with ``.gz`` are decompressed. Case does not matter.
+        documents: Unit of a text file that is one document: the ``"file"``, a ``"paragraph"`` (separated by blank
+            lines) or a ``"line"``.
         field: Field of the JSON objects that holds the text.
 
     Raises:
@@ -68,7 +68,9 @@ class TextFiles:
         self.documents, self.field = documents, field
         missing = [str(path) for path in self.paths if not path.is_file()]
         if missing or not self.paths:
-            raise fail(f"no such text files: {', '.join(missing) or 'none were named'}.", "Pass text or JSON lines.")
+            raise fail(
+                f"these text files do not exist: {', '.join(missing) or 'none were given'}.", "Pass text or JSON lines."
+            )
         for path in self.paths:
             check_text_kind(path, "text")
 
@@ -122,8 +124,8 @@ class TextFiles:
             text = value.get(self.field) if isinstance(value, dict) else value
             if not isinstance(text, str):
                 raise fail(
-                    f"{path}, line {at['line'] + 1} is no JSON object with a text under {self.field!r}.",
-                    "Put one object on a line, and name its field with text_field.",
+                    f"{path}, line {at['line'] + 1} is not a JSON object with a text in the field {self.field!r}.",
+                    "Put one object on each line, and pass the name of its field as text_field.",
                     line="no JSON" if value is _BROKEN else value,
                 )
             yield Piece(text, True, at)

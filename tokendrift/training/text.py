@@ -35,7 +35,7 @@ class DatasetRows:
         try:
             import datasets
         except ImportError as error:
-            raise fail(f"{error}; reading {name!r} needs it.", "Install it with pip install datasets.") from None
+            raise fail(f"{error}; it is needed to read {name!r}.", "Install it with pip install datasets.") from None
         self.name, self.field = name, field
         try:
             check_local(name, "dataset")
@@ -48,7 +48,7 @@ class DatasetRows:
             reason = str(error).strip().split("\n")[0] or type(error).__name__
             raise fail(
                 f"the dataset {name!r}, split {split!r}, cannot be opened: {reason}",
-                "Check dataset, dataset_config and dataset_split; without a network, name a folder.",
+                "Check dataset, dataset_config and dataset_split; without a network, pass a folder.",
             ) from None
         columns = rows.column_names
         if columns is not None and field not in columns:
@@ -67,7 +67,7 @@ class DatasetRows:
 
 
 def open_text(config: RefineConfig) -> Documents:
-    """Return the source of text that a configuration names.
+    """Return the text source of a configuration.
 
     Raises:
         TokenDriftError: If it names none, or the source cannot be opened.
@@ -76,5 +76,5 @@ def open_text(config: RefineConfig) -> Documents:
         options = {"split": config.dataset_split, "field": config.text_field}
         return DatasetRows(config.dataset, config.dataset_config, **options)
     if not config.text:
-        raise fail("no text to train on.", "Name text files or a dataset.")
+        raise fail("no text to train on.", "Pass text files or a dataset.")
     return TextFiles(config.text, documents=config.documents, field=config.text_field)
