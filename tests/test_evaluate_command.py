@@ -64,6 +64,8 @@ def test_files_and_checkpoints_stand_in_one_table_beside_real_text(outcome, fold
     rows = [line.split("float32")[0].split() for line in outcome.output.splitlines() if "  float32  " in line]
     sets = [["repeater", "4", "12"], ["uniform", "1", "12"], ["uniform", "2", "12"]]
     assert rows[:4] == [*sets, ["real", "text", "12"]]
+    said = "".join(outcome.output.split())
+    assert "measuredon" in said and ";writtento" in said and f"{folder / 'report.html'}" in said
     with (folder / "report.csv").open(encoding="utf-8", newline="") as file:
         assert [line["name"] for line in csv.DictReader(file)] == [
             "repeater", "uniform, 1 NFE", "uniform, 2 NFE", "real text", "real text, cut as uniform, 1 NFE"

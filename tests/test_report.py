@@ -229,6 +229,9 @@ def test_windows_of_real_text_are_disjoint_spread_and_as_long_as_the_longest_sam
     from_text = NamedSamples("a", SampleSet(texts=["some text", "more of it"]), "a.txt")
     texts = real_windows(text, [from_text], None, tokenizer)
     assert texts.ids is None and len(texts.texts) == 2
+    one = NamedSamples("a", SampleSet(texts=["a single sample"]), "a.txt")
+    with pytest.raises(TokenDriftError, match=r"every set has 1 sample, and intervals need at least two[\s\S]*a.txt"):
+        real_windows(text, [one], None, tokenizer)
     with pytest.raises(TokenDriftError, match="too short for two windows of 10 tokens"):
         real_windows("short", sources, tokenizer, None)
 
@@ -303,8 +306,11 @@ def test_real_text_by_line_is_known_by_its_header_whatever_the_ending(tmp_path):
     path = tmp_path / "real.json"
     path.write_text('{"tokendrift": {}}\n{"text": "one"}\n{"text": "two"}\n')
     assert read_real(str(path)).texts == ["one", "two"]
-    path.write_text('{"text": "one"}')
-    assert read_real(str(path)) == '{"text": "one"}'
+    path.write_text('{"text": "one"}\n{"text": " "}\n{"text": null}')
+    assert read_real(str(path)).texts == ["one"]
+    prose = tmp_path / "real.txt"
+    prose.write_text('{"text": "one"}')
+    assert read_real(str(prose)) == '{"text": "one"}'
 
 
 def test_ids_without_text_need_a_tokenizer():

@@ -1,5 +1,7 @@
 """Evaluation of samples: Gen.-PPL in the literature's conventions, and the figures to read it with."""
 
+import sys
+
 from tokendrift.evaluation.bootstrap import (
     Interval,
     bootstrap_interval,
@@ -43,6 +45,9 @@ from tokendrift.evaluation.two_sample import (
     mauve,
 )
 from tokendrift.sampling import SampleSet
+
+# The name that the module had in earlier versions.
+sys.modules["tokendrift.evaluation.files"] = sys.modules["tokendrift.evaluation.sample_reader"]
 
 __all__ = [
     "FIGURES",

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from tokendrift._checks import check_choice, check_device, fail
 from tokendrift.errors import TokenDriftError
+from tokendrift.models.hub import check_local
 
 DEFAULT_JUDGE = "gpt2-large"  # that of the literature
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -198,6 +199,7 @@ def load_judge(
         TokenDriftError: If transformers is missing, or neither folder, cache nor network has the model.
     """
     check_choice("precision", precision, tuple(PRECISIONS))
+    check_local(name, "judge")
     try:
         from transformers import AutoModelForCausalLM, AutoTokenizer
     except ImportError as error:

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 
 import tokendrift
-from tokendrift._checks import check_choice, check_count, check_device, fail
+from tokendrift._checks import check_choice, check_count, fail
+from tokendrift.devices import resolve_device
 from tokendrift.evaluation.bootstrap import Interval
 from tokendrift.evaluation.evaluator import cut_to_lengths, evaluate
 from tokendrift.evaluation.generative_perplexity import GenerativePerplexity
@@ -31,7 +32,6 @@ from tokendrift.evaluation.report.sources import (
     NamedSamples,
     common_tokenizer,
     read_real,
-    read_some_text,
     read_sources,
     real_windows,
     split_name,
@@ -40,6 +40,7 @@ from tokendrift.evaluation.report.sources import (
 from tokendrift.models.tokenizer import decode
 from tokendrift.sampling import SampleSet, denoiser_samples
 from tokendrift.sampling.to_file import SampleConfig
+from tokendrift.text_files import read_documents
 
 
 @dataclass(frozen=True)
@@ -47,8 +48,8 @@ class EvaluateConfig:
     """Options of `evaluate_files`. The descriptions are also the help texts of the command.
 
     Attributes:
-        samples: Samples files, FILE or NAME=FILE each: JSON Lines, such as those of tokendrift sample, or UTF-8 text
-            whose paragraphs are the samples. Default: none.
+        samples: Samples files, FILE or NAME=FILE each: JSON, such as that of tokendrift sample, or UTF-8 text whose
+            paragraphs are the samples. Default: none.
         checkpoint: Checkpoints to sample, PATH or NAME=PATH each; repeatable. Default: none.
         nfe: Numbers of function evaluations at which each checkpoint is sampled; repeatable. Default: none.
         n: Number of samples of each checkpoint at each number of function evaluations. Default: 256.
@@ -67,10 +68,12 @@ class EvaluateConfig:
         dtype: Precision of the judge: float32 or bfloat16. Default: float32.
         protocol: Protocol of Gen.-PPL: mdlm, sedd, sdtt, bd3 or all. Default: mdlm.
         skip_bad: Leave out lines and samples that cannot be read or scored, and report their number. Default: an error.
+        lines: Whether each line of a samples file of plain text is a sample, instead of each paragraph. Default: no.
         resamples: Number of bootstrap resamples for the intervals. Default: 1000.
         seed: Random seed of sampling and of the bootstrap. Default: 0.
         batch_size: Number of windows of full length in a forward call of the judge. Default: 8.
-        device: Device for the checkpoints and the judge, such as cpu or cuda:0. Default: cpu.
+        device: Device for the checkpoints and the judge, such as cpu or cuda:0; auto takes
+            cuda if it is available, else cpu. Default: auto.
 
     Raises:
         TokenDriftError: If an option is out of range, or options that belong together are not all given.
@@ -92,10 +95,11 @@ class EvaluateConfig:
     dtype: str = "float32"
     protocol: str = "mdlm"
     skip_bad: bool = False
+    lines: bool = False
     resamples: int = 1000
     seed: int = 0
     batch_size: int = 8
-    device: str = "cpu"
+    device: str = "auto"
 
     def __post_init__(self) -> None:
         for name in ("samples", "checkpoint", "nfe"):
@@ -119,7 +123,7 @@ class EvaluateConfig:
         check_count("seed", self.seed)
         check_choice("dtype", self.dtype, tuple(PRECISIONS))
         check_choice("protocol", self.protocol, PROTOCOLS)
-        check_device(self.device)
+        object.__setattr__(self, "device", str(resolve_device(self.device, needs_float64=True)))
 
 
 def evaluate_files(
@@ -136,9 +140,9 @@ def evaluate_files(
     """
     # 1. Read the files, then load the judge, which may be large, and sample the checkpoints.
     progress("reading")
-    sources = read_sources(config.samples, skip_bad=config.skip_bad)
+    sources = read_sources(config.samples, skip_bad=config.skip_bad, lines=config.lines)
     real = read_real(config.real, skip_bad=config.skip_bad)
-    training = None if config.training_text is None else SampleSet(texts=[read_some_text(config.training_text)])
+    training = None if config.training_text is None else SampleSet(texts=read_documents(config.training_text))
     progress(f"loading the judge {config.judge}")
     judge = _load_judge(config)
     sources += _sample_checkpoints(config, progress)
