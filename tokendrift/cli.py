@@ -378,7 +378,7 @@ def evaluate(
             report = evaluate_files(config, progress=status.update)
         console = _console(160)
         console.print(report.table())
-        for sentence in (*report.guard(), *report.differences(), *report.at_equal_entropy()):
+        for sentence in (*report.guard(), *report.differences(), *report.at_equal_entropy(), report.verdict()):
             console.print(sentence, highlight=False, markup=False, soft_wrap=True)
         _write_report(report, json_file, csv_file, html_file)
 

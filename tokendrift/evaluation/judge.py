@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from tokendrift._checks import check_choice, check_device, fail
 from tokendrift.errors import TokenDriftError
+from tokendrift.models.tokenizer import same_tokenizer
 
 DEFAULT_JUDGE = "gpt2-large"  # that of the literature
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -89,6 +90,19 @@ class Judge:
         named = _parameters(model.forward if isinstance(model, nn.Module) else model)
         self._keywords = {"use_cache": False} if "use_cache" in named else {}
         self._by_name = "input_ids" in named and "attention_mask" in named
+        self._compared: list[tuple[Any, bool]] = []
+
+    def shares_tokenizer(self, tokenizer: Any) -> bool:
+        """Return whether a tokenizer is known to read every text as the judge's does."""
+        if tokenizer is None or self.tokenizer is None:
+            return False
+        for known, same in self._compared:  # large tokenizers take seconds to compare
+            if known is tokenizer:
+                return same
+        comparable = all(hasattr(each, "get_vocab") for each in (tokenizer, self.tokenizer))
+        same = tokenizer is self.tokenizer or (comparable and same_tokenizer(tokenizer, self.tokenizer))
+        self._compared.append((tokenizer, same))
+        return same
 
     def _call(self, ids: Tensor, attention_mask: Tensor, **more: Any) -> Any:
         ids, attention_mask = ids.to(self.device), attention_mask.to(self.device)

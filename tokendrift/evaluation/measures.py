@@ -52,6 +52,8 @@ class Measures:
         nfe: Forward calls of the denoiser that a sample cost; None for real text.
         vocabulary: What entropy, diversity and repetition are counted in: ``"generated"``, the ids as they came, or
             ``"judge"``, the judge's tokens of the texts.
+        shared_tokenizer: Whether the judge reads text in the tokens of the denoiser. If it does not, or the denoiser's
+            tokenizer is not known, figures per token of the judge do not compare between denoisers.
         retokenised: Whether the judge read texts in tokens of its own, rather than the ids as they came.
         clean_up_spaces: Whether gaps before punctuation were closed in what the judge read; None if it read ids.
         skipped: Samples left out because they give the judge nothing to predict.
@@ -67,6 +69,7 @@ class Measures:
     tokens: int
     nfe: int | None
     vocabulary: str
+    shared_tokenizer: bool
     retokenised: bool
     clean_up_spaces: bool | None
     skipped: int
@@ -87,6 +90,15 @@ class Measures:
         """Logarithm of Gen.-PPL, finite where Gen.-PPL itself is too large for a float."""
         judged = self.perplexity
         return float(log_perplexity(judged.sample_nll, judged.sample_tokens, judged.protocol))
+
+    @property
+    def headline(self) -> str:
+        """Name of the figure by which likelihoods compare.
+
+        It is ``"gen_ppl"`` if the judge shares the denoiser's tokenizer or the bytes are not known, else
+        ``"bits_per_byte"``.
+        """
+        return "gen_ppl" if self.shared_tokenizer or "bits_per_byte" not in self.figures else "bits_per_byte"
 
     @property
     def counted_in(self) -> str:
@@ -202,6 +214,7 @@ def measure(
         tokens=sum(map(len, counted)),
         nfe=nfe,
         vocabulary=vocabulary,
+        shared_tokenizer=texts is None or judge.judge.shares_tokenizer(tokenizer),
         retokenised=texts is not None,
         clean_up_spaces=clean_up_spaces if texts is not None else None,
         skipped=len(read) - len(kept),

@@ -24,6 +24,10 @@ if TYPE_CHECKING:
 
 REAL = "real text"
 ENTROPIES = ("sample_entropy", "unigram_entropy")
+PER_TOKEN = (
+    "The judge is not known to share a tokenizer with the denoisers, so Gen.-PPL, which is per token of the judge, "
+    "does not compare between them: compare bits per byte."
+)
 
 
 class MatchedSet(NamedTuple):
@@ -62,6 +66,45 @@ class EvaluationReport:
     def level(self) -> str:
         """The confidence of the intervals in words."""
         return f"{self.evaluation.rows[0].measures.level:.0%}"
+
+    @property
+    def headline(self) -> str:
+        """Name of the figure by which likelihoods compare: ``"gen_ppl"`` or ``"bits_per_byte"``."""
+        known = {row.measures.headline for row in self.evaluation.rows}
+        return "bits_per_byte" if "bits_per_byte" in known else "gen_ppl"
+
+    def verdict(self) -> str:
+        """Return the result in one sentence, with its figure and interval.
+
+        It is about the sets of the fewest function evaluations: against the baseline at equal sample entropy if there
+        is a baseline, else against real text.
+        """
+        matched = [one for one in self.matched if one.found.kind == "sample"]
+        rows = [self.evaluation[one.name] for one in matched] or list(self.evaluation.rows)
+        fewest = min((row.measures.nfe for row in rows if row.measures.nfe is not None), default=None)
+        parts = []
+        for i, row in enumerate(rows):
+            if row.measures.nfe != fewest:
+                continue
+            name, baseline = self.model(row.name), matched[i].baseline if matched else REAL
+            found = matched[i].found.comparison if matched else row.comparison
+            if matched and not matched[i].found.matched:
+                parts.append(
+                    f"no temperature gives {baseline} the sample entropy of {name}, so nothing is claimed of {name}"
+                )
+                continue
+            said = f"{name} has {found.ratio.estimate:.2f} times the {FIGURES[found.headline].title} of {baseline} "
+            said += f"({found.ratio.ends('.2f')})"
+            if not found.ratio.excludes(1.0):
+                said += ", which is no difference beyond chance"
+            if flags := row.verdict.flags:
+                titles = [FIGURES[flag].title for flag in flags]
+                said += f", and the guard flags {' and '.join(titles) if len(flags) < 3 else f'{len(flags)} figures'}"
+            parts.append(said)
+        at = "" if fewest is None else f"At {fewest} NFE"
+        at += ((" and" if at else "At") + " equal sample entropy") if matched else ""
+        sentence = f"{at}, {'; '.join(parts)}" if at else "; ".join(parts)
+        return f"{sentence}." if matched else f"{sentence}; without a baseline, nothing is compared at equal entropy."
 
     def entries(self) -> Iterator[tuple[str, Measures, EvaluatedSet | None]]:
         """Yield name, figures and set of every line of the table: the sets, then real text.
@@ -114,9 +157,10 @@ class EvaluationReport:
         measures = self.evaluation.rows[0].measures
         judged = measures.perplexity
         revision = "" if judged.revision is None else f" at {judged.revision}"
+        note = "" if self.headline == "gen_ppl" else f" {PER_TOKEN}"
         return (
-            f"Judge {judged.judge}{revision}, {judged.precision}, protocol {judged.protocol}. H: entropy in nats, of "
-            f"the tokens of a sample and of all tokens together, counted in {measures.counted_in}. "
+            f"Judge {judged.judge}{revision}, {judged.precision}, protocol {judged.protocol}.{note} H: entropy in "
+            f"nats, of the tokens of a sample and of all tokens together, counted in {measures.counted_in}. "
             f"{self.level} intervals by resampling."
         )
 
@@ -150,17 +194,18 @@ class EvaluationReport:
         return [(a.name, b.name, self.evaluation.compare(a.name, b.name)) for a, b in alike or pairs]
 
     def differences(self) -> list[str]:
-        """Return a sentence for each pair of sets that differ beyond chance in Gen.-PPL or an entropy."""
+        """Return a sentence for each pair of sets that differ beyond chance in the headline figure or an entropy."""
         compared = self.comparisons()
         lines = [text for a, b, found in compared if (text := _difference(a, b, found))]
         rest = len(compared) - len(lines)
         if rest:
             are = "1 pair is" if rest == 1 else f"{rest} pairs are"
-            lines.append(f"{are} not distinguishable in Gen.-PPL and both entropies: the intervals hold no difference.")
+            title = FIGURES[self.headline].title
+            lines.append(f"{are} not distinguishable in {title} and both entropies: the intervals hold no difference.")
         return lines
 
     def at_equal_entropy(self) -> list[str]:
-        """Return a sentence for each set and kind of entropy: the ratio of Gen.-PPL to the baseline's."""
+        """Return a sentence for each set and kind of entropy: the ratio of the headline figure to the baseline's."""
         return [f"{name} against {baseline}: {found}." for name, baseline, found in self.matched]
 
     def to_dict(self) -> dict[str, Any]:
@@ -173,7 +218,7 @@ class EvaluationReport:
         compared = [{"a": a, "b": b, **found.to_dict()} for a, b, found in self.comparisons()]
         matched = [{"name": name, "against": baseline, **found.to_dict()} for name, baseline, found in self.matched]
         plain = {"settings": dict(self.settings), "rows": rows, "comparisons": compared, "at_equal_entropy": matched}
-        return {**plain, "guard": self.guard(), "differences": self.differences()}
+        return {**plain, "guard": self.guard(), "differences": self.differences(), "verdict": self.verdict()}
 
     def to_csv(self) -> str:
         """Return the table as CSV, a line for each set and for real text, every figure with its interval."""
@@ -216,25 +261,26 @@ def _same_size(a: Measures, b: Measures) -> bool:
 
 
 def _difference(a: str, b: str, found: Comparison) -> str | None:
-    """Return how two sets differ, None if neither Gen.-PPL nor an entropy does beyond chance."""
-    verdicts = {name: found.verdict(name) for name in ("gen_ppl", *ENTROPIES)}
+    """Return how two sets differ, None if neither the headline figure nor an entropy does beyond chance."""
+    headline = found.headline
+    verdicts = {name: found.verdict(name) for name in (headline, *ENTROPIES)}
     if set(verdicts.values()) == {"not distinguishable"}:
         return None
     parts = [_in_words(name, verdict, found) for name, verdict in verdicts.items()]
     sentence = f"{a} against {b}: {'; '.join(parts)}."
-    if verdicts["gen_ppl"] == "lower" and "lower" in (verdicts[name] for name in ENTROPIES):
-        sentence += " A lower entropy lowers Gen.-PPL by itself: this is no gain until it holds at equal entropy."
+    if verdicts[headline] == "lower" and "lower" in (verdicts[name] for name in ENTROPIES):
+        sentence += f" A lower entropy lowers {FIGURES[headline].title} by itself: "
+        sentence += "this is no gain until it holds at equal entropy."
     return sentence
 
 
 def _in_words(name: str, verdict: str, found: Comparison) -> str:
-    """Return a verdict on a figure with the ratio of Gen.-PPL, or with the size of the difference in an entropy."""
+    """Return a verdict on a figure with the ratio of the headline figure, or the size of a difference in entropy."""
     title = FIGURES[name].title
     if verdict == "not distinguishable":
         return f"{title} {verdict}"
-    if name == "gen_ppl":
-        ratio = found.gen_ppl_ratio
-        return f"{title} {verdict}, {ratio.estimate:.3f} times ({ratio.ends('.3f')})"
+    if name == found.headline:
+        return f"{title} {verdict}, {found.ratio.estimate:.3f} times ({found.ratio.ends('.3f')})"
     value = found.differences[name]
     size = Interval(abs(value.estimate), *sorted((abs(value.low), abs(value.high))))
     return f"{title} {verdict} by {size:.3f} nats"
