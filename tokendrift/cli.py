@@ -344,10 +344,16 @@ def evaluate(
         str | None,
         typer.Option(help="Tokenizer of the denoisers: tokenizer.json, folder or hub id. Default: their own."),
     ] = None,
-    judge: JudgeOption = "gpt2-large",
-    judge_tokenizer: Annotated[str | None, typer.Option(help="Tokenizer of the judge. Default: its own.")] = None,
-    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of the judge.")] = None,
-    dtype: Annotated[str, typer.Option(help="Precision of the judge: float32 or bfloat16.")] = "float32",
+    judge: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Judge: hub name or folder of a causal language model, a .gguf file, or package:NAME for the only "
+            "GGUF file of an installed package; repeatable. Default: gpt2-large."
+        ),
+    ] = None,
+    judge_tokenizer: Annotated[str | None, typer.Option(help="Tokenizer of the first judge. Default: its own.")] = None,
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of the first judge.")] = None,
+    dtype: Annotated[str, typer.Option(help="Precision of the judges: float32 or bfloat16.")] = "float32",
     protocol: Annotated[str, typer.Option(help="Protocol of Gen.-PPL: mdlm, sedd, sdtt, bd3 or all.")] = "mdlm",
     skip_bad: Annotated[
         bool, typer.Option("--skip-bad", help="Leave out what cannot be read or scored, and report it.")
@@ -371,6 +377,8 @@ def evaluate(
         from tokendrift.evaluation.plots import require_matplotlib
         from tokendrift.evaluation.report import EvaluateConfig, evaluate_files
 
+        if judges := options.pop("judge"):
+            options |= {"judge": judges[0], "panel": tuple(judges[1:])}
         config = EvaluateConfig(**(options | lists))
         if html_file is not None:
             require_matplotlib()
@@ -378,7 +386,8 @@ def evaluate(
             report = evaluate_files(config, progress=status.update)
         console = _console(160)
         console.print(report.table())
-        for sentence in (*report.guard(), *report.differences(), *report.at_equal_entropy(), report.verdict()):
+        said = (*report.guard(), *report.differences(), *report.at_equal_entropy(), *report.agreement())
+        for sentence in (*said, report.verdict()):
             console.print(sentence, highlight=False, markup=False, soft_wrap=True)
         _write_report(report, json_file, csv_file, html_file)
 

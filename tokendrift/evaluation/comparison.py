@@ -115,4 +115,5 @@ def check_alike(a: Measures, b: Measures) -> None:
 def _options(measures: Measures) -> dict[str, object]:
     judged = {name: getattr(measures.perplexity, name) for name in ("protocol", "precision", "judge", "revision")}
     own = {name: getattr(measures, name) for name in MUST_AGREE}
-    return {**judged, **own, "resamples": len(measures.replicates["gen_ppl"])}
+    judges = [one.perplexity.judge for one in measures.panel]
+    return {**judged, **own, "panel": judges, "resamples": len(measures.replicates["gen_ppl"])}

@@ -29,10 +29,10 @@ import math
 from typing import Any, NamedTuple
 
 from tokendrift.evaluation.comparison import check_alike
+from tokendrift.evaluation.figures import LIKELIHOODS
 from tokendrift.evaluation.measures import Measures
 
 DEVIATIONS = 3.5
-LIKELIHOODS = ("gen_ppl", "bits_per_byte")
 SAME_SIZE = 0.05  # relative difference up to which two sets count as equal in size
 
 

@@ -8,15 +8,17 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import combinations
+from pathlib import PurePath
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from tokendrift.evaluation.bootstrap import Interval
 from tokendrift.evaluation.comparison import Comparison
 from tokendrift.evaluation.evaluator import EvaluatedSet, Evaluation
-from tokendrift.evaluation.figures import FIGURES, main_figures
+from tokendrift.evaluation.figures import FIGURES, LIKELIHOODS, main_figures
 from tokendrift.evaluation.guard import SAME_SIZE
 from tokendrift.evaluation.matching import MatchedEntropy
 from tokendrift.evaluation.measures import Measures
+from tokendrift.evaluation.panel import PanelComparison, compare_panels
 from tokendrift.evaluation.report.sources import NamedSamples
 
 if TYPE_CHECKING:
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
 
 REAL = "real text"
 ENTROPIES = ("sample_entropy", "unigram_entropy")
+ENDS = ("", "_low", "_high")
 PER_TOKEN = (
     "The judge is not known to share a tokenizer with the denoisers, so Gen.-PPL, which is per token of the judge, "
     "does not compare between them: compare bits per byte."
@@ -66,6 +69,11 @@ class EvaluationReport:
     def level(self) -> str:
         """The confidence of the intervals in words."""
         return f"{self.evaluation.rows[0].measures.level:.0%}"
+
+    @property
+    def panel(self) -> tuple[str, ...]:
+        """Names of the judges beside the first."""
+        return tuple(one.perplexity.judge for one in self.evaluation.rows[0].measures.panel)
 
     @property
     def headline(self) -> str:
@@ -136,6 +144,8 @@ class EvaluationReport:
         for heading in ("NFE", "n", "precision"):
             view.add_column(heading, justify="right", no_wrap=True)
         figures = main_figures(*(measures.figures for _, measures, _ in self.entries()))
+        for judge in self.panel:
+            view.add_column(f"bits/byte, {short_name(judge)}", justify="right", min_width=8)
         for figure in figures:  # an interval may break into two lines where the terminal is narrow
             view.add_column(figure.heading, justify="right", min_width=8)
         view.add_column("guard", no_wrap=True)
@@ -146,6 +156,7 @@ class EvaluationReport:
                 "" if measures.nfe is None else str(measures.nfe),
                 str(measures.samples),
                 measures.perplexity.precision,
+                *("\n".join(FIGURES["bits_per_byte"].cell(one.figures)) for one in measures.panel),
                 *cells,
                 "" if row is None else guard_summary(row),
                 style="italic" if row is None else None,
@@ -158,9 +169,10 @@ class EvaluationReport:
         judged = measures.perplexity
         revision = "" if judged.revision is None else f" at {judged.revision}"
         note = "" if self.headline == "gen_ppl" else f" {PER_TOKEN}"
+        beside = f" Beside it: {', '.join(self.panel)}." if self.panel else ""
         return (
-            f"Judge {judged.judge}{revision}, {judged.precision}, protocol {judged.protocol}.{note} H: entropy in "
-            f"nats, of the tokens of a sample and of all tokens together, counted in {measures.counted_in}. "
+            f"Judge {judged.judge}{revision}, {judged.precision}, protocol {judged.protocol}.{beside}{note} H: entropy "
+            f"in nats, of the tokens of a sample and of all tokens together, counted in {measures.counted_in}. "
             f"{self.level} intervals by resampling."
         )
 
@@ -184,7 +196,27 @@ class EvaluationReport:
             if bad := source.samples.bad_lines:
                 first = f"the first is line {bad[0].number} ({bad[0].reason})"
                 lines.append(f"{row.name}: {len(bad)} line{'s' * (len(bad) > 1)} of {source.origin} left out: {first}.")
+        for a, b, found in self.panels():
+            if found.alone is not None:
+                lines.append(f"{a}: warning: the gain over {b} is seen by the judge {found.alone} alone.")
         return lines
+
+    def panels(self) -> list[tuple[str, str, PanelComparison]]:
+        """Return what all judges say of each set against the baseline at equal entropy, or of each two sets."""
+        if not self.panel:
+            return []
+        if self.matched:
+            return [
+                (name, f"{baseline} at equal {found.kind} entropy", compare_panels(found.model, found.baseline))
+                for name, baseline, found in self.matched
+                if found.matched
+            ]
+        pairs = [(self.evaluation[a], self.evaluation[b]) for a, b, _ in self.comparisons()]
+        return [(a.name, b.name, compare_panels(a.measures, b.measures)) for a, b in pairs]
+
+    def agreement(self) -> list[str]:
+        """Return a sentence for each comparison on whether the judges agree; none if there is one judge."""
+        return [found.agreement(a, b) for a, b, found in self.panels()]
 
     def comparisons(self) -> list[tuple[str, str, Comparison]]:
         """Return the comparisons of sets of as many steps, or of all where no two have the same."""
@@ -218,24 +250,34 @@ class EvaluationReport:
         compared = [{"a": a, "b": b, **found.to_dict()} for a, b, found in self.comparisons()]
         matched = [{"name": name, "against": baseline, **found.to_dict()} for name, baseline, found in self.matched]
         plain = {"settings": dict(self.settings), "rows": rows, "comparisons": compared, "at_equal_entropy": matched}
+        plain["judges"] = [{"a": a, "b": b, **found.to_dict()} for a, b, found in self.panels()]
         return {**plain, "guard": self.guard(), "differences": self.differences(), "verdict": self.verdict()}
 
     def to_csv(self) -> str:
         """Return the table as CSV, a line for each set and for real text, every figure with its interval."""
         out = io.StringIO()
-        names = [f"{name}{end}" for name in FIGURES for end in ("", "_low", "_high")]
+        names = [f"{name}{end}" for name in FIGURES for end in ENDS]
         general = ("name", "model", "nfe", "samples", "protocol", "precision", "judge", "revision", "vocabulary")
-        writer = csv.DictWriter(out, [*general, *names, "flags"], lineterminator="\n")
+        beside = [f"{name}{end} ({judge})" for judge in self.panel for name in LIKELIHOODS for end in ENDS]
+        writer = csv.DictWriter(out, [*general, *names, "flags", *beside], lineterminator="\n")
         writer.writeheader()
         for name, measures, row in self.entries():
             judged = measures.perplexity
             line: dict[str, Any] = {"name": name, "model": self.model(name), "nfe": measures.nfe}
             line |= {"samples": measures.samples, "vocabulary": measures.vocabulary}
             line |= {key: getattr(judged, key) for key in ("protocol", "precision", "judge", "revision")}
-            for figure, value in measures.figures.items():
-                line |= dict(zip((figure, f"{figure}_low", f"{figure}_high"), map(_finite, value), strict=True))
+            for i, one in enumerate((measures, *measures.panel)):
+                by = f" ({one.perplexity.judge})" if i else ""
+                for figure, value in one.figures.items():
+                    columns = (f"{figure}{end}{by}" for end in ENDS)
+                    line |= dict(zip(columns, map(_finite, value), strict=True))
             writer.writerow({**line, "flags": "" if row is None else " ".join(row.verdict.flags)})
         return out.getvalue()
+
+
+def short_name(judge: str) -> str:
+    """Return the last part of the name of a judge."""
+    return PurePath(judge).name or judge
 
 
 def guard_summary(row: EvaluatedSet) -> str:

@@ -123,7 +123,13 @@ def held_out_nelbo(
 
 
 def match_entropies(
-    evaluation: Evaluation, sources: Sequence[NamedSamples], baseline: str, draw: DrawSamples, measure: MeasureSamples
+    evaluation: Evaluation,
+    sources: Sequence[NamedSamples],
+    baseline: str,
+    draw: DrawSamples,
+    measure: MeasureSamples,
+    *,
+    curve_measure: MeasureSamples | None = None,
 ) -> tuple[MatchedSet, ...]:
     """Compare every set with a baseline sampled at the temperature that gives the baseline the set's entropy.
 
@@ -136,7 +142,10 @@ def match_entropies(
         baseline: Name of the baseline.
         draw: Draws samples from the baseline.
         measure: Measures a set of samples as the sets were measured.
+        curve_measure: Measures the sets of the grid of temperatures, of which only the entropies are used.
+            Default: ``measure``.
     """
+    curve_measure = curve_measure or measure
     sampled_steps = {source.steps for source in sources if source.model == baseline}
     curves: dict[tuple[int, int], list[tuple[float, list[float]]]] = {}
     found = []
@@ -146,7 +155,7 @@ def match_entropies(
             continue
         # 1. Both entropies of the baseline over temperature, once for sets of one size.
         if (steps, count) not in curves:
-            drawn = ((t, measure(draw(SamplingSetting(steps, t), count))) for t in TEMPERATURES)
+            drawn = ((t, curve_measure(draw(SamplingSetting(steps, t), count))) for t in TEMPERATURES)
             curves[steps, count] = [(t, [entropy(m, kind).estimate for kind in KINDS]) for t, m in drawn]
         # 2. The ratio of Gen.-PPL where the baseline has the set's entropy.
         for i, kind in enumerate(KINDS):

@@ -59,10 +59,12 @@ class EvaluateConfig:
             cut into windows of the samples' length, spread evenly over it.
         training_text: Text file of training text, to find copies. Default: None.
         tokenizer: Tokenizer of the denoisers. Default: the one that the samples files or checkpoints name.
-        judge: Name or folder of a causal language model. Default: ``"gpt2-large"``.
-        judge_tokenizer: Tokenizer of the judge. Default: the judge's own.
-        revision: Branch, tag or commit of the judge. Default: None, for its main branch.
-        dtype: Precision of the judge, ``"float32"`` or ``"bfloat16"``. Default: ``"float32"``.
+        judge: Name or folder of a causal language model, or a GGUF file, see `load_judge`. Default: ``"gpt2-large"``.
+        panel: Further judges, each with its own tokenizer. Their figures stand beside those of the first, and the
+            report says whether they agree. Default: none.
+        judge_tokenizer: Tokenizer of the first judge. Default: the judge's own.
+        revision: Branch, tag or commit of the first judge. Default: None, for its main branch.
+        dtype: Precision of the judges, ``"float32"`` or ``"bfloat16"``. Default: ``"float32"``.
         protocol: Protocol of Gen.-PPL, as for `GenerativePerplexity`. Default: ``"mdlm"``.
         skip_bad: Leave out lines and samples that cannot be scored, and report them. Default: False.
         resamples: Redraws of the bootstrap. Default: 1000.
@@ -82,6 +84,7 @@ class EvaluateConfig:
     training_text: str | None = None
     tokenizer: str | None = None
     judge: str = DEFAULT_JUDGE
+    panel: tuple[str, ...] = ()
     judge_tokenizer: str | None = None
     revision: str | None = None
     dtype: str = "float32"
@@ -106,6 +109,8 @@ class EvaluateConfig:
             raise fail("two checkpoints have one name.", "Name them: NAME=PATH.", names=names)
         if self.baseline is not None and self.baseline not in names:
             raise fail("baseline must be the name of a checkpoint.", baseline=self.baseline, names=names)
+        if len({self.judge, *self.panel}) < 1 + len(self.panel):
+            raise fail("a judge is named twice.", "Name each judge once.", judge=self.judge, panel=self.panel)
         for nfe in self.nfe:
             check_count("nfe", nfe, least=1)
         check_count("n", self.n, least=2)
@@ -132,8 +137,7 @@ def evaluate_files(
     sources = read_sources(config.samples, skip_bad=config.skip_bad)
     real = read_real(config.real, skip_bad=config.skip_bad)
     training = None if config.training_text is None else SampleSet(texts=[read_some_text(config.training_text)])
-    progress(f"loading the judge {config.judge}")
-    judge = _load_judge(config)
+    judge, *panel = _load_judges(config, progress)
     sources += _sample_checkpoints(config, progress)
     names = unique_names(sources)
     if REAL in names:
@@ -158,7 +162,7 @@ def evaluate_files(
     sets = {name: source.samples for name, source in zip(names, sources, strict=True)}
     options: dict[str, Any] = {"training": training, "resamples": config.resamples, "seed": config.seed}
     options |= {"skip_bad": config.skip_bad, "progress": _count_samples(progress)}
-    evaluation = evaluate(sets, judge, real=real_set, tokenizer=tokenizer, nelbo=nelbo, **options)
+    evaluation = evaluate(sets, judge, real=real_set, tokenizer=tokenizer, nelbo=nelbo, panel=panel, **options)
     # 4. Compare every set with the baseline at equal entropy.
     matched: tuple[MatchedSet, ...] = ()
     if config.baseline is not None:
@@ -166,7 +170,9 @@ def evaluate_files(
         options |= {"tokenizer": baseline.tokenizer, "vocabulary": evaluation.rows[0].measures.vocabulary}
         draw = denoiser_samples(baseline.model, baseline.process, baseline.model.config.model_length, seed=config.seed)
         measured = partial(measure, judge=judge, **options)
-        matched = match_entropies(evaluation, sources, config.baseline, draw, measured)
+        matched = match_entropies(
+            evaluation, sources, config.baseline, draw, partial(measured, panel=panel), curve_measure=measured
+        )
     # 5. The report, with the texts that its page shows.
     texts = {name: _texts(samples, tokenizer) for name, samples in sets.items()}
     texts[REAL] = _real_texts(evaluation.rows[0].measures, real_set, judge, tokenizer)
@@ -174,18 +180,17 @@ def evaluate_files(
     return EvaluationReport(evaluation, tuple(sources), texts, settings, matched)
 
 
-def _load_judge(config: EvaluateConfig) -> GenerativePerplexity:
+def _load_judges(config: EvaluateConfig, progress: Callable[[str], object]) -> list[GenerativePerplexity]:
     from tokendrift.models.tokenizer import load_tokenizer
 
-    return GenerativePerplexity(
-        config.judge,
-        None if config.judge_tokenizer is None else load_tokenizer(config.judge_tokenizer),
-        protocol=config.protocol,
-        precision=config.dtype,
-        revision=config.revision,
-        batch_size=config.batch_size,
-        device=config.device,
-    )
+    tokenizer = None if config.judge_tokenizer is None else load_tokenizer(config.judge_tokenizer)
+    found: list[GenerativePerplexity] = []
+    for name in (config.judge, *config.panel):
+        progress(f"loading the judge {name}")
+        own: dict[str, Any] = {} if found else {"tokenizer": tokenizer, "revision": config.revision}
+        own |= {"protocol": config.protocol, "precision": config.dtype, "batch_size": config.batch_size}
+        found.append(GenerativePerplexity(name, device=config.device, **own))
+    return found
 
 
 def _sample_checkpoints(config: EvaluateConfig, progress: Callable[[str], object]) -> list[NamedSamples]:

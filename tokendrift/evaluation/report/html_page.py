@@ -10,7 +10,13 @@ from tokendrift.evaluation.bootstrap import Interval
 from tokendrift.evaluation.figures import FIGURES, Figure
 from tokendrift.evaluation.measures import Measures
 from tokendrift.evaluation.plots import error_bar_lengths, estimates
-from tokendrift.evaluation.report.evaluation_report import ENTROPIES, EvaluationReport, MatchedSet, guard_summary
+from tokendrift.evaluation.report.evaluation_report import (
+    ENTROPIES,
+    EvaluationReport,
+    MatchedSet,
+    guard_summary,
+    short_name,
+)
 from tokendrift.evaluation.report.html import as_label, inline_svg, render
 from tokendrift.evaluation.report.phrases import WORDS, marked, most_repeated
 
@@ -21,6 +27,7 @@ if TYPE_CHECKING:
 COLOURS = ("#3b7dd8", "#d9652b", "#9467bd", "#b8860b", "#17a2b8", "#c2418d", "#8a8f98")
 MARKERS = "osD^vPX"
 REAL_COLOUR = "#2f9e62"
+OF_A_JUDGE = ("gen_ppl", "bits_per_byte")  # columns of each further judge
 SAMPLES = 50  # of each set in the browser
 
 
@@ -44,10 +51,12 @@ def page(report: EvaluationReport) -> str:
     """Return the report as one HTML file that refers to no other."""
     measured = {name for _, measures, _ in report.entries() for name in measures.figures}
     figures = [figure for name, figure in FIGURES.items() if name in measured]
+    beside = [f"{FIGURES[name].heading}, {short_name(judge)}" for judge in report.panel for name in OF_A_JUDGE]
     lines = []
     for name, measures, row in report.entries():
         cells = [Cell("" if measures.nfe is None else str(measures.nfe)), Cell(str(measures.samples))]
         cells += [Cell(measures.perplexity.precision), Cell("" if row is None else guard_summary(row))]
+        cells += [Cell(*FIGURES[figure].cell(one.figures)) for one in measures.panel for figure in OF_A_JUDGE]
         cells += [Cell(*figure.cell(measures.figures)) for figure in figures]
         lines.append({"name": report.model(name) if row else name, "cells": cells, "real": row is None})
     columns = [_column(name, texts) for name, texts in report.texts.items()]
@@ -58,9 +67,10 @@ def page(report: EvaluationReport) -> str:
         verdict=report.verdict(),
         caption=report.caption(),
         level=report.level,
-        headings=["samples", "NFE", "n", "precision", "guard", *(figure.heading for figure in figures)],
+        headings=["samples", "NFE", "n", "precision", "guard", *beside, *(figure.heading for figure in figures)],
         lines=lines,
         guard=report.guard(),
+        agreement=report.agreement(),
         differences=report.differences() or ["There is one set alone: nothing to compare but real text."],
         matched=[_matched(one) for one in report.matched],
         baseline=report.settings.get("baseline"),
