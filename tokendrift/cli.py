@@ -339,6 +339,10 @@ def evaluate(
     keep: Annotated[
         str | None, typer.Option(help="Folder for the samples of checkpoints; later runs use them again.")
     ] = None,
+    controls: Annotated[
+        bool,
+        typer.Option("--controls", help="Measure sets made from real text alone, such as unigram draws, beside them."),
+    ] = False,
     training_text: Annotated[str | None, typer.Option(help="UTF-8 file of training text, to find copies.")] = None,
     tokenizer: Annotated[
         str | None,

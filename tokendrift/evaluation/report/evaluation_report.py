@@ -88,7 +88,7 @@ class EvaluationReport:
         is a baseline, else against real text.
         """
         matched = [one for one in self.matched if one.found.kind == "sample"]
-        rows = [self.evaluation[one.name] for one in matched] or list(self.evaluation.rows)
+        rows = [self.evaluation[one.name] for one in matched] or self._rows_without_controls()
         fewest = min((row.measures.nfe for row in rows if row.measures.nfe is not None), default=None)
         parts = []
         for i, row in enumerate(rows):
@@ -221,9 +221,13 @@ class EvaluationReport:
     def comparisons(self) -> list[tuple[str, str, Comparison]]:
         """Return the comparisons of sets of as many steps, or of all where no two have the same."""
         steps = dict(zip((row.name for row in self.evaluation.rows), (s.steps for s in self.sources), strict=True))
-        pairs = list(combinations(self.evaluation.rows, 2))
+        pairs = list(combinations(self._rows_without_controls(), 2))
         alike = [(a, b) for a, b in pairs if steps[a.name] == steps[b.name]]
         return [(a.name, b.name, self.evaluation.compare(a.name, b.name)) for a, b in alike or pairs]
+
+    def _rows_without_controls(self) -> list[EvaluatedSet]:
+        rows = zip(self.evaluation.rows, self.sources, strict=True)
+        return [row for row, source in rows if not source.control]
 
     def differences(self) -> list[str]:
         """Return a sentence for each pair of sets that differ beyond chance in the headline figure or an entropy."""

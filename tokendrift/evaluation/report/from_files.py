@@ -30,6 +30,7 @@ from tokendrift.evaluation.report.from_checkpoints import (
 from tokendrift.evaluation.report.sources import (
     NamedSamples,
     common_tokenizer,
+    read_controls,
     read_real,
     read_some_text,
     read_sources,
@@ -57,6 +58,8 @@ class EvaluateConfig:
         keep: Folder in which the samples of checkpoints are kept. Default: a temporary folder.
         real: Text that neither denoiser nor judge was trained on: a samples file, or any other text file, which is
             cut into windows of the samples' length, spread evenly over it.
+        controls: Whether to measure sets made from real text alone beside the samples, see `control_sets`: what a
+            figure gives them, it gives for nothing. Default: False.
         training_text: Text file of training text, to find copies. Default: None.
         tokenizer: Tokenizer of the denoisers. Default: the one that the samples files or checkpoints name.
         judge: Name or folder of a causal language model, or a GGUF file, see `load_judge`. Default: ``"gpt2-large"``.
@@ -81,6 +84,7 @@ class EvaluateConfig:
     baseline: str | None = None
     keep: str | None = None
     real: str = ""
+    controls: bool = False
     training_text: str | None = None
     tokenizer: str | None = None
     judge: str = DEFAULT_JUDGE
@@ -139,14 +143,16 @@ def evaluate_files(
     training = None if config.training_text is None else SampleSet(texts=[read_some_text(config.training_text)])
     judge, *panel = _load_judges(config, progress)
     sources += _sample_checkpoints(config, progress)
-    names = unique_names(sources)
-    if REAL in names:
-        raise fail(f"a set of samples is called {REAL!r}, as real text is.", "Name it otherwise: NAME=FILE.")
     # 2. Find the tokenizer that all sets share, and cut real text in its tokens.
     tokenizer = common_tokenizer(sources, config.tokenizer)
     real_set = real_windows(real, sources, tokenizer, judge.judge.tokenizer) if isinstance(real, str) else real
     if tokenizer is None and real_set.texts is not None:
         real_set = dataclasses.replace(real_set, ids=None)  # ids of an unknown vocabulary compare with nothing
+    if config.controls:
+        sources += read_controls(real, real_set, tokenizer, judge.judge.tokenizer, seed=config.seed)
+    names = unique_names(sources)
+    if REAL in names:
+        raise fail(f"a set of samples is called {REAL!r}, as real text is.", "Name it otherwise: NAME=FILE.")
     # 3. Measure the checkpoints, then every set beside real text.
     denoisers = load_denoisers(config.checkpoint, sources, config.tokenizer, device=config.device)
     if config.baseline is not None and denoisers[config.baseline].tokenizer is None:
