@@ -14,6 +14,7 @@ from tokendrift.evaluation import GenerativePerplexity, compare_panels, evaluate
 from tokendrift.evaluation import judge as judge_module
 from tokendrift.evaluation.judge import Judge
 from tokendrift.evaluation.panel import PanelComparison
+from tokendrift.evaluation.report.cards import judge_notes
 
 transformers = pytest.importorskip("transformers")
 tokenizers = pytest.importorskip("tokenizers")
@@ -165,6 +166,28 @@ def test_a_judge_with_a_start_token_reads_it_before_every_sample_and_scores_the_
     ids = judge.score([[26, 0, 1], [0, 1, 2]])
     assert ids.sample_tokens.tolist() == [2, 3] and ids.sample_generated.tolist() == [3, 3]
     assert Judge(model, None).start_id is None
+
+
+def test_a_judge_that_is_no_stranger_to_the_denoiser_is_named(tmp_path):
+    cards = {
+        "judge": "---\ndatasets:\n- owner/web\n- 'owner/books'\nbase_model: owner/small\n---\n",
+        "same-data": "---\ntags: [x]\ndatasets: [owner/books, other]\n---\n",
+        "same-base": "---\nbase_model: owner/small\n---\n",
+        "stranger": "---\ndatasets: owner/code\n---\ndatasets: owner/web\n",
+        "no-card": "datasets: owner/web",
+    }
+    for name, card in cards.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "README.md").write_text(card, encoding="utf-8")
+    judge, *others = (str(tmp_path / name) for name in cards)
+    found = judge_notes([judge, "owner/other"], [(folder.rsplit("/", 1)[-1], folder) for folder in [*others, judge]])
+    assert [(note.split(":")[0], "owner/books" in note) for note in found] == [
+        ("same-data", True), ("same-base", False), ("judge", True), ("judge", False)
+    ]  # fmt: skip
+    shipped = [str(PRETRAINED / name) for name in ("judge", "uniform")]
+    assert judge_notes(shipped[:1], [("uniform", shipped[1])])[0].endswith(
+        "Python documentation as well, and flatters such text."
+    )
 
 
 def test_a_gguf_file_is_converted_once_and_a_package_needs_exactly_one(tmp_path, monkeypatch):

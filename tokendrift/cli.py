@@ -23,6 +23,13 @@ except ImportError as error:
 
 QUICK_STEPS = 200
 JudgeOption = Annotated[str, typer.Option(help="Judge: hub name or folder of a causal language model.")]
+JudgesOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="Judge: hub name or folder of a causal language model, a .gguf file, or package:NAME for the only GGUF "
+        "file of an installed package; repeatable. Default: gpt2-large."
+    ),
+]
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help="Drifting refinement of discrete diffusion LMs.")
 
@@ -323,7 +330,7 @@ def evaluate(
     ],
     samples: Annotated[
         list[str] | None,
-        typer.Argument(help="Samples files, FILE or NAME=FILE: .jsonl of `tokendrift sample`, or UTF-8 text."),
+        typer.Argument(help="Samples files, FILE or NAME=FILE: .jsonl of `tokendrift sample`, or text."),
     ] = None,
     checkpoint: Annotated[
         list[str] | None, typer.Option(help="Checkpoint to sample, PATH or NAME=PATH; repeatable.")
@@ -331,37 +338,28 @@ def evaluate(
     nfe: Annotated[
         list[int] | None, typer.Option(min=1, help="Function evaluations at which checkpoints are sampled; repeatable.")
     ] = None,
-    n: Annotated[int, typer.Option("-n", min=2, help="Number of samples of each checkpoint and NFE.")] = 256,
+    n: Annotated[int, typer.Option("-n", min=2, help="Number of samples of each checkpoint and NFE.")] = 1024,
     temperature: Annotated[float, typer.Option(help="Sampling temperature of the checkpoints.")] = 1.0,
     baseline: Annotated[
         str | None, typer.Option(help="Name of a checkpoint with which all sets are compared at equal entropy.")
     ] = None,
     keep: Annotated[
-        str | None, typer.Option(help="Folder for the samples of checkpoints; later runs use them again.")
+        str | None, typer.Option(help="Folder that keeps the samples of checkpoints for later runs.")
     ] = None,
     controls: Annotated[
-        bool,
-        typer.Option("--controls", help="Measure sets made from real text alone, such as unigram draws, beside them."),
+        bool, typer.Option("--controls", help="Measure sets made from real text alone as well, such as unigram draws.")
     ] = False,
     training_text: Annotated[str | None, typer.Option(help="UTF-8 file of training text, to find copies.")] = None,
     tokenizer: Annotated[
         str | None,
         typer.Option(help="Tokenizer of the denoisers: tokenizer.json, folder or hub id. Default: their own."),
     ] = None,
-    judge: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="Judge: hub name or folder of a causal language model, a .gguf file, or package:NAME for the only "
-            "GGUF file of an installed package; repeatable. Default: gpt2-large."
-        ),
-    ] = None,
+    judge: JudgesOption = None,
     judge_tokenizer: Annotated[str | None, typer.Option(help="Tokenizer of the first judge. Default: its own.")] = None,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of the first judge.")] = None,
     dtype: Annotated[str, typer.Option(help="Precision of the judges: float32 or bfloat16.")] = "float32",
     protocol: Annotated[str, typer.Option(help="Protocol of Gen.-PPL: mdlm, sedd, sdtt, bd3 or all.")] = "mdlm",
-    skip_bad: Annotated[
-        bool, typer.Option("--skip-bad", help="Leave out what cannot be read or scored, and report it.")
-    ] = False,
+    skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Leave out and report what cannot be scored.")] = False,
     seed: Annotated[int, typer.Option(min=0, help="Random seed of sampling and of the bootstrap.")] = 0,
     batch_size: Annotated[int, typer.Option(min=1, help="Windows of full length that the judge reads at once.")] = 8,
     device: Annotated[str, typer.Option(help="Device to sample and to judge on, such as cpu or cuda:0.")] = "cpu",
@@ -390,8 +388,7 @@ def evaluate(
             report = evaluate_files(config, progress=status.update)
         console = _console(160)
         console.print(report.table())
-        said = (*report.guard(), *report.differences(), *report.at_equal_entropy(), *report.agreement())
-        for sentence in (*said, report.verdict()):
+        for sentence in report.sentences():
             console.print(sentence, highlight=False, markup=False, soft_wrap=True)
         _write_report(report, json_file, csv_file, html_file)
 

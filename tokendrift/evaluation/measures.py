@@ -210,45 +210,32 @@ def measure(
     counted = [counted[i] for i in kept]
     if training is not None:
         training = training_ids(training, judge.judge.tokenizer if vocabulary == "judge" else tokenizer)
-    # 3. Every figure of the table, on the same redraws of the samples.
+    # 3. Every figure of the table, on the same redraws of the samples for every judge.
     known, resampling = given.only(kept), Resampling(len(kept), resamples, seed)
-    found = []
+    of_judges: list[Measures] = []
     for each, read in zip(judges, reads, strict=True):
         judged = each.score([read[i] for i in kept], progress=progress)
         if each.truncate is None:
             judged = judged.with_sizes(None if texts is None else [texts[i] for i in kept], known.ids)
-        scored = ScoredSamples(counted, judged, training, resampling)
-        found.append((judged, _values(scored, FIGURES if each is judge else LIKELIHOODS)))
-    judged, values = found[0]
-    figures = _intervals(values, level)
-    measures = Measures(
-        figures=figures if nelbo is None else figures | {"nelbo": nelbo},
-        samples=len(kept),
-        tokens=sum(map(len, counted)),
-        nfe=nfe,
-        vocabulary=vocabulary,
-        shared_tokenizer=texts is None or judge.judge.shares_tokenizer(tokenizer),
-        retokenised=texts is not None,
-        clean_up_spaces=clean_up_spaces if texts is not None else None,
-        skipped=len(short) - len(kept),
-        level=level,
-        perplexity=judged,
-        per_sample={name: value.per_sample for name, value in values.items() if value.per_sample is not None},
-        replicates={name: value.replicates for name, value in values.items()},
-    )
-    # 4. The likelihoods under the further judges.
-    others = [
-        replace(
-            measures,
-            figures=_intervals(values, level),
-            shared_tokenizer=each.judge.shares_tokenizer(tokenizer),
-            perplexity=judged,
-            per_sample={},
-            replicates={name: value.replicates for name, value in values.items()},
+        values = _values(ScoredSamples(counted, judged, training, resampling), LIKELIHOODS if of_judges else FIGURES)
+        of_judges.append(
+            Measures(
+                figures=_intervals(values, level) | ({} if nelbo is None or of_judges else {"nelbo": nelbo}),
+                samples=len(kept),
+                tokens=sum(map(len, counted)),
+                nfe=nfe,
+                vocabulary=vocabulary,
+                shared_tokenizer=texts is None or each.judge.shares_tokenizer(tokenizer),
+                retokenised=texts is not None,
+                clean_up_spaces=clean_up_spaces if texts is not None else None,
+                skipped=len(short) - len(kept),
+                level=level,
+                perplexity=judged,
+                per_sample={name: value.per_sample for name, value in values.items() if value.per_sample is not None},
+                replicates={name: value.replicates for name, value in values.items()},
+            )
         )
-        for each, (judged, values) in zip(panel, found[1:], strict=True)
-    ]
-    return replace(measures, panel=tuple(others))
+    return replace(of_judges[0], panel=tuple(of_judges[1:]))
 
 
 def _values(scored: ScoredSamples, names: Iterable[str]) -> dict[str, FigureValue]:

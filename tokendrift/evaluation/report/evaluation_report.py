@@ -19,6 +19,7 @@ from tokendrift.evaluation.guard import SAME_SIZE
 from tokendrift.evaluation.matching import MatchedEntropy
 from tokendrift.evaluation.measures import Measures
 from tokendrift.evaluation.panel import PanelComparison, compare_panels
+from tokendrift.evaluation.report.cards import judge_notes
 from tokendrift.evaluation.report.sources import NamedSamples
 
 if TYPE_CHECKING:
@@ -199,7 +200,9 @@ class EvaluationReport:
         for a, b, found in self.panels():
             if found.alone is not None:
                 lines.append(f"{a}: warning: the gain over {b} is seen by the judge {found.alone} alone.")
-        return lines
+        judges = (self.evaluation.rows[0].measures.perplexity.judge, *self.panel)
+        checkpoints = {(one.model, str(one.samples.metadata.get("checkpoint", one.origin))) for one in self.sources}
+        return lines + judge_notes(judges, sorted(checkpoints))
 
     def panels(self) -> list[tuple[str, str, PanelComparison]]:
         """Return what all judges say of each set against the baseline at equal entropy, or of each two sets."""
@@ -243,6 +246,11 @@ class EvaluationReport:
     def at_equal_entropy(self) -> list[str]:
         """Return a sentence for each set and kind of entropy: the ratio of the headline figure to the baseline's."""
         return [f"{name} against {baseline}: {found}." for name, baseline, found in self.matched]
+
+    def sentences(self) -> list[str]:
+        """Return all that is said below the table, the verdict last."""
+        said = [*self.guard(), *self.differences(), *self.at_equal_entropy(), *self.agreement()]
+        return [*said, self.verdict()]
 
     def to_dict(self) -> dict[str, Any]:
         """Return everything for JSON: settings, every figure, verdicts, comparisons; what is not finite is None."""

@@ -18,7 +18,7 @@ from tokendrift.evaluation.bootstrap import Interval
 from tokendrift.evaluation.evaluator import cut_to_lengths, evaluate
 from tokendrift.evaluation.generative_perplexity import GenerativePerplexity
 from tokendrift.evaluation.judge import DEFAULT_JUDGE, PRECISIONS
-from tokendrift.evaluation.measures import Measures, measure
+from tokendrift.evaluation.measures import Measures, as_sample_set, measure
 from tokendrift.evaluation.protocols import PROTOCOLS
 from tokendrift.evaluation.report.evaluation_report import REAL, EvaluationReport, MatchedSet
 from tokendrift.evaluation.report.from_checkpoints import (
@@ -38,6 +38,7 @@ from tokendrift.evaluation.report.sources import (
     split_name,
     unique_names,
 )
+from tokendrift.evaluation.samples import SampleInput, id_sequences
 from tokendrift.models.tokenizer import decode
 from tokendrift.sampling import SampleSet, denoiser_samples
 from tokendrift.sampling.to_file import SampleConfig
@@ -51,7 +52,7 @@ class EvaluateConfig:
         samples: Samples files, ``FILE`` or ``NAME=FILE`` each, in the formats of `read_samples`.
         checkpoint: Checkpoints to sample, ``PATH`` or ``NAME=PATH`` each.
         nfe: Numbers of function evaluations at which each checkpoint is sampled.
-        n: Samples of each checkpoint and NFE. Default: 256.
+        n: Samples of each checkpoint and NFE. Default: 1024.
         temperature: Sampling temperature of the checkpoints. Default: 1.0.
         baseline: Name of one of the checkpoints. Every set of as many steps is compared with it at equal entropy.
             Default: None.
@@ -79,7 +80,7 @@ class EvaluateConfig:
     samples: tuple[str, ...] = ()
     checkpoint: tuple[str, ...] = ()
     nfe: tuple[int, ...] = ()
-    n: int = 256
+    n: int = 1024
     temperature: float = 1.0
     baseline: str | None = None
     keep: str | None = None
@@ -175,10 +176,15 @@ def evaluate_files(
         baseline = denoisers[config.baseline]
         options |= {"tokenizer": baseline.tokenizer, "vocabulary": evaluation.rows[0].measures.vocabulary}
         draw = denoiser_samples(baseline.model, baseline.process, baseline.model.config.model_length, seed=config.seed)
-        measured = partial(measure, judge=judge, **options)
-        matched = match_entropies(
-            evaluation, sources, config.baseline, draw, partial(measured, panel=panel), curve_measure=measured
-        )
+        measured = partial(measure, judge=judge, panel=panel, **options)
+
+        def counted(samples: SampleInput) -> list[torch.Tensor]:
+            ids = as_sample_set(samples).ids or []
+            if options["vocabulary"] == "generated":
+                return id_sequences(ids)[0]
+            return id_sequences(decode(baseline.tokenizer, ids), None, judge.judge.tokenizer)[0]
+
+        matched = match_entropies(evaluation, sources, config.baseline, draw, measured, counted)
     # 5. The report, with the texts that its page shows.
     texts = {name: _texts(samples, tokenizer) for name, samples in sets.items()}
     texts[REAL] = _real_texts(evaluation.rows[0].measures, real_set, judge, tokenizer)
