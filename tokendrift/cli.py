@@ -329,8 +329,7 @@ def evaluate(
         str, typer.Option(help="Real text that neither model nor judge was trained on: UTF-8 text or a samples file.")
     ],
     samples: Annotated[
-        list[str] | None,
-        typer.Argument(help="Samples files, FILE or NAME=FILE: .jsonl of `tokendrift sample`, or text."),
+        list[str] | None, typer.Argument(help="Samples files, FILE or NAME=FILE: JSON Lines or UTF-8 text.")
     ] = None,
     checkpoint: Annotated[
         list[str] | None, typer.Option(help="Checkpoint to sample, PATH or NAME=PATH; repeatable.")
@@ -343,16 +342,13 @@ def evaluate(
     baseline: Annotated[
         str | None, typer.Option(help="Name of a checkpoint with which all sets are compared at equal entropy.")
     ] = None,
-    keep: Annotated[
-        str | None, typer.Option(help="Folder that keeps the samples of checkpoints for later runs.")
-    ] = None,
+    keep: Annotated[str | None, typer.Option(help="Folder to keep samples of checkpoints in, for later runs.")] = None,
     controls: Annotated[
         bool, typer.Option("--controls", help="Measure sets made from real text alone as well, such as unigram draws.")
     ] = False,
     training_text: Annotated[str | None, typer.Option(help="UTF-8 file of training text, to find copies.")] = None,
     tokenizer: Annotated[
-        str | None,
-        typer.Option(help="Tokenizer of the denoisers: tokenizer.json, folder or hub id. Default: their own."),
+        str | None, typer.Option(help="Tokenizer of the denoisers: file, folder or hub id. Default: own.")
     ] = None,
     judge: JudgesOption = None,
     judge_tokenizer: Annotated[str | None, typer.Option(help="Tokenizer of the first judge. Default: its own.")] = None,
