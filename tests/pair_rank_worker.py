@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
 
 import torch
@@ -13,10 +14,10 @@ V, L = 5, 6
 SPLITS = {"even": (3, 3), "uneven": (4, 2)}
 
 
-def calls(rank, ranks, split, padded):
+def calls(rank, ranks, split, padded, buckets):
     """Ask three times at two strata; return losses, gradients and laws."""
     generator = torch.Generator().manual_seed(0)
-    loss = PairDriftLoss(V, lags=(1, 3), strata=2, decay=0.5).double()
+    loss = PairDriftLoss(V, lags=(1, 3), buckets=buckets, strata=2, decay=0.5).double()
     table = torch.randn(V, V, generator=generator, dtype=torch.float64).requires_grad_()
     first = 0 if ranks == 1 else sum(split[:rank])
     mine = slice(0, sum(split)) if ranks == 1 else slice(first, first + split[rank])
@@ -34,7 +35,8 @@ def main(rank, ranks, store, out):
     torch.set_num_threads(1)
     if ranks > 1:
         distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=ranks)
-    found = {(case, padded): calls(rank, ranks, SPLITS[case], padded) for case in SPLITS for padded in (False, True)}
+    cases = itertools.product(SPLITS, (False, True), (None, 16))
+    found = {case: calls(rank, ranks, SPLITS[case[0]], *case[1:]) for case in cases}
     torch.save(found, out)
     if ranks > 1:
         distributed.destroy_process_group()

@@ -12,7 +12,7 @@ import pytest
 from typer.testing import CliRunner
 
 from tokendrift import cli
-from tokendrift.demo.stages import PRETRAINED
+from tokendrift.demo import PRETRAINED
 from tokendrift.models.tokenizer import load_tokenizer
 from tokendrift.sampling.to_file import SampleConfig, sample_to_file
 
@@ -185,7 +185,7 @@ def test_a_broken_line_stops_it_or_is_named(folder):
         (("--checkpoint", "x"), "checkpoint and nfe belong together"),
         (("{dull}", "--nfe", "4"), "checkpoint and nfe belong together"),
         (("--checkpoint", "x", "--nfe", "4", "--baseline", "y"), "baseline must be the name of a checkpoint"),
-        (("--checkpoint", "x", "--checkpoint", "y/x", "--nfe", "4"), "two checkpoints have one name"),
+        (("--checkpoint", "x", "--checkpoint", "y/x", "--nfe", "4"), "two checkpoints have the same name"),
         (("{surrogate}",), "line 1 of"),
         (("real text={dull}",), "a set of samples is called 'real text', as real text is"),
         (("nowhere.jsonl",), "samples file nowhere.jsonl cannot be read: No such file"),
@@ -245,7 +245,7 @@ def test_several_judges_and_controls_stand_in_every_output(folder, tmp_path):
     html = (tmp_path / "report.html").read_text(encoding="utf-8")
     assert "Whether the judges agree" in html and "bits/byte, other" in html
     again = run(folder / "dull.jsonl", "--real", folder / "real.txt", *JUDGE, "--judge", PRETRAINED / "judge")
-    assert again.exit_code == 2 and "a judge is named twice" in again.output
+    assert again.exit_code == 2 and "judge must name one or several different judges" in again.output
 
 
 def test_real_text_is_not_optional(folder):

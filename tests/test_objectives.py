@@ -116,7 +116,7 @@ def run(folder, name, on_step=None, **changes):
 def test_a_registered_objective_trains_with_its_settings(toy):
     folder = run(toy, "run", toy_weight=0.25, steps=2)
     assert {"nelbo", "gap"} <= read_log(folder, "train")[-1].keys()
-    assert "trained for 2 more steps with\na toy with three networks" in (folder / "README.md").read_text()
+    assert "trained for 2 further steps with\na toy with three networks" in (folder / "README.md").read_text()
     assert 'objective = "toy"\ntoy_weight = 0.25\ntoy_round = 2\n' in (folder / "config.toml").read_text()
     assert make_config(file=folder / "config.toml").objective == ToyConfig(toy_weight=0.25)
     load_denoiser(folder)
@@ -175,7 +175,7 @@ def test_checkpoints_that_call_the_state_queues_are_resumed(tmp_path):
 def test_a_state_that_does_not_fit_is_refused_in_plain_words(tmp_path, monkeypatch):
     worker.make_inputs(tmp_path)
     pairs = {"objective": "pairs", "pair_sequences": 0, "evaluate_nfe": ()}
-    refine(worker.config(tmp_path, steps=2, pair_classes=50, **pairs), progress=False)
+    refine(worker.config(tmp_path, steps=2, pair_buckets=50, **pairs), progress=False)
     monkeypatch.setattr("tokendrift.training.run_folder.RunFolder.check_same_run", lambda self, state: None)
     with pytest.raises(TokenDriftError, match=r"(?s)the state of the objective in .*run does not fit.*another version"):
-        refine(worker.config(tmp_path, steps=4, pair_classes=60, **pairs), progress=False)
+        refine(worker.config(tmp_path, steps=4, pair_buckets=60, **pairs), progress=False)

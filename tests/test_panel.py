@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tokendrift import TokenDriftError
-from tokendrift.demo.stages import PRETRAINED
+from tokendrift.demo import PRETRAINED
 from tokendrift.evaluation import GenerativePerplexity, compare_panels, evaluate, gguf_judge, measure
 from tokendrift.evaluation import judge as judge_module
 from tokendrift.evaluation.judge import Judge

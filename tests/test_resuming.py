@@ -99,7 +99,11 @@ def test_a_best_model_that_cannot_be_written_is_written_at_the_next_start(run, m
 def test_figures_of_another_judge_are_made_anew(run):
     before = run(steps=2).evaluations
     assert not any("gen_ppl" in row for row in before)
-    with pytest.warns(UserWarning, match=r"evaluations were made with {'judge': None, .* stays in log.jsonl alone"):
+    with pytest.warns(
+        UserWarning,
+        match=r"evaluations were made with "
+        "{'judge': None, .* figures remain only in log.jsonl",
+    ):
         refined = run(steps=2, judge=uniform())
     assert [(row["step"], row["nfe"]) for row in refined.evaluations] == [(0, None), (0, 2), (2, 2)]
     assert all(row["gen_ppl"] == pytest.approx(1025.0, rel=1e-4) for row in refined.evaluations)
@@ -143,7 +147,7 @@ def test_a_run_from_before_the_pairs_goes_on(run, monkeypatch, objective):
 
 def test_settings_of_pairs_belong_to_runs_on_pairs(run, tmp_path):
     run(steps=2)
-    run(steps=2, chains=(8,), pair_decay=0.5, pair_classes=16, pair_sequences=0)
+    run(steps=2, chains=(8,), pair_decay=0.5, pair_buckets=16, pair_sequences=0)
     pairs = {"output": str(tmp_path / "pairs"), "objective": "pairs", "pair_sequences": 8, "steps": 2}
     run(**pairs)
     with pytest.raises(TokenDriftError, match=r"configuration: pair_decay was 0\.95 and is 0\.5"):
@@ -152,7 +156,9 @@ def test_settings_of_pairs_belong_to_runs_on_pairs(run, tmp_path):
 
 def test_fewer_steps_than_were_taken_are_refused(run):
     run(steps=4)
-    with pytest.raises(TokenDriftError, match=r"(?s)steps is 2, but .*run holds a run of 4 steps.*at least 4 steps"):
+    with pytest.raises(
+        TokenDriftError, match=r"(?s)steps is 2, but .*run already contains a run of 4 steps.*at least 4 steps"
+    ):
         run(steps=2)
 
 

@@ -198,7 +198,7 @@ def measure(
         texts = [cleaned(text) for text in texts]
     if panel and texts is None:
         raise fail("several judges read texts, and ids came without a tokenizer.", "Pass tokenizer=..., or texts.")
-    judges, sources = (judge, *panel), texts if texts is not None else given.scored()
+    judges, sources = (judge, *panel), given.scored() if texts is None else texts
     reads = [id_sequences(sources, None, each.judge.tokenizer)[0] for each in judges]
     # 2. What the other figures are counted in.
     vocabulary = _vocabulary(vocabulary, given, texts)
@@ -207,11 +207,10 @@ def measure(
     kept = [i for i, bad in enumerate(short) if not (skip_bad and bad)]
     if len(kept) < 2:
         raise fail(f"measures need at least 2 samples, and there are {len(kept)} to score.", "Draw more samples.")
-    counted = [counted[i] for i in kept]
     if training is not None:
         training = training_ids(training, judge.judge.tokenizer if vocabulary == "judge" else tokenizer)
     # 3. Every figure of the table, on the same redraws of the samples for every judge.
-    known, resampling = given.only(kept), Resampling(len(kept), resamples, seed)
+    known, resampling, counted = given.only(kept), Resampling(len(kept), resamples, seed), [counted[i] for i in kept]
     of_judges: list[Measures] = []
     for each, read in zip(judges, reads, strict=True):
         judged = each.score([read[i] for i in kept], progress=progress)
@@ -263,7 +262,7 @@ def training_ids(training: SampleInput, tokenizer: Any) -> list[Tensor]:
     if isinstance(training, SampleSet):
         training = training.ids if training.ids is not None else training.scored()
     if tokenizer is None and not isinstance(training, Tensor) and any(isinstance(text, str) for text in training):
-        raise fail("training is text, and there is no tokenizer for it.", "Pass tokenizer=..., or training ids.")
+        raise fail("training is text, but there is no tokenizer to encode it.", "Pass tokenizer=..., or training ids.")
     return [ids for ids in id_sequences(training, None, tokenizer)[0] if len(ids)]
 
 
@@ -274,12 +273,13 @@ def _vocabulary(requested: str | None, given: SampleSet, texts: list[str] | None
     check_choice("vocabulary", requested, VOCABULARIES)
     if requested == "generated" and given.ids is None:
         raise fail(
-            "vocabulary='generated' needs the ids as generated, and only texts came.",
-            "Pass ids beside the texts, or vocabulary='judge' for all sets.",
+            "vocabulary='generated' needs the ids as generated, but only texts were given.",
+            "Pass the ids together with the texts, or vocabulary='judge' for all sets.",
         )
     if requested == "judge" and texts is None:
         raise fail(
-            "vocabulary='judge' counts the judge's tokens of texts, and ids came that no tokenizer decodes.",
-            "Pass tokenizer=..., the judge's own where it shares the denoiser's vocabulary, or the texts.",
+            "vocabulary='judge' counts tokens of the judge, but ids were given and there is no tokenizer to decode "
+            "them.",
+            "Pass tokenizer=..., which is the judge's own if both have one vocabulary, or pass the texts.",
         )
     return requested

@@ -94,7 +94,7 @@ def load_checkpoint(place: Path) -> Stored:
         for group, digest in state["sha256"].items():
             file = place / f"{group}.safetensors"
             if file_digest(file) != digest:
-                raise fail(f"{file} is not what was written: its SHA-256 differs.")
+                raise fail(f"{file} was changed after it was written: its SHA-256 differs.")
             tensors[group] = load_file(file)
     except (FileNotFoundError, ValueError, KeyError, AttributeError, TypeError, SafetensorError) as error:
         raise fail(f"the checkpoint {place} cannot be read: {error}.") from None
@@ -122,7 +122,7 @@ def latest_checkpoint(folder: Path, warn: Callable[[str], object]) -> tuple[Path
             reasons.append(f"the checkpoint {place} cannot be read: {error}.")
         else:
             for reason in reasons:
-                warn(f"{reason} Going back to the one before.")
+                warn(f"{reason} The previous checkpoint is used instead.")
             for broken in damaged:
                 aside = broken.with_name(BROKEN + broken.name)
                 shutil.rmtree(aside, ignore_errors=True)
@@ -130,8 +130,8 @@ def latest_checkpoint(folder: Path, warn: Callable[[str], object]) -> tuple[Path
             return place, found
     if reasons:
         raise fail(
-            f"none of {len(places)} checkpoints in {folder} can be read; of the newest: {reasons[0]}",
-            "Bring one back from elsewhere, or remove the folder to begin again.",
+            f"none of {len(places)} checkpoints in {folder} can be read. For the newest: {reasons[0]}",
+            "Restore one from a backup, or remove the folder to begin again.",
         )
     return None
 

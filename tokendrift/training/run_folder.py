@@ -54,7 +54,7 @@ class RunFolder:
         judge: Name of the judge, for the model card.
 
     Raises:
-        TokenDriftError: If the folder holds a model that no refinement has written.
+        TokenDriftError: If the folder contains a model that was not written by refine.
     """
 
     config: RefineConfig
@@ -69,9 +69,7 @@ class RunFolder:
     def __post_init__(self) -> None:
         self.path = Path(self.config.output)
         if (self.path / "config.json").exists() and not (self.path / CONFIG).exists():
-            raise fail(
-                f"output {self.path} holds a model that no refinement has written.", "Choose a folder of its own."
-            )
+            raise fail(f"output {self.path} contains a model that was not written by refine.", "Choose a new folder.")
         identity = self.tokenizer.identity()
         self.identity = {"together": self.together, "base": self.base, "tokenizer": identity, "text": self.text}
 
@@ -85,7 +83,9 @@ class RunFolder:
             self.path.mkdir(parents=True, exist_ok=True)
             write_atomically(self.path / CONFIG, self.config.as_toml())
         except OSError as error:
-            raise fail(f"output {self.path} cannot be written: {error}.", "Choose a folder with room.") from None
+            raise fail(
+                f"output {self.path} cannot be written: {error}.", "Free some space, or choose another folder."
+            ) from None
 
     def newest(self, warn: Callable[[str], object]) -> tuple[Path, Stored] | None:
         """Return the newest complete checkpoint, or None if there is none; warn of damaged ones."""
@@ -140,12 +140,12 @@ class RunFolder:
             differ.append("the tokenizer has changed")
         if differ:
             raise fail(
-                f"{self.path} holds a run with another configuration: {'; '.join(differ)}.",
+                f"{self.path} contains a run with another configuration: {'; '.join(differ)}.",
                 f"Choose another output, or resume with the configuration of that run, {self.path / CONFIG}.",
             )
         if state["step"] > self.config.steps:
             raise fail(
-                f"steps is {self.config.steps}, but {self.path} holds a run of {state['step']} steps already.",
+                f"steps is {self.config.steps}, but {self.path} already contains a run of {state['step']} steps.",
                 f"Pass at least {state['step']} steps, or choose another output.",
             )
 
@@ -166,5 +166,6 @@ class RunFolder:
             raise OSError(str(error)) from error
         self.tokenizer.save(folder)
         kind = "masked" if self.process.mask_id is not None else "uniform-state"
-        card = model_card(self.config, rows, steps=steps, process=kind, judge=self.judge)
+        about = {"judge": self.judge, "random_input": self.model.random_input}
+        card = model_card(self.config, rows, steps=steps, process=kind, **about)  # type: ignore[arg-type]
         write_atomically(folder / CARD, card)
