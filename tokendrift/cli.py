@@ -365,6 +365,7 @@ def probe(
     EvaluateConfig,
     nfe={"min": 1},
     n={"names": ("-n",), "min": 2},
+    controls={"names": ("--controls",)},
     skip_bad={"names": ("--skip-bad",)},
     lines={"names": ("--lines",)},
     resamples={"min": 1},
@@ -398,14 +399,10 @@ def evaluate(
 
 
 def _write_report(report: Any, json_file: Path | None, csv_file: Path | None, html_file: Path | None) -> None:
-    """Print a report, and write it to the files that were named."""
+    """Write a report to the files that were named, and print it; the verdict comes last."""
     from tokendrift.evaluation.report import as_json, page
     from tokendrift.files import write_atomically
 
-    console = _console(160)
-    console.print(report.table())
-    for sentence in (*report.guard(), *report.differences(), *report.at_equal_entropy()):
-        console.print(sentence, highlight=False, markup=False, soft_wrap=True)
     if json_file is not None:
         write_atomically(json_file, json.dumps(as_json(report.to_dict()), indent=2, allow_nan=False) + "\n")
     if csv_file is not None:
@@ -413,7 +410,11 @@ def _write_report(report: Any, json_file: Path | None, csv_file: Path | None, ht
     if html_file is not None:
         write_atomically(html_file, page(report))
     written = [str(file) for file in (json_file, csv_file, html_file) if file is not None]
-    typer.echo(f"measured on {report.settings['device']}" + (f"; written to {', '.join(written)}" if written else ""))
+    console = _console(160)
+    console.print(report.table())
+    note = f"measured on {report.settings['device']}" + (f"; written to {', '.join(written)}" if written else "")
+    for sentence in (note, *report.sentences()):
+        console.print(sentence, highlight=False, markup=False, soft_wrap=True)
 
 
 def _console(width: int) -> Console:
