@@ -7,7 +7,7 @@ import sys
 import torch
 from torch import distributed
 
-from tokendrift import PairDriftLoss
+from tokendrift import PairDriftLoss, TokenDriftError
 
 V, L = 5, 6
 SPLITS = {"even": (3, 3), "uneven": (4, 2)}
@@ -30,11 +30,24 @@ def calls(rank, ranks, split, padded):
     return {name: torch.stack(values) for name, values in found.items()} | loss.state_dict()
 
 
+def fail(rank):
+    """Call with a bad batch, and then with another stratum, on rank 0; return what was said, and the laws."""
+    loss, said = PairDriftLoss(V, strata=2), []
+    for ids, stratum in ((99, 0), (1, 0), (1, 1)):
+        clean = torch.full((2, L), ids if rank == 0 else 1)
+        try:
+            said.append(float(loss(torch.zeros(2, L, V), clean, stratum=stratum if rank == 0 else 0)))
+        except TokenDriftError as error:
+            said.append(str(error))
+    return said, loss.generated_weight
+
+
 def main(rank, ranks, store, out):
     torch.set_num_threads(1)
     if ranks > 1:
         distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=ranks)
     found = {(case, padded): calls(rank, ranks, SPLITS[case], padded) for case in SPLITS for padded in (False, True)}
+    found["failures"] = fail(rank) if ranks > 1 else None
     torch.save(found, out)
     if ranks > 1:
         distributed.destroy_process_group()

@@ -164,6 +164,13 @@ def check_positive(name: str, value: float, *, symbol: str = "") -> float:
     return float(value)
 
 
+def check_scale(name: str, value: float, *, symbol: str) -> float:
+    """Require a factor whose square is far from the limits of float32: beyond them a loss is infinite, or zero."""
+    if not 1e-12 <= check_positive(name, value, symbol=symbol) <= 1e12:
+        raise fail(f"{name} ({symbol}) must lie between 1e-12 and 1e12.", **{name: value})
+    return float(value)
+
+
 def check_count(name: str, value: int, *, least: int = 0) -> int:
     """Require an integer that is at least ``least``."""
     if isinstance(value, bool) or not isinstance(value, int) or value < least:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
+from typing import Any
 
 import torch
 from torch import Tensor, distributed, nn
@@ -17,8 +19,9 @@ from tokendrift._checks import (
     check_tensor,
     fail,
 )
+from tokendrift.errors import TokenDriftError
 from tokendrift.kernels import exact_matmul
-from tokendrift.references import rank_count
+from tokendrift.references import rank_count, refuse_recomputation
 
 __all__ = ["PairDriftLoss", "frequent_first_classes", "pair_drift"]
 
@@ -136,6 +139,7 @@ class PairDriftLoss(nn.Module):
     classes: Tensor | None
     real_weight: Tensor
     generated_weight: Tensor
+    _calls = 0
 
     def __init__(
         self,
@@ -199,6 +203,41 @@ class PairDriftLoss(nn.Module):
         Raises:
             TokenDriftError: For input that does not fit; no law has changed then.
         """
+        self._calls += 1
+        number = self._calls * len(self.generated) + stratum if isinstance(stratum, int) else 0
+        try:
+            counts, written = self._written(logits, clean_ids, noisy_ids, predicted, attention_mask, stratum)
+        except Exception:
+            # The other ranks wait: what they get is NaN, so that they stop, too.
+            with suppress(TokenDriftError):
+                _of_all_ranks(torch.full_like(self.real, torch.nan), torch.zeros_like(self.real_weight), number)
+            raise
+        law, total = _of_all_ranks(written.detach(), counts, number)
+        if self.training:
+            self.observe(clean_ids, attention_mask=attention_mask)
+        others = law if float(self.generated_weight[stratum]) == 0 else self.generated[stratum]
+        eps = self.smoothing * (1 - self.decay) / total.clamp_min(1)
+        drift = pair_drift(self._target(), others, eps.to(law)[:, None, None])
+        if self.training:
+            self._take(law, stratum)
+        share = rank_count() * counts / total.clamp_min(1)  # 1 where all ranks have as many
+        return -(share.to(law)[:, None, None] * drift * written).sum() / len(self.lags)
+
+    def _written(
+        self,
+        logits: Tensor,
+        clean_ids: Tensor,
+        noisy_ids: Tensor | None,
+        predicted: Tensor | None,
+        attention_mask: Tensor | None,
+        stratum: int,
+    ) -> tuple[Tensor, Tensor]:
+        """Check the input; return the number of pairs at each lag, (G,), and the law that will be written, (G, K, K).
+
+        The law has a gradient.
+        """
+        if self.training:
+            refuse_recomputation("the laws")
         check_tensor("logits", logits, ("B", "L", "V"))
         if logits.shape[2] != self.vocab_size:
             raise fail(f"logits must have V = {self.vocab_size} entries.", logits=logits)
@@ -222,19 +261,7 @@ class PairDriftLoss(nn.Module):
         if predicted is not None and noisy_ids is not None:
             chances = self._observed(chances, noisy_ids, predicted)
         counts = self._counts(clean_ids, text)
-        written = self._pairs(chances, text, counts)
-        law, total = _of_all_ranks(written.detach(), counts)
-        if not law.isfinite().all():  # after the ranks have met: all of them stop
-            raise fail("logits contain NaN or infinities; no law was changed.", logits=logits)
-        if self.training:
-            self.observe(clean_ids, attention_mask=text)
-        others = law if float(self.generated_weight[stratum]) == 0 else self.generated[stratum]
-        eps = self.smoothing * (1 - self.decay) / total.clamp_min(1)
-        drift = pair_drift(self._target(), others, eps.to(law)[:, None, None])
-        if self.training:
-            self._take(law, stratum)
-        share = rank_count() * counts / total.clamp_min(1)  # 1 where all ranks have as many
-        return -(share.to(law)[:, None, None] * drift * written).sum() / len(self.lags)
+        return counts, self._pairs(chances, text, counts)
 
     @torch.no_grad()
     def observe(self, ids: Tensor, *, attention_mask: Tensor | None = None) -> None:
@@ -312,6 +339,22 @@ class PairDriftLoss(nn.Module):
                 found.append(first.T @ second / count)
         return torch.stack(found)
 
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        for name, kept in self.named_buffers(recurse=False):
+            stored = state_dict.get(prefix + name)
+            if stored is None or name == "classes":
+                continue
+            if stored.shape != kept.shape:
+                raise fail(
+                    f"the stored {name} has another shape than that of this loss.",
+                    "Build the loss with the lags, strata and classes that it was saved with.",
+                    stored=stored,
+                    here=kept,
+                )
+            if stored.device.type != "meta" and not ((stored >= 0) & stored.isfinite()).all():
+                raise fail(f"the stored {name} must be finite and nowhere below zero.", "Take an earlier checkpoint.")
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PairDriftLoss:
         before = dict(self.named_buffers(recurse=False))
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
@@ -323,11 +366,29 @@ class PairDriftLoss(nn.Module):
         return self
 
 
-def _of_all_ranks(law: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the law (G, K, K) of the pairs of all ranks, and how many they are, (G,)."""
-    if rank_count() == 1:
-        return law, counts
-    sums, total = law * counts.to(law)[:, None, None], counts.clone()
-    distributed.all_reduce(sums)
-    distributed.all_reduce(total)
-    return sums / total.clamp_min(1).to(law)[:, None, None], total
+def _of_all_ranks(law: Tensor, counts: Tensor, number: int = 0) -> tuple[Tensor, Tensor]:
+    """Return the law (G, K, K) of the pairs of all ranks, and how many they are, (G,).
+
+    Raises:
+        TokenDriftError: On every rank, if the law of one is not finite, or if ``number`` differs between ranks.
+    """
+    ranks, total = rank_count(), counts
+    if ranks > 1:
+        law = law * counts.to(law)[:, None, None]
+        total = torch.cat([counts, counts.new_tensor([number, number**2])])
+        distributed.all_reduce(law)
+        distributed.all_reduce(total)
+        total, (first, second) = total[:-2], total[-2:].tolist()
+        if first**2 != ranks * second:  # unless all numbers are equal, the mean of their squares is larger
+            raise fail(
+                "ranks are at different calls of the loss, or at different strata; no law was changed.",
+                "Call the loss on every rank equally often and with the same stratum.",
+            )
+        law = law / total.clamp_min(1).to(law)[:, None, None]
+    # After the ranks have met: all of them stop. The sum shows what is not finite and needs no memory.
+    if not law.sum().isfinite():
+        raise fail(
+            "logits contain NaN or infinities, or another rank has failed; no law was changed.",
+            "Mend the batch, or leave it out on all ranks.",
+        )
+    return law, total
