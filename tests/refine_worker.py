@@ -22,7 +22,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast  # noqa: F401
 
 import tokendrift.evaluation
 import tokendrift.sampling  # noqa: F401
-from tokendrift.demo.stages import PRETRAINED
+from tokendrift.demo import PRETRAINED
 from tokendrift.models import DiT, DiTConfig, save_denoiser
 from tokendrift.models.checkpoints import process_of
 from tokendrift.training import make_config, parse_settings, refine

@@ -53,6 +53,17 @@ def test_the_objectives_benchmark_names_its_baseline_its_spread_and_its_machine(
 
 
 @pytest.mark.slow
+def test_the_pairs_benchmark_names_its_baseline_its_spread_and_its_machine():
+    command = [sys.executable, str(BENCHMARKS / "pairs.py"), "--quick", "--forms", "pairs, 4096 buckets", "triples"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    *rows, machine = done.stdout.splitlines()
+    assert [row.split(" fwd+bwd")[0] for row in rows] == ["pairs, 4096 buckets", "triples"]
+    assert all("x drift of features (" in row and "3 runs" in row and "x logits" in row for row in rows)
+    assert "torch" in machine
+
+
+@pytest.mark.slow
 def test_the_sampling_benchmark_names_its_baseline_its_spread_and_its_machine():
     done = subprocess.run(
         [sys.executable, str(BENCHMARKS / "sampling.py"), "--quick"], capture_output=True, text=True, check=False

@@ -15,7 +15,8 @@ def run():
 def test_help_names_the_options(run):
     result = run("demo", "--help")
     assert result.exit_code == 0
-    for option in ("--process", "--text", "--steps", "--window", "--seeds", "--quick", "--from-scratch", "--output"):
+    options = "--process --objective --text --models --steps --window --seed --seeds --quick --full --output"
+    for option in options.split():
         assert option in result.stdout
 
 
@@ -32,6 +33,11 @@ def test_a_missing_text_file_is_one_message(run, tmp_path):
     assert "cannot be read" in result.stderr
 
 
+def test_training_from_scratch_names_the_script_that_does_it(run):
+    result = run("demo", "--from-scratch")
+    assert result.exit_code == 2 and "examples/study/pretrain.py" in result.stderr
+
+
 def test_an_unknown_option_is_refused(run):
     assert run("demo", "--stepz", "3").exit_code == 2
 
@@ -40,6 +46,6 @@ def test_interruption_says_that_finished_stages_are_kept(run, monkeypatch, tmp_p
     def interrupted(self):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("tokendrift.demo.run.Demo.prepare", interrupted)
+    monkeypatch.setattr("tokendrift.demo.demonstration.read_splits", interrupted)
     result = run("demo", "--output", str(tmp_path))
     assert result.exit_code == 130 and "finished stages are kept" in result.stderr

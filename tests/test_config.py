@@ -117,7 +117,7 @@ def test_settings_have_the_types_of_their_keys():
         ({"chains": ()}, "chains must name at least one number of steps"),
         ({"chains": (2, 0)}, "chains must be an integer of at least 1"),
         ({"pair_decay": 1.0}, r"pair_decay must lie in \[0, 1\)"),
-        ({"pair_classes": 1}, "pair_classes must be an integer of at least 2"),
+        ({"pair_buckets": 1}, "pair_buckets must be an integer of at least 2"),
         ({"precision": "fp16"}, "precision must be one of 'fp32', 'bf16'"),
     ],
 )

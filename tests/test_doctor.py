@@ -14,8 +14,8 @@ from torch import nn
 from typer.testing import CliRunner
 
 from tokendrift import TokenDriftError, cli
-from tokendrift.demo.corpus import prose
-from tokendrift.demo.stages import PRETRAINED
+from tokendrift.corpus import prose
+from tokendrift.demo import PRETRAINED
 from tokendrift.diffusion import MaskedDiffusion, UniformDiffusion
 from tokendrift.doctor import Diagnosis, diagnose, examine
 from tokendrift.doctor.probes import Estimate, estimate, window_nelbo
@@ -40,12 +40,11 @@ def _quick_documents(monkeypatch):
 
 @pytest.fixture
 def checkpoint(tmp_path):
-    """Copy a shipped model in the hub's layout, its tokenizer beside it; changes to weights and configuration."""
+    """Copy a shipped model with its tokenizer; changes to weights and configuration."""
 
     def make(kind, *, weights=None, config=None):
         folder = tmp_path / kind
         shutil.copytree(PRETRAINED / kind, folder)
-        shutil.copy(PRETRAINED / "tokenizer.json", folder)
         if weights is not None:
             torch.manual_seed(0)
             tensors = {name: tensor.float() for name, tensor in load_file(folder / "model.safetensors").items()}
@@ -289,8 +288,10 @@ def test_json_holds_the_same_and_a_finding_leaves_with_one(checkpoint, run):
     assert report["checks"][-1]["name"] == "weights are trained"
 
 
-def test_without_a_tokenizer_it_says_what_it_cannot_check(run):
-    result = run(PRETRAINED / "masked")
+def test_without_a_tokenizer_it_says_what_it_cannot_check(run, checkpoint):
+    folder = checkpoint("masked")
+    (folder / "tokenizer.json").unlink()
+    result = run(folder)
     assert result.exit_code == 0 and "name one with --tokenizer to check it and the NELBO" in result.stdout
 
 
@@ -307,7 +308,7 @@ def test_text_that_is_too_short_is_a_note(run, tmp_path):
         ([PRETRAINED / "masked", "--device", "abacus"], "device 'abacus' cannot be used"),
         ([PRETRAINED], "has no config.json"),
         ([PRETRAINED / "masked", "--text", "none.txt"], "cannot be read"),
-        ([PRETRAINED / "masked", "--tokenizer", PRETRAINED / "masked"], "no tokenizer can be read from"),
+        ([PRETRAINED / "masked", "--tokenizer", PRETRAINED.parent], "no tokenizer can be read from"),
     ],
 )
 def test_what_cannot_be_examined_leaves_with_two(run, arguments, said):

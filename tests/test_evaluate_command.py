@@ -12,7 +12,7 @@ import pytest
 from typer.testing import CliRunner
 
 from tokendrift import cli
-from tokendrift.demo.stages import PRETRAINED
+from tokendrift.demo import PRETRAINED
 from tokendrift.sampling.to_file import SampleConfig, sample_to_file
 
 pytest.importorskip("transformers")

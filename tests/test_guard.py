@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from tokendrift import TokenDriftError
-from tokendrift.demo.corpus import prose
-from tokendrift.demo.stages import EOS, JUDGE_WINDOW, LENGTH, PRETRAINED, load_judge
+from tokendrift.corpus import prose
+from tokendrift.demo import PRETRAINED
 from tokendrift.evaluation import (
     GenerativePerplexity,
     SampleSet,
@@ -23,6 +23,7 @@ from tokendrift.models import load_denoiser
 from tokendrift.sampling import SamplingSetting, denoiser_samples
 
 COUNT = 128
+EOS, LENGTH, JUDGE_WINDOW = 0, 32, 64  # of the shipped models
 
 
 class World:
@@ -39,7 +40,7 @@ class World:
         self.windows = windows[torch.randperm(len(windows), generator=torch.Generator().manual_seed(0))]
         self.real, self.held_out, self.training = self.windows.split([COUNT, COUNT, len(windows) - 2 * COUNT])
         self.judge = GenerativePerplexity(
-            load_judge(PRETRAINED / "judge"), self.tokenizer, max_length=JUDGE_WINDOW, eos_id=EOS
+            str(PRETRAINED / "judge"), self.tokenizer, max_length=JUDGE_WINDOW, eos_id=EOS
         )
 
     def row(self, ids, **options):

@@ -1016,7 +1016,7 @@ def assert_same_state(loss, before):
 
 @pytest.mark.parametrize("side", ["real", "generated"])
 def test_a_batch_with_nan_gives_nan_where_it_cannot_be_read_and_costs_no_other_batch(monkeypatch, side):
-    monkeypatch.setattr(_objective, "_can_be_read", lambda values: False)  # as on an accelerator
+    monkeypatch.setattr(_objective, "can_be_read", lambda values: False)  # as on an accelerator
     logits, clean, *_ = batch()
     embedding = table()
     if side == "real":

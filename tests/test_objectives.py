@@ -175,7 +175,7 @@ def test_checkpoints_that_call_the_state_queues_are_resumed(tmp_path):
 def test_a_state_that_does_not_fit_is_refused_in_plain_words(tmp_path, monkeypatch):
     worker.make_inputs(tmp_path)
     pairs = {"objective": "pairs", "pair_sequences": 0, "evaluate_nfe": ()}
-    refine(worker.config(tmp_path, steps=2, pair_classes=50, **pairs), progress=False)
+    refine(worker.config(tmp_path, steps=2, pair_buckets=50, **pairs), progress=False)
     monkeypatch.setattr("tokendrift.training.run_folder.RunFolder.check_same_run", lambda self, state: None)
     with pytest.raises(TokenDriftError, match=r"(?s)the state of the objective in .*run does not fit.*another version"):
-        refine(worker.config(tmp_path, steps=4, pair_classes=60, **pairs), progress=False)
+        refine(worker.config(tmp_path, steps=4, pair_buckets=60, **pairs), progress=False)

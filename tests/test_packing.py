@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
 from tokendrift import TokenDriftError
-from tokendrift.demo.stages import PRETRAINED
+from tokendrift.demo import PRETRAINED
 from tokendrift.training import DatasetRows, PackedText, Piece, TextFiles, text_tokenizer
 
 

@@ -12,7 +12,7 @@ from torch import nn
 from typer.testing import CliRunner
 
 from tokendrift import TokenDriftError, cli
-from tokendrift.demo.stages import PRETRAINED
+from tokendrift.demo import PRETRAINED
 from tokendrift.diffusion import MaskedDiffusion, UniformDiffusion
 from tokendrift.evaluation import GenerativePerplexity
 from tokendrift.evaluation.bootstrap import Interval

@@ -192,11 +192,11 @@ def test_every_objective_trains_both_kinds_of_model(tmp_path, objective):
 @pytest.mark.parametrize("masked", [True, False])
 def test_pairs_are_counted_ahead_and_trained_on_chains_of_either_kind(tmp_path, masked):
     worker.make_inputs(tmp_path, masked=masked)
-    changes = {"steps": 2, "precision": "bf16", "freeze_queues": True, "evaluate_nfe": (), "pair_classes": 100}
+    changes = {"steps": 2, "precision": "bf16", "freeze_queues": True, "evaluate_nfe": (), "pair_buckets": 100}
     folder = run(tmp_path, "run", objective="pairs", pair_sequences=40, **changes).folder
-    assert {"drift", "nelbo", "total_variation"} <= read_log(folder, "train")[-1].keys()
+    assert {"drift", "nelbo", "total_variation", "divergence"} <= read_log(folder, "train")[-1].keys()
     laws = load_checkpoint(folder / "checkpoints" / "step-00000002").tensors["objective"]
-    assert laws["real"].shape == (1, 100, 100) and len(laws["generated"]) == (4 if masked else 5)
+    assert laws["real"].shape == (1, 100) and len(laws["generated"]) == (4 if masked else 5)
     pairs_of_a_sequence, sequences = worker.LENGTH - 1, 40 + 2 * 8  # ahead, and in two steps
     assert laws["real_weight"].tolist() == [pairs_of_a_sequence * sequences]
     assert laws["generated_weight"].sum() == 4  # micro-batches

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from report_samples import EVIL_NAME, as_samples, hostile_report, language, make_report
 
 from tokendrift import TokenDriftError
-from tokendrift.demo.stages import PRETRAINED
+from tokendrift.demo import PRETRAINED
 from tokendrift.evaluation import FIGURES, Figure, SampleSet, per_sample, register_figure
 from tokendrift.evaluation.report import as_json, page
 from tokendrift.evaluation.report.phrases import marked, most_repeated

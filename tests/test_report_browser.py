@@ -7,7 +7,7 @@ import shutil
 import pytest
 from report_samples import EVIL_NAME, as_samples, hostile_report, language, make_report
 
-from tokendrift.demo.stages import PRETRAINED
+from tokendrift.demo import PRETRAINED
 from tokendrift.evaluation.report import page
 
 webdriver = pytest.importorskip("selenium.webdriver", reason="the page is tested with Selenium")

@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 
 import tokendrift
 from tokendrift import TokenDriftError, cli
-from tokendrift.demo.stages import PRETRAINED
+from tokendrift.demo import PRETRAINED
 from tokendrift.diffusion import MaskedDiffusion, UniformDiffusion
 from tokendrift.evaluation.sample_reader import read_samples
 from tokendrift.files import exclusive

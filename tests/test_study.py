@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import inspect
 import json
 import math
 import sys
@@ -10,10 +12,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from tokendrift import TokenDriftError
+from tokendrift.corpus import python_documents
 from tokendrift.models import DiT, DiTConfig
 
 STUDY = Path(__file__).parents[1] / "examples" / "study"
-NAMES = ("arms", "english", "markov", "report", "run")
+NAMES = ("arms", "cache", "english", "markov", "pretrain", "report", "run", "stages")
 
 
 @pytest.fixture(scope="module")
@@ -124,3 +128,55 @@ def test_a_second_run_makes_nothing_again(study, tmp_path, capfd):
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "parts" / "markov").iterdir()} == folders
     assert "with 2 cells" in capfd.readouterr().out
     assert (tmp_path / "markov-masked.md").read_text().count("continuation") == 2
+
+
+def test_a_stage_is_made_once_for_each_key(study, tmp_path):
+    calls = []
+
+    def make(place):
+        calls.append(place)
+        (place / "result").write_text("done")
+
+    cached = study["cache"].cached
+    first = cached(tmp_path, "stage", {"a": 1}, make)
+    again = cached(tmp_path, "stage", {"a": 1}, make)
+    other = cached(tmp_path, "stage", {"a": 2}, make)
+    assert len(calls) == 2 and first == (again[0], False) and again[1] and other[0] != first[0]
+    assert (first[0] / "result").read_text() == "done"
+
+
+def test_an_interrupted_stage_leaves_nothing_behind(study, tmp_path):
+    def make(place):
+        (place / "half").write_text("...")
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        study["cache"].cached(tmp_path, "stage", {}, make)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_base_that_knows_only_unigrams_is_refused(study):
+    stages = study["stages"]
+    corpus = stages.Corpus(None, torch.zeros(9), torch.zeros(9), torch.zeros(4, 32, dtype=torch.int64), 1.0)
+    process = stages.make_process("masked")
+    with pytest.raises(TokenDriftError, match="knows little more than unigrams: NELBO"):
+        stages.check_base(stages.make_denoiser(process), process, corpus)
+
+
+def test_the_judge_never_reads_the_denoisers_split(study):
+    tree = ast.parse(inspect.getsource(study["stages"]))
+    trainer = next(n for n in tree.body if isinstance(n, ast.FunctionDef) and n.name == "train_judge")
+    used = {
+        n.attr for n in ast.walk(trainer) if isinstance(n, ast.Attribute) and getattr(n.value, "id", "") == "corpus"
+    }
+    assert used == {"judge"}
+
+
+def test_pretraining_writes_tokenizer_and_judge_and_refuses_a_base_without_context(study, tmp_path):
+    book = tmp_path / "book.txt"
+    documents = [text for text in python_documents() if len(text) > 400][:900]
+    book.write_text("\n\n".join(documents), encoding="utf-8")
+    with pytest.raises(TokenDriftError, match="knows little more than unigrams"):
+        study["pretrain"].pretrain(tmp_path / "out", text=[book], base_steps=2, judge_steps=2)
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["judge", "tokenizer.json"]
+    assert (tmp_path / "out" / "judge" / "tokenizer.json").exists()  # finished parts stay

@@ -9,7 +9,7 @@ import pytest
 from tokenizers import Tokenizer
 
 from tokendrift import TokenDriftError
-from tokendrift.demo.stages import PRETRAINED
+from tokendrift.demo import PRETRAINED
 from tokendrift.models.tokenizer import (
     decode,
     encode,

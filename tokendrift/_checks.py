@@ -36,6 +36,11 @@ def fail(message: str, remedy: str = "", /, **got: object) -> TokenDriftError:
     return TokenDriftError("\n".join(lines))
 
 
+def can_be_read(values: Tensor) -> bool:
+    """Return whether values can be looked at here: an accelerator would have to be waited for, a graph has none."""
+    return values.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
 def check_options(function: F) -> F:
     """Let a function or ``__init__`` name the nearest option where a keyword does not exist.
 

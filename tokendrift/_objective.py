@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from tokendrift._checks import (
+    can_be_read,
     check_choice,
     check_clean_ids,
     check_count,
@@ -141,11 +142,6 @@ class _Frozen:
             self.feature_map._apply(fn)
         if isinstance(self._embedding, Tensor):
             self._embedding = fn(self._embedding)
-
-
-def _can_be_read(values: Tensor) -> bool:
-    """Return whether values can be looked at here: an accelerator would have to be waited for, a graph has none."""
-    return values.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def _not_finite(logits: Tensor | LinearLogits) -> str:
@@ -418,7 +414,7 @@ class DriftObjective(nn.Module):
                 workspace_mib=self.workspace_mib,
             )
         features = self._features(lifted, inputs.attention_mask)
-        if _can_be_read(lifted) and not features.values.isfinite().all():
+        if can_be_read(lifted) and not features.values.isfinite().all():
             raise fail(
                 f"{_not_finite(logits)}.",
                 "Look for an overflow in the denoiser (a too high learning rate, float16 without scaling); nothing "
@@ -432,7 +428,7 @@ class DriftObjective(nn.Module):
         """Return the features of the clean text."""
         lookup = nn.functional.embedding(inputs.clean_ids.long(), self.embedding)
         features = self._features(lookup, inputs.attention_mask).values
-        if _can_be_read(features) and not features.isfinite().all():
+        if can_be_read(features) and not features.isfinite().all():
             raise fail(
                 "the features of the clean text are not finite.",
                 "Look for an overflow in the feature map, or for NaN in the embedding; nothing was pushed into the "
@@ -465,7 +461,7 @@ class DriftObjective(nn.Module):
             drift = self.field(generated, positives, negatives, **options)
         if alone:
             self._warn_of_zero(refills=self.training and self.queue_size > 0)
-        elif _can_be_read(drift):
+        elif can_be_read(drift):
             if not drift.isfinite().all():
                 raise fail(
                     "the drift is not finite: features are so large that their squares overflow.",

@@ -21,7 +21,6 @@ try:
 except ImportError as error:
     raise SystemExit(f"tokendrift: {error}; the command needs the extra 'all': pip install 'tokendrift[all]'") from None
 
-QUICK_STEPS = 200
 JudgeOption = Annotated[str, typer.Option(help="Judge: hub name or folder of a causal language model.")]
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help="Drifting refinement of discrete diffusion LMs.")
@@ -34,60 +33,81 @@ def _root() -> None:
 
 @app.command()
 def demo(
-    process: Annotated[str, typer.Option(help="Corruption process: uniform (DUO) or masked (MDLM).")] = "uniform",
+    process: Annotated[
+        str, typer.Option(help="Corruption process of the model: uniform (as DUO) or masked (as MDLM).")
+    ] = "uniform",
+    objective: Annotated[
+        str, typer.Option(help="What refines the model: drift (the loss of the paper) or pairs (token pairs).")
+    ] = "drift",
     text: Annotated[
-        list[Path] | None, typer.Option(help="UTF-8 text files instead of Python's own documentation; repeatable.")
+        list[Path] | None,
+        typer.Option(help="UTF-8 text file to refine on; repeatable. Default: the documentation inside CPython."),
     ] = None,
-    steps: Annotated[int | None, typer.Option(min=1, help="Optimiser steps of each continuation.")] = None,
+    models: Annotated[
+        Path | None,
+        typer.Option(help="Folder with the models masked, uniform and judge. Default: those of the package."),
+    ] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Optimiser steps of each refinement.")] = None,
     window: Annotated[
-        int | None,
-        typer.Option(min=1, help="Tokens pooled into one feature; 32, a whole sequence, is the paper's way."),
-    ] = None,
-    seeds: Annotated[int, typer.Option(min=1, help="Repeat the continuations with this many seeds.")] = 1,
+        int, typer.Option(min=1, help="Tokens that the drift pools into one feature; the paper pools 32, a sequence.")
+    ] = 2,
+    seed: Annotated[int, typer.Option(min=0, help="Random seed. Default: 0.")] = 0,
+    seeds: Annotated[
+        int,
+        typer.Option(min=1, help="Number of successive seeds to run with, each in a folder of its own."),
+    ] = 1,
     quick: Annotated[
-        bool, typer.Option("--quick", help="Fewer steps and samples: minutes instead of a quarter hour.")
+        bool, typer.Option("--quick", help="Run for less than a minute, to see that everything works.")
     ] = False,
-    from_scratch: Annotated[
-        bool,
-        typer.Option("--from-scratch", help="Train tokenizer, judge and base instead of loading the shipped ones."),
+    full: Annotated[
+        bool, typer.Option("--full", help="Train longer, and sample more and at 4 to 32 function evaluations.")
     ] = False,
-    output: Annotated[Path, typer.Option(help="Folder for report.html, results.json and finished stages.")] = Path(
-        "demo-output"
-    ),
+    from_scratch: Annotated[bool, typer.Option("--from-scratch", hidden=True)] = False,
+    output: Annotated[
+        Path, typer.Option(help="Folder for report.html, results.json, the refined models and their samples.")
+    ] = Path("demo-output"),
 ) -> None:
-    """Refine a small real model on real text and show what the loss does to few-step generation.
+    """Refine a small model on real English and show what that does to sampling in few steps.
 
-    Continues one base twice, by its own objective and by TokenDrift, samples both at 4 to 32 function
-    evaluations and prints one table. Finished stages are kept below the output folder and reused.
+    The model is refined twice, by TokenDrift and by its own objective, and both results are sampled and compared at
+    equal entropy. After an interruption, run the same command again to go on.
     """
     with plain_errors():
-        from tokendrift.demo.report import caption, over_seeds, sentences, table, write
-        from tokendrift.demo.run import Demo
-        from tokendrift.demo.stages import DemoConfig
+        from tokendrift.demo import PRETRAINED, DemoConfig, run_demo
+        from tokendrift.demo.demonstration import show
 
+        sizes = _demo_size(quick, full, from_scratch)
         console = Console()
-        if not console.is_terminal:
-            console = Console(width=110)  # the table is wider than the 80 columns that rich assumes for a pipe
-        options: dict[str, Any] = {"process": process, "seeds": seeds}
-        if quick:
-            options |= {"steps": QUICK_STEPS, "samples": 256}
-        options |= {name: value for name, value in (("steps", steps), ("window", window)) if value is not None}
-        config = DemoConfig(**options)
-        run = Demo(config, text or [], output, from_scratch=from_scratch, console=console)
-        corpus, judge, base = run.prepare()
-        outcomes = []
-        for seed in range(config.seeds):
-            outcomes.append(run.run_seed(corpus, judge, base, seed))
-            console.print(
-                table(outcomes[-1], f"seed {seed}" if seeds > 1 else "What TokenDrift does to few-step generation")
+        # The table needs more than the 80 columns that rich assumes for a pipe.
+        console.width = min(console.width, 100) if console.is_terminal else 100
+        for number in range(seed, seed + seeds):
+            options = sizes if steps is None else sizes | {"steps": steps}
+            config = DemoConfig(
+                process=process,
+                objective=objective,
+                text=tuple(text or ()),
+                models=models or PRETRAINED,
+                output=output if seeds == 1 else output / f"seed-{number}",
+                window=window,
+                seed=number,
+                **options,
             )
-            console.print(caption(config, outcomes[-1]), style="dim", highlight=False)
-            for sentence in sentences(outcomes[-1]):
-                console.print(sentence, highlight=False)
-            report = write(output, config, outcomes)
-        if seeds > 1:
-            console.print(over_seeds(outcomes), highlight=False)
-        console.print(f"report: {report}", highlight=False, soft_wrap=True)
+            show(run_demo(config, Console(stderr=True)), config, console)
+
+
+def _demo_size(quick: bool, full: bool, from_scratch: bool) -> dict[str, Any]:
+    """Return the size of the demo that the flags ask for."""
+    from tokendrift._checks import fail
+    from tokendrift.demo.demonstration import SIZES
+
+    if from_scratch:
+        raise fail(
+            "--from-scratch is no longer part of the demo.",
+            "Train the models with python examples/study/pretrain.py FOLDER, then pass --models FOLDER.",
+        )
+    if quick and full:
+        raise fail("--quick and --full exclude each other.", "Pass one of them.")
+    return SIZES["quick" if quick else "full" if full else "default"]
 
 
 def _setting(name: str, *flags: str) -> Any:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import suppress
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, distributed, nn
 
 from tokendrift._checks import (
+    can_be_read,
     check_count,
     check_ids,
     check_mask,
@@ -19,20 +19,25 @@ from tokendrift._checks import (
     check_tensor,
     fail,
 )
-from tokendrift.errors import TokenDriftError
-from tokendrift.kernels import exact_matmul
+from tokendrift._ngram_laws import Corrupted, ExactPairs, HashedNgrams, expected_sums, windows
 from tokendrift.references import rank_count, refuse_recomputation
 
-__all__ = ["PairDriftLoss", "frequent_first_classes", "pair_drift"]
+__all__ = ["PairDriftLoss", "pair_drift"]
+
+LARGEST_EXACT = 4096  # V up to which "auto" gives every pair a cell: 64 MiB for a law in float32
+BUCKETS = 65536  # of "auto" above it: 256 KiB for a law
 
 
 def pair_drift(real: Tensor, generated: Tensor, eps: float | Tensor) -> Tensor:
-    r"""Return the anti-symmetric drift between two laws of pairs, elementwise in [-1, 1].
+    r"""Return the anti-symmetric drift between two laws, elementwise in [-1, 1].
 
-    .. math:: V_{ab} = \frac{P_{ab} - Q_{ab}}{P_{ab} + Q_{ab} + \epsilon}
+    .. math:: V = \frac{P - Q}{P + Q + \epsilon}
 
     It points from Q to P, changes its sign when they change places, and vanishes where they agree: also, without eps,
-    where neither has anything.
+    where both are zero. It is minus the gradient, with respect to Q, of a divergence that is convex in Q and has its
+    only minimum, 0, at Q = P:
+
+    .. math:: \sum (2P + \epsilon) \log\frac{2P + \epsilon}{P + Q + \epsilon} + Q - P
 
     Args:
         real: P, probabilities of any shape.
@@ -42,36 +47,12 @@ def pair_drift(real: Tensor, generated: Tensor, eps: float | Tensor) -> Tensor:
     >>> pair_drift(torch.tensor([0.5, 0.0, 0.0]), torch.tensor([0.0, 0.5, 0.0]), 0.0)
     tensor([ 1., -1.,  0.])
     """
-    total = real + generated + eps
-    return (real - generated) / total.masked_fill_(total == 0, 1)
-
-
-def frequent_first_classes(vocab_size: int, classes: int) -> Tensor:
-    """Return a class for each token of a large vocabulary, int64 (V,), for the ``classes`` of `PairDriftLoss`.
-
-    The ids of byte-pair encodings such as GPT-2's are in the order of their merges, and so roughly of their frequency.
-    The first half of the classes goes to the first ids, one each; all other ids take turns at the other half. Which
-    tokens meet in a class there is chance. No model of such a vocabulary has been trained with them yet.
-
-    Args:
-        vocab_size: V, at least ``classes``.
-        classes: K, at least 2.
-
-    Raises:
-        TokenDriftError: If there are fewer tokens than classes.
-
-    >>> frequent_first_classes(8, 4)
-    tensor([0, 1, 2, 3, 2, 3, 2, 3])
-    """
-    check_count("classes", classes, least=2)
-    check_count("vocab_size", vocab_size, least=classes)
-    own = classes // 2
-    ids = torch.arange(vocab_size)
-    return torch.where(ids < own, ids, own + (ids - own) % (classes - own))
+    total = (real + generated).add_(eps)
+    return (real - generated).div_(total.masked_fill_(total == 0, 1))
 
 
 class PairDriftLoss(nn.Module):
-    r"""Drift of the law of token pairs, which the soft-token lift gives without any error.
+    r"""Drift of the law of token pairs, or of longer n-grams, which the soft-token lift gives without any error.
 
     A sampler that takes several positions in one step draws them independently from the predicted :math:`p_i`. Features
     that are products over positions commute with that draw: the pair :math:`(x_i, x_{i+g})` has the law
@@ -90,9 +71,15 @@ class PairDriftLoss(nn.Module):
     .. math:: \mathcal L = -\sum_{ab} \mathrm{sg}(V_{ab})\, q_{ab},\qquad V = \frac{P - Q}{P + Q + \epsilon}
 
     averaged over the lags g: the step of drifting for linear features, with each coordinate in units of its own size. V
-    is anti-symmetric; the laws, unlike mean features, identify what is missing.
+    is anti-symmetric; the laws, unlike mean features, identify what is missing. The value of the loss says nothing
+    about progress: `divergence` and `total_variation` do, and both should fall.
 
-    The laws have K x K entries: for vocabularies of some thousands all tokens, for larger ones ``classes`` of them.
+    Up to V = 4096 every pair has a cell of its own, and a law has V x V entries. For larger vocabularies, and for
+    n-grams of a higher ``order``, a law has K ``buckets``: a fixed map sends token :math:`x_k` at place k of an n-gram
+    to a number :math:`h_k(x_k)`, and the n-gram falls into bucket :math:`(h_1(x_1) + \dots + h_n(x_n)) \bmod K`. The
+    bucket of independent tokens follows the circular convolution of their laws, so that q is exact here too. The drift
+    does not see how the probability of a bucket is divided among its n-grams.
+
     Generated text of different noise levels can have laws of its own, ``strata``, so that good text at low noise does
     not hide bad text at high noise; in the study one law for all did as well. Masked models must not be asked at
     t = 1, where one input has to stand for all texts and the best product law is a single text:
@@ -103,29 +90,33 @@ class PairDriftLoss(nn.Module):
     stratum. The laws are those of all ranks, the same on each, and losses averaged over ranks, as DDP does with
     gradients, are the loss of one process with the whole batch.
 
-    Laws and their products are float32 or wider, under autocast and in a module converted to bfloat16 too.
+    Laws and their products are float32 or wider, under autocast and in a module converted to bfloat16 too. Beside the
+    logits and their gradient the loss holds a few laws and tiles of probabilities, nothing of the size of the logits.
 
     Args:
         vocab_size: V.
-        lags: Distances g between the tokens of a pair.
+        order: Number n of tokens in an n-gram; 2 are pairs. More than 2 need buckets.
+        lags: Distances g between neighbouring tokens of an n-gram.
+        buckets: Number K of buckets of a law, or None for a cell for each pair. ``"auto"`` is None for pairs of at most
+            4096 tokens and 65,536 otherwise. Fewer buckets cost less time and hide more.
         strata: Number S of separate laws of generated text.
-        decay: Share of the law of generated pairs that a call keeps. More gives less noise, and an older law.
-        smoothing: :math:`\epsilon` in units of one pair among those that Q remembers, ``(1 - decay) / (B (L - g))``:
+        decay: Share of the law of generated text that a call keeps. More gives less noise, and an older law.
+        smoothing: :math:`\epsilon` in units of one n-gram among those that Q remembers, ``(1 - decay) / (B (L - g))``:
             what is rarer than that cannot be told from zero.
-        backoff: Share of P that is the product of its margins, for pairs that a small corpus lacks by chance.
-        classes: Class of each token, int64 (V,), for laws over classes (`frequent_first_classes` makes some); omitted,
-            every token is its own.
+        backoff: Share of P that is the product of its margins, for pairs that a small corpus lacks by chance. Needs
+            ``buckets=None``: in buckets such pairs share the probability of others.
         mask_id: Vocabulary entry without probability (MDLM's mask).
 
     Attributes:
-        real: Law P of the real pairs seen so far, (G, K, K), in ``state_dict``.
-        generated: Law Q, (S, G, K, K), in ``state_dict``.
+        real: Law P of the real text seen so far, (G, V, V) or (G, K), in ``state_dict``.
+        generated: Law Q, (S, G, V, V) or (S, G, K), in ``state_dict``.
 
     Raises:
         TokenDriftError: For an option out of range.
 
-    Source: this package; the field is in the spirit of arXiv 2605.19470, section 3.3. What it does is measured in the
-    study of the documentation.
+    Source: this package; the field is in the spirit of arXiv 2605.19470, section 3.3, and the expected count of n-grams
+    under independent positions is that of bag-of-n-grams training (arXiv 1911.09320). What the loss does is measured in
+    the study of the documentation.
 
     >>> loss = PairDriftLoss(3)
     >>> logits = torch.zeros(2, 4, 3, requires_grad=True)
@@ -136,21 +127,21 @@ class PairDriftLoss(nn.Module):
 
     real: Tensor
     generated: Tensor
-    classes: Tensor | None
     real_weight: Tensor
     generated_weight: Tensor
-    _calls = 0
+    _calls = 0  # those that meet other ranks
 
     def __init__(
         self,
         vocab_size: int,
         *,
+        order: int = 2,
         lags: Sequence[int] = (1,),
+        buckets: int | Literal["auto"] | None = "auto",
         strata: int = 1,
         decay: float = 0.95,
         smoothing: float = 1.0,
         backoff: float = 0.0,
-        classes: Tensor | None = None,
         mask_id: int | None = None,
     ) -> None:
         super().__init__()
@@ -165,17 +156,23 @@ class PairDriftLoss(nn.Module):
             if not 0 <= value < 1:
                 raise fail(f"{name} must lie in [0, 1).", **{name: value})
         self.decay, self.backoff = decay, backoff
-        size = vocab_size
-        if classes is not None:
-            if classes.shape != (vocab_size,) or classes.is_floating_point() or int(classes.min()) < 0:
-                raise fail(f"classes must be ids of classes, int64 (V,) = ({vocab_size},).", classes=classes)
-            size = int(classes.max()) + 1
-        self.register_buffer("classes", classes, persistent=False)
         self.smoothing = check_positive("smoothing", smoothing)
-        self.register_buffer("real", torch.zeros(len(self.lags), size, size))
-        self.register_buffer("generated", torch.zeros(strata, len(self.lags), size, size))
+        self.law = _law(vocab_size, check_count("order", order, least=2), buckets)
+        if backoff and isinstance(self.law, HashedNgrams):
+            raise fail(
+                "backoff needs a law with a cell for each pair.",
+                "Leave it out, or pass buckets=None where V x V entries fit into memory.",
+                backoff=backoff,
+                buckets=buckets,
+            )
+        self.register_buffer("real", torch.zeros(len(self.lags), *self.law.shape))
+        self.register_buffer("generated", torch.zeros(strata, len(self.lags), *self.law.shape))
         self.register_buffer("real_weight", torch.zeros(len(self.lags), dtype=torch.float64))
         self.register_buffer("generated_weight", torch.zeros(strata))
+
+    def extra_repr(self) -> str:
+        cells = "one for each pair" if isinstance(self.law, ExactPairs) else self.law.shape[0]
+        return f"vocab_size={self.vocab_size}, order={self.law.order}, lags={self.lags}, buckets={cells}"
 
     def forward(
         self,
@@ -189,11 +186,14 @@ class PairDriftLoss(nn.Module):
     ) -> Tensor:
         """Return the loss, a float32 scalar; in training mode both laws take the batch in.
 
-        P does so at once, and the batch meets it with its own real text. Q does so last: the batch meets that of the
-        calls before, since among its own negatives it would flee from itself. The first of a stratum has no other.
+        The batch meets P with its own real text in it, and Q as the calls before have left it, since among its own
+        negatives it would flee from itself. The first call of a stratum has no other Q than its own.
+
+        On an accelerator the loss does not wait for the device. Logits that contain NaN or infinities cannot raise an
+        error there: the loss is NaN, and Q does not change.
 
         Args:
-            logits: Raw denoiser output (B, L, V), any float dtype; L above every lag.
+            logits: Raw denoiser output (B, L, V), any float dtype; L longer than an n-gram at the largest lag.
             clean_ids: Real text (B, L). It need not be the text that was corrupted.
             noisy_ids: x_t (B, L): what stands at positions that are not predicted.
             predicted: Bool (B, L). Omitted: ``noisy_ids == mask_id`` if both are known, else all.
@@ -203,27 +203,88 @@ class PairDriftLoss(nn.Module):
         Raises:
             TokenDriftError: For input that does not fit; no law has changed then.
         """
-        self._calls += 1
-        number = self._calls * len(self.generated) + stratum if isinstance(stratum, int) else 0
+        # 1. The law q of what the batch will write, over all ranks.
+        if rank_count() > 1:
+            self._calls += 1
         try:
-            counts, written = self._written(logits, clean_ids, noisy_ids, predicted, attention_mask, stratum)
+            clean_ids, corrupted = self._checked(logits, clean_ids, noisy_ids, predicted, attention_mask, stratum)
+            written = expected_sums(logits, corrupted, self.law, self.lags)
+            counts = self._counts(clean_ids, corrupted.text)
         except Exception:
-            # The other ranks wait: what they get is NaN, so that they stop, too.
-            with suppress(TokenDriftError):
-                _of_all_ranks(torch.full_like(self.real, torch.nan), torch.zeros_like(self.real_weight), number)
+            if rank_count() > 1:
+                self._fail_together()
             raise
-        law, total = _of_all_ranks(written.detach(), counts, number)
-        if self.training:
-            self.observe(clean_ids, attention_mask=attention_mask)
-        others = law if float(self.generated_weight[stratum]) == 0 else self.generated[stratum]
-        eps = self.smoothing * (1 - self.decay) / total.clamp_min(1)
-        drift = pair_drift(self._target(), others, eps.to(law)[:, None, None])
-        if self.training:
-            self._take(law, stratum)
-        share = rank_count() * counts / total.clamp_min(1)  # 1 where all ranks have as many
-        return -(share.to(law)[:, None, None] * drift * written).sum() / len(self.lags)
+        law, total = self._of_all_ranks(written.detach(), counts, self._calls * len(self.generated) + stratum)
+        finite = law.sum().isfinite()
+        # Only the CPU can look at the number without waiting. The ranks have met before: all of them stop.
+        if can_be_read(finite) and not finite:
+            more = ", another rank has failed, or the ranks differ in stratum or number of calls"
+            raise fail(
+                f"logits contain NaN or infinities{more if rank_count() > 1 else ''}; no law was changed.",
+                "Mend the batch, or leave it out on all ranks.",
+                logits=logits,
+            )
 
-    def _written(
+        # 2. Both laws take the batch in. Q is meant as the calls before have left it.
+        others = torch.where(self.generated_weight[stratum] == 0, law, self.generated[stratum])
+        if self.training:
+            self.observe(clean_ids, attention_mask=corrupted.text)
+            self._take(law.masked_fill_(~finite, 0), stratum, finite)
+        del law  # where every pair has a cell, it is large
+
+        # 3. The gradient flows through q alone. Its weight is 1 / total on every rank, so that the mean over ranks is
+        # the loss of the whole batch.
+        eps = self.smoothing * (1 - self.decay) / total.clamp_min(1)
+        drift = pair_drift(self._target(), others, self._by_lag(eps).to(others))
+        weight = rank_count() / total.clamp_min(1).to(written) / len(self.lags)
+        loss = -((drift * written).flatten(1).sum(dim=1) * weight).sum()
+        return torch.where(finite, loss, torch.nan)  # also where the failure is that of another rank
+
+    @torch.no_grad()
+    def observe(self, ids: Tensor, *, attention_mask: Tensor | None = None) -> None:
+        """Count real text (B, L) into P: of the whole corpus, say, before training. Every call weighs by its n-grams.
+
+        Args:
+            ids: Token ids (B, L).
+            attention_mask: Positions that are text, (B, L); all by default.
+
+        Raises:
+            TokenDriftError: If the ids or the mask do not fit.
+        """
+        ids = check_ids("ids", ids, self.vocab_size).long()
+        text = None if attention_mask is None else check_mask("attention_mask", attention_mask, ids.shape)
+        # Counted rather than multiplied: one-hot vectors of a corpus would fill the memory.
+        sums = torch.zeros_like(self.real)
+        for of_lag, lag in zip(sums, self.lags, strict=True):
+            cells = self.law.cells(windows(ids, self.law.order, lag)).flatten()
+            of_lag.view(-1).scatter_add_(0, cells, self._whole(ids, text, lag).flatten().to(sums))
+        self._take_real(sums, self._counts(ids, text))
+
+    def _take_real(self, sums: Tensor, counts: Tensor) -> None:
+        """Take the sums of real text on this rank, of so many n-grams at each lag, into P."""
+        law, total = self._of_all_ranks(sums, counts)
+        self.real_weight += total
+        share = total / self.real_weight.clamp_min(1)
+        self.real.lerp_(law, self._by_lag(share).to(law))
+
+    def total_variation(self) -> Tensor:
+        """Return half the summed absolute difference between P and Q, (S, G): how far the generated law is off.
+
+        It lies in [0, 1]. That of buckets is at most that of the n-grams.
+        """
+        return (self._target() - self.generated).abs().flatten(2).sum(dim=-1) / 2
+
+    def divergence(self) -> Tensor:
+        r"""Return :math:`2\,\mathrm{KL}(P \,\Vert\, (P + Q) / 2)` in nats, (S, G): the scalar that the drift descends.
+
+        Its gradient with respect to Q is minus the drift at :math:`\epsilon = 0`, up to a constant. It is convex in Q,
+        0 only where Q = P, and 2 log 2 where the laws have nothing in common.
+        """
+        real, both = self._target(), self._target() + self.generated
+        cells = torch.xlogy(2 * real, 2 * real) - torch.xlogy(2 * real, both)
+        return cells.flatten(2).sum(dim=-1)
+
+    def _checked(
         self,
         logits: Tensor,
         clean_ids: Tensor,
@@ -231,20 +292,18 @@ class PairDriftLoss(nn.Module):
         predicted: Tensor | None,
         attention_mask: Tensor | None,
         stratum: int,
-    ) -> tuple[Tensor, Tensor]:
-        """Check the input; return the number of pairs at each lag, (G,), and the law that will be written, (G, K, K).
-
-        The law has a gradient.
-        """
-        if self.training:
+    ) -> tuple[Tensor, Corrupted]:
+        """Return the arguments of `forward` once they have been checked."""
+        if self.training and not torch.compiler.is_compiling():
             refuse_recomputation("the laws")
         check_tensor("logits", logits, ("B", "L", "V"))
         if logits.shape[2] != self.vocab_size:
             raise fail(f"logits must have V = {self.vocab_size} entries.", logits=logits)
         clean_ids = check_ids("clean_ids", clean_ids, self.vocab_size, like=logits)
         check_same_device("logits", logits, laws=self.real, clean_ids=clean_ids, noisy_ids=noisy_ids)
-        if logits.shape[1] <= max(self.lags):
-            raise fail(f"sequences must be longer than the largest lag, {max(self.lags)}.", logits=logits)
+        reach = (self.law.order - 1) * max(self.lags)
+        if logits.shape[1] <= reach:
+            raise fail(f"sequences must be longer than an n-gram at the largest lag, {reach}.", logits=logits)
         if not 0 <= check_count("stratum", stratum) < len(self.generated):
             raise fail(f"stratum must lie in 0 to {len(self.generated) - 1}.", stratum=stratum)
         if noisy_ids is not None:
@@ -256,33 +315,7 @@ class PairDriftLoss(nn.Module):
         elif predicted is not None:
             raise fail("predicted was given without noisy_ids.", "Pass noisy_ids=x_t.")
         text = None if attention_mask is None else check_mask("attention_mask", attention_mask, logits.shape[:2])
-
-        chances = self._chances(logits)
-        if predicted is not None and noisy_ids is not None:
-            chances = self._observed(chances, noisy_ids, predicted)
-        counts = self._counts(clean_ids, text)
-        return counts, self._pairs(chances, text, counts)
-
-    @torch.no_grad()
-    def observe(self, ids: Tensor, *, attention_mask: Tensor | None = None) -> None:
-        """Count real text (B, L) into P: of the whole corpus, say, before training. Every call weighs by its pairs."""
-        ids = check_ids("ids", ids, self.vocab_size)
-        text = None if attention_mask is None else check_mask("attention_mask", attention_mask, ids.shape)
-        kinds, size, found = self._kinds(ids), self.real.shape[-1], []
-        for lag in self.lags:  # counted rather than multiplied: one-hot vectors of a corpus would fill the memory
-            cells = kinds[:, :-lag] * size + kinds[:, lag:]
-            cells = cells.flatten() if text is None else cells[text[:, :-lag] & text[:, lag:]]
-            found.append(cells.bincount(minlength=size * size).view(size, size).to(self.real))
-        counts = self._counts(ids, text)
-        here = torch.stack(found).div_(counts.clamp_min(1).to(self.real)[:, None, None])
-        law, total = _of_all_ranks(here, counts)
-        self.real_weight += total
-        share = total / self.real_weight.clamp_min(1)
-        self.real.lerp_(law, share.to(law)[:, None, None])
-
-    def total_variation(self) -> Tensor:
-        """Return half the summed absolute difference between P and Q, (S, G): how far the generated pairs are off."""
-        return (self._target() - self.generated).abs().sum(dim=(-1, -2)) / 2
+        return clean_ids, Corrupted(noisy_ids, predicted, text, self.mask_id)
 
     def _target(self) -> Tensor:
         """Return P with its backoff."""
@@ -291,69 +324,49 @@ class PairDriftLoss(nn.Module):
         first, second = self.real.sum(dim=2, keepdim=True), self.real.sum(dim=1, keepdim=True)
         return (1 - self.backoff) * self.real + self.backoff * first * second
 
-    def _take(self, pairs: Tensor, stratum: int) -> None:
-        """Move Q of a stratum toward the pairs of the batch."""
+    def _take(self, law: Tensor, stratum: int, finite: Tensor) -> None:
+        """Move Q of a stratum toward the law of the batch, unless that is not finite."""
         calls = self.generated_weight[stratum]
-        share = max(1 - self.decay, 1 / (1 + float(calls)))  # a plain mean until the window is full
-        self.generated[stratum].lerp_(pairs.to(self.generated), share)
-        self.generated_weight[stratum] += 1
+        share = (1 / (1 + calls.double())).clamp_min(1 - self.decay)  # a plain mean until the window is full
+        self.generated[stratum].lerp_(law.to(self.generated), (share * finite).to(self.generated))
+        self.generated_weight[stratum] += finite
 
-    def _chances(self, logits: Tensor) -> Tensor:
-        """Return p over classes, (B, L, K), in float32 or wider."""
-        wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        if self.mask_id is not None:
-            wide = wide.index_fill(-1, torch.tensor(self.mask_id, device=logits.device), -torch.inf)
-        return self._grouped(wide.softmax(dim=-1))
-
-    def _observed(self, chances: Tensor, ids: Tensor, predicted: Tensor) -> Tensor:
-        """Return the chances with certainty of what stands at positions that are not predicted."""
-        if predicted.all():
-            return chances
-        seen = ~predicted[..., None]
-        # Scattered: one-hot vectors, which are int64, would be the largest tensor of all.
-        return chances.masked_fill(seen, 0).scatter_add_(2, self._kinds(ids)[..., None], seen.to(chances))
-
-    def _kinds(self, ids: Tensor) -> Tensor:
-        """Return the class of each token."""
-        return ids.long() if self.classes is None else self.classes[ids.long()]
-
-    def _grouped(self, chances: Tensor) -> Tensor:
-        if self.classes is None:
-            return chances
-        return chances.new_zeros(*chances.shape[:2], self.real.shape[-1]).index_add(2, self.classes, chances)
+    def _whole(self, ids: Tensor, text: Tensor | None, lag: int) -> Tensor:
+        """Return which n-grams at a lag are text at all their positions, bool (B, N)."""
+        text = torch.ones_like(ids, dtype=torch.bool) if text is None else text
+        return torch.stack(windows(text, self.law.order, lag)).all(dim=0)
 
     def _counts(self, ids: Tensor, text: Tensor | None) -> Tensor:
-        """Return how many pairs there are at each lag, float64 (G,)."""
-        if text is None:
-            text = torch.ones_like(ids, dtype=torch.bool)
-        return torch.stack([(text[:, :-lag] & text[:, lag:]).sum() for lag in self.lags]).double()
+        """Return how many n-grams there are at each lag, float64 (G,)."""
+        return torch.stack([self._whole(ids, text, lag).sum() for lag in self.lags]).double()
 
-    def _pairs(self, chances: Tensor, text: Tensor | None, counts: Tensor) -> Tensor:
-        """Return the law of pairs at each lag, (G, K, K)."""
-        if text is not None:
-            chances = chances * text[..., None]
-        found = []
-        with exact_matmul(chances.device):
-            for lag, count in zip(self.lags, counts.clamp_min(1).to(chances), strict=True):
-                first, second = chances[:, :-lag].flatten(0, 1), chances[:, lag:].flatten(0, 1)
-                found.append(first.T @ second / count)
-        return torch.stack(found)
+    @torch.no_grad()
+    def _fail_together(self) -> None:
+        """Let the other ranks, which wait for this one, get NaN, and take part in what they do then."""
+        nothing = torch.zeros_like(self.real_weight)
+        self._of_all_ranks(torch.full_like(self.real, torch.nan), nothing, self._calls * len(self.generated))
+        if self.training and not can_be_read(nothing):  # they cannot stop, and count their real text
+            self._take_real(torch.zeros_like(self.real), nothing)
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        for name, kept in self.named_buffers(recurse=False):
-            stored = state_dict.get(prefix + name)
-            if stored is None or name == "classes":
-                continue
-            if stored.shape != kept.shape:
-                raise fail(
-                    f"the stored {name} has another shape than that of this loss.",
-                    "Build the loss with the lags, strata and classes that it was saved with.",
-                    stored=stored,
-                    here=kept,
-                )
-            if stored.device.type != "meta" and not ((stored >= 0) & stored.isfinite()).all():
-                raise fail(f"the stored {name} must be finite and nowhere below zero.", "Take an earlier checkpoint.")
-        super()._load_from_state_dict(state_dict, prefix, *args)
+    def _of_all_ranks(self, sums: Tensor, counts: Tensor, number: int = 0) -> tuple[Tensor, Tensor]:
+        """Return the mean law of the n-grams of all ranks, from the sums of this one, and how many there are, (G,).
+
+        The law is NaN if ``number`` differs between ranks.
+        """
+        ranks = rank_count()
+        if ranks > 1:
+            sums, counts = sums.clone(), torch.cat([counts, counts.new_tensor([number, number**2])])
+            distributed.all_reduce(sums)
+            distributed.all_reduce(counts)
+            counts, first, second = counts[:-2], counts[-2], counts[-1]
+            # Unless all numbers are equal, the mean of their squares is larger than the square of their mean.
+            sums = torch.where(first.square() == ranks * second, sums, torch.nan)
+        # A transform can leave less than zero where there is nothing, by rounding.
+        return (sums / self._by_lag(counts.clamp_min(1)).to(sums)).clamp_min_(0), counts
+
+    def _by_lag(self, values: Tensor) -> Tensor:
+        """Return values (G,) with axes of length 1 for the cells of a law."""
+        return values.view(-1, *[1] * len(self.law.shape))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PairDriftLoss:
         before = dict(self.named_buffers(recurse=False))
@@ -361,34 +374,38 @@ class PairDriftLoss(nn.Module):
         for name, kept in before.items():
             least = torch.float64 if name == "real_weight" else torch.float32  # it counts beyond 2^24
             now = getattr(self, name)
-            if kept.is_floating_point() and now.dtype.itemsize < least.itemsize:
+            if now.dtype.itemsize < least.itemsize:
                 setattr(self, name, kept.to(now.device))
         return self
 
-
-def _of_all_ranks(law: Tensor, counts: Tensor, number: int = 0) -> tuple[Tensor, Tensor]:
-    """Return the law (G, K, K) of the pairs of all ranks, and how many they are, (G,).
-
-    Raises:
-        TokenDriftError: On every rank, if the law of one is not finite, or if ``number`` differs between ranks.
-    """
-    ranks, total = rank_count(), counts
-    if ranks > 1:
-        law = law * counts.to(law)[:, None, None]
-        total = torch.cat([counts, counts.new_tensor([number, number**2])])
-        distributed.all_reduce(law)
-        distributed.all_reduce(total)
-        total, (first, second) = total[:-2], total[-2:].tolist()
-        if first**2 != ranks * second:  # unless all numbers are equal, the mean of their squares is larger
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        stored = state_dict.get(prefix + "real")
+        if stored is not None and stored.shape[1:] != self.law.shape:
             raise fail(
-                "ranks are at different calls of the loss, or at different strata; no law was changed.",
-                "Call the loss on every rank equally often and with the same stratum.",
+                f"the stored laws have {tuple(stored.shape[1:])} cells but those of this loss have {self.law.shape}.",
+                "Build the loss with the vocab_size, order and buckets that it was stored with. Laws over classes of "
+                "tokens, which earlier versions had, cannot be loaded.",
             )
-        law = law / total.clamp_min(1).to(law)[:, None, None]
-    # After the ranks have met: all of them stop. The sum shows what is not finite and needs no memory.
-    if not law.sum().isfinite():
-        raise fail(
-            "logits contain NaN or infinities, or another rank has failed; no law was changed.",
-            "Mend the batch, or leave it out on all ranks.",
-        )
-    return law, total
+        for name, here in self.named_buffers(recurse=False):
+            found = state_dict.get(prefix + name)
+            if found is None or found.device.type == "meta":
+                continue
+            if found.shape != here.shape:
+                raise fail(
+                    f"the stored {name} has shape {tuple(found.shape)} but that of this loss {tuple(here.shape)}.",
+                    "Build the loss with the lags and strata that it was stored with.",
+                )
+            if not ((found >= 0) & found.isfinite()).all():
+                raise fail(f"the stored {name} must be finite and nowhere below zero.", "Take an earlier checkpoint.")
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def _law(vocab_size: int, order: int, buckets: int | Literal["auto"] | None) -> ExactPairs | HashedNgrams:
+    """Return the cells of a law for the option ``buckets`` of `PairDriftLoss`."""
+    if buckets == "auto":
+        buckets = None if order == 2 and vocab_size <= LARGEST_EXACT else BUCKETS
+    if buckets is not None:
+        return HashedNgrams(vocab_size, order, check_count("buckets", buckets, least=2))
+    if order != 2:
+        raise fail("buckets must be a number for n-grams of more than 2 tokens.", "Leave it out.", order=order)
+    return ExactPairs(vocab_size)

@@ -10,12 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from arms import Arm, objective, warmup
-from tokenizers import Tokenizer
-from torch import Tensor
-
-from tokendrift.demo.cache import cached, fingerprint, place_of
-from tokendrift.demo.corpus import file_documents, split
-from tokendrift.demo.stages import (
+from cache import cached, fingerprint, place_of
+from stages import (
     EOS,
     JUDGE_WINDOW,
     LENGTH,
@@ -27,6 +23,10 @@ from tokendrift.demo.stages import (
     train_judge,
     train_tokenizer,
 )
+from tokenizers import Tokenizer
+from torch import Tensor
+
+from tokendrift.corpus import read_splits
 from tokendrift.diffusion import Process
 from tokendrift.evaluation import (
     DrawSamples,
@@ -96,7 +96,7 @@ class English:
     def __init__(self, folder: Path, files: Sequence[Path] = (), sizes: Sizes = Sizes()) -> None:
         self.folder, self.sizes = folder, sizes
         self.source = ", ".join(str(path) for path in files) or KJV
-        splits = split(file_documents(files or [cached(folder, "text", KJV, write_bible)[0] / "text.txt"]))
+        splits = read_splits(files or [cached(folder, "text", KJV, write_bible)[0] / "text.txt"])
         self.words = {name: sum(len(p.split()) for p in part) for name, part in splits._asdict().items()}
         self.key = fingerprint(splits._asdict())
 

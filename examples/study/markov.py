@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 from arms import Arm, objective, warmup
+from cache import cached
 from torch import Tensor
 
-from tokendrift.demo.cache import cached
 from tokendrift.diffusion import Process
 from tokendrift.evaluation import validation_nelbo
 from tokendrift.markov import ExactDenoiser, MarkovLanguage, few_step

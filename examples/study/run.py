@@ -27,8 +27,8 @@ import report
 import torch
 import typer
 from arms import BASE, CONTINUATION, LONGER, MAIN, OUR_ABLATIONS, PAPER_ABLATIONS, Arm
+from cache import cached, place_of
 
-from tokendrift.demo.cache import cached, place_of
 from tokendrift.models import load_denoiser, save_denoiser
 
 SEEDS = (0, 1, 2)

@@ -1,1 +1,6 @@
-"""The main job: refine a small real model on real text and show what it does."""
+"""The demo: refine a small model on real English, and compare it with ordinary training at equal entropy."""
+
+from tokendrift.demo.demonstration import DemoConfig, PretrainedJudge, run_demo
+from tokendrift.demo.shipped import PRETRAINED, pretrained_path
+
+__all__ = ["PRETRAINED", "DemoConfig", "PretrainedJudge", "pretrained_path", "run_demo"]

@@ -281,7 +281,7 @@ def _windows(documents: list[str], tokenizer: Any, process: Process, length: int
 
 
 def _default_documents() -> list[str]:
-    """Return prose of CPython's documentation that the demo's own models were not trained on."""
-    from tokendrift.demo.corpus import python_documents, split
+    """Return prose of CPython's documentation that the shipped models were not trained on."""
+    from tokendrift.corpus import read_splits
 
-    return split(python_documents()).held_out
+    return read_splits().held_out

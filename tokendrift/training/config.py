@@ -28,6 +28,7 @@ from tokendrift.training.settings import (
 )
 
 DEFAULT_OBJECTIVE = "drift"
+RETIRED = frozenset(("pair_classes",))  # settings of earlier versions, which are read and have no effect
 
 
 @dataclass(frozen=True)
@@ -184,7 +185,7 @@ class RefineConfig(Settings):
             TokenDriftError: For an unknown name (the nearest one is named), or a value that cannot work.
         """
         check_setting_names(settings)
-        given = {name: value for name, value in settings.items() if value is not None}
+        given = {name: value for name, value in settings.items() if value is not None and name not in RETIRED}
         objective = given.get("objective", DEFAULT_OBJECTIVE)
         if not isinstance(objective, ObjectiveConfig):
             chosen = objective_class(objective)
@@ -251,7 +252,7 @@ def check_setting_names(settings: Iterable[str]) -> None:
     names = [field.name for field in dataclasses.fields(RefineConfig)]
     names += [name for name in all_setting_types() if name not in names]
     for name in settings:
-        if name not in names:
+        if name not in names and name not in RETIRED:
             near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
             hint = f"; the nearest is {near[0]!r}." if near else f"; known are {', '.join(names)}."
             raise fail(f"unknown key {name!r}{hint}")

@@ -14,7 +14,7 @@ from tokendrift._checks import check_count, check_positive, fail
 from tokendrift.diffusion import Mixture, Process
 from tokendrift.loss import TokenDriftLoss
 from tokendrift.modes import evaluation_mode
-from tokendrift.pairs import PairDriftLoss, frequent_first_classes
+from tokendrift.pairs import PairDriftLoss
 from tokendrift.sampling import Chain, sample
 from tokendrift.training.objectives.continuation import Continuation
 from tokendrift.training.objectives.objective import (
@@ -112,6 +112,7 @@ class OwnTrajectories(StatefulObjective):
         if log and isinstance(self.drift, PairDriftLoss):
             met = self.drift.generated_weight > 0  # a law without any text yet has no distance
             logs["total_variation"] = self.drift.total_variation()[met].mean()
+            logs["divergence"] = self.drift.divergence()[met].mean()
         # 3. Add the NELBO on corrupted real text.
         if self.base_weight:
             base = Continuation(self.process, self.generator, self.share)(model, x0)
@@ -185,8 +186,8 @@ class PairsConfig(ObjectiveConfig):
         chains: Numbers of steps of the chains.
         base_weight: Weight of the NELBO beside the loss; 0 leaves it out.
         pair_decay: Share, in [0, 1), that the law of generated pairs keeps at each micro-batch.
-        pair_classes: Largest number of token classes in the laws of pairs. In a larger vocabulary, rare tokens share
-            classes (`frequent_first_classes`).
+        pair_buckets: Number of buckets of the laws of pairs. By default every pair has an entry of its own if there
+            are at most 4,096 tokens, and a law has 65,536 buckets if there are more.
         pair_sequences: Number of sequences of the text whose pairs are counted before the first step. Pairs of the
             training batches are counted in any case.
     """
@@ -195,7 +196,7 @@ class PairsConfig(ObjectiveConfig):
     chains: tuple[int, ...] = (2, 4)
     base_weight: float = 0.1
     pair_decay: float = 0.95
-    pair_classes: int = 4096
+    pair_buckets: int | None = None
     pair_sequences: int = 4096
 
     def __post_init__(self) -> None:
@@ -207,16 +208,16 @@ class PairsConfig(ObjectiveConfig):
         if self.base_weight:
             check_positive("base_weight", self.base_weight)
         check_fraction("pair_decay", self.pair_decay)
-        check_count("pair_classes", self.pair_classes, least=2)
+        if self.pair_buckets is not None:
+            check_count("pair_buckets", self.pair_buckets, least=2)
         check_count("pair_sequences", self.pair_sequences)
 
     def build(self, setup: ObjectiveSetup) -> OwnTrajectories:
-        size = setup.process.vocab_size
         drift = PairDriftLoss(
-            size,
+            setup.process.vocab_size,
             strata=len(chain_positions(setup.process, self.chains)),
             decay=self.pair_decay,
-            classes=frequent_first_classes(size, self.pair_classes) if size > self.pair_classes else None,
+            buckets="auto" if self.pair_buckets is None else self.pair_buckets,
             mask_id=setup.process.mask_id,
         )
         options: dict[str, Any] = {"generator": setup.generator, "share": setup.share}

@@ -1,33 +1,21 @@
-"""What the demo is made of: text, tokenizer, judge, base, continuation, refinement."""
+"""The parts that every comparison on real English needs: tokenizer, encoded text, base and judge."""
 
 from __future__ import annotations
 
-import dataclasses
 import json
-import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from tokendrift._checks import check_choice, check_count, fail
-from tokendrift.demo.corpus import Splits, file_documents, python_documents, split
+from tokendrift._checks import fail
+from tokendrift.corpus import Splits
 from tokendrift.diffusion import MaskedDiffusion, Process, UniformDiffusion
 from tokendrift.evaluation import validation_nelbo
-from tokendrift.loss import TokenDriftLoss
 from tokendrift.models import DiT, DiTConfig, save_denoiser
-from tokendrift.training import (
-    Continuation,
-    Denoising,
-    Drift,
-    LoopConfig,
-    Objective,
-    StepLoss,
-    train,
-    windows,
-)
+from tokendrift.training import Continuation, Denoising, LoopConfig, StepLoss, train, windows
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -37,62 +25,19 @@ EOS = 0
 VOCABULARY = 1024  # BPE entries; the masked process adds one for its mask
 LENGTH = 32  # tokens a sequence, about 16 words
 JUDGE_WINDOW = 64  # longer than LENGTH: a decoded sample may come back as a few more tokens
-PROCESSES = ("uniform", "masked")
-PRETRAINED = Path(__file__).parent / "pretrained"
 
 OnStep = Callable[[int], object]
 
 
-@dataclasses.dataclass(frozen=True)
-class DemoConfig:
-    """Everything a run of the demo depends on, apart from the text.
-
-    Attributes:
-        process: ``"uniform"`` (DUO) or ``"masked"`` (MDLM).
-        steps: Optimiser steps of each continuation.
-        seeds: Continuations are repeated with this many seeds.
-        samples: Sequences sampled for each row of the table.
-        nfes: Function evaluations of the sampler.
-        base_steps: Steps of a base trained from scratch.
-        judge_steps: Steps of a judge trained from scratch.
-        learning_rate: Peak rate of both continuations.
-        base_weight: Weight of the NELBO beside the drift loss; 0 as in the paper.
-        queue_size: Features in each queue.
-        window: Positions pooled into one feature; the length of a sequence is the paper's choice. Windows give
-            the field many more points a batch, and points that depend on which words stand together.
-        encoder_time: Diffusion time that the frozen encoder is told where it is time-conditioned; 0 is clean.
-    """
-
-    process: Literal["uniform", "masked"] = "uniform"
-    steps: int = 800
-    seeds: int = 1
-    samples: int = 384
-    nfes: tuple[int, ...] = (4, 8, 16, 32)
-    base_steps: int = 8000
-    judge_steps: int = 2500
-    learning_rate: float = 2.5e-4
-    base_weight: float = 0.0
-    queue_size: int = 2048
-    window: int = 2
-    encoder_time: float = 0.5
-
-    def __post_init__(self) -> None:
-        check_choice("process", self.process, PROCESSES)
-        for name in ("steps", "seeds", "samples", "base_steps", "judge_steps", "window"):
-            check_count(name, getattr(self, name), least=1)
-        if LENGTH % self.window:
-            raise fail(f"window must divide the length of a sequence, {LENGTH}.", window=self.window)
-
-
 class Corpus(NamedTuple):
-    """Text as the demo uses it.
+    """Text as models are trained and measured on it.
 
     Attributes:
-        tokenizer: Byte-level BPE.
+        tokenizer: Byte-level BPE of `VOCABULARY` entries.
         denoiser: Token stream of the denoiser's split, int64 (n,).
         judge: Token stream of the judge's split.
-        held_out: Windows of real text that nothing was trained on, (512, L).
-        unigram_entropy: Of the denoiser's split, nats: what a model without context reaches.
+        held_out: Windows of real text that nothing was trained on, int64 (512, L).
+        unigram_entropy: Entropy of the tokens of the denoiser's split in nats, which a model without context reaches.
     """
 
     tokenizer: Tokenizer
@@ -102,14 +47,12 @@ class Corpus(NamedTuple):
     unigram_entropy: float
 
 
-def read_text(files: Iterable[Path]) -> Splits:
-    """Return the splits of the user's files, or of the text that CPython carries if there are none."""
-    files = list(files)
-    return split(file_documents(files) if files else python_documents())
-
-
 def train_tokenizer(splits: Splits) -> Tokenizer:
-    """Build a byte-level BPE of `VOCABULARY` entries on the two training splits."""
+    """Train a byte-level BPE of `VOCABULARY` entries on the two training splits.
+
+    Raises:
+        TokenDriftError: If the text gives fewer entries.
+    """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE())
@@ -131,7 +74,7 @@ def train_tokenizer(splits: Splits) -> Tokenizer:
 
 
 def encode(splits: Splits, tokenizer: Tokenizer) -> Corpus:
-    """Tokenise the splits; paragraphs are joined by the end-of-text token."""
+    """Tokenise the splits. An end-of-text token stands after each paragraph."""
 
     def stream(paragraphs: list[str]) -> Tensor:
         ids: list[int] = []
@@ -146,7 +89,7 @@ def encode(splits: Splits, tokenizer: Tokenizer) -> Corpus:
 
 
 def make_process(name: str) -> Process:
-    """Return the corruption process over the demo's vocabulary."""
+    """Return the corruption process, ``"uniform"`` or ``"masked"``, over the vocabulary."""
     return UniformDiffusion(VOCABULARY) if name == "uniform" else MaskedDiffusion(VOCABULARY + 1)
 
 
@@ -216,7 +159,7 @@ def load_judge(folder: Path) -> GPT2LMHeadModel:
 
 
 def check_base(model: nn.Module, process: Process, corpus: Corpus) -> float:
-    """Return the base's held-out NELBO in nats per token; refuse one that knows only unigrams.
+    """Return the held-out NELBO of a base in nats per token, and refuse a base that knows only unigrams.
 
     Raises:
         TokenDriftError: If the NELBO is not at least 0.3 nats below the unigram entropy.
@@ -229,41 +172,3 @@ def check_base(model: nn.Module, process: Process, corpus: Corpus) -> float:
             "Pass more text, or train the base for longer.",
         )
     return nelbo
-
-
-class Trained(NamedTuple):
-    """A continued model and the curves of its training."""
-
-    model: DiT
-    records: list[dict[str, float]]
-
-
-def continue_base(
-    base: DiT,
-    process: Process,
-    corpus: Corpus,
-    config: DemoConfig,
-    arm: Literal["continuation", "drift"],
-    *,
-    seed: int,
-    on_step: OnStep | None = None,
-) -> Trained:
-    """Continue a copy of the base; both arms see the same batches, times, steps and optimiser.
-
-    Dropout is off in both.
-    """
-    model = DiT(dataclasses.replace(base.config, dropout=0.0))
-    model.load_state_dict(base.state_dict())
-    generator = torch.Generator().manual_seed(10 + seed)
-    objective: Objective
-    if arm == "continuation":
-        objective = Continuation(process, generator)
-    else:
-        level = process.sigma(torch.tensor(config.encoder_time)).item() if base.time_conditioned else 0.0
-        drift = TokenDriftLoss.from_encoder(
-            base, window=config.window, sigma=level, queue_size=config.queue_size, mask_id=process.mask_id
-        )
-        objective = Drift(process, drift, config.base_weight, generator)
-    loop = LoopConfig(config.steps, learning_rate=config.learning_rate, warmup=min(50, math.ceil(config.steps / 10)))
-    batches = windows(corpus.denoiser, LENGTH, loop.batch_size, seed=100 + seed)
-    return Trained(model, train(model, objective, batches, loop, on_step=on_step))

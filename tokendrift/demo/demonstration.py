@@ -1,0 +1,290 @@
+"""Two refinements of one model, samples of both in few steps, and one report that compares them."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+
+import tokendrift
+from tokendrift._checks import check_choice, check_count, fail
+from tokendrift.corpus import read_splits
+from tokendrift.demo.shipped import PRETRAINED
+from tokendrift.evaluation.plots import require_matplotlib
+from tokendrift.evaluation.report import EvaluateConfig, EvaluationReport, as_json, evaluate_files, page
+from tokendrift.files import write_atomically
+from tokendrift.training import RefineConfig, make_config, refine
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+
+    from tokendrift.evaluation import Measures
+    from tokendrift.evaluation.matching import MatchedEntropy
+
+PROCESSES = ("uniform", "masked")
+OBJECTIVES = ("drift", "pairs")
+REFINED, CONTINUED = "TokenDrift", "continuation"
+END_OF_TEXT = "<eos>"  # stands between paragraphs in what the models were trained on
+EXAMPLES = 3  # samples of each model in the terminal
+SIZES: dict[str, dict[str, Any]] = {
+    "quick": {"steps": 8, "samples": 32, "nfes": (4,)},
+    "default": {"steps": 150, "samples": 192, "nfes": (4, 16)},
+    "full": {"steps": 800, "samples": 384, "nfes": (4, 8, 16, 32)},
+}
+
+
+class PretrainedJudge(NamedTuple):
+    """A causal language model that scores the samples.
+
+    Attributes:
+        model: Hub id or folder.
+        tokenizer: Hub id, folder or ``tokenizer.json``. Default: the model's own.
+    """
+
+    model: str
+    tokenizer: str | None = None
+
+
+@dataclass(frozen=True)
+class DemoConfig:
+    """What a run of the demo depends on.
+
+    Attributes:
+        process: Corruption process of the model to refine: ``"uniform"`` (as DUO) or ``"masked"`` (as MDLM).
+            Default: ``"uniform"``.
+        objective: ``"drift"`` for the loss of the paper, ``"pairs"`` for the drift of token pairs on the model's own
+            chains. Default: ``"drift"``.
+        text: UTF-8 text files to refine on. Default: the documentation that CPython carries.
+        models: Folder that holds the models ``masked``, ``uniform`` and ``judge``. Default: those of the package.
+        judges: Judges of the samples, each of which gives a report of its own. Default: the judge among ``models``.
+        output: Folder for the report, the refined models and the samples. Default: ``demo-output``.
+        steps: Optimiser steps of each refinement. Default: 150.
+        samples: Samples of each model at each number of function evaluations. Default: 192.
+        nfes: Numbers of function evaluations. Default: 4 and 16.
+        window: Tokens that the drift pools into one feature. Default: 2; the paper pools whole sequences.
+        seed: Random seed of the refinements, the samples and the bootstrap. Default: 0.
+    """
+
+    process: str = "uniform"
+    objective: str = "drift"
+    text: tuple[Path, ...] = ()
+    models: Path = PRETRAINED
+    judges: tuple[PretrainedJudge, ...] = ()
+    output: Path = Path("demo-output")
+    steps: int = SIZES["default"]["steps"]
+    samples: int = SIZES["default"]["samples"]
+    nfes: tuple[int, ...] = SIZES["default"]["nfes"]
+    window: int = 2
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_choice("process", self.process, PROCESSES)
+        check_choice("objective", self.objective, OBJECTIVES)
+        for name, least in (("steps", 1), ("samples", 2), ("window", 1), ("seed", 0)):
+            check_count(name, getattr(self, name), least=least)
+        for name in (self.process, "judge"):
+            if not (self.models / name).is_dir():
+                raise fail(f"models must be a folder that holds {name}.", "See docs/demo.md.", models=str(self.models))
+
+    def refinement(self, text: Path, output: Path) -> RefineConfig:
+        """Return the configuration of the refinement and of the matched continuation.
+
+        Args:
+            text: File of paragraphs to train on.
+            output: Folder for the two models.
+        """
+        values: dict[str, Any] = {"objective": self.objective, "learning_rate": 5e-4}
+        if self.objective == "drift":
+            values |= {"window": self.window, "queue_size": 2048, "learning_rate": 2.5e-4}
+            # An encoder that is told the middle of diffusion time reads the context more than at clean time.
+            values |= {"encoder_time": 0.5} if self.process == "uniform" else {}
+        return make_config(
+            values={
+                **values,
+                "checkpoint": str(self.models / self.process),
+                "baseline": True,
+                "text": (str(text),),
+                "documents": "paragraph",
+                "wrap": False,
+                "output": str(output),
+                "steps": self.steps,
+                "batch_size": 64,
+                "micro_batch": 64,
+                "warmup": min(50, -(-self.steps // 10)),
+                "schedule": "cosine",
+                "betas": (0.9, 0.98),
+                "ema": 0.99,
+                "dropout": 0.0,
+                "seed": self.seed,
+                "checkpoint_every": 50,
+                "keep": 1,
+                "evaluate_nfe": (),
+                "evaluate_samples": 2,
+                "tensorboard": False,
+            }
+        )
+
+
+def run_demo(config: DemoConfig, console: Console) -> list[EvaluationReport]:
+    """Refine, sample and measure; write ``report.html`` and ``results.json`` into the output folder.
+
+    Run again after an interruption, it goes on from the last checkpoint of a refinement and from the samples that were
+    drawn. Runs with other settings have other folders below the output.
+
+    Args:
+        config: What to do.
+        console: Where progress is shown.
+
+    Returns:
+        One report for each judge.
+
+    Raises:
+        TokenDriftError: If a file cannot be read or written, or the text is too short.
+    """
+    require_matplotlib()
+    # 1. Text: one split to refine on, and one that neither the models nor the judge were trained on.
+    with console.status("reading the text"):
+        splits = read_splits(config.text)
+    folder = config.output / f"{config.process}-{_digest(config, splits)}"
+    train, held_out = folder / "train.txt", folder / "held-out.txt"
+    write_atomically(train, "\n\n".join(splits.denoiser))
+    write_atomically(held_out, END_OF_TEXT.join(splits.held_out))
+
+    # 2. The refinement, after the base's own objective on the same batches for as many steps.
+    console.print(f"Training the {CONTINUED}, then {REFINED}, {config.steps} steps each.", highlight=False)
+    refined = refine(config.refinement(train, folder / "refined")).folder
+
+    # 3. Samples of both, beside held-out text; the continuation also at the temperatures of equal entropy.
+    reports = []
+    for judge in config.judges or (PretrainedJudge(str(config.models / "judge")),):
+        evaluation = EvaluateConfig(
+            checkpoint=(f"{REFINED}={refined}", f"{CONTINUED}={refined / CONTINUED}"),
+            baseline=CONTINUED,
+            nfe=config.nfes,
+            n=config.samples,
+            keep=str(folder / "samples"),
+            real=str(held_out),
+            training_text=str(train),
+            tokenizer=str(config.models / config.process),
+            judge=judge.model,
+            judge_tokenizer=judge.tokenizer,
+            seed=config.seed,
+            batch_size=64,
+        )
+        with console.status("sampling and judging") as status:
+            reports.append(evaluate_files(evaluation, progress=status.update))
+
+    # 4. The numbers, and a page for each judge.
+    results = [as_json(report.to_dict()) for report in reports]
+    write_atomically(config.output / "results.json", json.dumps(results, indent=2, allow_nan=False) + "\n")
+    for number, report in enumerate(reports, start=1):
+        write_atomically(config.output / f"report{'' if number == 1 else f'-{number}'}.html", page(report))
+    return reports
+
+
+def show(reports: Sequence[EvaluationReport], config: DemoConfig, console: Console) -> None:
+    """Print the table of each judge and some samples, and end with the verdict of each judge."""
+    from rich.padding import Padding
+    from rich.text import Text
+
+    for report in reports:
+        console.print(table(report))
+        console.print(
+            f"Judge: {judge_name(report)}. Brackets hold {report.level} intervals by resampling. NFE is the number of "
+            "function evaluations, T the sampling temperature. Entropies are in nats, of the tokens of a sample and "
+            f"of all tokens together. Rows with an equals sign show the {CONTINUED} at the temperature that gives it "
+            f"that entropy of {REFINED}.",
+            style="dim",
+            highlight=False,
+        )
+    console.print(f"\nThe first {EXAMPLES} samples of each model at the most function evaluations, beside real text:")
+    for name, texts in examples(reports[0]).items():
+        console.print(f"\n{name}", style="bold", highlight=False, markup=False)
+        for text in texts:
+            console.print(Padding(Text(text), (0, 0, 0, 2)))
+    console.print(f"\nReport: {config.output / 'report.html'}", highlight=False, soft_wrap=True)
+    for report in reports:
+        console.print(verdict(report), highlight=False, markup=False, soft_wrap=True)
+
+
+def table(report: EvaluationReport) -> Table:
+    """Return the table for the terminal, at most 100 columns wide, with the rows at equal entropy."""
+    from rich.box import HORIZONTALS
+    from rich.table import Table
+
+    view = Table(title="Samples beside real text", box=HORIZONTALS, show_edge=False, pad_edge=False)
+    for heading in ("", "NFE", "T", "Gen.-PPL", "sample\nentropy", "unigram\nentropy", "distinct\n3-grams"):
+        view.add_column(heading, justify="right" if heading else "left", no_wrap=heading != "Gen.-PPL")
+
+    def add(name: str, temperature: float | None, measures: Measures) -> None:
+        ppl, others = measures.gen_ppl, (measures.sample_entropy, measures.unigram_entropy, measures.distinct_3)
+        view.add_row(
+            name,
+            "" if measures.nfe is None else str(measures.nfe),
+            "" if temperature is None else f"{temperature:.2f}",
+            f"{ppl.estimate:.1f} ({ppl.low:.1f} to {ppl.high:.1f})",
+            *(f"{figure.estimate:.3f}" for figure in others),
+        )
+
+    for name, measures, row in report.entries():
+        if row is None:
+            view.add_section()
+        add(report.model(name), None if row is None else 1.0, measures)
+    view.add_section()
+    for _, _, found in report.matched:
+        add(f"{CONTINUED} = {found.kind}", found.temperature, found.baseline)
+    return view
+
+
+def judge_name(report: EvaluationReport) -> str:
+    """Return the name of a judge without the folder that it lies in."""
+    return Path(report.evaluation.rows[0].measures.perplexity.judge).name
+
+
+def examples(report: EvaluationReport) -> dict[str, list[str]]:
+    """Return the first samples of each model at its most function evaluations, and of real text."""
+    # Rows of a model follow one another by rising NFE, so that its last row replaces those before.
+    chosen = {report.model(name): texts for name, texts in report.texts.items()}
+    return {
+        name: [" ".join(text.replace(END_OF_TEXT, " ").split()) for text in texts[:EXAMPLES]]
+        for name, texts in chosen.items()
+    }
+
+
+def verdict(report: EvaluationReport) -> str:
+    """Return in words how the refined model compares with the continuation, at the fewest function evaluations.
+
+    Gen.-PPL alone decides nothing, since a lower temperature lowers it without any training. So the comparison is
+    that at equal sample entropy and at equal unigram entropy.
+    """
+    matched = [one.found for one in report.matched if report.model(one.name) == REFINED]
+    nfe = min(found.model.nfe or 0 for found in matched)
+    sentences = "; ".join(_sentence(found) for found in matched if (found.model.nfe or 0) == nfe)
+    return f"Verdict at {nfe} NFE (judge: {judge_name(report)}): {sentences}."
+
+
+def _sentence(found: MatchedEntropy) -> str:
+    """Return one comparison with the continuation in words."""
+    ratio = f"Gen.-PPL ratio {found.ratio.estimate:.2f}, {found.ratio.low:.2f} to {found.ratio.high:.2f}"
+    if found.matched:
+        result = {"better": "better than", "worse": "worse than"}.get(found.verdict(), "not distinguishable from")
+        return f"at equal {found.kind} entropy {REFINED} is {result} the {CONTINUED} ({ratio})"
+    rest = found.entropy_difference.estimate
+    return (
+        f"the {CONTINUED} does not reach the {found.kind} entropy of {REFINED}, so that nothing is claimed (at the "
+        f"nearest temperature {ratio}, with {abs(rest):.3f} nats of entropy {'more' if rest > 0 else 'less'})"
+    )
+
+
+def _digest(config: DemoConfig, splits: object) -> str:
+    """Return eight hex digits that differ for runs with other settings, versions or text."""
+    settings = {**dataclasses.asdict(config), "output": None, "judges": None}
+    known = [settings, tokendrift.__version__, torch.__version__, splits]
+    return hashlib.sha256(json.dumps(known, default=str, sort_keys=True).encode()).hexdigest()[:8]
