@@ -19,6 +19,7 @@
 #   PIP_FLAGS    pip options for every other step
 #   ARGS         arguments of `tokendrift demo` or of the study, such as ARGS=--quick
 #   PYTEST_ARGS  arguments of pytest
+#   JOBS         processes that run the tests: a number, or auto (the default) for one for each core
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -27,6 +28,7 @@ TORCH_FLAGS ?=
 PIP_FLAGS ?=
 ARGS ?=
 PYTEST_ARGS ?=
+JOBS ?= auto
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
@@ -68,7 +70,7 @@ lint: setup
 	$(BIN)/mypy
 
 test: lint
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(BIN)/python -m pytest --numprocesses $(JOBS) --maxprocesses 8 --dist loadfile $(PYTEST_ARGS)
 
 test-slow: setup
 	$(BIN)/python -m pytest -m 'slow or statistical' $(PYTEST_ARGS)

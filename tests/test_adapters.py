@@ -82,8 +82,8 @@ def test_a_module_that_returns_bare_logits_serves_too():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"vocab_size": 5}, r"mask_id is neither passed nor an attribute mask_token_id[\s\S]*Pass mask_id="),
-        ({"mask_id": 4}, "vocab_size is neither passed nor"),
+        ({"vocab_size": 5}, r"mask_id was not passed, and is not an attribute mask_token_id[\s\S]*Pass mask_id="),
+        ({"mask_id": 4}, "vocab_size was not passed, and is not"),
         ({"mask_id": 5, "vocab_size": 5}, r"mask_id must lie in \[0, V\)"),
     ],
 )
@@ -140,5 +140,5 @@ def test_a_time_conditioned_one_needs_one_sigma_a_row(backbone, sigma):
 def test_scores_and_next_token_models_are_refused(kind):
     module = OfficialModule(DiT(DiTConfig(13, 8, 16, 4, 1, 2)), time_conditioning=True)
     module.parameterization = kind
-    with pytest.raises(TokenDriftError, match=rf"parameterization '{kind}': its output is no distribution"):
+    with pytest.raises(TokenDriftError, match=rf"parameterization '{kind}': its output is not a distribution"):
         OfficialDenoiser(module)

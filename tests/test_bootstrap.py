@@ -141,8 +141,8 @@ def test_a_perplexity_too_large_for_floats_still_has_a_ratio():
         (lambda: bootstrap_interval(torch.mean, torch.ones(3)), r"values \(R,\) = \(1,\)"),
         (lambda: bootstrap_interval(mean, torch.ones(3), level=1.0), "level must lie between 0 and 1"),
         (lambda: bootstrap_interval(mean, torch.ones(3), resamples=0), "resamples must be an integer of at least 1"),
-        (lambda: perplexity_ratio_interval(corpus(), corpus(protocol="mdlm")), "they do not compare"),
-        (lambda: perplexity_ratio_interval(corpus(4), corpus(5), paired=True), "as many samples of a as of b"),
+        (lambda: perplexity_ratio_interval(corpus(), corpus(protocol="mdlm")), "the two cannot be compared"),
+        (lambda: perplexity_ratio_interval(corpus(4), corpus(5), paired=True), "equally many samples of a and b"),
     ],
 )
 def test_what_cannot_be_resampled_is_named(call, says):

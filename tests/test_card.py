@@ -17,7 +17,7 @@ def card(judge=None, rows=(), **changes):
 
 
 def test_without_an_average_the_weights_are_the_last_ones():
-    assert "moving average of those in training\n(decay 0.999)." in card()
+    assert "moving average of the weights during training\n(decay 0.999)." in card()
     assert "The weights are those of the last step." in card(ema=0.0)
     assert "moving average" not in card(ema=0.0)
 

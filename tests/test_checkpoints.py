@@ -176,7 +176,7 @@ def test_shards_and_their_index_load_like_one_file(tmp_path, official):
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": files}))
     numbers.assert_matches(load_denoiser(tmp_path)[0](numbers["input_ids"], numbers["sigma"]), key)
     (tmp_path / "model-00002-of-00002.safetensors").unlink()
-    with pytest.raises(TokenDriftError, match=r"shards that are not there: model-00002-of-00002\.safetensors"):
+    with pytest.raises(TokenDriftError, match=r"shards that do not exist: model-00002-of-00002\.safetensors"):
         load_denoiser(tmp_path)
 
 
@@ -204,7 +204,7 @@ def test_the_constant_of_the_positions_may_be_absent_if_heads_are_known(tmp_path
     write_hub_layout(tmp_path, numbers, weights)
     numbers.assert_matches(load_denoiser(tmp_path)[0](numbers["input_ids"], numbers["sigma"]), key)
     (tmp_path / "config.json").write_text(json.dumps({"model_type": numbers.params["config"]["model_type"]}))
-    with pytest.raises(TokenDriftError, match=r"do not show n_heads[\s\S]*config=\{'n_heads': ...\}"):
+    with pytest.raises(TokenDriftError, match=r"n_heads cannot be read from weights[\s\S]*config=\{'n_heads': ...\}"):
         load_denoiser(tmp_path)
     numbers.assert_matches(
         load_denoiser(tmp_path, config={"n_heads": 4})[0](numbers["input_ids"], numbers["sigma"]), key
@@ -255,7 +255,7 @@ def test_without_a_network_the_message_says_how_to_go_on(monkeypatch):
     with pytest.raises(TokenDriftError) as caught:
         load_denoiser("kuleshov-group/mdlm-owt", revision="v9")
     for part in (
-        "'kuleshov-group/mdlm-owt' is no local path, and cannot be fetched from the hub at revision v9: Cannot find",
+        "'kuleshov-group/mdlm-owt' is not a local path, and cannot be downloaded from the hub at revision v9: Cannot",
         "copy config.json and model.safetensors",
     ):
         assert part in str(caught.value)
@@ -316,7 +316,7 @@ def test_a_folder_without_a_model_and_an_unknown_type_are_named(tmp_path, model)
         ("model", {"config": {"schedule": {"name": "Cosine", "k": 2}}}, r"schedule in config.json does not fit Cosine"),
         ("model", {"dtype": "bfloat16"}, r"dtype must be a floating torch.dtype"),
         ("model", {"dtype": torch.int64}, r"dtype must be a floating torch.dtype"),
-        ("text.txt", {}, r"is no weight file: expected \.safetensors, \.ckpt"),
+        ("text.txt", {}, r"is not a weight file; its name must end with one of \.safetensors, \.ckpt"),
         ("broken.safetensors", {}, r"broken\.safetensors cannot be read"),
         ("broken.ckpt", {}, r"broken\.ckpt is not loaded"),
     ],
@@ -335,7 +335,7 @@ def test_an_index_without_shards_is_named(tmp_path, model, index):
     save_denoiser(model, tmp_path, UniformDiffusion(13))
     (tmp_path / "model.safetensors").unlink()
     (tmp_path / "model.safetensors.index.json").write_text(index)
-    with pytest.raises(TokenDriftError, match=r"index\.json names no shards"):
+    with pytest.raises(TokenDriftError, match=r"index\.json does not list any shards"):
         load_denoiser(tmp_path)
 
 
@@ -345,7 +345,7 @@ def test_an_index_cannot_reach_outside_its_folder(tmp_path, official):
     (folder / "model.safetensors").rename(tmp_path / "outside.safetensors")
     placed = dict.fromkeys(weights, "../outside.safetensors")
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": placed}))
-    with pytest.raises(TokenDriftError, match=r"shards that are not there: outside\.safetensors"):
+    with pytest.raises(TokenDriftError, match=r"shards that do not exist: outside\.safetensors"):
         load_denoiser(folder)
 
 
@@ -366,10 +366,10 @@ def test_a_causal_network_is_refused(tmp_path, model):
 
 
 def test_a_process_that_does_not_belong_to_the_network_is_not_written(tmp_path, model):
-    with pytest.raises(TokenDriftError, match="process has vocab_size 14, the network 13"):
+    with pytest.raises(TokenDriftError, match="process has vocab_size 14, but the network has 13"):
         save_denoiser(model, tmp_path / "model", UniformDiffusion(14))
     masked = DiT(DiTConfig(13, 8, 16, 4, 1, 2, mask_id=4))
-    with pytest.raises(TokenDriftError, match="process has mask_id None, the network 4"):
+    with pytest.raises(TokenDriftError, match="process has mask_id None, but the network has 4"):
         save_denoiser(masked, tmp_path / "model", UniformDiffusion(13))
     assert not (tmp_path / "model").exists()
 

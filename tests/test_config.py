@@ -13,6 +13,7 @@ from tokendrift.training import (
     OBJECTIVES,
     PRESETS,
     DriftConfig,
+    MatchingConfig,
     PairsConfig,
     RefineConfig,
     make_config,
@@ -45,7 +46,9 @@ def test_presets_have_the_values_of_the_paper(preset, rate):
     assert (made.steps, made.batch_size, made.micro_batch, made.learning_rate) == (13_000, 512, 2, rate)
     assert made.objective == DriftConfig(temperatures=(0.02, 0.05, 0.2), queue_size=1024, drift_scale=1.0)
     assert made.accumulation(processes=4) == 64
-    assert set(PRESETS) == {"mdlm-owt", "duo-owt", "pairs"}
+    assert set(PRESETS) == {"tokendrift", "mdlm-owt", "duo-owt", "pairs", "matching"}
+    named = {"checkpoint": made.checkpoint, "learning_rate": rate}
+    assert make_config(preset="tokendrift", values=named) == made
 
 
 def test_the_preset_of_pairs_serves_any_checkpoint_at_twice_the_rate():
@@ -55,6 +58,14 @@ def test_the_preset_of_pairs_serves_any_checkpoint_at_twice_the_rate():
     assert made.objective == PairsConfig(chains=(2, 4), base_weight=0.1, pair_decay=0.95)
     assert made.learning_rate == 2 * RefineConfig("base").learning_rate
     assert (made.dataset, made.judge, made.steps) == (None, None, RefineConfig("base").steps)
+
+
+def test_the_preset_of_matching_leaves_to_the_process_what_depends_on_it():
+    made = make_config(preset="matching", values={"checkpoint": "base"})
+    assert made.objective == MatchingConfig(base_weight=0.1, field_clip=5.0, auxiliary_rate=1e-3)
+    assert (made.learning_rate, made.schedule, made.ema, made.betas) == (5e-4, "cosine", 0.99, (0.9, 0.98))
+    again = make_config(values=made.settings())
+    assert again == made and again.settings()["random_input"] is None
 
 
 @pytest.mark.parametrize(
@@ -96,17 +107,17 @@ def test_settings_have_the_types_of_their_keys():
     ("values", "message"),
     [
         ({"objctive": "drift"}, "unknown key 'objctive'; the nearest is 'objective'"),
-        ({"zzz": 1}, "unknown key 'zzz'; known are checkpoint, output"),
+        ({"zzz": 1}, "unknown key 'zzz'; the settings are checkpoint, output"),
         (
             {"objective": "gan"},
-            "objective must be one of 'drift', 'continuation', 'combined', 'pairs', 'mirror-kl', 'mirror-mse'",
+            "must be one of 'drift', 'continuation', 'combined', 'pairs', 'matching', 'mirror-kl', 'mirror-mse'",
         ),
         ({"steps": 1.5}, "steps must be an integer"),
         ({"steps": True}, "steps must be an integer"),
         ({"steps": 0}, "steps must be an integer of at least 1"),
         ({"wrap": "yes"}, "wrap must be true or false"),
-        ({"text": "a.txt"}, "text must be a list, each entry a text"),
-        ({"text": ["a"], "dataset": "b"}, "text and dataset exclude each other"),
+        ({"text": "a.txt"}, "text must be a list in which each entry is a text"),
+        ({"text": ["a"], "dataset": "b"}, "text and dataset cannot both be given"),
         ({"batch_size": 9, "micro_batch": 2}, "batch_size must be a multiple of micro_batch"),
         ({"encoder_time": 1.0}, r"encoder_time must lie in \[0, 1\)"),
         ({"learning_rate": -1.0}, "learning_rate must be a finite number above 0"),
@@ -135,11 +146,11 @@ def test_paths_may_stand_for_their_names():
 def test_what_cannot_be_read_is_refused(tmp_path):
     file = tmp_path / "run.toml"
     file.write_text("steps = = 3")
-    with pytest.raises(TokenDriftError, match=r"run.toml cannot be read as TOML: .*\n.*Texts stand in quotes"):
+    with pytest.raises(TokenDriftError, match=r"run.toml cannot be read as TOML: .*\n.*Write strings in quotes"):
         make_config(file=file)
     with pytest.raises(TokenDriftError, match="no checkpoint to refine"):
         make_config()
-    with pytest.raises(TokenDriftError, match=r"a setting must have the form KEY=VALUE, and 'steps' has not"):
+    with pytest.raises(TokenDriftError, match=r"a setting must have the form KEY=VALUE, but 'steps' has no value"):
         parse_settings(["steps"])
     with pytest.raises(TokenDriftError, match="seed must be an integer"):
         parse_settings(["seed=x"])

@@ -245,7 +245,7 @@ def test_embeddings_of_another_shape_are_refused(backbone):
         ((2, 8), (3,), r"sigma must have shape \(B,\) = \(2,\)[\s\S]*Pass process.sigma\(t\)"),
         ((2, 8), (2, 1), r"sigma must have shape \(B,\)"),
         ((2, 8), (), r"sigma must have shape \(B,\)"),
-        ((2, 8), (2, 8), r"not one value a position"),
+        ((2, 8), (2, 8), r"not one value for each position"),
         ((8,), (8,), r"x_t must have shape \(B, L\), but it has 1 axes"),
         ((2, 8, 13), (2,), r"x_t must have shape \(B, L\), but it has 3 axes"),
     ],

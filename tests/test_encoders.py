@@ -220,7 +220,7 @@ class Wrapper(nn.Module):
 @pytest.mark.parametrize(
     ("encoder", "message"),
     [
-        (EncoderDecoder(), r"encoder-decoder needs input for its decoder too[\s\S]*model\.get_encoder\(\)"),
+        (EncoderDecoder(), r"no input for the decoder of an encoder-decoder model[\s\S]*model\.get_encoder\(\)"),
         (
             nn.Linear(2, 2),
             r"encoder must have a method hidden_states[\s\S]*takes inputs_embeds[\s\S]*Add what is missing",

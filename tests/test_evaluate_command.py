@@ -184,7 +184,7 @@ def test_a_broken_line_stops_it_or_is_named(folder):
         (("--checkpoint", "x"), "checkpoint and nfe belong together"),
         (("{dull}", "--nfe", "4"), "checkpoint and nfe belong together"),
         (("--checkpoint", "x", "--nfe", "4", "--baseline", "y"), "baseline must be the name of a checkpoint"),
-        (("--checkpoint", "x", "--checkpoint", "y/x", "--nfe", "4"), "two checkpoints have one name"),
+        (("--checkpoint", "x", "--checkpoint", "y/x", "--nfe", "4"), "two checkpoints have the same name"),
         (("{surrogate}",), "line 1 of"),
         (("real text={dull}",), "a set of samples is called 'real text', as real text is"),
         (("nowhere.jsonl",), "samples file nowhere.jsonl cannot be read: No such file"),

@@ -175,7 +175,7 @@ def test_bad_encoders_are_refused(arguments, message):
 
 @pytest.mark.parametrize("layers", [(-4,), (3,), (0, 3)])
 def test_layers_that_do_not_exist_are_refused(layers):
-    with pytest.raises(TokenDriftError, match="do not exist: the encoder shows 3 hidden states"):
+    with pytest.raises(TokenDriftError, match="do not exist: the encoder returns 3 hidden states"):
         PooledFeatures(Identity(3), layers=layers)(torch.zeros(1, 2, 3))
 
 
@@ -364,7 +364,7 @@ def test_bad_concatenations_are_refused(maps, options, message):
 
 def test_maps_that_do_not_go_together_are_named():
     embeds = torch.zeros(2, 8, 3)
-    with pytest.raises(TokenDriftError, match=r"number of windows: they gave \(2, 3\), \(2, 4, 3\)"):
+    with pytest.raises(TokenDriftError, match=r"different numbers of windows: \(2, 3\), \(2, 4, 3\)"):
         ConcatenatedFeatures([IdentityFeatures(), IdentityFeatures(window=2)])(embeds)
     with pytest.raises(TokenDriftError, match=r"widths \[2, 2\] must add up to D = 3"):
         ConcatenatedFeatures([IdentityFeatures(), IdentityFeatures()], widths=[2, 2])(embeds)

@@ -818,8 +818,8 @@ def test_bad_options_are_refused_at_construction(options, message):
         ({"positive_weights": torch.ones(3)}, r"positive_weights must be floating point of shape \(P,\)"),
         ({"negative_weights": torch.ones(5).long()}, r"negative_weights must be floating point of shape \(Q,\)"),
         ({"negative_weights": [1.0] * 5}, r"negative_weights must be floating point of shape \(Q,\)"),
-        ({"negative_weights": -torch.ones(5)}, "negative_weights must be zero or above everywhere"),
-        ({"positive_weights": torch.full((4,), torch.nan)}, "positive_weights must be zero or above everywhere"),
+        ({"negative_weights": -torch.ones(5)}, "negative_weights must not contain negative numbers"),
+        ({"positive_weights": torch.full((4,), torch.nan)}, "positive_weights must not contain negative numbers"),
         ({"positive_weights": torch.ones(4, device="meta")}, "positive_weights is on meta but anchors is on cpu"),
     ],
 )

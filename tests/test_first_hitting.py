@@ -69,7 +69,7 @@ def test_rows_have_clocks_of_their_own_that_run_as_the_schedule_says(schedule):
 
 
 def test_what_does_not_belong_is_refused():
-    with pytest.raises(TokenDriftError, match="first-hitting needs masks to fill"):
+    with pytest.raises(TokenDriftError, match="first-hitting requires a masked process"):
         sample(Table(2), PROCESSES["uniform"], (2, 2), sampler=FirstHitting())
-    with pytest.raises(TokenDriftError, match="leave steps out"):
+    with pytest.raises(TokenDriftError, match="steps must be left out"):
         sample(Table(2), MASKED, (2, 2), steps=4, sampler=FirstHitting())

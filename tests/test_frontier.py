@@ -100,9 +100,9 @@ def test_real_text_of_a_sweep_is_cut_to_the_number_of_samples_and_spread(frontie
 
 def test_a_sweep_measures_real_text_as_its_points(frontier):
     other = measure(drawer(LAW)(SamplingSetting(1), 200), JUDGE, resamples=50)
-    with pytest.raises(TokenDriftError, match="not measured alike: resamples is 200 for one and 50"):
+    with pytest.raises(TokenDriftError, match="not measured in the same way: resamples is 200 for one and 50"):
         sweep({"law": drawer(LAW)}, [SamplingSetting(4)], figures, real=other, count=200)
-    with pytest.raises(TokenDriftError, match="not measured alike"):
+    with pytest.raises(TokenDriftError, match="not measured in the same way"):
         Frontier(frontier.points, other).at_entropy_of_real_text("the law", 4)
 
 

@@ -421,7 +421,9 @@ def test_sample_sets_are_read_by_their_text_if_they_have_it():
 def test_decoding_is_the_same_for_both_kinds_of_tokenizer_and_keeps_special_tokens(clean_up_spaces):
     transformers, tokenizer = pytest.importorskip("transformers"), word_tokenizer()
     wrapped = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|endoftext|>")
-    own, theirs = (decode(t, [[1, 2, 0], [3]], clean_up_spaces=clean_up_spaces) for t in (tokenizer, wrapped))
+    own, theirs = (decode(t, [[1, 2, 0], [3]]) for t in (tokenizer, wrapped))
+    if clean_up_spaces:
+        own, theirs = list(map(cleaned, own)), list(map(cleaned, theirs))
     assert own == theirs == ["a b <|endoftext|>", "c"]
 
 
@@ -513,8 +515,8 @@ def test_ids_outside_the_judges_vocabulary_are_named(tiny_gpt2):
     ("options", "says"),
     [
         ({"protocol": "ppl"}, "protocol must be one of 'mdlm', 'sedd', 'sdtt', 'bd3', 'all'"),
-        ({}, "Pass eos_id, or take protocol='all'"),
-        ({"protocol": "all", "precision": "float32"}, "precision and revision are for a judge loaded by name"),
+        ({}, "Pass eos_id, or protocol='all'"),
+        ({"protocol": "all", "precision": "float32"}, "precision and revision apply to a judge that is loaded by name"),
         ({"protocol": "all", "device": "gpu"}, "device 'gpu' cannot be used"),
         ({"protocol": "all", "batch_size": 0}, "batch_size must be an integer of at least 1"),
         ({"protocol": "all", "max_length": 1}, "max_length must be an integer of at least 2"),
@@ -528,12 +530,12 @@ def test_options_out_of_range_are_named(options, says):
 
 
 def test_too_long_samples_are_refused_where_a_sample_is_scored_whole():
-    with pytest.raises(TokenDriftError, match="scores a sample whole"):
+    with pytest.raises(TokenDriftError, match="scores each sample as a whole"):
         generative_perplexity(texts_of([9]), bigram, protocol="sdtt", max_length=8)
 
 
 def test_a_window_beyond_the_judge_is_refused(tiny_gpt2):
-    with pytest.raises(TokenDriftError, match="max_length is 65, but the judge knows 64 positions"):
+    with pytest.raises(TokenDriftError, match="max_length is 65, but the judge has 64 positions"):
         GenerativePerplexity(tiny_gpt2(), max_length=65)
 
 
@@ -547,7 +549,7 @@ def test_an_end_of_text_outside_the_vocabulary_is_refused(tiny_gpt2):
     [
         (3, "judge must be a causal LM, a callable"),
         (lambda ids, mask: torch.zeros(1, 1, V), r"must return logits \(B, L, V\) with \(B, L\) = \(1, 3\)"),
-        (lambda ids, mask: torch.full((*ids.shape, V), math.nan), "logits give NaN"),
+        (lambda ids, mask: torch.full((*ids.shape, V), math.nan), "the logits of the judge are NaN"),
         ("no/such-folder-anywhere", "judge 'no/such-folder-anywhere' could not be loaded"),
     ],
 )
@@ -562,7 +564,7 @@ def test_a_judge_that_cannot_score_is_named(judge, says, monkeypatch):
 def test_a_cutting_tokenizer_is_refused():
     tokenizer = word_tokenizer()
     tokenizer.enable_truncation(2)
-    with pytest.raises(TokenDriftError, match="set to truncate"):
+    with pytest.raises(TokenDriftError, match="the tokenizer truncates"):
         generative_perplexity(["a b c"], bigram, tokenizer, protocol="all")
 
 

@@ -160,7 +160,7 @@ def test_sets_of_different_size_are_judged_only_where_size_does_not_matter(world
 
 def test_the_guard_asks_for_figures_measured_alike(world, cheap):
     a, b = (measure(world.windows[:20], cheap, level=level, resamples=20) for level in (0.95, 0.9))
-    with pytest.raises(TokenDriftError, match="were not measured alike: level"):
+    with pytest.raises(TokenDriftError, match="were not measured in the same way: level"):
         check_samples(a, b)
 
 

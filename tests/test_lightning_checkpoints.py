@@ -173,7 +173,7 @@ def test_other_networks_and_objectives_are_refused(lightning, config):
 
 
 def test_averaged_weights_that_do_not_pair_up_are_refused(lightning):
-    with pytest.raises(TokenDriftError, match=r"do not pair up with the 30 parameters: 2 tensors\n    vocab_embed"):
+    with pytest.raises(TokenDriftError, match=r"do not match the 30 parameters: 2 tensors\n    vocab_embed"):
         load_denoiser(lightning(mdlm_config(), averaged=[torch.zeros(2), torch.zeros(3)])[0])
 
 

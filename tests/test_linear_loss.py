@@ -194,7 +194,10 @@ def test_bad_operands_are_refused_before_anything_is_pushed(arguments, message):
     ("loss", "message"),
     [
         (build(lift="straight_through"), r"lift='straight_through' needs the logits themselves[\s\S]*linear\(\*logits"),
-        (build(MirrorTeacherLoss), r"the mirror teacher compares logits, but LinearLogits came[\s\S]*linear\(\*logits"),
+        (
+            build(MirrorTeacherLoss),
+            r"the mirror teacher needs the logits themselves, but was given LinearLogits[\s\S]*linear\(\*logits",
+        ),
     ],
 )
 def test_what_needs_the_logits_says_so(loss, message):

@@ -677,7 +677,7 @@ def test_from_encoder_without_an_embedding_is_refused():
         def hidden_states(self, embeds, *, attention_mask=None):
             return [embeds, embeds]
 
-    with pytest.raises(TokenDriftError, match="encoder shows no input embedding"):
+    with pytest.raises(TokenDriftError, match="encoder has no input embedding"):
         TokenDriftLoss.from_encoder(Bare())
 
 
@@ -775,7 +775,7 @@ def trainable():
         ({"mask_id": -1}, r"mask_id must lie in \[0, V\) with V = 7"),
         ({"queue_size": -1}, "queue_size must be an integer of at least 0"),
         ({"queue_size": 2.0}, "queue_size must be an integer of at least 0"),
-        ({"queue_size": 0, "batch_as_references": False}, "nothing would be left to refer to"),
+        ({"queue_size": 0, "batch_as_references": False}, "anchors would have no references"),
         ({"lift": "hard"}, "lift must be one of 'soft', 'straight_through'"),
         ({"drift_scale": 0.0}, r"drift_scale \(alpha\) must be a finite number above 0"),
         ({"drift_scale": float("nan")}, r"drift_scale \(alpha\) must be a finite number above 0"),
@@ -908,7 +908,7 @@ META = torch.device("meta")
         ({"logits": torch.zeros(0, L, V)}, "logits is empty: B is 0[\\s\\S]*Skip empty batches"),
         (
             {"logits": torch.zeros(B, L, V + 1)},
-            r"logits has 8 columns \(V\) but embedding has 7 rows[\s\S]*drop that column",
+            r"logits has 8 columns \(V\) but embedding has 7 rows[\s\S]*remove that column",
         ),
         ({"logits": torch.zeros(B, L, V, dtype=torch.int64)}, "logits must be floating point"),
         ({"logits": torch.zeros(B, L, V, device=META)}, "embedding is on cpu but logits is on meta"),

@@ -265,13 +265,16 @@ def test_a_mask_outside_the_vocabulary_is_refused(mask_id):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"logits": torch.zeros(4, 6, V + 1)}, "logits must have V = 7 columns, that of the process"),
+        (
+            {"logits": torch.zeros(4, 6, V + 1)},
+            "logits must have V = 7 columns, one for each entry of the vocabulary of the process",
+        ),
         ({"logits": torch.zeros(4, 6)}, r"logits must have shape \(B, L, V\)"),
         ({"x0": torch.full((4, 6), V)}, "x0 has ids from 7 to 7"),
         ({"x0": torch.zeros(4, 5, dtype=torch.int64)}, r"x0 must have shape \(B, L\)"),
         ({"x0": torch.zeros(4, 6)}, "x0 must hold integer token ids"),
         ({"x_t": torch.full((4, 6), -1)}, "x_t has ids from -1 to -1"),
-        ({"t": torch.rand(5)}, r"t must have shape \(B,\) = \(4,\): one time a row"),
+        ({"t": torch.rand(5)}, r"t must have shape \(B,\) = \(4,\): one time for each row"),
         ({"t": torch.rand(4, 1)}, r"t must have shape \(B,\), but it has 2 axes"),
         ({"t": 0.5}, r"t must be a tensor of shape \(B,\)"),
         ({"t": torch.full((4,), 2.0)}, r"t must lie in \[0, 1\]"),
@@ -291,7 +294,7 @@ def test_bad_arguments_of_the_objective_are_refused(arguments, message):
         ({"x0": torch.zeros(6, dtype=torch.int64)}, r"x0 must have shape \(B, L\), but it has 1 axes"),
         ({"x0": torch.zeros(0, 6, dtype=torch.int64)}, "x0 is empty: B is 0"),
         ({"x0": torch.full((4, 6), V)}, "x0 has ids from 7 to 7"),
-        ({"t": torch.rand(3)}, r"t must have shape \(B,\) = \(4,\): one time a row"),
+        ({"t": torch.rand(3)}, r"t must have shape \(B,\) = \(4,\): one time for each row"),
         ({"t": torch.full((4,), 1.5)}, r"t must lie in \[0, 1\]"),
         ({"t": torch.full((4,), torch.nan)}, r"t must lie in \[0, 1\]"),
         ({"t": torch.ones(4, dtype=torch.int64)}, "t must be floating point"),

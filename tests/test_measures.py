@@ -180,7 +180,7 @@ def test_the_judge_reads_the_decoded_text_and_diversity_the_ids(judge):
     assert from_text.perplexity.nll == found.perplexity.nll and from_text.vocabulary == "judge"
     with pytest.raises(TokenDriftError, match="vocabulary='generated' needs the ids as generated"):
         measure(["bcd", "eff"], judge, vocabulary="generated")
-    with pytest.raises(TokenDriftError, match="ids came that no tokenizer decodes"):
+    with pytest.raises(TokenDriftError, match="ids were given and there is no tokenizer to decode them"):
         measure(ids, judge, vocabulary="judge")
 
 
@@ -195,7 +195,7 @@ def test_samples_too_short_to_score_are_an_error_or_counted(judge):
 
 
 def test_training_text_without_a_tokenizer_is_named(judge):
-    with pytest.raises(TokenDriftError, match="training is text, and there is no tokenizer for it"):
+    with pytest.raises(TokenDriftError, match="training is text, but there is no tokenizer to encode it"):
         measure(random_ids(), judge, training=["abc"])
     texts = ["abcdefghij", "jihgfedcba"]
     copies = measure(texts, judge, training=["xabcdefghijx"], resamples=10)

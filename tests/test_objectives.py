@@ -116,7 +116,7 @@ def run(folder, name, on_step=None, **changes):
 def test_a_registered_objective_trains_with_its_settings(toy):
     folder = run(toy, "run", toy_weight=0.25, steps=2)
     assert {"nelbo", "gap"} <= read_log(folder, "train")[-1].keys()
-    assert "trained for 2 more steps with\na toy with three networks" in (folder / "README.md").read_text()
+    assert "trained for 2 further steps with\na toy with three networks" in (folder / "README.md").read_text()
     assert 'objective = "toy"\ntoy_weight = 0.25\ntoy_round = 2\n' in (folder / "config.toml").read_text()
     assert make_config(file=folder / "config.toml").objective == ToyConfig(toy_weight=0.25)
     load_denoiser(folder)

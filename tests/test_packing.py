@@ -90,9 +90,9 @@ def test_the_seed_decides_the_order_within_a_block_and_nothing_else():
 def test_a_tokenizer_of_another_model_is_refused():
     with pytest.raises(TokenDriftError, match="gives id 9, but the checkpoint's vocabulary V has 8 entries"):
         packed(["abc"], vocab_size=8).take(1)
-    with pytest.raises(TokenDriftError, match="gives id 8, which is the checkpoint's mask"):
+    with pytest.raises(TokenDriftError, match="gives id 8, which is the mask token of the checkpoint"):
         packed(["abc"], mask_id=8).take(1)
-    with pytest.raises(TokenDriftError, match="the source holds no text"):
+    with pytest.raises(TokenDriftError, match="the source contains no text"):
         packed([]).take(1)
 
 
@@ -133,7 +133,7 @@ def test_json_lines_give_the_named_field(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_text('{"body": "one"}\n\n{"body": " "}\n{"body": "two"}\n')
     assert [piece.text for piece in TextFiles([path], field="body").read()] == ["one", "two"]
-    with pytest.raises(TokenDriftError, match=r"a.jsonl, line 1 is no JSON object with a text under 'text'"):
+    with pytest.raises(TokenDriftError, match=r"a.jsonl, line 1 is not a JSON object with a text in the field 'text'"):
         list(TextFiles([path]).read())
 
 
@@ -147,7 +147,7 @@ def test_json_lines_are_known_by_any_of_their_suffixes(tmp_path, name):
 @pytest.mark.parametrize("name", ["a.parquet", "a.csv", "a.TSV", "a.csv.gz", "a.jsonl.zst", "a.arrow"])
 def test_files_of_other_kinds_are_refused_before_anything_is_read(tmp_path, name):
     (tmp_path / name).write_bytes(b"anything")
-    with pytest.raises(TokenDriftError, match=r"(?s)is no text file: its suffix is \.\w+\.\n.*pass that as dataset"):
+    with pytest.raises(TokenDriftError, match=r"(?s)is not a text file: its suffix is \.\w+\.\n.*pass that as dataset"):
         TextFiles([tmp_path / name])
 
 
@@ -165,7 +165,7 @@ def test_what_is_no_text_is_named(tmp_path):
     (tmp_path / "bad.txt").write_bytes(b"fine\n\xff\n")
     with pytest.raises(TokenDriftError, match=r"bad.txt, line 2 is not UTF-8"):
         list(TextFiles([tmp_path / "bad.txt"]).read())
-    with pytest.raises(TokenDriftError, match=r"no such text files: .*gone.txt"):
+    with pytest.raises(TokenDriftError, match=r"these text files do not exist: .*gone.txt"):
         TextFiles([tmp_path / "gone.txt"])
 
 

@@ -273,7 +273,7 @@ FOLLOWS[[A, C], [B, D]], FOLLOWS[B], FOLLOWS[D] = 0.0, 0.0, 0.0
         (lambda: information_decay(two_words, PAIRS, PROMPTS + 3, ALIKE), "prompts has ids from 3 to 6"),
         (lambda: information_decay(two_words, PAIRS, torch.full((2, 2), MASK), ALIKE), "prompts hold the mask"),
         (lambda: information_decay(two_words, PAIRS, PROMPTS, ALIKE[:4]), "unigram must be a law over V = 5 tokens"),
-        (lambda: information_decay(two_words, PAIRS, PROMPTS, ALIKE.flip(0)), "nowhere 0 but at the mask"),
+        (lambda: information_decay(two_words, PAIRS, PROMPTS, ALIKE.flip(0)), "may be 0 only at the mask"),
         (lambda: information_decay(two_words, PAIRS, PROMPTS, ALIKE, positions=0), "positions must be an integer"),
         (lambda: information_decay(two_words, PAIRS, PROMPTS, ALIKE, temperature=0), "temperature must be a finite"),
         (lambda: information_decay(two_words, UNIFORM, PROMPTS, ALIKE[:4]), r"must return logits \(B, L, V\) = "),
@@ -286,7 +286,7 @@ FOLLOWS[[A, C], [B, D]], FOLLOWS[B], FOLLOWS[D] = 0.0, 0.0, 0.0
         ),
         (
             lambda: trap_change(*(marginal_trap(two_words, PAIRS, PROMPTS, JUDGE, sizes=(k,)) for k in (1, 2))),
-            r"before has sizes \(1,\) and after \(2,\)",
+            r"before has sizes \(1,\) and after has \(2,\)",
         ),
         (
             lambda: trap_change(*(marginal_trap(two_words, PAIRS, PROMPTS[:n], JUDGE, sizes=(1,)) for n in (4, 6))),
@@ -296,7 +296,7 @@ FOLLOWS[[A, C], [B, D]], FOLLOWS[B], FOLLOWS[D] = 0.0, 0.0, 0.0
             lambda: marginal_trap(
                 two_words, PAIRS, PROMPTS, GenerativePerplexity(lambda ids, mask: FOLLOWS[ids], protocol="all")
             ),
-            "no probability at all",
+            "probability zero to some draws",
         ),
         (lambda: unigram_law([], PAIRS), "there is no corpus to count"),
         (lambda: unigram_law([7], PAIRS), "ids has ids from 7 to 7"),
@@ -384,7 +384,12 @@ def test_the_command_prints_both_probes_and_writes_all_numbers(text, tmp_path):
         env={"COLUMNS": "200", "TERM": "dumb"},
     )  # fmt: skip
     assert done.exit_code == 0, done.output
-    for part in ("Information decay", "likeliest tokens", "Marginal trap", "Drawn at once, 2 tokens are"):
+    for part in (
+        "Information decay",
+        "likeliest tokens",
+        "Marginal trap",
+        "Under the judge, 2 tokens drawn at once are",
+    ):
         assert part in done.stdout
     assert set(json.loads(output.read_text())["marginal_trap"]) == {"before"}
 
@@ -395,7 +400,7 @@ def test_the_command_prints_both_probes_and_writes_all_numbers(text, tmp_path):
         (["--text", "none.txt"], "cannot be read"),
         (["--compare", MASKED_BASE], "the checkpoints have V = 1024 and V = 1025"),
         (["--prompts", "100000"], "too few for 100000 prompts of 16"),
-        (["--positions", "20", "--prompt-length", "20"], "do not fit into the model's 32"),
+        (["--positions", "20", "--prompt-length", "20"], "exceed the length of the model, 32"),
         (["--tokenizer", __file__], "no tokenizer can be read from"),
     ],
 )

@@ -32,7 +32,7 @@ def test_a_full_disk_ends_the_curves_with_one_warning_and_nothing_else(tmp_path)
         for step in (1, 2):
             records.figures("train", step, {"drift": 0.5})
     assert [str(each.message) for each in caught] == [
-        "the curves cannot be written ([Errno 28] No space left on device); training goes on without them."
+        "the curves cannot be written ([Errno 28] No space left on device); training continues without them."
     ]
     assert broken.calls == 1
     assert [entry["step"] for entry in read_log(tmp_path)] == [1, 2]

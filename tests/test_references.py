@@ -173,7 +173,7 @@ def test_a_frozen_queue_forgets_what_was_pushed_before_an_error():
 
 def test_a_queue_is_frozen_once():
     queue = FeatureQueue(4)
-    with queue.frozen(), pytest.raises(TokenDriftError, match="the queue is frozen already"), queue.frozen():
+    with queue.frozen(), pytest.raises(TokenDriftError, match="the queue is already frozen"), queue.frozen():
         pass
 
 

@@ -22,6 +22,7 @@ from tokendrift import TokenDriftError
 from tokendrift.cli import app
 from tokendrift.evaluation import GenerativePerplexity
 from tokendrift.models import load_denoiser, save_denoiser
+from tokendrift.models.random_input import random_numbers
 from tokendrift.training import Drift, Refined, evaluation_table, make_config, read_log, refine
 from tokendrift.training.checkpointing import load_checkpoint
 from tokendrift.training.few_step import FewStepEvaluation
@@ -118,10 +119,12 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_taken(inputs, whole):
     content = bytearray(file.read_bytes())
     content[-1] ^= 1
     file.write_bytes(content)
-    with pytest.warns(UserWarning, match=r"(?s)optimizer.safetensors is not what was written: its SHA-256.*before"):
+    with pytest.warns(
+        UserWarning, match=r"(?s)optimizer.safetensors was changed after it was written: its SHA-256.*previous"
+    ):
         folder = run(inputs, "damaged").folder
     assert (folder / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
-    assert "optimizer.safetensors is not what was written" in read_log(folder, "message")[0]["message"]
+    assert "optimizer.safetensors was changed after it was written" in read_log(folder, "message")[0]["message"]
     assert (last.parent / "broken-step-00000004").exists()
 
 
@@ -201,6 +204,52 @@ def test_pairs_are_counted_ahead_and_trained_on_chains_of_either_kind(tmp_path, 
     assert laws["real_weight"].tolist() == [pairs_of_a_sequence * sequences]
     assert laws["generated_weight"].sum() == 4  # micro-batches
     assert "on its own few-step chains" in (folder / "README.md").read_text()
+
+
+MATCHING = {"objective": "matching", "pair_sequences": 41, "dropout": 0.0, "steps": 4}
+
+
+@pytest.mark.parametrize(("masked", "rank"), [(True, 0), (False, 2)])
+def test_matching_trains_both_kinds_of_model_and_is_resumed_to_the_bit(tmp_path, masked, rank):
+    worker.make_inputs(tmp_path, masked=masked)
+    changes = MATCHING | {"auxiliary_rank": rank}
+    folder = run(tmp_path, "whole", **changes).folder
+    for stop in (1, 3):
+        with pytest.raises(KeyboardInterrupt):
+            run(tmp_path, "stopped", on_step=interrupt(stop), **changes)
+    assert_same_model(folder, run(tmp_path, "stopped", **changes).folder)
+    states = [
+        load_checkpoint(tmp_path / name / "checkpoints" / "step-00000004").tensors["objective"]
+        for name in ("whole", "stopped")
+    ]
+    torch.testing.assert_close(states[0], states[1], rtol=0, atol=0)
+    assert {"matching", "drift", "nelbo", "total_variation", "auxiliary_nelbo"} <= read_log(folder, "train")[-1].keys()
+    # The configuration that is written has what was chosen for the process, and the model its random input.
+    chosen = make_config(file=folder / "config.toml").objective
+    found = (chosen.chains, chosen.pair_weight, chosen.random_input)
+    assert found == (((1, 2, 4), 0.2, 32) if masked else ((2, 4), 1.0, 0))
+    model = load_denoiser(folder)[0]
+    assert model.config.random_input == random_numbers(model) == (32 if masked else 0)
+    assert ("random_input" in json.loads((folder / "config.json").read_text())) == masked
+    assert ("32 random numbers at each masked" in (folder / "README.md").read_text()) == masked
+    if masked:  # refined again, by any objective, it keeps the random input, and there is no second one
+        again = run(tmp_path, "again", checkpoint=str(folder), **MATCHING | {"steps": 1}).folder
+        assert load_denoiser(again)[0].config == model.config
+        with pytest.raises(TokenDriftError, match="random input of 32 numbers already"):
+            run(tmp_path, "twice", checkpoint=str(folder), **MATCHING, random_input=8)
+
+
+def test_the_model_before_refinement_is_evaluated_without_the_random_input(inputs):
+    before = {"steps": 1, "evaluate_nfe": (2, 4)}
+    names = ("continuation", "matching")
+    rows = [run(inputs, f"before-{name}", objective=name, **before).evaluations for name in names]
+    assert rows[0][:3] == rows[1][:3]
+
+
+def test_a_random_input_needs_masks(tmp_path):
+    worker.make_inputs(tmp_path, masked=False)
+    with pytest.raises(TokenDriftError, match="random_input gives numbers to masked positions"):
+        run(tmp_path, "run", objective="matching", random_input=8)
 
 
 def test_chains_without_a_position_are_refused_before_any_work(inputs):
@@ -296,7 +345,7 @@ def test_falling_entropy_is_warned_of(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"learning_rate": 1e-3}, r"holds a run with another configuration: learning_rate was 0.01 and is 0.001"),
+        ({"learning_rate": 1e-3}, r"contains a run with another configuration: learning_rate was 0.01 and is 0.001"),
         ({"micro_batch": 2}, r"a forward call of all processes had 4 sequences and has 2.*\n.*Choose another output"),
     ],
 )
@@ -310,7 +359,7 @@ def test_what_is_told_and_kept_may_change(inputs, whole):
 
 
 def test_a_model_of_another_making_is_not_overwritten(inputs):
-    with pytest.raises(TokenDriftError, match=r"base holds a model that no refinement has written"):
+    with pytest.raises(TokenDriftError, match=r"base contains a model that was not written by refine"):
         run(inputs, "base")
 
 
@@ -420,6 +469,15 @@ def test_two_processes_draw_the_chains_and_keep_the_laws_of_one(inputs, chains, 
         for folder in (chains, inputs / f"chains-{mode}")
     ]
     torch.testing.assert_close(kept[0], kept[1], rtol=1e-4, atol=1e-8)
+
+
+@pytest.mark.parametrize("mode", ["run", pytest.param("shard", marks=pytest.mark.slow)])
+def test_two_processes_match_distributions_like_one(inputs, mode):
+    one = run(inputs, "matching", **MATCHING).folder
+    two = inputs / f"matching-{mode}"
+    launched(inputs, 2, mode=mode, output=str(two), micro_batch=2, **MATCHING)
+    for alone, both in zip(read_log(one), read_log(two), strict=True):
+        assert_close(alone, both)
 
 
 @pytest.mark.slow

@@ -157,7 +157,7 @@ def test_the_caption_names_the_judge_as_it_is_called(report):
 def test_the_guard_speaks_of_every_set(report):
     said = report.guard()
     assert any(line.startswith("dull, 4 NFE: flag: unigram_entropy") for line in said)
-    assert f"{EVIL_NAME}, 8 NFE: nothing flagged against real text." in said
+    assert f"{EVIL_NAME}, 8 NFE: no figure was flagged in comparison with real text." in said
 
 
 def test_differences_are_said_only_beyond_chance(tokenizer, report):
@@ -166,7 +166,7 @@ def test_differences_are_said_only_beyond_chance(tokenizer, report):
     assert "4 NFE against dull, 4 NFE: Gen.-PPL higher" in said[0] and "unigram entropy higher by" in said[0]
     same = as_samples(tokenizer, language(20, seed=3), nfe=4)
     assert make_report(tokenizer, [("a", same), ("b", same)]).differences() == [
-        "1 pair is not distinguishable in Gen.-PPL and both entropies: the intervals hold no difference."
+        "1 pair is not distinguishable in Gen.-PPL and both entropies: their intervals contain no difference."
     ]
 
 
@@ -182,7 +182,7 @@ def test_a_lower_gen_ppl_at_a_lower_entropy_is_not_called_a_gain(tokenizer):
     sets = [("dull", as_samples(tokenizer, language(20, dull=True))), ("other", as_samples(tokenizer, language(20)))]
     (sentence,) = make_report(tokenizer, sets).differences()
     assert sentence.startswith("dull against other: Gen.-PPL lower, 0.")
-    assert sentence.endswith("this is no gain until it holds at equal entropy.")
+    assert sentence.endswith("so this is a gain only if it also holds at equal entropy.")
 
 
 def test_json_holds_every_number_and_no_nan(report):
@@ -322,7 +322,7 @@ def test_a_figure_of_a_users_own_is_measured_and_shown_with_all_others(tokenizer
     monkeypatch.setitem(FIGURES, "even_share", figure)  # so that it is forgotten after this test
     del FIGURES["even_share"]
     register_figure(figure)
-    with pytest.raises(TokenDriftError, match="there is a figure of the name 'even_share' already"):
+    with pytest.raises(TokenDriftError, match="there is already a figure named 'even_share'"):
         register_figure(figure)
     report = make_report(tokenizer, [("model", as_samples(tokenizer, language(20)))])
     share = report.evaluation["model"].measures.even_share

@@ -107,7 +107,11 @@ def test_a_best_model_that_cannot_be_written_is_written_at_the_next_start(run, m
 def test_figures_of_another_judge_are_made_anew(run):
     before = run(steps=2).evaluations
     assert not any("gen_ppl" in row for row in before)
-    with pytest.warns(UserWarning, match=r"evaluations were made with {'judge': None, .* stays in log.jsonl alone"):
+    with pytest.warns(
+        UserWarning,
+        match=r"evaluations were made with "
+        "{'judge': None, .* figures remain only in log.jsonl",
+    ):
         refined = run(steps=2, judge=uniform())
     assert [(row["step"], row["nfe"]) for row in refined.evaluations] == [(0, None), (0, 2), (2, 2)]
     assert all(row["gen_ppl"] == pytest.approx(1025.0, rel=1e-4) for row in refined.evaluations)
@@ -160,7 +164,9 @@ def test_settings_of_pairs_belong_to_runs_on_pairs(run, tmp_path):
 
 def test_fewer_steps_than_were_taken_are_refused(run):
     run(steps=4)
-    with pytest.raises(TokenDriftError, match=r"(?s)steps is 2, but .*run holds a run of 4 steps.*at least 4 steps"):
+    with pytest.raises(
+        TokenDriftError, match=r"(?s)steps is 2, but .*run already contains a run of 4 steps.*at least 4 steps"
+    ):
         run(steps=2)
 
 
@@ -205,7 +211,7 @@ def test_a_folder_of_someone_else_is_refused_before_any_work(run, tmp_path, monk
     (folder / name).write_text("mine")
     monkeypatch.chdir(tmp_path if output == "there" else folder)
     monkeypatch.setattr("tokendrift.training.refinement.read_checkpoint", pytest.fail)
-    with pytest.raises(TokenDriftError, match="holds files that no refinement has written"):
+    with pytest.raises(TokenDriftError, match="contains files that were not written by refine"):
         run(output=output, baseline=True)
     assert files(folder) == {Path(name).name: b"mine"}
 

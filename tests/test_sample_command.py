@@ -207,7 +207,7 @@ def test_other_settings_and_other_weights_are_refused(run, backbone, tmp_path):
 def test_a_file_of_another_kind_is_not_touched(checkpoint, tmp_path, content):
     path = tmp_path / "s.jsonl"
     path.write_bytes(content)
-    with pytest.raises(TokenDriftError, match="holds no samples of this kind"):
+    with pytest.raises(TokenDriftError, match="is not a file of samples of this command"):
         sample_to_file(SampleConfig(str(checkpoint), steps=2), path)
     assert path.read_bytes() == content
 
@@ -215,8 +215,8 @@ def test_a_file_of_another_kind_is_not_touched(checkpoint, tmp_path, content):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ([], "steps belongs to every sampler but first-hitting"),
-        (["--steps", "2", "--sampler", "first-hitting"], "steps belongs to every sampler but first-hitting"),
+        ([], "all samplers except first-hitting require steps"),
+        (["--steps", "2", "--sampler", "first-hitting"], "all samplers except first-hitting require steps"),
         (["--steps", "2", "--sampler", "ddpm"], "sampler must be one of ancestral"),
         (["--steps", "2", "--dtype", "int8"], "dtype must be one of"),
         (["--steps", "2", "--device", "abacus"], "device 'abacus' cannot be used"),

@@ -125,7 +125,7 @@ def test_files_without_samples_are_named(jsonl, tmp_path):
     (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
     with pytest.raises(TokenDriftError, match=r"latin.txt is not UTF-8 text"):
         read_samples(tmp_path / "latin.txt")
-    with pytest.raises(TokenDriftError, match="mixes lines with text alone and lines with ids alone"):
+    with pytest.raises(TokenDriftError, match="contains some lines with only text and others with only ids"):
         read_samples(jsonl({"text": "a"}, {"ids": [1]}))
 
 

@@ -318,10 +318,10 @@ def test_the_greedy_tail_takes_no_token_from_bad_numbers():
         ({"seed": -1}, "seed must be an integer of at least 0"),
         ({"first_row": -1}, "first_row must be an integer of at least 0"),
         ({"batch_size": 0}, "batch_size must be an integer of at least 1"),
-        ({"batch_size": 1, "trajectory": True}, "trajectory belongs to one window and one batch"),
-        ({"stride": 2}, "stride belongs to windows"),
-        ({"given": torch.zeros(2, 5, dtype=torch.int64)}, "given and given_mask belong together"),
-        ({"given_mask": torch.zeros(2, 5, dtype=torch.bool)}, "given and given_mask belong together"),
+        ({"batch_size": 1, "trajectory": True}, "trajectory needs a single window and batch"),
+        ({"stride": 2}, "stride requires window"),
+        ({"given": torch.zeros(2, 5, dtype=torch.int64)}, "given and given_mask must be passed together"),
+        ({"given_mask": torch.zeros(2, 5, dtype=torch.bool)}, "given and given_mask must be passed together"),
         (
             {"given": torch.zeros(2, 4, dtype=torch.int64), "given_mask": torch.zeros(2, 4, dtype=torch.bool)},
             r"given must have shape \(B, L\) = \(2, 5\)",
@@ -339,11 +339,11 @@ def test_the_greedy_tail_takes_no_token_from_bad_numbers():
         ({"denoiser": lambda x, sigma: None}, r"denoiser\(x_t, sigma\) must be a tensor of shape \(B, L, V\)"),
         (
             {"sampler": lambda chain, steps: iter([Mixture(torch.ones(5), torch.zeros(5))])},
-            r"chances of shape \(B, L\) = \(2, 5\)",
+            r"probabilities of shape \(B, L\) = \(2, 5\)",
         ),
         (
             {"sampler": lambda chain, steps: iter([chain.process.mixture(None, chain.ids, 1, 0)])},
-            "not said at which time",
+            "the time at which the denoiser is called is not set",
         ),
     ],
 )

@@ -302,7 +302,10 @@ def drift_loss():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"value": torch.zeros(4, 6, V + 1)}, "must have V = 7 columns, that of the process"),
+        (
+            {"value": torch.zeros(4, 6, V + 1)},
+            "must have V = 7 columns, one for each entry of the vocabulary of the process",
+        ),
         ({"value": torch.zeros(4, 6)}, r"must have shape \(B, L, V\)"),
         ({"x_t": torch.full((4, 6), V)}, "x_t has ids from 7 to 7"),
         ({"x_t": torch.zeros(4, 5, dtype=torch.int64)}, r"x_t must have shape \(B, L\)"),

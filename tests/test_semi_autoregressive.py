@@ -85,8 +85,8 @@ def test_any_sampler_serves():
         ({"window": 1}, "window must be an integer of at least 2"),
         ({"stride": 4}, "stride must be below window"),
         ({"stride": 0}, "stride must be an integer of at least 1"),
-        ({"trajectory": True}, "trajectory belongs to one window"),
-        ({"given": torch.zeros(2, 9, dtype=torch.int64)}, "given and given_mask belong together"),
+        ({"trajectory": True}, "trajectory needs a single window"),
+        ({"given": torch.zeros(2, 9, dtype=torch.int64)}, "given and given_mask must be passed together"),
     ],
 )
 def test_bad_arguments_are_refused(options, message):

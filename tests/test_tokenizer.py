@@ -56,7 +56,7 @@ def test_what_the_file_says_of_length_is_not_followed():
     bare.enable_padding()
     assert encode(bare, TEXTS) == whole
     bare.enable_truncation(2)
-    with pytest.raises(TokenDriftError, match="set to truncate"):
+    with pytest.raises(TokenDriftError, match="the tokenizer truncates"):
         encode(bare, TEXTS)
 
 

@@ -85,7 +85,7 @@ def test_completions_of_uniform_states_are_the_posterior_of_the_last_step(dtype)
     generator = torch.Generator().manual_seed(0)
     x_t, times = torch.randint(6, (4, 8), generator=generator), torch.tensor([1.0, 0.75, 0.5, 0.25])
     logits = torch.randn(4, 8, 6, generator=generator).to(dtype)
-    law = objective(process, (4,))._completion(logits, x_t, times).softmax(dim=-1)
+    law = objective(process, (4,)).chains.completion(logits, x_t, times).softmax(dim=-1)
     torch.testing.assert_close(law, process.posterior(logits.float(), x_t, times, torch.zeros(4)))
 
 
@@ -115,7 +115,7 @@ def test_an_encoder_loss_works_there_too():
 def test_processes_draw_the_chains_that_one_draws(kind):
     process, x0 = LANGUAGE.process(kind), LANGUAGE.sample(8, seed=0)
     found = [
-        objective(process, (4,), share=share).inputs(Recorded(process), rows, 4, 3)
+        objective(process, (4,), share=share).chains.inputs(Recorded(process), rows, 4, 3)
         for share, rows in (((0, 1), x0), ((0, 2), x0[:4]), ((1, 2), x0[4:]))
     ]
     assert torch.equal(found[0], torch.cat(found[1:]))
@@ -124,7 +124,7 @@ def test_processes_draw_the_chains_that_one_draws(kind):
 def test_processes_call_the_network_equally_often_though_nobody_moves():
     process = LANGUAGE.process("masked")
     learn, model = objective(process, (50,), share=(1, 2)), Recorded(process)
-    learn.inputs(model, LANGUAGE.sample(1, seed=0), 50, 20)
+    learn.chains.inputs(model, LANGUAGE.sample(1, seed=0), 50, 20)
     assert len(model.asked) == 20
 
 

@@ -150,7 +150,7 @@ def test_a_missing_package_is_named(monkeypatch):
         ),
         (lambda gpt2: kernel_distance(cloud(3, seed=0).long(), cloud(4, seed=1)), "generated must be floating point"),
         (lambda gpt2: kernel_distance(cloud(3, seed=0), cloud(4, seed=1), permutations=0), "permutations must be an"),
-        (lambda gpt2: judge_features([[1, 2]], Judge(lambda ids, mask: ids)), "the judge shows no hidden states"),
+        (lambda gpt2: judge_features([[1, 2]], Judge(lambda ids, mask: ids)), "the judge returns no hidden states"),
         (lambda gpt2: judge_features([[1], []], gpt2), "sample 1 is empty and has no features"),
         (lambda gpt2: judge_features([[20]], gpt2), "the judge's vocabulary V has 20 entries"),
     ],

@@ -216,7 +216,10 @@ def test_noise_is_uniform_and_may_redraw_the_token(generator):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"logits": torch.zeros(4, 6, V - 1)}, "logits must have V = 7 columns, that of the process"),
+        (
+            {"logits": torch.zeros(4, 6, V - 1)},
+            "logits must have V = 7 columns, one for each entry of the vocabulary of the process",
+        ),
         ({"x0": torch.full((4, 6), V)}, "x0 has ids from 7 to 7"),
         ({"x_t": torch.full((4, 6), V)}, "x_t has ids from 7 to 7"),
         ({"x_t": torch.zeros(4, 6)}, "x_t must hold integer token ids"),

@@ -1,4 +1,4 @@
-"""Input rules: one function a rule, every message with argument, expectation, what came, remedy."""
+"""Input rules, one function each. A message names the argument, what was expected, what was given, and what to do."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def describe(value: object) -> str:
 
 
 def fail(message: str, remedy: str = "", /, **got: object) -> TokenDriftError:
-    """Build an error whose second line shows what came and whose third says what to do."""
+    """Build an error. Its second line shows the values that were given, and its third line says what to do."""
     lines = [message]
     if got:
         lines.append("  got " + ", ".join(f"{name} {describe(value)}" for name, value in got.items()))
@@ -42,7 +42,7 @@ def can_be_read(values: Tensor) -> bool:
 
 
 def check_options(function: F) -> F:
-    """Let a function or ``__init__`` name the nearest option where a keyword does not exist.
+    """Decorate a function so that an unknown keyword argument raises an error that suggests the nearest option.
 
     Type checkers and `inspect.signature` see the signature of the function itself.
 
@@ -95,7 +95,7 @@ def check_floating(name: str, value: Tensor) -> None:
 def check_ids(name: str, value: object, vocab_size: int, like: Tensor | None = None) -> Tensor:
     """Require token ids (B, L) of an integer dtype, within the vocabulary, of the shape of ``like``.
 
-    The range is read on the CPU only: on an accelerator the look-up itself reports it without a sync.
+    The range is checked on the CPU only. On an accelerator, the embedding look-up reports it without synchronisation.
     """
     ids = check_tensor(name, value, ("B", "L"))
     if ids.dtype not in INTEGER_DTYPES:
@@ -143,7 +143,7 @@ def check_same_device(reference_name: str, reference: Tensor, **others: Tensor |
 
 
 def check_device(device: torch.device | str) -> torch.device:
-    """Require a device that PyTorch knows and this machine has."""
+    """Require a device that PyTorch supports and this machine has."""
     try:
         return torch.empty(0, device=device).device
     except (RuntimeError, AssertionError, NotImplementedError) as error:  # torch without CUDA asserts
@@ -238,7 +238,7 @@ def check_clouds(
 
 
 def check_exclusion(name: str, index: Tensor | None, references: Tensor, symbol: str) -> None:
-    """Require indices from -1 to the last reference; read on the CPU only, elsewhere it would wait for the device."""
+    """Require indices from -1 to the last reference. The range is checked on the CPU only, to avoid synchronisation."""
     if index is None or index.device.type != "cpu" or torch.compiler.is_compiling():
         return
     low, high = int(index.min()), int(index.max())
@@ -246,7 +246,7 @@ def check_exclusion(name: str, index: Tensor | None, references: Tensor, symbol:
         raise fail(
             f"{name} has indices from {low} to {high}, but there are {symbol} = {len(references)} references (0 to "
             f"{len(references) - 1}; -1 for none).",
-            "Count within this side alone: the first negative is 0, whatever the number of positives.",
+            "Number each side by itself: the first negative is 0, whatever the number of positives.",
             **{name: index},
         )
 
@@ -265,7 +265,7 @@ def check_weights(anchors: Tensor, **sides: tuple[Tensor, Tensor | None]) -> Non
         check_same_device("anchors", anchors, **{name: weights})
         # Read on the CPU only: on an accelerator it would wait for the device.
         if weights.device.type == "cpu" and not torch.compiler.is_compiling() and not (weights >= 0).all():
-            raise fail(f"{name} must be zero or above everywhere.", **{name: weights, "least": weights.min().item()})
+            raise fail(f"{name} must not contain negative numbers.", **{name: weights, "least": weights.min().item()})
 
 
 def check_frozen(name: str, module: nn.Module) -> None:
@@ -287,7 +287,7 @@ def check_mask_id(mask_id: int | None, vocab_size: int) -> None:
 
 
 def check_clean_ids(clean_ids: Tensor, mask_id: int, text: Tensor | None) -> None:
-    """Require real text without the mask token; reads the ids, so that an accelerator has to be waited for."""
+    """Require real text without the mask token. This reads the ids and therefore synchronises an accelerator."""
     masks = clean_ids == mask_id
     if (masks if text is None else masks & text).any():
         raise fail(
@@ -312,7 +312,7 @@ def check_one_vocabulary(logits: Tensor, embedding: Tensor) -> None:
             f"logits has {logits.shape[-1]} columns (V) but embedding has {embedding.shape[0]} rows (V).",
             "Denoiser and frozen encoder must share one vocabulary. Bring the embedding into the denoiser's with "
             "tokendrift.encoders.map_vocabulary(embedding, ids), where id -1 stands for entries that the encoder "
-            "lacks, such as the mask; or drop that column of the logits.",
+            "does not have, such as the mask; or remove that column from the logits.",
             logits=logits,
             embedding=embedding,
         )

@@ -1,4 +1,4 @@
-"""How a step of the loss went: what is returned beside it."""
+"""Diagnostics that a loss returns in addition to its value."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from tokendrift.lift import LinearLogits, close_entry, of_positions
 
 
 class Diagnostics(NamedTuple):
-    """How a step of the loss went; detached, on the device of the logits (no sync until read).
+    """Diagnostics of one call of the loss: detached tensors on the device of the logits.
 
     Attributes:
-        field: Raw RMS, positive mass, effective references and own-pair weight for each temperature; None
-            for a field of the user's own, and where there was nothing to refer to yet.
+        field: Raw RMS, positive mass, effective references and own-pair weight for each temperature; None for a field
+            of your own, or if there were no references yet.
         token_entropy: Mean entropy of p over predicted positions, nats, scalar.
         queue_real: Real features in the queue before this step's push.
         queue_generated: The same for generated features.
@@ -42,7 +42,7 @@ class LossOutput(NamedTuple):
 def token_entropy(logits: Tensor | LinearLogits, predicted: Tensor | None = None, mask_id: int | None = None) -> Tensor:
     """Return the mean entropy in nats of softmax(logits) over predicted positions, a scalar.
 
-    A few rows at a time: no tensor of the size of the logits is made.
+    Computed a few rows at a time, so no tensor of the size of the logits is made.
 
     Args:
         logits: Shape (B, L, V), any float dtype; or `LinearLogits`, which are multiplied here.

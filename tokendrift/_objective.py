@@ -1,4 +1,4 @@
-"""What the drifting losses share: input rules, lift, features, references, drift, reduction."""
+"""The common part of the drifting losses: input rules, lift, features, references, drift and reduction."""
 
 from __future__ import annotations
 
@@ -53,9 +53,9 @@ class Inputs(NamedTuple):
     Attributes:
         logits: Shape (B, L, V), or `LinearLogits`.
         clean_ids: x0, (B, L).
-        noisy_ids: What stands at positions that are not predicted, (B, L); None where all are.
-        predicted: Bool (B, L), or None where all are.
-        attention_mask: Positions that are text, bool (B, L), or None where all are.
+        noisy_ids: Ids at the positions that are not predicted, (B, L); None if all are predicted.
+        predicted: Predicted positions, bool (B, L), or None if all are predicted.
+        attention_mask: Positions that are text, bool (B, L), or None if all are text.
     """
 
     logits: Tensor | LinearLogits
@@ -94,7 +94,7 @@ class Features(NamedTuple):
 
 
 class Step(NamedTuple):
-    """What the losses make of one batch before they differ.
+    """The part of a call that is the same for all losses.
 
     Attributes:
         generated: Features of the lifted logits of this rank, with gradient.
@@ -145,7 +145,7 @@ class _Frozen:
 
 
 def _not_finite(logits: Tensor | LinearLogits) -> str:
-    """Say whether the logits themselves hold NaN, or only what was computed from them."""
+    """Return whether NaN or infinity occurs in the logits themselves, or only in what was computed from them."""
     parts = logits if isinstance(logits, LinearLogits) else (logits,)
     if not any(part.detach().isnan().any() for part in parts if part is not None):
         return "the features of the logits are not finite"
@@ -153,7 +153,7 @@ def _not_finite(logits: Tensor | LinearLogits) -> str:
 
 
 class DriftObjective(nn.Module):
-    """What the losses share: checking, lifting, features, references and drift."""
+    """Base of the drifting losses: input rules, lift, features, references and drift."""
 
     _called = False  # set by the first call
     _calls = 0  # those that meet other ranks
@@ -190,7 +190,7 @@ class DriftObjective(nn.Module):
         check_choice("reduction", reduction, ("mean", "sum", "none"))
         check_choice("lift", lift, tuple(LIFTS))
         if check_count("queue_size", queue_size) == 0 and not batch_as_references:
-            raise fail("queue_size is 0 and batch_as_references False: nothing would be left to refer to.")
+            raise fail("queue_size is 0 and batch_as_references is False, so anchors would have no references.")
         check_mask_id(mask_id, len(embedding))
         self._frozen = _Frozen(embedding, feature_map)
         self.field: Field = DriftField() if field is None else field
@@ -221,8 +221,9 @@ class DriftObjective(nn.Module):
     def frozen_queues(self) -> Iterator[None]:
         """Keep both queues as they are inside the block; its features enter, in order, when it ends.
 
-        For gradient accumulation: all micro-batches of a step then see the same queues, and afterwards these hold what
-        one batch would have left. If the block raises, nothing enters. Across ranks, all ranks have to do the same.
+        Use this for gradient accumulation: all micro-batches of a step then see the same queues, which afterwards
+        contain the same features as after one large batch. If the block raises an exception, no feature enters. With
+        several ranks, all of them must do the same.
         """
         with self.queue_real.frozen(), self.queue_generated.frozen():
             yield
@@ -271,7 +272,7 @@ class DriftObjective(nn.Module):
             check_linear(logits, self.embedding)
             if self.lift != "soft":
                 raise fail(
-                    f"lift={self.lift!r} needs the logits themselves, but LinearLogits came.",
+                    f"lift={self.lift!r} needs the logits themselves, but was given LinearLogits.",
                     "Pass torch.nn.functional.linear(*logits), or use lift='soft'.",
                 )
         else:
@@ -294,7 +295,7 @@ class DriftObjective(nn.Module):
                 predicted = noisy_ids == self.mask_id
         elif predicted is not None:
             raise fail(
-                "predicted was given without noisy_ids: what stands at the other positions is unknown.",
+                "predicted was given without noisy_ids, so the ids at the other positions are unknown.",
                 "Pass noisy_ids=x_t, or leave predicted out to lift every position.",
             )
         elif self.mask_id is not None:
@@ -318,8 +319,8 @@ class DriftObjective(nn.Module):
     def _refuse_slips(self, inputs: Inputs) -> None:
         """Refuse or report arguments that have the right form but would give a wrong loss.
 
-        An accelerator would have to be waited for. It is at the first call alone, and only where the lift waits for it
-        anyway, since it looks up the predicted positions.
+        These checks synchronise an accelerator. They are therefore made only at the first call, and only if the lift
+        synchronises anyway to look up the predicted positions.
         """
         device = inputs.clean_ids.device.type
         first, self._called = not self._called, True

@@ -18,7 +18,7 @@ class Side(NamedTuple):
     Attributes:
         points: Shape (P, M).
         excluded: Int64 (N,): the reference that each anchor must not see, -1 for none; or None.
-        weights: Zero or above, (P,), or None for all ones. A weight of two counts like two copies.
+        weights: Non-negative weights, (P,), or None for all ones. A weight of two is equivalent to two copies.
         pairs: Int64 (N,): the reference that belongs to each anchor, for diagnostics; or None.
     """
 
@@ -29,13 +29,13 @@ class Side(NamedTuple):
 
 
 class ReferenceBlock(NamedTuple):
-    """Some references as the anchors see them.
+    """A block of references with their distances to the anchors.
 
     Attributes:
         points: Centred, (b, M).
         squared: Squared distances to the anchors, (N, b).
         logits: Log-kernel, -inf where excluded, (T, N, b).
-        hidden: Where an anchor must not look, bool (N, b), or None.
+        hidden: References that an anchor must not see, bool (N, b), or None.
         log_weights: Log of the references' own weights, (b,), or None.
         start: Index of the first.
     """
@@ -64,7 +64,7 @@ class ReferenceBlock(NamedTuple):
 
 @dataclass(frozen=True)
 class View:
-    """How a set of centred anchors (N, M) looks at references: kernel, temperatures (T), size of a block."""
+    """Centred anchors (N, M) with the kernel, temperatures (T) and block size by which references are weighted."""
 
     anchors: Tensor
     centre: Tensor

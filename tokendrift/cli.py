@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from tokendrift.errors import TokenDriftError
+from tokendrift.evaluation.report import EvaluateConfig
 from tokendrift.sampling.named import sampler_names
 from tokendrift.sampling.to_file import SampleConfig
 from tokendrift.training.config import setting_help
@@ -17,13 +18,12 @@ try:
     import typer
     from rich.console import Console
 
-    from tokendrift.options import options_of
+    from tokendrift.options import descriptions, options_of
 except ImportError as error:
     raise SystemExit(f"tokendrift: {error}; the command needs the extra 'all': pip install 'tokendrift[all]'") from None
 
-JudgeOption = Annotated[str, typer.Option(help="Judge: hub name or folder of a causal language model.")]
 
-app = typer.Typer(add_completion=False, no_args_is_help=True, help="Drifting refinement of discrete diffusion LMs.")
+app = typer.Typer(add_completion=False, no_args_is_help=True, help="Refine discrete diffusion language models.")
 
 
 @app.callback()
@@ -47,11 +47,14 @@ def demo(
         Path | None,
         typer.Option(help="Folder with the models masked, uniform and judge. Default: those of the package."),
     ] = None,
-    steps: Annotated[int | None, typer.Option(min=1, help="Optimiser steps of each refinement.")] = None,
+    steps: Annotated[
+        int | None,
+        typer.Option(min=1, help="Optimiser steps of each refinement. Default: 150; --quick: 8; --full: 800."),
+    ] = None,
     window: Annotated[
-        int, typer.Option(min=1, help="Tokens that the drift pools into one feature; the paper pools 32, a sequence.")
+        int, typer.Option(min=1, help="Tokens pooled into one feature; the paper pools whole sequences, here 32.")
     ] = 2,
-    seed: Annotated[int, typer.Option(min=0, help="Random seed. Default: 0.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Random seed.")] = 0,
     seeds: Annotated[
         int,
         typer.Option(min=1, help="Number of successive seeds to run with, each in a folder of its own."),
@@ -67,10 +70,10 @@ def demo(
         Path, typer.Option(help="Folder for report.html, results.json, the refined models and their samples.")
     ] = Path("demo-output"),
 ) -> None:
-    """Refine a small model on real English and show what that does to sampling in few steps.
+    """Refine a small model on real English text and show the effect on sampling in few steps.
 
     The model is refined twice, by TokenDrift and by its own objective, and both results are sampled and compared at
-    equal entropy. After an interruption, run the same command again to go on.
+    equal entropy. After an interruption, run the same command again to resume.
     """
     with plain_errors():
         from tokendrift.demo import PRETRAINED, DemoConfig, run_demo
@@ -106,7 +109,7 @@ def _demo_size(quick: bool, full: bool, from_scratch: bool) -> dict[str, Any]:
             "Train the models with python examples/study/pretrain.py FOLDER, then pass --models FOLDER.",
         )
     if quick and full:
-        raise fail("--quick and --full exclude each other.", "Pass one of them.")
+        raise fail("--quick and --full cannot both be given.", "Pass one of them.")
     return SIZES["quick" if quick else "full" if full else "default"]
 
 
@@ -120,7 +123,7 @@ def refine(
     checkpoint: Annotated[
         str | None,
         typer.Argument(
-            help="Checkpoint to refine: hub id, folder or file. Required, unless --config or --preset names one."
+            help="Checkpoint to refine: hub id, folder or file. Required unless --config or --preset contains one."
         ),
     ] = None,
     text: Annotated[list[str] | None, _setting("text")] = None,
@@ -130,8 +133,9 @@ def refine(
     preset: Annotated[
         str | None,
         typer.Option(
-            help="Settings to start from: mdlm-owt or duo-owt (the paper's), or pairs (the objective of token pairs). "
-            "Default: none."
+            help="Settings to start from: tokendrift (the paper's, for any checkpoint), mdlm-owt or duo-owt (the same "
+            "with its checkpoint), pairs (the objective of token pairs), or matching (distribution matching, which "
+            "chooses chains, weights and a random input by the process of the checkpoint). Default: none."
         ),
     ] = None,
     config: Annotated[
@@ -150,7 +154,7 @@ def refine(
         typer.Option(
             "--set",
             metavar="KEY=VALUE",
-            help="Any other setting, see --show; lists are separated by commas. Repeatable.",
+            help="Any other setting; --show prints all of them. Separate the entries of a list by commas. Repeatable.",
         ),
     ] = None,
     show: Annotated[
@@ -159,8 +163,8 @@ def refine(
 ) -> None:
     """Train a released or saved checkpoint further, with TokenDrift or another objective.
 
-    Run the same command again to resume after an interruption. Settings of --set and of flags override those of
-    --config, which override those of --preset.
+    Run the same command again to resume after an interruption. Flags and --set override the settings of --config,
+    which override those of --preset.
 
     The device is chosen by Accelerate: cuda if available, else mps, else cpu. Set ACCELERATE_USE_CPU=true to use the
     CPU, and CUDA_VISIBLE_DEVICES to choose among GPUs. For several devices: accelerate launch -m tokendrift.cli
@@ -193,7 +197,7 @@ def refine(
     SampleConfig,
     n={"names": ("-n",), "min": 1},
     steps={"min": 1},
-    sampler={"help": f"Sampler: {', '.join(sampler_names())}. Default: ancestral."},
+    sampler={"help": f"Sampler: one of {', '.join(sampler_names())}. Default: ancestral."},
     top_k={"min": 1},
     length={"min": 1},
     stride={"min": 1},
@@ -213,10 +217,10 @@ def sample(
 ) -> None:
     """Draw samples from a checkpoint into a file.
 
-    Batches are written as they are drawn. After an interruption, the same command resumes at the first batch that is
-    not complete and ends with the same bytes.
+    Each batch is written as soon as it is drawn. After an interruption, the same command resumes at the first batch
+    that is not complete, and the finished file is identical to that of an uninterrupted run.
     """
-    with plain_errors("finished batches are kept: run the same command again to go on"):
+    with plain_errors("finished batches are kept: run the same command again to resume"):
         from rich.progress import Progress
 
         from tokendrift.sampling.to_file import sample_to_file
@@ -239,8 +243,8 @@ def doctor(
     tokenizer: Annotated[
         str | None,
         typer.Option(
-            help="Tokenizer: a tokenizer.json, a folder or a hub id. Default: the checkpoint's own, or GPT-2's for a "
-            "vocabulary of its size."
+            help="Tokenizer: a tokenizer.json, a folder or a hub id. Default: that of the checkpoint, or that of GPT-2 "
+            "if the vocabulary has its size."
         ),
     ] = None,
     revision: Annotated[
@@ -252,7 +256,7 @@ def doctor(
     ] = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
 ) -> None:
-    """Check a checkpoint: weights, vocabulary, tokenizer, mask id, and the NELBO on text.
+    """Check the weights, vocabulary, tokenizer and mask id of a checkpoint, and measure its NELBO on text.
 
     The exit code is 0 if nothing is wrong, 1 if something is, and 2 if the checkpoint cannot be examined.
     """
@@ -282,43 +286,45 @@ def doctor(
 @app.command()
 def probe(
     checkpoint: Annotated[str, typer.Argument(help="Hub id, folder, safetensors file or Lightning .ckpt.")],
-    text: Annotated[Path, typer.Option(help="UTF-8 text file: prompts and unigram frequencies are taken from it.")],
+    text: Annotated[Path, typer.Option(help="UTF-8 text file from which prompts and unigram frequencies are taken.")],
     compare: Annotated[
-        str | None, typer.Option(help="Refined checkpoint to probe beside the first. Default: none.")
+        str | None, typer.Option(help="Refined checkpoint to compare with the first one. Default: none.")
     ] = None,
-    judge: JudgeOption = "gpt2-large",
+    judge: Annotated[
+        str, typer.Option(help="Causal language model that scores text: hub id or folder.")
+    ] = "gpt2-large",
     judge_reads_ids: Annotated[
         bool,
         typer.Option(
-            "--judge-reads-ids", help="The judge has the denoiser's vocabulary and reads token ids instead of text."
+            "--judge-reads-ids", help="The judge has the vocabulary of the denoiser and reads its ids instead of text."
         ),
     ] = False,
     tokenizer: Annotated[
         str | None,
         typer.Option(
-            help="Tokenizer of the denoiser: tokenizer.json, folder or hub id. Default: the checkpoint's own, or "
-            "GPT-2's for a vocabulary of its size."
+            help="Tokenizer of the denoiser: a tokenizer.json, a folder or a hub id. Default: that of the checkpoint, "
+            "or that of GPT-2 if the vocabulary has its size."
         ),
     ] = None,
     prompts: Annotated[int, typer.Option(min=2, help="Number of prompts, evenly spread over the text.")] = 64,
     prompt_length: Annotated[
-        int | None, typer.Option(min=1, help="Length of a prompt in tokens. Default: 64, or what the model leaves.")
+        int | None, typer.Option(min=1, help="Tokens of a prompt. Default: 64, or less if the model is too short.")
     ] = None,
     positions: Annotated[
         int | None,
-        typer.Option(min=1, help="Noisy positions after each prompt. Default: 32, or half of the model's length."),
+        typer.Option(min=1, help="Noisy positions after a prompt. Default: 32, or less if the model is too short."),
     ] = None,
-    draws: Annotated[int, typer.Option(min=1, help="Draws for each prompt, averaged.")] = 4,
-    seed: Annotated[int, typer.Option(min=0, help="Random seed of noise and draws.")] = 0,
+    draws: Annotated[int, typer.Option(min=1, help="Number of draws for each prompt, which are averaged.")] = 4,
+    seed: Annotated[int, typer.Option(min=0, help="Random seed of the noise and the draws.")] = 0,
     device: Annotated[str, typer.Option(help="Device to run on, such as cpu or cuda:0.")] = "cpu",
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="JSON file to write all numbers to. Default: none.")
+        Path | None, typer.Option("--output", "-o", help="JSON file for all numbers. Default: none.")
     ] = None,
 ) -> None:
-    """Probe what a denoiser predicts far from its context, and what drawing tokens in parallel costs.
+    """Probe what a denoiser predicts far from its context, and what is lost when tokens are drawn in parallel.
 
-    With --compare, the probes also show whether refinement closes the marginal trap by more than a lower sampling
-    temperature does.
+    With --compare, the probes also show whether refinement reduces this loss by more than a lower sampling temperature
+    does.
     """
     options = {name: value for name, value in locals().items() if name not in ("checkpoint", "text", "output")}
     with plain_errors():
@@ -337,61 +343,34 @@ def probe(
 
 
 @app.command()
+@options_of(
+    EvaluateConfig,
+    nfe={"min": 1},
+    n={"names": ("-n",), "min": 2},
+    skip_bad={"names": ("--skip-bad",)},
+    resamples={"min": 1},
+    seed={"min": 0},
+    batch_size={"min": 1},
+)
 def evaluate(
-    real: Annotated[
-        str, typer.Option(help="Real text that neither model nor judge was trained on: UTF-8 text or a samples file.")
-    ],
-    samples: Annotated[
-        list[str] | None,
-        typer.Argument(help="Samples files, FILE or NAME=FILE: .jsonl of `tokendrift sample`, or UTF-8 text."),
-    ] = None,
-    checkpoint: Annotated[
-        list[str] | None, typer.Option(help="Checkpoint to sample, PATH or NAME=PATH; repeatable.")
-    ] = None,
-    nfe: Annotated[
-        list[int] | None, typer.Option(min=1, help="Function evaluations at which checkpoints are sampled; repeatable.")
-    ] = None,
-    n: Annotated[int, typer.Option("-n", min=2, help="Number of samples of each checkpoint and NFE.")] = 256,
-    temperature: Annotated[float, typer.Option(help="Sampling temperature of the checkpoints.")] = 1.0,
-    baseline: Annotated[
-        str | None, typer.Option(help="Name of a checkpoint with which all sets are compared at equal entropy.")
-    ] = None,
-    keep: Annotated[
-        str | None, typer.Option(help="Folder for the samples of checkpoints; later runs use them again.")
-    ] = None,
-    training_text: Annotated[str | None, typer.Option(help="UTF-8 file of training text, to find copies.")] = None,
-    tokenizer: Annotated[
-        str | None,
-        typer.Option(help="Tokenizer of the denoisers: tokenizer.json, folder or hub id. Default: their own."),
-    ] = None,
-    judge: JudgeOption = "gpt2-large",
-    judge_tokenizer: Annotated[str | None, typer.Option(help="Tokenizer of the judge. Default: its own.")] = None,
-    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of the judge.")] = None,
-    dtype: Annotated[str, typer.Option(help="Precision of the judge: float32 or bfloat16.")] = "float32",
-    protocol: Annotated[str, typer.Option(help="Protocol of Gen.-PPL: mdlm, sedd, sdtt, bd3 or all.")] = "mdlm",
-    skip_bad: Annotated[
-        bool, typer.Option("--skip-bad", help="Leave out what cannot be read or scored, and report it.")
-    ] = False,
-    seed: Annotated[int, typer.Option(min=0, help="Random seed of sampling and of the bootstrap.")] = 0,
-    batch_size: Annotated[int, typer.Option(min=1, help="Windows of full length that the judge reads at once.")] = 8,
-    device: Annotated[str, typer.Option(help="Device to sample and to judge on, such as cpu or cuda:0.")] = "cpu",
-    json_file: Annotated[Path | None, typer.Option("--json", help="JSON file to write every number to.")] = None,
-    csv_file: Annotated[Path | None, typer.Option("--csv", help="CSV file to write the table to.")] = None,
+    real: Annotated[str, typer.Option(help=descriptions(EvaluateConfig)["real"])],
+    samples: Annotated[list[str] | None, typer.Argument(help=descriptions(EvaluateConfig)["samples"])] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="JSON file for all numbers. Default: none.")] = None,
+    csv_file: Annotated[Path | None, typer.Option("--csv", help="CSV file for the table. Default: none.")] = None,
     html_file: Annotated[
-        Path | None, typer.Option("--html", help="HTML file to write a page with table, plots and samples to.")
+        Path | None, typer.Option("--html", help="HTML file for table, plots and samples. Default: none.")
     ] = None,
+    **options: Any,
 ) -> None:
-    """Measure samples beside real text: Gen.-PPL with its entropies and intervals, and the guard's verdict.
+    """Compare samples with real text: Gen.-PPL, entropies and other figures, and the verdict of the guard.
 
-    The exit code is 0 if everything was measured, whatever the guard says, and 2 for bad input.
+    The exit code is 0 if everything was measured, whatever the guard finds, and 2 if the input is invalid.
     """
-    options = {name: value for name, value in locals().items() if not name.endswith("_file")}
-    lists = {name: tuple(options[name] or ()) for name in ("samples", "checkpoint", "nfe")}
-    with plain_errors("with --keep, samples of checkpoints are kept: run the same command again to go on"):
+    with plain_errors("with --keep, the samples of checkpoints are kept: run the same command again to resume"):
         from tokendrift.evaluation.plots import require_matplotlib
-        from tokendrift.evaluation.report import EvaluateConfig, evaluate_files
+        from tokendrift.evaluation.report import evaluate_files
 
-        config = EvaluateConfig(**(options | lists))
+        config = EvaluateConfig(real=real, samples=tuple(samples or ()), **options)
         if html_file is not None:
             require_matplotlib()
         with Console(stderr=True).status("starting") as status:
@@ -422,7 +401,7 @@ def _console(width: int) -> Console:
 
 
 @contextmanager
-def plain_errors(hint: str = "finished stages are kept: run the same command again to go on") -> Iterator[None]:
+def plain_errors(hint: str = "finished stages are kept: run the same command again to resume") -> Iterator[None]:
     """Turn bad input into one message without a traceback, and Ctrl-C into a hint."""
     try:
         yield

@@ -19,8 +19,8 @@ class HiddenStates(Protocol):
     def hidden_states(self, embeds: Tensor, *, attention_mask: Tensor | None = None) -> list[Tensor]:
         """Map embeddings (B, L, D) to a list of (B, L, D), input first.
 
-        Positions where ``attention_mask`` (bool, (B, L)) is false are not attended to; their own rows may hold anything
-        finite. An encoder that is conditioned on the noise level takes ``sigma``, (B,), too.
+        Positions where ``attention_mask`` (bool, (B, L)) is false are not attended to; their own rows can have any
+        finite values. An encoder that is conditioned on the noise level takes ``sigma``, (B,), too.
         """
         ...
 
@@ -29,12 +29,12 @@ class InputsEmbedsEncoder(nn.Module):
     """Hidden states of a model that takes ``inputs_embeds``: the encoders and causal models of transformers.
 
     The model's forward must accept ``inputs_embeds``, ``attention_mask`` and ``output_hidden_states`` and return an
-    object with ``hidden_states``. Heads are left out: of a model for language modelling or classification the
-    ``base_model`` runs. What stands in the list is the model's own choice: BERT's first entry is its normalised sum of
-    word and position embeddings, the last entry of GPT-2 and Llama comes after the final norm.
+    object with ``hidden_states``. Heads are not used: for a model for language modelling or classification, its
+    ``base_model`` is called. The model determines the content of the list: BERT's first entry is its normalised sum of
+    word and position embeddings, and the last entry of GPT-2 and Llama follows the final norm.
 
-    Rows are packed to the left before the model sees them and spread again afterwards, so that the first real token
-    always has the first position, whatever the side of the padding and however the model counts its positions.
+    Rows are shifted to the left before the model is called and shifted back afterwards, so that the first real token
+    always has the first position, on whichever side the padding is and however the model numbers positions.
 
     Args:
         model: The model; neither copied nor changed.
@@ -52,7 +52,7 @@ class InputsEmbedsEncoder(nn.Module):
             raise fail("the model's forward must accept inputs_embeds.", model=type(model).__name__)
         if "decoder_input_ids" in arguments:
             raise fail(
-                "an encoder-decoder needs input for its decoder too, and a feature map has none.",
+                "a feature map has no input for the decoder of an encoder-decoder model.",
                 "Pass the encoder alone: model.get_encoder().",
                 encoder=type(model).__name__,
             )
@@ -74,7 +74,7 @@ class InputsEmbedsEncoder(nn.Module):
         return words.get_input_embeddings()
 
     def hidden_states(self, embeds: Tensor, *, attention_mask: Tensor | None = None) -> list[Tensor]:
-        """Return what the model shows of its layers, a list of (B, L, D').
+        """Return the hidden states of the model, a list of (B, L, D').
 
         Raises:
             TokenDriftError: If L is more than the model's ``max_position_embeddings``, or it shows no hidden states.
@@ -106,9 +106,9 @@ class InputsEmbedsEncoder(nn.Module):
         longest = getattr(getattr(self.model, "config", None), "max_position_embeddings", None)
         if isinstance(longest, int) and 0 < longest < embeds.shape[1]:
             raise fail(
-                f"the encoder was made for at most {longest} positions (max_position_embeddings), but L is "
+                f"the encoder accepts at most {longest} positions (max_position_embeddings), but L is "
                 f"{embeds.shape[1]}.",
-                "Train on shorter sequences, or take an encoder for longer ones.",
+                "Train on shorter sequences, or use an encoder that accepts longer ones.",
                 embeds=embeds,
             )
 
@@ -121,7 +121,7 @@ def as_encoder(module: nn.Module) -> nn.Module:
     """
     if any(hasattr(parameter, "full_tensor") for parameter in module.parameters()):
         raise fail(
-            "encoder is sharded: its parameters are DTensors, of which no frozen copy can be taken.",
+            "encoder is sharded: its parameters are DTensors, which cannot be copied into a frozen encoder.",
             "Build the loss or the feature map from the model before fully_shard.",
             encoder=type(module).__name__,
         )
@@ -152,8 +152,8 @@ def as_encoder(module: nn.Module) -> nn.Module:
 def input_embedding(encoder: nn.Module) -> Tensor:
     """Return E, (V, D): what the encoder feeds into its first layer for each id; without gradient.
 
-    Shares the memory of the encoder's parameter where that is the whole story. Some models scale their embeddings on
-    the way (BART, Gemma 3); for these the result is a new matrix that includes the scale.
+    The result shares the memory of the encoder's parameter if the embedding is that parameter. Some models scale their
+    embeddings on the way (BART, Gemma 3); for these the result is a new matrix that includes the scale.
 
     Raises:
         TokenDriftError: If the encoder has neither ``vocab_embed.embedding`` nor ``get_input_embeddings()``.
@@ -163,7 +163,7 @@ def input_embedding(encoder: nn.Module) -> Tensor:
         return source.vocab_embed.embedding.detach()
     if not _shows_embedding(encoder):
         raise fail(
-            "encoder shows no input embedding (vocab_embed.embedding or get_input_embeddings()).",
+            "encoder has no input embedding (vocab_embed.embedding or get_input_embeddings()).",
             "Pass the parts: TokenDriftLoss(embedding, feature_map).",
             encoder=type(encoder).__name__,
         )
@@ -181,14 +181,14 @@ def map_vocabulary(
 ) -> Tensor:
     """Return the embedding of an encoder in the order of another vocabulary, (V', D).
 
-    For an encoder whose vocabulary differs from the denoiser's: a row for each entry of the denoiser, in its order.
-    An entry that the encoder does not know, such as the mask of a masked model, has id -1. What its row holds matters
-    only if the entry can have probability or stand in the text; that of ``mask_id`` never does.
+    For an encoder whose vocabulary differs from the denoiser's: a row for each entry of the denoiser, in its order. An
+    entry that the encoder does not have, such as the mask of a masked model, has id -1. The row of such an entry
+    matters only if the entry can have probability or occur in the text, which is never the case for ``mask_id``.
 
     Args:
         embedding: E of the encoder, (V, D).
         ids: For each of the V' entries of the denoiser's vocabulary the encoder's id of the same token, or -1.
-        missing: Row of entries with id -1: the mean of all rows of E, a token that says nothing in particular, or zero.
+        missing: Row of entries with id -1: ``"mean"`` for the mean of all rows of E, or ``"zero"``.
 
     Raises:
         TokenDriftError: If an id lies outside the encoder's vocabulary, or no entry has a counterpart.

@@ -4,8 +4,8 @@
 class TokenDriftError(ValueError):
     """Input that cannot be used.
 
-    The message names the argument, what was expected (B batch, L length, V vocabulary, D embedding
-    width, M feature width, N anchors, P positives, Q negatives), what came, and what to do.
+    The message names the argument, what was expected (B batch, L length, V vocabulary, D embedding width, M feature
+    width, N anchors, P positives, Q negatives), what was given, and what to do.
     """
 
 

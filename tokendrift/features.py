@@ -17,9 +17,9 @@ from tokendrift.encoders import as_encoder, input_embedding
 class FeatureMap(Protocol):
     """Any frozen, differentiable callable from embeddings (B, L, D) to features (B, M), or (B, W, M) for W windows.
 
-    It may take ``attention_mask``; the loss passes one only if it was given one. A map whose sequences or windows can
-    be padding alone also has ``present(attention_mask) -> (B, W) bool``, (B, 1) without windows; what is not present
-    enters no cloud.
+    It may take ``attention_mask``; the loss passes one only if it was given one. If whole sequences or windows can
+    consist of padding, the map also has ``present(attention_mask) -> (B, W) bool``, (B, 1) without windows; features
+    that are not present are ignored.
     """
 
     def __call__(self, embeds: Tensor, attention_mask: Tensor | None = None) -> Tensor:
@@ -35,18 +35,18 @@ class PooledFeatures(nn.Module):
 
     over the chosen layers; the last two by default. Hidden states are cast to float32 before pooling.
 
-    One mean over a whole sequence says little of which words stand together. ``window`` pools every w
-    neighbours instead and gives one vector for each of the L/w windows; all windows of a batch then form one
-    cloud, with as many more anchors and references. Several widths at once, as in ``window=(2, 8)``, give the
-    windows of each width one after the other, in the same cloud; None among them is the whole sequence.
-    The last window of a sequence may be shorter. In a padded batch a window, or a whole sequence, is the mean of its
-    positions that count, and one without any is not present: it enters no cloud.
+    A mean over a whole sequence contains little information about which words occur next to each other. ``window``
+    pools every w neighbouring positions instead and returns one vector for each of the L/w windows. All windows of a
+    batch then form one set of features, with correspondingly more anchors and references. Several widths, as in
+    ``window=(2, 8)``, return the windows of each width one after the other; None stands for the whole sequence. The
+    last window of a sequence may be shorter. In a padded batch, a window or a whole sequence is the mean of its
+    positions that are not padding. A window without any such position is not present and is ignored.
 
     Time-conditioned encoders run at clean time (sigma = 0) by default. With ``sigma`` above 0 they treat the text as
     noisy and rely more on the context.
 
-    The encoder is deep-copied, put into evaluation mode and frozen, so that further training of the
-    original does not move the features. Of a model with a head, only what is below the head is copied.
+    The encoder is deep-copied, put into evaluation mode and frozen, so that further training of the original does not
+    move the features. If the model has a head, the head is not copied.
 
     Args:
         encoder: A module with ``hidden_states(embeds, attention_mask=...)``, such as `DiT`, or an encoder or causal
@@ -114,7 +114,7 @@ class PooledFeatures(nn.Module):
         encoder: Any = self.encoder
         hidden = encoder.hidden_states(embeds.to(_dtype(encoder, embeds)), attention_mask=mask, **level)
         if any(not -len(hidden) <= layer < len(hidden) for layer in self.layers):
-            raise fail(f"layers {self.layers} do not exist: the encoder shows {len(hidden)} hidden states.")
+            raise fail(f"layers {self.layers} do not exist: the encoder returns {len(hidden)} hidden states.")
         with torch.autocast(embeds.device.type, enabled=False):
             chosen = [hidden[layer] for layer in self.layers]
             if self.windows is None:
@@ -134,8 +134,8 @@ class PooledFeatures(nn.Module):
 class IdentityFeatures(PooledFeatures):
     """Pool the soft embeddings themselves, without an encoder: a bag of words for each sequence or window.
 
-    It sees which tokens occur and nothing of their order inside what is pooled. It is cheap: good for a first test of a
-    training loop, and as the baseline that an encoder has to beat.
+    It represents which tokens occur, but not their order within a window. It costs little, so it is useful for a first
+    test of a training loop and as a baseline for encoders.
 
     Args:
         window: As in `PooledFeatures`.
@@ -156,8 +156,8 @@ class ConcatenatedFeatures(nn.Module):
 
     Unit vectors stay unit vectors. All maps must give the same number of windows, or none.
 
-    Encoders with embeddings of their own go together too: concatenate the matrices, ``torch.cat([E1, E2], dim=1)``,
-    and name the ``widths``. The lift is linear, so that each map gets the soft embeddings of its own encoder.
+    Encoders with different embeddings can be combined too: concatenate the matrices, ``torch.cat([E1, E2], dim=1)``,
+    and pass their ``widths``. Because the lift is linear, each map receives the soft embeddings of its own encoder.
 
     Args:
         maps: Frozen feature maps; used as they are, not copied.
@@ -214,7 +214,7 @@ class ConcatenatedFeatures(nn.Module):
         if len({one.shape[:-1] for one in features}) > 1:
             shapes = ", ".join(str(tuple(one.shape)) for one in features)
             raise fail(
-                f"the maps differ in their number of windows: they gave {shapes}.",
+                f"the maps return different numbers of windows: {shapes}.",
                 "Give all the same window, or put several widths into one map: PooledFeatures(window=(2, 8)).",
             )
         return torch.cat([scale * one for scale, one in zip(self.scales, features, strict=True)], dim=-1)

@@ -32,7 +32,7 @@ __all__ = ["NORMALIZATIONS", "DriftField", "Field", "FieldDiagnostics"]
 
 
 class Field(Protocol):
-    """What `TokenDriftLoss` asks of a drift field; write your own with this signature."""
+    """The signature of a drift field, as `TokenDriftLoss` calls it. Your own field needs this signature."""
 
     def __call__(
         self,
@@ -52,7 +52,7 @@ class Field(Protocol):
 
 
 class FieldDiagnostics(NamedTuple):
-    """How a field worked, one value for each temperature; detached tensors on the device of the anchors.
+    """Diagnostics of a field, one value for each temperature: detached tensors on the device of the anchors.
 
     Attributes:
         rms: Raw drift RMS before any normalisation, (T,). Falls like N^-1/2 at equilibrium.
@@ -104,11 +104,11 @@ class DriftField:
             one). ``"two_sided"`` takes the geometric mean of row and column softmax before the cross-weights, as
             Algorithm 2 of arXiv 2602.04770; its columns run over the anchors, so with few anchors it is
             unsafe (with one anchor it only doubles the temperature).
-        rms_normalize: Divide each temperature's drift by its RMS over the anchors. Hides equilibrium: the
-            normalised drift keeps size 1 where the raw one is sampling noise. Default: True.
+        rms_normalize: Divide each temperature's drift by its RMS over the anchors. This hides equilibrium: there the
+            raw drift is sampling noise, but the normalised drift still has size 1. Default: True.
         aggregate: ``"mean"`` over temperatures (default), or ``"sum"`` as arXiv 2602.04770.
-        eps: Added inside the root of s. A temperature with a mean square below eps contributes zero instead of
-            amplified rounding. Default: 1e-12.
+        eps: Added inside the root of s. A temperature whose mean square is below eps contributes almost zero instead of
+            amplified rounding errors. Default: 1e-12.
         block_size: Number of references handled at a time; memory grows with it and not with the number of
             references. By default a block stays in the cache of a CPU (about a million numbers), or fills an
             accelerator (8192 references).
@@ -153,7 +153,7 @@ class DriftField:
             if getattr(self, name) != 0:
                 check_positive(name, getattr(self, name), symbol="zero or above")
         if self.attraction == self.repulsion == 0:
-            raise fail("attraction and repulsion are both 0: nothing would move.")
+            raise fail("attraction and repulsion are both 0, so the drift would always be zero.")
 
     def __call__(
         self,
@@ -174,8 +174,8 @@ class DriftField:
             negatives: Generated features, (Q, M); Q = 0 gives zero drift.
             exclude_positive: The positive each anchor must not see, int64 (N,), -1 for none.
             exclude_negative: The same for negatives: usually the anchor itself.
-            positive_weights: How many copies each positive stands for, (P,), zero or above and not only whole
-                numbers; all ones by default.
+            positive_weights: Number of copies that each positive represents, (P,): non-negative, not necessarily
+                integers. Default: all ones.
             negative_weights: The same for negatives, (Q,); see `tokendrift.references.guidance_weight`.
 
         Returns:

@@ -1,4 +1,4 @@
-"""Kernels: how much a reference weighs for an anchor, as a function of their distance and a temperature."""
+"""Kernels: the weight of a reference for an anchor as a function of their distance and a temperature."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def squared_distances(x: Tensor, y: Tensor, *, refine: bool = False) -> Tensor:
 
 @contextmanager
 def exact_matmul(device: torch.device) -> Iterator[None]:
-    """Switch autocast and TF32 off for a while, whichever of its two interfaces TF32 was switched on by.
+    """Switch autocast and TF32 off inside the block, whichever of PyTorch's two interfaces TF32 was switched on with.
 
     In a compiled graph TF32 stays as it is set: the switch is not a part of graphs.
     """

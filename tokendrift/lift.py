@@ -35,10 +35,10 @@ from tokendrift._operators import wide_dtype
 
 
 class LinearLogits(NamedTuple):
-    r"""Logits as they enter the output layer, whose product :math:`\ell = W h + b` nobody has taken.
+    r"""Logits given by the input and the weights of the output layer, :math:`\ell = W h + b`, which are not computed.
 
-    Stands in for the logits in `TokenDriftLoss`, which then lifts with `linear_soft_token_lift`: no tensor (B, L, V) is
-    made, and hidden, weight and bias get the gradients that they would have through the logits.
+    Pass this to `TokenDriftLoss` instead of the logits. The loss then uses `linear_soft_token_lift`: no tensor (B, L,
+    V) is created, and hidden, weight and bias receive the same gradients as through the logits.
     ``torch.nn.functional.linear(*logits)`` is the logits themselves.
 
     Attributes:
@@ -83,9 +83,9 @@ def soft_token_lift(
         Shape (B, L, D), in float32 (float64 for float64 logits) whatever the dtype of the logits.
         Differentiable to logits and, if it requires grad, to the embedding; not twice.
 
-    Logits in bfloat16 or float16 get a float32 softmax and float32 products. Only where the embedding is bfloat16 too
-    are softmax and products those of the plain form: sums in float32, operands and results rounded to
-    bfloat16. Pass ``embedding.float()`` if you want the digits rather than the speed.
+    Logits in bfloat16 or float16 get a float32 softmax and float32 products. If the embedding is bfloat16 too, softmax
+    and products have the precision of the plain form: sums in float32, operands and results rounded to bfloat16. Pass
+    ``embedding.float()`` if precision matters more than speed.
 
     Raises:
         TokenDriftError: If shapes, dtypes or devices do not fit, ids are out of range, or observed
@@ -120,13 +120,13 @@ def linear_soft_token_lift(
     workspace_mib: float = 128.0,
     vocab_block: int | None = None,
 ) -> Tensor:
-    r"""Lift hidden states to soft-token embeddings without ever holding their logits.
+    r"""Lift hidden states to soft-token embeddings without storing their logits.
 
     .. math:: e_{bl} = \mathrm{softmax}(W h_{bl} + b)\,E
 
-    As `soft_token_lift` of ``torch.nn.functional.linear(hidden, weight, bias)``, with a fifth more in matrix
-    products and without the two tensors (B, L, V): blocks of the vocabulary are scored one after the other
-    under a running maximum, and once more in the backward. Worth it where nothing else needs the logits.
+    This is equivalent to `soft_token_lift` of ``torch.nn.functional.linear(hidden, weight, bias)``, with a fifth more
+    work in matrix products and without the two tensors (B, L, V). The logits of one block of the vocabulary after the
+    other are computed under a running maximum, and again in the backward pass. Use it if nothing else needs the logits.
 
     Args:
         hidden: Input of the output layer, (B, L, H); float64, float32, bfloat16 or float16.
@@ -178,7 +178,7 @@ def straight_through_lift(
     mask_id: int | None = None,
     workspace_mib: float = 128.0,
 ) -> Tensor:
-    r"""Look up the likeliest token, with the gradient of the soft lift. An ablation: it collapses.
+    r"""Look up the likeliest token, with the gradient of the soft lift (an ablation of the paper, which collapses).
 
     .. math:: y = \mathrm{onehot}(\arg\max p) - \mathrm{sg}(p) + p,\qquad e = y\,E
 
@@ -229,7 +229,7 @@ def _predicted_rows(
     predicted = check_mask("predicted", predicted, data.shape[:2])
     if noisy_ids is None:
         raise fail(
-            "predicted was given without noisy_ids: what stands at the other positions is unknown.",
+            "predicted was given without noisy_ids, so the ids at the other positions are unknown.",
             "Pass noisy_ids=x_t, or leave predicted out to lift every position.",
         )
     noisy_ids = check_ids("noisy_ids", noisy_ids, embedding.shape[0], like=data)
@@ -265,7 +265,8 @@ def check_linear(logits: LinearLogits, embedding: Tensor) -> None:
     if hidden.shape[-1] != weight.shape[1]:
         raise fail(
             f"hidden has width {hidden.shape[-1]} (H) but weight has {weight.shape[1]} columns (H).",
-            "Pass what enters the output layer, after its norm, and the weight of that layer as nn.Linear keeps it.",
+            "Pass the input of the output layer, after its norm, and the weight of that layer in the shape of "
+            "nn.Linear.",
             hidden=hidden,
             weight=weight,
         )

@@ -19,7 +19,7 @@ __all__ = ["Diagnostics", "LossOutput", "MirrorTeacherLoss", "TokenDriftLoss", "
 
 
 class TokenDriftLoss(DriftObjective):
-    r"""The TokenDrift loss: distance of generated features to where an anti-symmetric field pulls them.
+    r"""The TokenDrift loss: half the squared distance of generated features to their drifted targets.
 
     .. math:: \mathcal L = \frac{1}{2B}\sum_i \lVert h_i - \mathrm{sg}(h_i + \alpha V_i)\rVert^2
 
@@ -27,43 +27,43 @@ class TokenDriftLoss(DriftObjective):
     generated ones (this batch and two queues). The gradient is :math:`-\alpha V_i/B` in h and
     :math:`-\alpha J_h^\top V/B` in the logits; exactly zero at positions that are not predicted.
 
-    The value says little: with RMS normalisation the drift keeps its size for ever. Watch
+    The value of the loss says little, because with RMS normalisation the size of the drift hardly changes. Monitor
     ``diagnostics.field.rms`` and the samples instead.
 
-    Statistics (the RMS, the softmax over references) are those of the call, and with gradient accumulation each
-    micro-batch is a call of its own, as in the paper: it sees itself and the queues and is pushed at once. Inside
-    ``with loss.frozen_queues():`` the pushes wait for the end of the block, so that all micro-batches of a step see the
-    same queues. With ``reduction="sum"``, divided by the number of sequences of all of them, they are then one batch,
-    to the digit, where the drift of an anchor depends on that anchor and the queues alone:
-    ``batch_as_references=False`` and ``DriftField(rms_normalize=False)`` with ``"joint"`` or ``"separate"``. They are
-    not one batch where an anchor meets the features of its own call (``batch_as_references``, the default), nor where
-    the field takes a scale or a sum over the anchors of the call: ``rms_normalize``, ``"two_sided"``, and most of
-    `tokendrift.variants`.
+    The RMS and the softmax over references are computed within one call. With gradient accumulation, each micro-batch
+    is a call of its own, as in the paper: it sees itself and the queues, and enters the queues at once. Inside
+    ``with loss.frozen_queues():`` features enter the queues at the end of the block, so that all micro-batches of a
+    step see the same queues. With ``reduction="sum"``, and after division by the total number of sequences, the result
+    is then exactly that of one large batch if the drift of an anchor depends only on that anchor and the queues: with
+    ``batch_as_references=False`` and ``DriftField(rms_normalize=False)`` in the form ``"joint"`` or ``"separate"``. It
+    differs from that of one large batch if anchors are compared with the features of their own call
+    (``batch_as_references``, the default), or if the field computes a scale or a sum over the anchors of the call:
+    ``rms_normalize``, ``"two_sided"``, and most of `tokendrift.variants`.
 
-    Whatever else calls the loss twice in a step, such as the closure of an optimiser, pushes twice: use
-    ``frozen_queues`` there as well. Gradient checkpointing of the loss itself computes it again during the backward
-    pass and is refused in training mode, unless both passes are inside such a block; checkpointing the model alone is
+    Anything else that calls the loss twice in a step, such as the closure of an optimiser, also fills the queues twice:
+    use ``frozen_queues`` there as well. Gradient checkpointing of the loss itself computes it again during the backward
+    pass and is an error in training mode, unless both passes are inside such a block. Checkpointing only the model is
     always possible.
 
-    Features that are not finite never enter the queues, and give an error on a CPU. On an accelerator, and in a
-    compiled loss, they give a loss of NaN instead, since reading them would have to wait for the device. The loss
-    warns once if its drift is zero although the queues cannot be the reason for long.
+    Features that are not finite never enter the queues. On a CPU they are an error. On an accelerator and in a compiled
+    loss, where reading them would have to wait for the device, the loss is NaN. If the drift is zero and the queues
+    will not change that, the loss warns once.
 
-    A base loss is added by hand, ``loss(...) + weight * base``; the paper names no weight, and its Gen.-PPL is better
-    without (Table 4).
+    To add a base loss, write ``loss(...) + weight * base``. The paper states no weight, and its Gen.-PPL is better
+    without one (Table 4).
 
     Args:
         embedding: E of the frozen encoder, (V, D), without gradient.
-        feature_map: Frozen callable, embeddings (B, L, D) to features (B, M), or (B, W, M) for W windows: their
-            cloud has B * W points and a sequence's loss is the mean over its windows. A module must be in
+        feature_map: Frozen callable, embeddings (B, L, D) to features (B, M), or (B, W, M) for W windows: the field
+            then compares B * W features, and the loss of a sequence is the mean over its windows. A module must be in
             evaluation mode with no parameter that requires grad; see `PooledFeatures`.
         lift: ``"soft"`` (default), or ``"straight_through"`` for the paper's ablation that collapses: hard tokens with
             the gradient of soft ones (`tokendrift.lift.straight_through_lift`).
         field: Drift field; ``DriftField()`` by default. Any callable with the signature of `Field`.
         drift_scale: alpha. Default: 1.
         queue_size: Capacity of each of the two queues, in features; 0 uses the batch alone. Default: 1024.
-        batch_as_references: Let the features of the call attract and repel as well. Default: True, as in the paper. If
-            False, the queues alone do; the first call, with empty queues, then has zero loss and fills them.
+        batch_as_references: Whether the features of the call are references as well. Default: True, as in the paper. If
+            False, only the queues are; the first call then fills the empty queues and returns zero.
         mask_id: Id of the mask token of a masked model (MDLM). It gets no probability, and the call then needs
             ``noisy_ids``. Default: None, for uniform-state models.
         exclude_paired_positive: Hide an anchor's own clean sequence from its positives. Default: False, as in the
@@ -74,12 +74,12 @@ class TokenDriftLoss(DriftObjective):
             that every anchor sees the whole batch and the queues are the same on every rank. Every rank must then
             call, in step; set ``loss.across_ranks = False`` for a call on one rank alone. Default: True.
 
-    Across ranks, ``"mean"`` is the sum over this rank's sequences over the number of sequences of all ranks, times
-    the number of ranks: averaged over ranks, as DDP does with gradients, it is the loss of one process with the whole
-    batch, for batches of unequal size too. ``"sum"`` and ``"none"`` stay those of this rank. Diagnostics of the field
-    are those of the whole batch. Every rank computes the drift of all gathered anchors and keeps its own rows: RMS,
-    column sums and transport plans run over the anchors and are exact this way, for a work that is small beside the
-    model's.
+    Across ranks, ``"mean"`` is the sum over this rank's sequences over the number of sequences of all ranks, times the
+    number of ranks: averaged over ranks, as DDP averages gradients, it is the loss of one process with the whole batch,
+    even if the batches differ in size. ``"sum"`` and ``"none"`` refer to the sequences of this rank. Diagnostics of the
+    field are those of the whole batch. Every rank computes the drift of all gathered anchors and keeps its own rows:
+    RMS, column sums and transport plans include all anchors and are therefore exact. This costs little in comparison
+    with the model.
 
     Embedding and feature map are not parameters, not in ``state_dict``, and never change mode; they move
     with ``.to()``. The queues are in ``state_dict``.
@@ -197,11 +197,11 @@ class TokenDriftLoss(DriftObjective):
 
         Args:
             logits: Raw denoiser output (B, L, V), any float dtype. Log-probabilities give the same loss, since the
-                softmax of both is the same; probabilities do not, and the first call warns of them. Or `LinearLogits`,
-                the hidden states with the output layer, where no tensor of that size should exist. Loss, gradients
-                and diagnostics are the same.
+                softmax of both is the same; probabilities do not, and the first call warns of them. To avoid a tensor
+                of this size, pass `LinearLogits`, the hidden states with the output layer; loss, gradients and
+                diagnostics are the same.
             clean_ids: x0, integer ids (B, L), without the mask token.
-            noisy_ids: x_t (B, L): what stands at positions that are not predicted. Required with ``mask_id``.
+            noisy_ids: x_t (B, L), the ids at positions that are not predicted. Required with ``mask_id``.
             predicted: M, bool (B, L). Default: ``noisy_ids == mask_id`` where the loss has a ``mask_id``, else all.
             attention_mask: Positions that are text, bool (B, L); padding is neither predicted nor pooled.
             return_diagnostics: Return a `LossOutput` with diagnostics (one more pass over the logits). Default: False.
@@ -297,8 +297,8 @@ class MirrorTeacherLoss(DriftObjective):
         """Return the loss; arguments and result as in `TokenDriftLoss.forward`, but the logits must be a tensor."""
         if isinstance(logits, LinearLogits):
             raise fail(
-                "the mirror teacher compares logits, but LinearLogits came.",
-                "Pass torch.nn.functional.linear(*logits); TokenDriftLoss alone can do without the logits.",
+                "the mirror teacher needs the logits themselves, but was given LinearLogits.",
+                "Pass torch.nn.functional.linear(*logits). Only TokenDriftLoss accepts LinearLogits.",
             )
         if torch.is_inference_mode_enabled():
             raise fail("the mirror teacher takes a gradient of its own.", "Use torch.no_grad, not inference_mode.")

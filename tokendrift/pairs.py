@@ -1,4 +1,4 @@
-"""A drifting loss for what parallel sampling breaks: which tokens stand beside each other."""
+"""A drifting loss on pairs of neighbouring tokens, which parallel sampling draws independently of each other."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Reference features beyond those of this process and step: gathered from other ranks, kept in queues, weighted."""
+"""Further reference features: gathered from other ranks, kept in queues, weighted."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def gather(features: Tensor, *, call: int = 0, error: Exception | None = None) -
         )
     if len(set(widths)) > 1 or len(set(sizes)) > 1:
         raise fail(
-            f"features differ between ranks: widths M {list(widths)}, bytes a number {list(sizes)}.",
+            f"features differ between ranks: widths M {list(widths)}, bytes per number {list(sizes)}.",
             "Build the same feature map in the same precision on every rank.",
             features=features,
         )
@@ -176,12 +176,12 @@ class FeatureQueue(nn.Module):
 
     @contextmanager
     def frozen(self) -> Iterator[None]:
-        """Keep the features as they are inside the block; what is pushed there enters when it ends, in order.
+        """Do not change the features inside the block; features that are pushed there enter, in order, when it ends.
 
         If the block raises, it does not enter at all.
         """
         if self._held is not None:
-            raise fail("the queue is frozen already.", "Leave the other block first.")
+            raise fail("the queue is already frozen.", "Exit the other frozen block first.")
         held = self._held = []
         try:
             yield
@@ -252,7 +252,7 @@ def guidance_weight(guidance: float, *, negatives: int, unconditional: int) -> f
 
     .. math:: w = (Q - 1)(\alpha - 1) / U
 
-    The drift of a conditional generator then rests where it generates
+    The drift of a conditional generator then vanishes where it generates
     :math:`\alpha\, p(\cdot|c) - (\alpha - 1)\, p(\cdot)`.
 
     Args:

@@ -1,4 +1,4 @@
-"""When DUO's training reads soft inputs, and how soft (arXiv 2506.10892)."""
+"""The schedule of soft inputs in DUO's training (arXiv 2506.10892)."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ HARD = 1e-10  # temperature at and after the last step: softmax(w / 1e-10) is th
 
 @dataclass(frozen=True)
 class GaussianCurriculum:
-    r"""Which process to train with at which step: soft inputs that harden, then the hard process itself.
+    r"""The process to train with at each step: first with soft inputs, which become harder, then the process itself.
 
-    The temperature stays at its first value until ``first_step``, falls geometrically until ``last_step``, and is
-    1e-10 from there on; after ``last_step`` training goes on with ``process``. Defaults are those of DUO's training.
+    The temperature keeps its first value until ``first_step`` and falls geometrically until ``last_step``, where it is
+    1e-10. After ``last_step``, training continues with ``process``. The defaults are those of DUO's training.
 
     Attributes:
         process: The process of the end, and of validation and sampling.

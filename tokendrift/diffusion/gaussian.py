@@ -3,8 +3,9 @@ r"""DUO's curriculum: uniform-state diffusion seen as the argmax of a Gaussian o
 Noise a one-hot vector, :math:`w = \tilde\alpha\,x_0 + \tilde\sigma\,\epsilon` with
 :math:`\tilde\alpha^2 = \mathrm{sigmoid}(-\gamma)` and :math:`\tilde\sigma^2 = \mathrm{sigmoid}(\gamma)`. Its largest
 entry follows the uniform-state law exactly, at the signal level that `GaussianDuality` computes. A model may therefore
-read the tempered softmax of w in place of its argmax and train against the same bound: the soft input leaks what the
-hard one hides, which makes the gradient less noisy, and a falling temperature takes the leak away.
+read the tempered softmax of w in place of its argmax and train against the same bound: the soft input contains
+information that the hard one does not, which makes the gradient less noisy. As the temperature falls, this additional
+information vanishes.
 """
 
 from __future__ import annotations
@@ -107,7 +108,7 @@ class GaussianDuality(Schedule):
 
 
 class SoftCorruption(Corruption):
-    """A corrupted batch whose denoiser reads more than x_t.
+    """A corrupted batch for denoisers that receive a soft input in addition to x_t.
 
     Attributes:
         soft: Input logits (B, L, V), whose softmax is embedded; with weights, ids int64 (B, L, K).
@@ -122,8 +123,8 @@ class SoftCorruption(Corruption):
         self.soft, self.weights = soft, weights
         return self
 
-    def denoise(self, denoiser: Denoiser) -> Tensor:
-        """Return the denoiser's logits (B, L, V) for the soft input.
+    def denoise(self, denoiser: Denoiser, **options: Tensor) -> Tensor:
+        """Return the denoiser's logits (B, L, V) for the soft input; options are passed to it.
 
         The denoiser must take the keyword ``embed``, as `tokendrift.models.DiT` does: a function that maps its
         embedding matrix (V, D) to the embeddings (B, L, D) which it then reads in place of those of x_t.
@@ -132,7 +133,7 @@ class SoftCorruption(Corruption):
         def embed(embedding: Tensor) -> Tensor:
             return soft_embedding(self.soft, self.weights, embedding)
 
-        return denoiser(self.x_t, self.sigma, embed=embed)  # type: ignore[call-arg]
+        return denoiser(self.x_t, self.sigma, embed=embed, **options)  # type: ignore[call-arg]
 
 
 class GaussianUniformDiffusion(UniformDiffusion):
@@ -142,10 +143,10 @@ class GaussianUniformDiffusion(UniformDiffusion):
     `SoftCorruption.denoise` hands to the denoiser. Objective and posterior are those of the hard x_t.
 
     In the plain form, the paper's, w is a tensor (B, L, V). With ``top_k`` only the entries of the clean token and of
-    the k largest others are drawn, from the exact law of order statistics, and memory falls to (B, L, k). x_t keeps
-    its law, and these ids their weights in the softmax (of the other entries, the mean mass counts); what the others
-    would add to the embedding is left out. At V = 50258, :math:`\gamma = -2.5` and k = 32 that is 65 % of the mass for
-    :math:`\tau = 0.1`, 0.3 % for 0.03, and nothing to speak of from 0.01 on.
+    the k largest others are drawn, from the exact law of order statistics, and memory falls to (B, L, k). x_t keeps its
+    law, and these ids their weights in the softmax (of the other entries, the mean mass counts); what the others would
+    add to the embedding is left out. At V = 50258, :math:`\gamma = -2.5` and k = 32 that is 65 % of the mass for
+    :math:`\tau = 0.1`, 0.3 % for 0.03, and a negligible share from 0.01 on.
 
     Args:
         vocab_size: V.

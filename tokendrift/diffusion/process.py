@@ -1,4 +1,4 @@
-"""What masked and uniform-state diffusion have in common: one protocol for losses, training and samplers."""
+"""The common interface of masked and uniform-state diffusion, which losses, training and samplers use."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from tokendrift.diffusion.schedules import LogLinear, Schedule, sample_times
 
 
 class Denoiser(Protocol):
-    """A network that returns raw logits: neither SUBS nor log-softmax applied.
+    """A network that returns raw logits, without SUBS or log-softmax.
 
-    Nothing else is asked of it: vocabulary and mask belong to the process. Where an attribute ``time_conditioned``
-    exists and is False, sigma does not matter, and samplers may leave out calls whose answer they know.
+    The vocabulary and the mask belong to the process. If the network has an attribute ``time_conditioned`` that is
+    False, its output does not depend on sigma, and samplers skip calls whose result they know.
     """
 
     def __call__(self, x_t: Tensor, sigma: Tensor | None, /) -> Tensor:
@@ -26,7 +26,7 @@ class Denoiser(Protocol):
 
 
 class Corruption(NamedTuple):
-    """One corrupted batch and everything a denoiser or a loss asks of it.
+    """A corrupted batch with everything that a denoiser or a loss needs.
 
     Attributes:
         x_t: Noisy ids, int64 (B, L).
@@ -40,18 +40,18 @@ class Corruption(NamedTuple):
     t: Tensor
     sigma: Tensor
 
-    def denoise(self, denoiser: Denoiser) -> Tensor:
-        """Return the denoiser's logits (B, L, V) for this batch."""
-        return denoiser(self.x_t, self.sigma)
+    def denoise(self, denoiser: Denoiser, **options: Tensor) -> Tensor:
+        """Return the denoiser's logits (B, L, V) for this batch; options are passed to it."""
+        return denoiser(self.x_t, self.sigma, **options)
 
 
 class Mixture(NamedTuple):
-    """A reverse step in the form that samplers need: who stays, and where the others draw from.
+    """A reverse step as probabilities: whether a position keeps its token, and what its new token is drawn from.
 
     Attributes:
         stay: Probability that a position keeps its token, float64 (B, L).
-        denoise: Probability that it draws from the denoiser's p, float64 (B, L); what is left of
-            ``1 - stay`` draws uniformly over the vocabulary.
+        denoise: Probability that its token is drawn from the denoiser's p, float64 (B, L). With the remaining
+            probability, the token is drawn uniformly from the vocabulary.
     """
 
     stay: Tensor
@@ -188,7 +188,10 @@ def check_objective(
     """Apply the input rules that the objectives of all processes share."""
     check_floating(name, check_tensor(name, logits, ("B", "L", "V")))
     if logits.shape[-1] != vocab_size:
-        raise fail(f"{name} must have V = {vocab_size} columns, that of the process.", **{name: logits})
+        raise fail(
+            f"{name} must have V = {vocab_size} columns, one for each entry of the vocabulary of the process.",
+            **{name: logits},
+        )
     check_ids("x0", x0, vocab_size, like=logits)
     check_ids("x_t", x_t, vocab_size, like=logits)
     if t is not None:

@@ -20,10 +20,10 @@ BISECTIONS = 60  # halvings of [0, 1]: to the last bit of float64
 
 
 class Schedule(ABC):
-    r"""What a process needs to know of time.
+    r"""The signal level over time, from which a process computes everything that depends on time.
 
-    A schedule of your own defines `alpha` and `dalpha`; the rest follows. Where one of the others has a closed
-    form, define it too: ``1 - alpha`` loses four of float32's seven digits at t = 1e-3.
+    A schedule of your own must define `alpha` and `dalpha`; the other methods use these. If one of the other methods
+    has a closed form, define it too: ``1 - alpha`` loses four of float32's seven digits at t = 1e-3.
 
     >>> class Square(Schedule):
     ...     def alpha(self, t):

@@ -7,9 +7,9 @@ uses, that of the clean token given the *other* positions (its posterior brings 
 .. math:: s_j = \frac{\alpha}{1-\alpha}\,p_j = \frac{p_j}{e^\sigma - 1}\quad\text{(masked } i\text{)},\qquad
     s_j = \frac{1+\kappa p_j}{1+\kappa p_i}\quad\text{(uniform)}
 
-Both maps are exact and can be inverted, so a model of scores and a model of p are the same model in two coordinates:
-in the first the loss is the denoising score entropy, in the second the NELBO, and the two are equal. `ScoreDenoiser`
-makes any score network a denoiser, to be refined by the drifting loss and sampled like the others.
+Both conversions are exact and can be inverted, so a model of scores and a model of p are two forms of the same model.
+The loss of the first is the denoising score entropy, that of the second is the NELBO, and the two are equal.
+`ScoreDenoiser` makes any score network a denoiser, to be refined by the drifting loss and sampled like the others.
 
 Functions take the process first: one with a mask is absorbing, one without is uniform.
 """
@@ -247,7 +247,10 @@ def _log_expm1(sigma: Tensor, like: Tensor) -> Tensor:
 def _check_rows(process: Process, name: str, value: Tensor, x_t: Tensor, sigma: Tensor) -> None:
     check_tensor(name, value, ("B", "L", "V"))
     if value.shape[-1] != process.vocab_size:
-        raise fail(f"{name} must have V = {process.vocab_size} columns, that of the process.", **{name: value})
+        raise fail(
+            f"{name} must have V = {process.vocab_size} columns, one for each entry of the vocabulary of the process.",
+            **{name: value},
+        )
     check_ids("x_t", x_t, process.vocab_size, like=value)
     if not isinstance(sigma, Tensor) or sigma.shape != value.shape[:1]:
         raise fail(

@@ -1,4 +1,4 @@
-"""Is a checkpoint what it says it is? Behind the command ``tokendrift doctor``."""
+"""Checks of a checkpoint: what the command ``tokendrift doctor`` does."""
 
 from tokendrift.doctor.examine import diagnose
 from tokendrift.doctor.findings import CheckResult, Diagnosis

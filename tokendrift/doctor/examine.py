@@ -75,14 +75,24 @@ def diagnose(
         return report
     facts |= {"configuration": dataclasses.asdict(model.config), "process": repr(process), "device": str(device)}
     facts["parameters"] = sum(parameter.numel() for parameter in model.parameters())
-    report.add("weights fit the configuration", "ok", f"{facts['parameters']:,} parameters, every tensor in its place")
+    report.add(
+        "weights fit the configuration",
+        "ok",
+        f"{facts['parameters']:,} parameters, all tensors are there and have the right shapes",
+    )
     if not check_weights(report, model):
         return report
+    if model.config.random_input:
+        report.add("random input", "ok", f"{model.config.random_input} random numbers at each masked position")
 
     # 3. Vocabulary and mask against the tokenizer. What came from the hub may bring its tokenizer from there.
     found = chosen or find_tokenizer(checkpoint.folder, process.vocab_size, fetch=checkpoint.revision is not None)
     if found is None:
-        report.add("tokenizer", "note", "the folder has none: name one with --tokenizer to check it and the NELBO")
+        report.add(
+            "tokenizer",
+            "note",
+            "the folder has no tokenizer; pass one with --tokenizer to check it and to measure the NELBO",
+        )
         return report
     if not check_tokenizer(report, process, *found):
         return report
@@ -91,7 +101,7 @@ def diagnose(
     progress("reading text")
     windows = _windows(documents or _default_documents(), found[0], process, model.config.model_length, tokens)
     if windows is None:
-        report.add("NELBO", "note", "the text is too short to measure on: pass more with --text")
+        report.add("NELBO", "note", "the text is too short; pass a longer one with --text")
     else:
         check_nelbo(report, model, process, windows.to(device), found[0], progress)
     return report
@@ -116,7 +126,9 @@ def check_tokenizer(report: Diagnosis, process: Process, tokenizer: Any, where: 
     report.checkpoint["tokenizer"] = where
     if count > size:
         report.add(
-            "vocabulary", "fail", f"the tokenizer ({where}) has {count} entries, the model {size}: ids would not fit"
+            "vocabulary",
+            "fail",
+            f"the tokenizer ({where}) has {count} entries, the model {size}: some ids would be out of range",
         )
         return False
     # Released models have one entry more than GPT-2: MDLM's mask, DUO's [PAD].
@@ -132,7 +144,7 @@ def check_tokenizer(report: Diagnosis, process: Process, tokenizer: Any, where: 
         word = tokenizer.convert_ids_to_tokens(process.mask_id)
         report.add("mask id", "fail", f"{process.mask_id} is an ordinary token of the tokenizer, {word!r}")
     else:
-        report.add("mask id", "ok", f"{process.mask_id}, an entry that text never has")
+        report.add("mask id", "ok", f"{process.mask_id}, an entry that never occurs in text")
     return True
 
 
@@ -160,7 +172,7 @@ def check_nelbo(
     useless = found.mean > bound
     # 2. The same under other assumptions, on half of the windows: with another noise level, mask or process.
     few = windows[: max(8, len(windows) // 2)]
-    progress("trying other assumptions")
+    progress("testing other assumptions")
     alternatives = _alternatives(model, process, tokenizer, useless=useless)
     base = probes.window_nelbo(model, process, few, counted=False)
     better = _best_alternative(base, few, alternatives, bound if useless else None)
@@ -218,18 +230,18 @@ def _useless(model: DiT, process: Process, found: Estimate, share: Tensor, unigr
     size = process.vocab_size
     if entropy > math.log(size) - 0.3 or abs(found.mean - math.log(size)) < 0.2:
         return (
-            f"weights not loaded: perplexity {found.perplexity:,.0f} is near the vocabulary of {size:,}, as of a "
-            f"network with fresh weights. Something went wrong before this file was written"
+            f"weights not loaded: perplexity {found.perplexity:,.0f} is near the vocabulary of {size:,}, as for "
+            f"randomly initialised weights. Something went wrong before this file was written"
         )
     if cost > unigram + 0.7:
         return (
-            f"wrong vocabulary, or weights not loaded: at pure noise the network expects {math.exp(entropy):,.0f} "
+            f"wrong vocabulary, or weights not loaded: at pure noise the network predicts {math.exp(entropy):,.0f} "
             f"tokens, but not those of this text (perplexity {math.exp(cost):,.0f} of its word counts). Check that "
-            f"this tokenizer is the one of training"
+            f"this tokenizer was used in training"
         )
     return (
-        "the network has learned the word counts of such text but reads no context: some weights are damaged or "
-        "not those of this network, or it was trained too little"
+        "the network has learned the word counts of such text but does not use context: some weights are damaged "
+        "or belong to another network, or it was trained too little"
     )
 
 
@@ -243,11 +255,11 @@ def _compare(report: Diagnosis, model: DiT, process: Process, found: Estimate) -
     said = f"{name} has {value} on OpenWebText with GPT-2 tokens"
     report.figures["published_perplexity"] = value
     if abs(found.perplexity - value) <= NEAR * value + 2 * found.error * value:
-        report.add("published value", "ok", f"near: {said}")
+        report.add("published value", "ok", f"close: {said}")
         return
-    apart = f"{said}, to which only that text compares"
+    apart = f"{said}, which can only be compared on that text"
     if "distill" in report.checkpoint["source"]:
-        apart += "; distilled models give up likelihood for few steps, so that a higher value is expected"
+        apart += "; distilled models trade likelihood for sampling in few steps, so a higher value is expected"
     report.add("published value", "note", apart)
 
 

@@ -1,4 +1,4 @@
-"""What the doctor measures: the NELBO of windows of text, as it is and with one assumption changed."""
+"""Measurements of the doctor: the NELBO of windows of text, as configured and with one assumption changed."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ LOGITS_AT_ONCE = 1 << 26  # entries of one batch of logits; 256 MiB in float32
 
 
 class OtherCondition(nn.Module):
-    """A network that is given something else in the place of sigma.
+    """A network that receives another value instead of sigma.
 
     Args:
         model: The network.
@@ -142,7 +142,7 @@ def sigma_alternatives(model: Denoiser, process: Process) -> Iterator[Alternativ
 
         yield Alternative(
             "the network reads its second argument as the time t, not as sigma = -log(alpha_t): the checkpoint was "
-            "trained by other code; wrap it to convert sigma",
+            "trained with other code; wrap the network to convert sigma",
             OtherCondition(model, time),
             process,
         )
@@ -178,7 +178,7 @@ def process_alternatives(model: Denoiser, process: Process, mask_ids: Iterable[i
 
 
 def unpredicted_id(model: Denoiser) -> int | None:
-    """Return the id whose output row training never touched, as SUBS leaves that of the mask; None if there is none."""
+    """Return the id whose output row was never trained, which SUBS causes for the mask; None if there is none."""
     if not isinstance(model, DiT):
         return None
     norms = model.output_layer.linear.weight.detach().double().norm(dim=1)

@@ -1,9 +1,9 @@
-"""Resampling over samples: how far a figure would move with another draw of as many samples.
+"""Resampling over samples: how much a figure would vary with another draw of equally many samples.
 
-Averages over samples are resampled by the percentile bootstrap. Figures that count what occurs in the corpus at all
-(distinct n-grams, duplicates) would take a sample drawn twice for a repetition. They are computed on random halves
-instead, in which no sample occurs twice. The variance of a mean over halves of n samples is that of a draw of n. The
-level of these figures depends on how many samples there are, and is set back to the estimate (``centred``).
+Averages over samples are resampled by the percentile bootstrap. Figures that count whether something occurs at all
+(distinct n-grams, duplicates) would count a sample that is drawn twice as a repetition. They are computed on random
+halves instead, in which no sample occurs twice. The variance of a mean over halves of n samples is that of a draw of n.
+The level of these figures depends on how many samples there are, and is set back to the estimate (``centred``).
 
 Source: Efron and Tibshirani, An Introduction to the Bootstrap (1993); Shao and Wu, A General Theory for Jackknife
 Variance Estimation (Annals of Statistics 1989), for the halves.
@@ -140,7 +140,7 @@ def perplexity_ratio_interval(
     check_resampling(level, resamples)
     if a.protocol != b.protocol:
         raise fail(
-            f"a was scored under protocol {a.protocol!r} and b under {b.protocol!r}; they do not compare.",
+            f"a was scored under protocol {a.protocol!r} and b under {b.protocol!r}; the two cannot be compared.",
             "Score both under one protocol.",
         )
     log = _log_perplexity_of(a.protocol)
@@ -150,7 +150,8 @@ def perplexity_ratio_interval(
     if paired:
         if first[0].shape != second[0].shape:
             raise fail(
-                f"paired=True needs as many samples of a as of b, but there are {len(first[0])} and {len(second[0])}.",
+                f"paired=True needs equally many samples of a and b, but there are {len(first[0])} and "
+                f"{len(second[0])}.",
                 "Leave paired out for samples that do not belong together.",
             )
         replicates = _replicates(lambda s, c, t, d: log(s, c) - log(t, d), first + second, resamples, generator)

@@ -67,7 +67,8 @@ def check_alike(a: Measures, b: Measures) -> None:
         theirs = _options(b)[name]
         if ours != theirs:
             raise fail(
-                f"the two sets were not measured alike: {name} is {ours!r} for one and {theirs!r} for the other.",
+                f"the two sets were not measured in the same way: {name} is {ours!r} for one and {theirs!r} for the "
+                "other.",
                 "Measure both with the same judge and the same options.",
             )
 

@@ -1,4 +1,4 @@
-"""How varied generated ids are, within a sample and over the corpus: the figures that keep Gen.-PPL honest.
+"""Diversity of generated ids, within a sample and over the corpus: the figures to read together with Gen.-PPL.
 
 All take ids as generated, before decoding: int64 (n, L), or a list of sequences. Entropies are in nats.
 """
@@ -41,8 +41,8 @@ def sample_entropy(ids: Ids) -> Tensor:
 def unigram_entropy(ids: Ids) -> float:
     """Return the plug-in entropy of all tokens of the corpus together, nats.
 
-    It falls when a sampler keeps to frequent words, even where every single sample stays varied. It grows with
-    the number of tokens: compare corpora of one size.
+    It falls when a sampler draws only frequent words, even if every single sample remains varied. It grows with the
+    number of tokens: compare corpora of one size.
 
     Args:
         ids: (n, L), or a list of sequences.

@@ -206,7 +206,7 @@ def cut_to_lengths(
         return SampleSet(ids=ids)
     if texts is None and tokenizer is None:
         raise fail(
-            "the samples came as texts, and real text as ids without a tokenizer.",
+            "the samples are texts, but real text consists of ids and there is no tokenizer to decode them.",
             "Pass tokenizer=..., or real texts.",
         )
     return SampleSet(

@@ -6,7 +6,7 @@ add a figure, add one line to `FIGURES`, or call `register_figure` in a program 
 
     register_figure(Figure("even_share", "even ids", "share of even ids", 3, per_sample(share_of_even_ids)))
 
-Gen.-PPL is the one figure that compares as a ratio: its replicates are logarithms.
+Only Gen.-PPL is compared as a ratio: its replicates are logarithms.
 """
 
 from __future__ import annotations
@@ -91,9 +91,9 @@ class Figure:
         heading: Heading of its column in a narrow table.
         title: What it is called in a sentence, a plot or a model card.
         digits: Digits after the decimal point.
-        compute: Computes it; None for a figure that `measure` is given, as it is given the NELBO.
+        compute: Function that computes it; None for a figure that is passed to `measure`, such as the NELBO.
         unit: Unit, such as ``"nats"``; empty for a share or a count. Default: empty.
-        main: Whether it is shown where there is room for few figures. Default: False.
+        main: Whether it is shown in tables that have room for few figures only. Default: False.
     """
 
     name: str
@@ -143,7 +143,7 @@ def register_figure(figure: Figure) -> None:
     """
     check_count("digits", figure.digits)
     if figure.name in FIGURES:
-        raise fail(f"there is a figure of the name {figure.name!r} already.", "Choose another name.")
+        raise fail(f"there is already a figure named {figure.name!r}.", "Choose another name.")
     FIGURES[figure.name] = figure
 
 

@@ -208,7 +208,8 @@ def _check_number(real: int, count: int) -> None:
     if abs(real - count) > SAME_SIZE * count:
         raise fail(
             f"real text has {real} samples and a point {count}: the entropy of all tokens depends on their number.",
-            "Measure as many, or pass real text itself, which is cut; draw fewer where there is no more of it.",
+            "Measure equally many samples of real text, or pass the samples of real text as real=, which are then "
+            "cut to that number.",
         )
 
 

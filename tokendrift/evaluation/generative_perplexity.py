@@ -201,11 +201,11 @@ class GenerativePerplexity:
             distributed.all_gather_object(gathered, parts)
             parts = [part for rank in gathered for part in rank]
         if not parts:
-            raise fail("compute has nothing to work on.", "Call update(samples) first.")
+            raise fail("there are no samples to compute a result from.", "Call update(samples) first.")
         conventions = {(part.protocol, part.precision) for part in parts}
         if len(conventions) > 1:
             shown = ", ".join(sorted(f"{protocol} in {precision}" for protocol, precision in conventions))
-            raise fail(f"the ranks did not score alike: {shown}.", "Build the same evaluator on every rank.")
+            raise fail(f"the ranks used different options: {shown}.", "Build the same evaluator on every rank.")
         contributions = [part[-4:] for part in parts]
         sizes = (None if any(x is None for x in each) else torch.cat(each) for each in zip(*contributions, strict=True))
         return self._result(parts[0].precision, *sizes)  # type: ignore[arg-type]
@@ -278,9 +278,9 @@ class GenerativePerplexity:
                 )
             if self.protocol in WHOLE and len(ids) > self.max_length:
                 raise fail(
-                    f"sample {i} has {len(ids)} tokens, but protocol {self.protocol!r} scores a sample whole and the "
-                    f"judge reads max_length = {self.max_length}.",
-                    "Take protocol='all', which slides over long samples, or truncate=max_length.",
+                    f"sample {i} has {len(ids)} tokens, but protocol {self.protocol!r} scores each sample as a whole "
+                    f"and the judge accepts max_length = {self.max_length}.",
+                    "Pass protocol='all', which uses sliding windows for long samples, or truncate=max_length.",
                 )
         check_range(torch.cat(sequences), self.judge.vocab_size)
         if self.pad_eos and self.protocol == "mdlm":
@@ -308,8 +308,8 @@ class GenerativePerplexity:
         total, count = float(nll.sum()), int(tokens.sum())
         if count == 0:
             raise fail(
-                f"protocol {self.protocol!r} counts no token of these {len(nll)} samples: they hold nothing but end "
-                "of text.",
+                f"protocol {self.protocol!r} counts no token of these {len(nll)} samples: they consist of "
+                "end-of-text tokens only.",
                 "Look at the samples.",
             )
         log = float(log_perplexity(nll, tokens, self.protocol))
@@ -337,8 +337,9 @@ class GenerativePerplexity:
         found = eos_id if eos_id is not None else self.judge.eos_id
         if found is None:
             raise fail(
-                f"protocol {self.protocol!r} treats the end of text apart, and neither tokenizer nor judge names it.",
-                "Pass eos_id, or take protocol='all', which counts every token.",
+                f"protocol {self.protocol!r} treats end-of-text tokens specially, and neither the tokenizer nor the "
+                "judge states their id.",
+                "Pass eos_id, or protocol='all', which counts every token.",
             )
         size = self.judge.vocab_size
         if found < 0 or (size is not None and found >= size):
@@ -395,5 +396,5 @@ def _window(max_length: int | None, window: int | None) -> int:
         return window if window is not None else 1024
     check_count("max_length", max_length, least=2)
     if window is not None and max_length > window:
-        raise fail(f"max_length is {max_length}, but the judge knows {window} positions.", "Longer samples are split.")
+        raise fail(f"max_length is {max_length}, but the judge has {window} positions.", "Longer samples are split.")
     return max_length

@@ -1,22 +1,23 @@
-"""The guard against gaming: figures of a set of samples that explain a low Gen.-PPL by dull or copied text.
+"""The guard: figures of a set of samples which show that a low Gen.-PPL comes from dull or copied text.
 
-A judge prefers dull text. What makes text dull shows in a figure beside Gen.-PPL, and each figure has a side of real
-text's on which it is suspicious. A figure is flagged if it lies on that side by more than `DEVIATIONS` standard errors
-of the difference and by more than a margin. Both sets are resampled, so that the variation of real text counts as well.
-The margin keeps a difference of no consequence from being flagged only because there are many samples:
+A judge prefers dull text, and other figures show in which respect a text is dull. For each of these, values either
+above or below that of real text are suspicious. A figure is flagged if it lies on the suspicious side by more than
+`DEVIATIONS` standard errors of the difference and by more than a margin. Both sets are resampled, so that the variation
+of real text counts as well. The margin prevents that a negligible difference is flagged only because there are many
+samples:
 
 | figure | suspicious | margin | what it indicates |
 |---|---|---|---|
-| ``gen_ppl`` | below real text | none | more predictable than people write; commented on even without a flag |
-| ``sample_entropy`` | below | 2 % | samples that go round in circles |
+| ``gen_ppl`` | below real text | none | more predictable than human text; commented on even without a flag |
+| ``sample_entropy`` | below | 2 % | few different tokens within a sample |
 | ``unigram_entropy`` | below | 2 % | frequent words only; low temperature |
 | ``distinct_1`` to ``distinct_4`` | below | 10 % | few words or phrases over the whole set |
 | ``repetition_4`` | above | 0.02 | phrases repeated within a sample |
 | ``longest_repeat`` | above | 25 % | long passages repeated within a sample |
-| ``most_frequent_share`` | above | 25 % | one token over and over |
-| ``duplicate_share`` | above | 0.02 | the same sample again |
-| ``self_bleu`` | above | 0.05 | samples that say the same things |
-| ``copied_share`` | above | 0.1 | training text by heart |
+| ``most_frequent_share`` | above | 25 % | one token makes up much of the text |
+| ``duplicate_share`` | above | 0.02 | several samples are identical |
+| ``self_bleu`` | above | 0.05 | samples share many phrases with each other |
+| ``copied_share`` | above | 0.1 | passages copied from the training text |
 
 With 3.5 standard errors, one-sided, 13 figures of real text beside real text give a flag in about 3 of 1,000 cases,
 for sets large enough that the figures are nearly normal (a hundred samples and more).
@@ -55,24 +56,24 @@ class GuardRule(NamedTuple):
 
 
 RULES = (
-    GuardRule("gen_ppl", -1, 0.0, True, False, "likelier to the judge than human text: dull, or known to it"),
+    GuardRule("gen_ppl", -1, 0.0, True, False, "likelier under the judge than human text, so more predictable"),
     GuardRule("sample_entropy", -1, 0.02, True, False, "few different tokens within a sample"),
-    GuardRule("unigram_entropy", -1, 0.02, True, True, "frequent tokens preferred, as low temperature does"),
+    GuardRule("unigram_entropy", -1, 0.02, True, True, "frequent tokens preferred, as at a low temperature"),
     *(
         GuardRule(f"distinct_{n}", -1, 0.1, True, True, f"few different {n}-grams over the whole set")
         for n in (1, 2, 3, 4)
     ),
     GuardRule("repetition_4", 1, 0.02, False, False, "phrases repeated within a sample"),
     GuardRule("longest_repeat", 1, 0.25, True, False, "long passages repeated within a sample"),
-    GuardRule("most_frequent_share", 1, 0.25, True, True, "one token over and over"),
-    GuardRule("duplicate_share", 1, 0.02, False, True, "the same sample again"),
-    GuardRule("self_bleu", 1, 0.05, False, True, "samples that say the same things"),
-    GuardRule("copied_share", 1, 0.1, False, False, "training text by heart"),
+    GuardRule("most_frequent_share", 1, 0.25, True, True, "one token makes up much of the text"),
+    GuardRule("duplicate_share", 1, 0.02, False, True, "several samples are identical"),
+    GuardRule("self_bleu", 1, 0.05, False, True, "samples share many phrases with each other"),
+    GuardRule("copied_share", 1, 0.1, False, False, "passages copied from the training text"),
 )  # fmt: skip
 
 
 class Finding(NamedTuple):
-    """What the guard says of one figure.
+    """What the guard found for one figure.
 
     Attributes:
         figure: Name of the figure; ``"samples"`` or ``"length"`` if the sets differ in size.
@@ -99,7 +100,7 @@ class Finding(NamedTuple):
 
 
 class Verdict(NamedTuple):
-    """What the guard says of a set of samples.
+    """What the guard found for a set of samples.
 
     Attributes:
         findings: Flags and comments, in the order of `RULES`.
@@ -169,8 +170,13 @@ def _sizes(generated: Measures, real: Measures) -> list[Finding]:
     """Return a comment for each way in which the two sets differ in size."""
     found = []
     for name, value, level, meaning in (
-        ("samples", generated.samples, real.samples, "figures of the whole set depend on it and were not judged"),
-        ("length", generated.length.estimate, real.length.estimate, "entropy and repetition depend on it"),
+        (
+            "samples",
+            generated.samples,
+            real.samples,
+            "figures of the whole set depend on this number and were not checked",
+        ),
+        ("length", generated.length.estimate, real.length.estimate, "entropy and repetition depend on the length"),
     ):
         if abs(value - level) > SAME_SIZE * level:
             found.append(Finding(name, "comment", float(value), float(level), math.nan, meaning))

@@ -59,7 +59,7 @@ class Judge:
             )
         elif precision is not None or revision is not None:
             raise fail(
-                "precision and revision are for a judge loaded by name; an object is taken as it is.",
+                "precision and revision apply to a judge that is loaded by name; a model object is used as it is.",
                 "Convert the model yourself, with .float() or .bfloat16().",
                 judge=model,
                 precision=precision,
@@ -103,8 +103,8 @@ class Judge:
             states = getattr(self._call(ids, attention_mask, output_hidden_states=True), "hidden_states", None)
         if not states:
             raise fail(
-                "the judge shows no hidden states, so it gives no features.",
-                "Take a transformers causal LM, or pass features of your own.",
+                "the judge returns no hidden states, from which features are computed.",
+                "Use a causal language model of transformers, or pass features of your own.",
                 judge=self.model,
             )
         last: Tensor = states[-1]
@@ -155,7 +155,7 @@ def token_nll(logits: Tensor, ids: Tensor) -> Tensor:
     nll = torch.cat(parts).view(ids.shape).cpu().double().roll(1, dims=1)
     nll[:, 0] = 0
     if nll.isnan().any():
-        raise fail("the judge's logits give NaN.", "Score in float32 or bfloat16; check the judge's weights.")
+        raise fail("the logits of the judge are NaN.", "Score in float32 or bfloat16; check the judge's weights.")
     return nll
 
 

@@ -226,7 +226,7 @@ def training_ids(training: SampleInput, tokenizer: Any) -> list[Tensor]:
     if isinstance(training, SampleSet):
         training = training.ids if training.ids is not None else training.scored()
     if tokenizer is None and not isinstance(training, Tensor) and any(isinstance(text, str) for text in training):
-        raise fail("training is text, and there is no tokenizer for it.", "Pass tokenizer=..., or training ids.")
+        raise fail("training is text, but there is no tokenizer to encode it.", "Pass tokenizer=..., or training ids.")
     return [ids for ids in id_sequences(training, None, tokenizer)[0] if len(ids)]
 
 
@@ -237,12 +237,13 @@ def _vocabulary(requested: str | None, given: SampleSet, texts: list[str] | None
     check_choice("vocabulary", requested, VOCABULARIES)
     if requested == "generated" and given.ids is None:
         raise fail(
-            "vocabulary='generated' needs the ids as generated, and only texts came.",
-            "Pass ids beside the texts, or vocabulary='judge' for all sets.",
+            "vocabulary='generated' needs the ids as generated, but only texts were given.",
+            "Pass the ids together with the texts, or vocabulary='judge' for all sets.",
         )
     if requested == "judge" and texts is None:
         raise fail(
-            "vocabulary='judge' counts the judge's tokens of texts, and ids came that no tokenizer decodes.",
-            "Pass tokenizer=..., the judge's own where it shares the denoiser's vocabulary, or the texts.",
+            "vocabulary='judge' counts tokens of the judge, but ids were given and there is no tokenizer to decode "
+            "them.",
+            "Pass tokenizer=..., which is the judge's own if both have one vocabulary, or pass the texts.",
         )
     return requested

@@ -1,4 +1,4 @@
-"""Held-out NELBO of a denoiser: the figure that no sampler and no judge can flatter."""
+"""Held-out NELBO of a denoiser, a figure that depends neither on a sampler nor on a judge."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from tokendrift._checks import check_count
 from tokendrift.diffusion.process import Corruption, Denoiser, Process
 from tokendrift.evaluation.bootstrap import Interval, mean_interval
 from tokendrift.modes import evaluation_mode
+from tokendrift.sampling.noise import RowNoise, random_input
 
 LOGITS = 1 << 27  # held at once: half a GiB in float32
 
@@ -33,13 +34,20 @@ def sequence_nelbo(
     check_count("batch_size", batch_size, least=1)
     generator = torch.Generator(ids.device).manual_seed(seed)
     rows = max(1, LOGITS // (ids.shape[1] * process.vocab_size))
-    parts = []
+    parts: list[Tensor] = []
+    taken = 0
+
+    def noise(ids: Tensor) -> RowNoise:
+        return RowNoise(seed, taken, len(ids), ids.device)
+
     with evaluation_mode(denoiser):
         for batch in ids.split(batch_size):
             noisy = process.corrupt(batch, generator=generator)
             for part, clean in zip(zip(*(x.split(rows) for x in noisy), strict=True), batch.split(rows), strict=True):
                 few = Corruption(*part)
-                nelbo = process.nelbo(few.denoise(denoiser), clean, few.x_t, few.t)
+                logits = few.denoise(denoiser, **random_input(denoiser, noise, few.x_t))
+                taken += len(clean)
+                nelbo = process.nelbo(logits, clean, few.x_t, few.t)
                 parts.append(nelbo.double().mean(dim=1).cpu())
     return torch.cat(parts)
 

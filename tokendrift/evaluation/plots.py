@@ -1,4 +1,4 @@
-"""What every plot needs of matplotlib, which is imported only when something is drawn."""
+"""Helpers for all plots. Matplotlib is imported only when something is drawn."""
 
 from __future__ import annotations
 

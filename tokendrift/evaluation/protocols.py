@@ -99,7 +99,7 @@ def scored_targets(ids: Tensor, protocol: str, eos_id: int | None = None) -> Ten
     check_choice("protocol", protocol, PROTOCOLS)
     if protocol in NEED_EOS:
         if eos_id is None:
-            raise fail(f"protocol {protocol!r} needs eos_id.", "Pass eos_id, or take protocol='all'.")
+            raise fail(f"protocol {protocol!r} needs eos_id.", "Pass eos_id, or protocol='all'.")
         eos = ids == eos_id
         counted = ~eos | (eos.cumsum(dim=-1) == 1) if protocol == "mdlm" else ~eos
     else:

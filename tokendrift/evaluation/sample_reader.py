@@ -61,7 +61,7 @@ def read_samples(path: str | os.PathLike[str], *, skip_bad: bool = False) -> Sam
             if not skip_bad:
                 raise TokenDriftError(
                     f"line {number} of {place} holds no sample: {error}.\n"
-                    "  Mend the line, or leave such lines out with skip_bad (the rest is scored, the lines are named)."
+                    "  Correct the line, or leave such lines out with skip_bad, which reports them."
                 ) from None
             bad.append(BadLine(number, str(error)))
     if not lines:
@@ -101,7 +101,7 @@ def _sample(entry: dict[str, Any]) -> _SampleLine:
     if text is not None and not isinstance(text, str):
         raise ValueError('"text" must be a string')
     if text is not None and any("\ud800" <= character <= "\udfff" for character in text):
-        raise ValueError('"text" holds half of a surrogate pair, which is no character')
+        raise ValueError('"text" contains half of a surrogate pair, which is not a character')
     if ids is not None and not (isinstance(ids, list) and all(type(token) is int and token >= 0 for token in ids)):
         raise ValueError('"ids" must be a list of integers of at least 0')
     if nfe is not None and (type(nfe) is not int or nfe < 0):
@@ -115,7 +115,7 @@ def _together(
     have_ids, have_text = ([line[i] is not None for line in lines] for i in range(2))
     if not (all(have_ids) or all(have_text)):
         raise TokenDriftError(
-            f"{place} mixes lines with text alone and lines with ids alone.\n  Give every line the same of the two."
+            f"{place} contains some lines with only text and others with only ids.\n  Give all lines the same fields."
         )
     costs = {line.nfe for line in lines}
     if metadata and None not in costs:
@@ -124,7 +124,7 @@ def _together(
     if len(costs) > 1:
         shown = ", ".join(map(str, sorted(costs, key=lambda nfe: (nfe is None, nfe or 0))))
         raise TokenDriftError(
-            f"{place} mixes samples of different NFE ({shown}); their figures do not belong into one row.\n"
+            f"{place} mixes samples of different NFE ({shown}); they cannot be measured as one set.\n"
             "  Split the file by NFE."
         )
     return SampleSet(
@@ -138,7 +138,7 @@ def _together(
 
 def _empty(place: Path, bad: tuple[BadLine, ...]) -> TokenDriftError:
     lines = f" ({len(bad)} lines were left out, the first is line {bad[0].number}: {bad[0].reason})" if bad else ""
-    return fail(f"{place} holds no sample{lines}.", "A .jsonl file has one object with text or ids a line.")
+    return fail(f"{place} holds no sample{lines}.", "A .jsonl file has one object with text or ids on each line.")
 
 
 def _paragraphs(content: str) -> Iterator[str]:

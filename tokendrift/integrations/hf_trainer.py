@@ -132,4 +132,4 @@ class ObjectiveTrainer(Trainer):
         if file.is_file():
             self.drift.load_state_dict(torch.load(file, map_location=self.args.device, weights_only=True))
         else:
-            warnings.warn(f"{checkpoint} has no {QUEUES}: the queues start empty.", stacklevel=2)
+            warnings.warn(f"{checkpoint} has no {QUEUES}, so the queues start empty.", stacklevel=2)

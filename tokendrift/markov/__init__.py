@@ -1,7 +1,7 @@
-"""A small language whose law is known, to measure few-step generation without a judge.
+"""A small language with a known distribution, to measure few-step generation without a judge.
 
-`MarkovLanguage` generates real text, which a denoiser learns in minutes. `ExactDenoiser` is a denoiser that has learned
-it perfectly. `few_step` samples any denoiser under any process and measures the samples against the language. The true
+`MarkovLanguage` generates real text, which a denoiser learns in minutes. `ExactDenoiser` is the optimal denoiser of
+this language. `few_step` samples any denoiser under any process and measures the samples against the language. The true
 value of every figure is known, and the same figures are measured on real text of the same size.
 """
 

@@ -1,4 +1,4 @@
-"""Few-step generation against the truth: a table over steps and temperatures, with real text beside it."""
+"""Few-step generation compared with the language: a table over steps and temperatures, with a row of real text."""
 
 from __future__ import annotations
 

@@ -51,7 +51,7 @@ class MarkovLanguage:
             raise fail("transitions must be a square matrix (V, V) of probabilities.", transitions=given)
         if not torch.allclose(rows.sum(dim=1), torch.ones(len(rows), dtype=torch.float64), rtol=0, atol=ROUNDING):
             raise fail(
-                "every row of transitions must sum to 1: row a is the law of what follows word a.",
+                "every row of transitions must sum to 1: row a is the distribution of the word after word a.",
                 "Divide by transitions.sum(dim=1, keepdim=True).",
                 transitions=given,
             )
@@ -59,7 +59,7 @@ class MarkovLanguage:
         if not _connected(rows > 0):
             raise fail(
                 "transitions must let every word be reached from every other, or the stationary law is not unique.",
-                "Take one connected part of the language.",
+                "Use one connected part of the language.",
                 transitions=given,
             )
         object.__setattr__(self, "transitions", rows)
@@ -142,7 +142,7 @@ class MarkovLanguage:
         """
         check_count("n", n, least=1)
         if seed is not None and generator is not None:
-            raise fail("seed and generator exclude each other.", "Pass one of them.")
+            raise fail("seed and generator cannot both be given.", "Pass one of them.")
         if seed is not None:
             generator = torch.Generator().manual_seed(seed)
         chance = torch.rand(self.length, n, generator=generator, dtype=torch.float64)

@@ -1,4 +1,4 @@
-"""Generated sequences against the true law: validity, total variation, mode imbalance, entropies."""
+"""Measures of generated sequences: validity, total variation from the known distribution, mode imbalance, entropies."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ class MarkovMeasures:
     Attributes:
         validity: Share of adjacent pairs that the language has, :math:`\sum_{ab:\,p_{ab}>0} \hat q_{ab}`.
         sequence_validity: Share of sequences in which all pairs are valid.
-        total_variation: :math:`\tfrac12 \sum_{ab} |\hat q_{ab} - p_{ab}|`, 0 to 1. It cannot be gamed: what is too
-            rare costs as what is too frequent or impossible.
+        total_variation: :math:`\tfrac12 \sum_{ab} |\hat q_{ab} - p_{ab}|`, 0 to 1. Pairs that are too rare cost as much
+            as pairs that are too frequent or impossible.
         mode_imbalance: The same among valid pairs,
             :math:`\tfrac12 \sum_{ab:\,p_{ab}>0} |\hat q_{ab} / \text{validity} - p_{ab}|`: what is wrong beside the
             invalid pairs. NaN if there is no valid pair; redrawn sets without one do not count for its interval.

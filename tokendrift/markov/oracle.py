@@ -1,4 +1,4 @@
-"""A denoiser that has learned the language perfectly: its few-step samples show the cost of few steps alone."""
+"""The optimal denoiser of the language: the errors of its samples are caused by few steps alone."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class ExactDenoiser:
         if process.vocab_size != words + (mask is not None) or mask not in (None, words):
             raise fail(
                 f"process must be uniform over V = {words} words, or masked with mask_id = {words} behind them.",
-                "language.process('uniform') and language.process('masked') are.",
+                "Use language.process('uniform') or language.process('masked').",
                 process=process,
             )
         self._steps = (1 - SPARE) * language.transitions + SPARE / words
@@ -77,7 +77,7 @@ class ExactDenoiser:
             seen = torch.nn.functional.one_hot(ids, words + 1)[..., :words].double()
             return torch.where((ids == words)[..., None], 1.0, seen)
         if sigma is None or sigma.shape != ids.shape[:1]:
-            raise fail("sigma must have shape (B,): one noise level -log(alpha_t) a row.", sigma=sigma, x_t=ids)
+            raise fail("sigma must have shape (B,): one noise level -log(alpha_t) for each row.", sigma=sigma, x_t=ids)
         alpha = torch.exp(-sigma.to(ids.device).double())[:, None, None]
         return alpha * torch.nn.functional.one_hot(ids, words) + (1 - alpha) / words
 

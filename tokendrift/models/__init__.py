@@ -1,4 +1,4 @@
-"""Denoising networks: the backbone of MDLM and DUO, its checkpoints, and adapters for networks of others."""
+"""Denoising networks: the backbone of MDLM and DUO, its checkpoints, and adapters for networks from other libraries."""
 
 from tokendrift.models.adapters import MaskedLMDenoiser, OfficialDenoiser
 from tokendrift.models.checkpoints import Checkpoint, build, load_denoiser, process_of, read_checkpoint, save_denoiser

@@ -1,4 +1,4 @@
-"""Denoisers that are not ours, behind the protocol ``(x_t (B, L), sigma (B,)) -> logits (B, L, V)``."""
+"""Adapters that give networks from other libraries the signature ``(x_t (B, L), sigma (B,)) -> logits (B, L, V)``."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ SCORES = ("ar", "score", "sedd")  # parameterizations whose output is no distrib
 
 
 class MaskedLMDenoiser(nn.Module):
-    """Any masked language model that takes ids and returns logits, and knows nothing of time (LLaDA, BERT).
+    """Any masked language model that takes ids and returns logits, and has no time input (LLaDA, BERT).
 
     Args:
         module: Called with ids (B, L); returns logits (B, L, V), or an object that has them as ``logits``.
@@ -45,11 +45,12 @@ class MaskedLMDenoiser(nn.Module):
 
 
 class OfficialDenoiser(nn.Module):
-    """The Lightning module of the MDLM or DUO repository, as their own code builds it.
+    """A Lightning module of the MDLM or DUO repository, built by the code of that repository.
 
-    Its ``forward(x, sigma (B, 1))`` returns log-probabilities instead of raw logits. That is safe here: log-softmax
-    leaves them as they are, and SUBS applied twice is SUBS. To use the averaged weights, swap them in first, as
-    ``module._eval_mode()`` does in DUO and ``module.ema.copy_to(module.backbone.parameters())`` in MDLM.
+    Its ``forward(x, sigma (B, 1))`` returns log-probabilities instead of raw logits. They can be used as logits,
+    because log-softmax leaves them unchanged, and applying SUBS twice is the same as applying it once. To use the
+    averaged weights, activate them first, as ``module._eval_mode()`` does in DUO and
+    ``module.ema.copy_to(module.backbone.parameters())`` in MDLM.
 
     Args:
         module: ``Diffusion`` of the MDLM repository, or ``MDLM``, ``DUO_BASE``, ``DUO`` or ``Distillation`` of
@@ -64,7 +65,7 @@ class OfficialDenoiser(nn.Module):
         kind = getattr(module, "parameterization", None)
         if kind in SCORES:
             raise fail(
-                f"module has parameterization {kind!r}: its output is no distribution of clean tokens.",
+                f"module has parameterization {kind!r}: its output is not a distribution of clean tokens.",
                 "Pass a module trained as MDLM (subs) or DUO (mean).",
             )
         self.module = module
@@ -78,14 +79,14 @@ class OfficialDenoiser(nn.Module):
         if sigma is None and not self.time_conditioned:
             sigma = torch.zeros(len(x_t), device=x_t.device)
         if sigma is None or sigma.shape != x_t.shape[:1]:
-            raise fail("sigma must have shape (B,): one -log(alpha_t) a row.", sigma=sigma, x_t=x_t)
+            raise fail("sigma must have shape (B,): one noise level -log(alpha_t) for each row.", sigma=sigma, x_t=x_t)
         return _checked(self.module(x_t, sigma[:, None]), x_t, self.vocab_size)
 
 
 def _given(name: str, value: int | None, holder: Any, attribute: str) -> int:
     found = getattr(holder, attribute, None) if value is None else value
     if found is None:
-        raise fail(f"{name} is neither passed nor an attribute {attribute} of the model.", f"Pass {name}=....")
+        raise fail(f"{name} was not passed, and is not an attribute {attribute} of the model.", f"Pass {name}=....")
     return check_count(name, found)
 
 

@@ -101,7 +101,7 @@ def read_checkpoint(
     found = read_weights(path, ema=ema)
     unknown = set(config or {}) - {*SIZES, "model_type", "schedule"}
     if unknown:
-        raise fail(f"config has unknown fields: {', '.join(sorted(unknown))}.", f"Known are {', '.join(SIZES)}.")
+        raise fail(f"config has unknown fields: {', '.join(sorted(unknown))}.", f"The fields are {', '.join(SIZES)}.")
     tensors = {_plain_name(name).removeprefix(lightning.PREFIX): tensor for name, tensor in found.tensors.items()}
     return Checkpoint(path, found.config | dict(config or {}), tensors, found.label, commit)
 
@@ -148,7 +148,7 @@ def complete_config(checkpoint: Checkpoint) -> DiTConfig:
     if "n_heads" not in sizes and sizes["hidden_dim"] == DEFAULTS["hidden_dim"]:
         sizes["n_heads"] = 12
     if "n_heads" not in sizes:
-        raise fail("weights without rotary_emb.inv_freq do not show n_heads.", "Pass config={'n_heads': ...}.")
+        raise fail("n_heads cannot be read from weights without rotary_emb.inv_freq.", "Pass config={'n_heads': ...}.")
     sizes.setdefault("time_conditioning", kind == "duo")
     if kind == "duo":
         sizes["mask_id"] = None  # a mask entry of the vocabulary is an ordinary state there
@@ -170,8 +170,8 @@ def save_denoiser(
 ) -> None:
     """Write a model as a folder that `load_denoiser` and the hub's layout share.
 
-    A new folder appears whole or not at all. In a folder that exists already, the configuration is removed first and
-    written last, so that an interruption leaves a folder that does not load, never a mixture of two models.
+    A new folder is either written completely or not created. In an existing folder, the configuration is removed first
+    and written last, so an interruption leaves a folder that cannot be loaded rather than a mixture of two models.
 
     Args:
         model: The network, compiled or not.
@@ -221,11 +221,13 @@ def _config_json(model: DiT, process: Process | None) -> dict[str, Any]:
         own, other = getattr(model, name), getattr(process, name)
         if own != other and own is not None:
             raise fail(
-                f"process has {name} {other}, the network {own}.",
+                f"process has {name} {other}, but the network has {own}.",
                 "Save the network with the process that it was trained with.",
             )
     config: dict[str, Any] = {"model_type": kind} | dataclasses.asdict(model.config)
     config["mask_id"] = process.mask_id
+    if not config["random_input"]:
+        del config["random_input"]  # the configuration of a model without one is as it always was
     if process.schedule != diffusion.LogLinear():
         name = type(process.schedule).__name__
         if name not in SCHEDULES or not dataclasses.is_dataclass(process.schedule):
@@ -257,7 +259,7 @@ def _plain_name(name: str) -> str:
 
 
 def _shown(tensors: Mapping[str, Tensor]) -> dict[str, int]:
-    """Return the sizes that shapes reveal."""
+    """Return the sizes that follow from the shapes of the tensors."""
     shown: dict[str, int] = {}
     embedding, bias, frequencies = (
         tensors.get(name) for name in ("vocab_embed.embedding", "sigma_map.mlp.0.bias", lightning.BUFFER)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from tokendrift._checks import check_count, check_ids, check_mask_id, fail
 from tokendrift.lift import LinearLogits
 from tokendrift.models.layers import Embedding, LayerNorm, Rotary, SigmaMap, modulate, rotate
+from tokendrift.models.random_input import RandomMaskEmbedding
 
 T = TypeVar("T")
 
@@ -34,8 +35,10 @@ class DiTConfig:
         n_blocks: Number of transformer blocks.
         n_heads: Number of attention heads; divides hidden_dim.
         dropout: Dropout probability on the two residual branches.
-        time_conditioning: Whether the network reads sigma (DUO) or zeros in its place (MDLM).
+        time_conditioning: Whether the network uses sigma (DUO) or zeros instead (MDLM).
         mask_id: Id of the mask token, None for uniform-state models.
+        random_input: Number K of random numbers that each masked position is given, see `RandomMaskEmbedding`. Default:
+            0, a model without random input.
     """
 
     vocab_size: int
@@ -47,6 +50,7 @@ class DiTConfig:
     dropout: float = 0.1
     time_conditioning: bool = False
     mask_id: int | None = None
+    random_input: int = 0
 
     def __post_init__(self) -> None:
         for name in ("vocab_size", "model_length", "hidden_dim", "cond_dim", "n_blocks", "n_heads"):
@@ -58,6 +62,12 @@ class DiTConfig:
                 n_heads=self.n_heads,
             )
         check_mask_id(self.mask_id, self.vocab_size)
+        if check_count("random_input", self.random_input) and self.mask_id is None:
+            raise fail(
+                "random_input gives numbers to masked positions, and this model has no mask.",
+                "Leave it out for uniform-state models, whose input is random already.",
+                random_input=self.random_input,
+            )
 
 
 class TransformerBlock(nn.Module):
@@ -106,9 +116,17 @@ class OutputLayer(nn.Module):
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
 
-    def forward(self, x: Tensor, condition: Tensor, head: Callable[[LinearLogits], T] | None = None) -> Tensor | T:
+    def forward(
+        self,
+        x: Tensor,
+        condition: Tensor,
+        head: Callable[[LinearLogits], T] | None = None,
+        wanted: Tensor | None = None,
+    ) -> Tensor | T:
         shift, scale = self.adaLN_modulation(condition)[:, None].chunk(2, dim=-1)
         hidden = modulate(self.norm_final(x), shift, scale).to(self.linear.weight.dtype)
+        if wanted is not None:
+            hidden = hidden[wanted]
         if head is None:
             logits: Tensor = self.linear(hidden)
             return logits
@@ -137,6 +155,10 @@ class DiT(nn.Module):
         super().__init__()
         self.config = config
         self.vocab_embed = Embedding(config.vocab_size, config.hidden_dim)
+        if config.random_input and config.mask_id is not None:
+            self.vocab_embed = RandomMaskEmbedding(
+                config.vocab_size, config.hidden_dim, config.mask_id, config.random_input
+            )
         self.sigma_map = SigmaMap(config.cond_dim)
         self.rotary_emb = Rotary(config.hidden_dim // config.n_heads)
         self.blocks = nn.ModuleList(TransformerBlock(config) for _ in range(config.n_blocks))
@@ -164,6 +186,8 @@ class DiT(nn.Module):
         *,
         embed: Callable[[Tensor], Tensor] | None = None,
         head: Callable[[LinearLogits], T] | None = None,
+        wanted: Tensor | None = None,
+        normals: Tensor | None = None,
     ) -> Tensor | T:
         """Compute logits.
 
@@ -175,12 +199,16 @@ class DiT(nn.Module):
             sigma: ``-log alpha_t``, shape (B,). Needed with time conditioning, unused without.
             embed: Called with the embedding matrix (V, D) in place of the look-up of x_t; returns embeddings (B, L, D).
                 `SoftCorruption.denoise` passes the soft inputs of DUO's curriculum this way.
-            head: Called with the operands of the vocabulary product in place of the product, as `LinearLogits`, of the
-                dtype of the logits and outside autocast. A loss that takes them needs no tensor (B, L, V):
+            head: Called instead of the product with the vocabulary, outside autocast, with its operands as
+                `LinearLogits` in the dtype of the logits. A loss that accepts these needs no tensor (B, L, V):
                 ``head=lambda logits: drift(logits, x_0, noisy_ids=x_t)``.
+            wanted: Positions whose logits are returned, bool (B, L), see `logits_at`. Default: all.
+            normals: Standard normal numbers (B, L, K) of a model with a random input; `tokendrift.sampling.sample`
+                passes those of the row and the step. Default: drawn from PyTorch's global generator.
 
         Returns:
-            Logits (B, L, V) in the parameters' dtype, or in that of autocast inside it; with ``head``, what it returns.
+            Logits (B, L, V), or (K, V) at wanted positions, in the parameters' dtype, or in that of autocast inside it;
+            with ``head``, what it returns.
 
         Raises:
             TokenDriftError: If x_t does not hold ids (B, L) of the vocabulary, sigma is missing or has another shape,
@@ -188,29 +216,33 @@ class DiT(nn.Module):
         """
         check_ids("x_t", x_t, self.vocab_size)
         condition = self.condition(len(x_t), sigma)
-        embeds = self.vocab_embed(x_t, embed)
+        embeds = self.vocab_embed(x_t, embed) if normals is None else self._with_normals(x_t, embed, normals)
         if embeds.shape != (*x_t.shape, self.config.hidden_dim):
             raise fail(f"embed must return (B, L, D) = {(*x_t.shape, self.config.hidden_dim)}.", embeds=embeds)
-        result: Tensor | T = self.output_layer(self._blocks(embeds, condition, None)[-1], condition, head)
+        result: Tensor | T = self.output_layer(self._blocks(embeds, condition, None)[-1], condition, head, wanted)
         return result
 
-    def logits_at(self, x_t: Tensor, sigma: Tensor | None, wanted: Tensor) -> Tensor:
-        """Return logits at some positions alone: the vocabulary product, a third of a small model, runs only there.
+    def _with_normals(self, x_t: Tensor, embed: Callable[[Tensor], Tensor] | None, normals: Tensor) -> Tensor:
+        if not self.config.random_input:
+            raise fail("normals were given, but the model has no random input.", "Leave them out.", normals=normals)
+        found: Tensor = self.vocab_embed(x_t, embed, normals)
+        return found
+
+    def logits_at(self, x_t: Tensor, sigma: Tensor | None, wanted: Tensor, *, normals: Tensor | None = None) -> Tensor:
+        """Return the logits at some positions only, which saves most of the product with the vocabulary.
 
         Args:
             x_t: Noisy ids (B, L).
             sigma: As in `forward`.
             wanted: Positions, bool (B, L).
+            normals: As in `forward`.
 
         Returns:
             Shape (K, V), row after row.
         """
-
-        def head(operands: LinearLogits) -> Tensor:
-            hidden, weight, bias = operands
-            return F.linear(hidden[wanted], weight, None if bias is None else bias.to(hidden.dtype))
-
-        logits: Tensor = self(x_t, sigma, head=head)  # a call of the module: hooks, FSDP and subclasses take part
+        options = {} if normals is None else {"normals": normals}
+        # A call of the module: hooks, FSDP and subclasses take part.
+        logits: Tensor = self(x_t, sigma, wanted=wanted, **options)
         return logits
 
     def hidden_states(
@@ -244,8 +276,8 @@ class DiT(nn.Module):
             sigma = torch.zeros(rows, device=weight.device, dtype=dtype)
         if sigma is None or sigma.shape != (rows,):
             raise fail(
-                f"sigma must have shape (B,) = ({rows},): one noise level -log(alpha_t) a row.",
-                "Pass process.sigma(t), not the time t itself and not one value a position.",
+                f"sigma must have shape (B,) = ({rows},): one noise level -log(alpha_t) for each row.",
+                "Pass process.sigma(t), not the time t itself, and not one value for each position.",
                 sigma=sigma,
             )
         return self.sigma_map(sigma.to(weight.device, dtype))

@@ -1,4 +1,4 @@
-"""Weights from the Hugging Face hub: safetensors and JSON files alone, so that nothing fetched can run."""
+"""Weights from the Hugging Face hub: only safetensors and JSON files, so that no downloaded file can run code."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def is_hub_id(name: str) -> bool:
 
 
 def download(repo_id: str, revision: str | None = None) -> Path:
-    """Return the local folder of a hub repository, fetching what is not cached.
+    """Return the local folder of a hub repository, downloading the files that are not cached.
 
     Args:
         repo_id: ``owner/name``.
@@ -32,7 +32,7 @@ def download(repo_id: str, revision: str | None = None) -> Path:
         from huggingface_hub.errors import HfHubHTTPError
     except ImportError as error:
         raise fail(
-            f"{error}; loading from the hub needs it.", "Install it with pip install 'tokendrift[hf]'."
+            f"{error}; it is needed to load from the hub.", "Install it with pip install 'tokendrift[hf]'."
         ) from None
     try:
         return Path(snapshot_download(repo_id, revision=revision, allow_patterns=list(FILES)))
@@ -40,7 +40,7 @@ def download(repo_id: str, revision: str | None = None) -> Path:
         reason = str(error).strip().split("\n")[0]
         at = "" if revision is None else f" at revision {revision}"
         raise fail(
-            f"{repo_id!r} is no local path, and cannot be fetched from the hub{at}: {reason}",
+            f"{repo_id!r} is not a local path, and cannot be downloaded from the hub{at}: {reason}",
             "Without a network, copy config.json and model.safetensors from a machine that has one into a folder, "
             "and pass that folder.",
         ) from error

@@ -45,7 +45,7 @@ def rotary_frequencies(head_dim: int) -> Tensor:
 class Rotary(nn.Module):
     """Rotary positions in the half-split form, base 10000, always in float32 or wider.
 
-    bfloat16 counts to 256 and no further: a model cast to it would take later positions for each other.
+    bfloat16 represents integers exactly only up to 256: in a model converted to it, later positions would coincide.
     """
 
     inv_freq: Tensor

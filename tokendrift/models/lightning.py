@@ -1,9 +1,9 @@
 """Training checkpoints of the official repositories, read without running any of their code.
 
-A Lightning ``.ckpt`` is a pickle: besides tensors it holds the Hydra configuration and the tokenizer as Python
-objects. ``torch.load(weights_only=True)`` refuses to make such objects. Here it is given an inert stand-in for
-each class that these checkpoints are known to name, so that their contents can be read as plain data, while
-every other name stays refused. No class or function of the pickle is imported or called.
+A Lightning ``.ckpt`` is a pickle: besides tensors it holds the Hydra configuration and the tokenizer as Python objects.
+``torch.load(weights_only=True)`` refuses to make such objects. Here, each class that these checkpoints are known to
+contain is replaced by an inert placeholder, so that their contents can be read as plain data. Every other class is
+refused. No class or function of the pickle is imported or called.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ BERT_VOCABULARY, BERT_MASK = 30522, 103  # bert-base-uncased, the LM1B models' t
 
 
 class StandIn(dict[Any, Any]):
-    """Takes the place of any object of a pickle: keeps the state that it is given, and does nothing."""
+    """Placeholder for any object of a pickle: keeps the state that it is given, and does nothing."""
 
     state: Any = None
     __hash__ = object.__hash__  # type: ignore[assignment]
@@ -96,7 +96,7 @@ def weights(checkpoint: dict[str, Any], *, ema: bool) -> tuple[dict[str, Tensor]
     the file's own order gives the names.
 
     Raises:
-        TokenDriftError: If the averaged weights do not pair up with the names.
+        TokenDriftError: If the averaged weights do not match the names.
     """
     stored = {
         name.removeprefix(PREFIX).replace("_orig_mod.", ""): value
@@ -121,7 +121,7 @@ def weights(checkpoint: dict[str, Any], *, ema: bool) -> tuple[dict[str, Tensor]
     ]
     if len(names) != len(shadows) or apart:
         raise fail(
-            f"the averaged weights do not pair up with the {len(names)} parameters: {len(shadows)} tensors"
+            f"the averaged weights do not match the {len(names)} parameters: {len(shadows)} tensors"
             + "".join(f"\n    {line}" for line in apart),
             "Pass ema=False to load the raw weights.",
         )

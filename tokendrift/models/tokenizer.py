@@ -35,7 +35,9 @@ def load_tokenizer(name: str | Path, *, fetch: bool = True) -> Any:
     try:
         from transformers import AutoTokenizer, PreTrainedTokenizerFast
     except ImportError as error:
-        raise fail(f"{error}; tokenizers need it.", "Install it with pip install 'tokendrift[hf]'.") from None
+        raise fail(
+            f"{error}; it is needed to load a tokenizer.", "Install it with pip install 'tokendrift[hf]'."
+        ) from None
     path = Path(name)
     if path.is_dir() and not any(_is_tokenizer_file(each) for each in path.iterdir()):
         raise fail(
@@ -129,7 +131,7 @@ def encode(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
     if hasattr(tokenizer, "encode_batch"):
         if getattr(tokenizer, "truncation", None) is not None:
             raise fail(
-                "the tokenizer is set to truncate, so texts would be read in part.",
+                "the tokenizer truncates, so only part of a text would be read.",
                 "Call tokenizer.no_truncation().",
                 truncation=tokenizer.truncation,
             )
@@ -195,7 +197,7 @@ def tokenizer_identity(tokenizer: Any) -> str:
 
 
 def same_tokenizer(first: Any, second: Any) -> bool:
-    """Tell whether two tokenizers read every text alike: whether their identities are equal."""
+    """Return whether two tokenizers encode every text in the same way, that is, whether their identities are equal."""
     return tokenizer_identity(first) == tokenizer_identity(second)
 
 
@@ -204,7 +206,7 @@ def _sha256(content: object) -> str:
 
 
 class TextTokenizer(NamedTuple):
-    """A tokenizer with the ids that stand around texts.
+    """A tokenizer with the ids that begin and end texts.
 
     Attributes:
         tokenizer: A transformers tokenizer.
@@ -252,8 +254,9 @@ def text_tokenizer(source: str | Path | None, checkpoint: Path, vocab_size: int)
 
     Args:
         source: A folder, a ``tokenizer.json`` or a hub id; None for that of the checkpoint.
-        checkpoint: Folder of the checkpoint, where its tokenizer may lie.
-        vocab_size: V of the checkpoint; one of GPT-2's size has GPT-2's tokenizer where it brings none.
+        checkpoint: Folder of the checkpoint, which may contain its tokenizer.
+        vocab_size: V of the checkpoint. A checkpoint without a tokenizer whose V is that of GPT-2 uses the tokenizer of
+            GPT-2.
 
     Raises:
         TokenDriftError: If there is none, it cannot be read, or its end of text is unknown.
@@ -262,7 +265,7 @@ def text_tokenizer(source: str | Path | None, checkpoint: Path, vocab_size: int)
     bos, eos = start_of_text(tokenizer), end_of_text(tokenizer)
     if bos is None or eos is None:
         raise fail(
-            f"the tokenizer {place} does not say which token ends a text.",
-            "Name its eos_token in tokenizer_config.json.",
+            f"the tokenizer {place} does not state its end-of-text token.",
+            "Set eos_token in its tokenizer_config.json.",
         )
     return TextTokenizer(tokenizer, bos, eos)

@@ -1,4 +1,4 @@
-"""The table of checkpoint formats: weight files as they lie on disk, and folders in the hub's layout."""
+"""The table of checkpoint formats: weight files, and folders in the layout of the hub."""
 
 from __future__ import annotations
 
@@ -21,8 +21,9 @@ class WeightFile(NamedTuple):
 
     Attributes:
         tensors: Weights by their stored names.
-        label: What they are, such as ``"safetensors"``.
-        config: What the file says of the network, in the names of ``config.json``; empty where it says nothing.
+        label: Description of the weights, such as ``"safetensors"``.
+        config: Configuration of the network that the file contains, with the field names of ``config.json``; may be
+            empty.
     """
 
     tensors: dict[str, Tensor]
@@ -51,7 +52,9 @@ def read_weights(path: Path, *, ema: bool) -> WeightFile:
         path = folder / names[0]
     reader = next((reader for ending, reader in FORMATS.items() if path.name.endswith(ending)), None)
     if reader is None:
-        raise fail(f"{path} is no weight file: expected {', '.join(FORMATS)}.", "Pass a weight file.")
+        raise fail(
+            f"{path} is not a weight file; its name must end with one of {', '.join(FORMATS)}.", "Pass a weight file."
+        )
     found = reader(path, ema)
     if found.config or not (folder / CONFIG).is_file():
         return found
@@ -73,10 +76,10 @@ def _read_shards(path: Path, ema: bool) -> WeightFile:
     names = sorted({str(name) for name in placed.values()}) if isinstance(placed, dict) else []
     shards = [path.parent / Path(name).name for name in names]  # never outside the folder
     if not shards:
-        raise fail(f"{path} names no shards.", "Fetch the file again.")
+        raise fail(f"{path} does not list any shards.", "Fetch the file again.")
     missing = [shard.name for shard in shards if not shard.is_file()]
     if missing:
-        raise fail(f"{path} names shards that are not there: {', '.join(missing)}.", "Fetch the whole checkpoint.")
+        raise fail(f"{path} lists shards that do not exist: {', '.join(missing)}.", "Fetch the whole checkpoint.")
     parts = [_read_safetensors(shard, ema).tensors for shard in shards]
     return WeightFile({name: tensor for part in parts for name, tensor in part.items()}, "safetensors", {})
 

@@ -1,4 +1,4 @@
-r"""Structure probes: what a denoiser predicts far from its context, and what drawing in parallel costs.
+r"""Structure probes: what a denoiser predicts far from its context, and what is lost when tokens are drawn in parallel.
 
 Both append k positions of noise to clean prompts: masks, or uniformly random tokens. The denoiser is called with
 the noise level of exactly that input, k noisy positions out of L: the time at which

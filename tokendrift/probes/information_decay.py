@@ -100,7 +100,7 @@ def information_decay(
         denoiser: Maps ids (B, L) and sigma (B,) to raw logits (B, L, V); called in evaluation mode.
         process: Its process.
         prompts: Clean ids (n, P), n at least 2.
-        unigram: u, the corpus' law of single tokens (V,), as `unigram_law` counts it; nowhere 0 but at the mask.
+        unigram: u, the corpus' law of single tokens (V,), as `unigram_law` counts it; which may be 0 only at the mask.
         positions: Noisy positions K after each prompt. Default: 16.
         draws: Noise patterns for each prompt; with masks there is only one. Default: 8.
         temperature: Sampling temperature. Default: 1.0.
@@ -192,7 +192,7 @@ def _checked_law(unigram: Tensor, process: Process) -> Tensor:
     fits = len(law) == process.vocab_size and bool((law[open_entries] > 0).all()) and bool((law >= 0).all())
     if not fits or not math.isclose(float(law.sum()), 1, abs_tol=1e-4):
         raise fail(
-            f"unigram must be a law over V = {process.vocab_size} tokens, nowhere 0 but at the mask.",
+            f"unigram must be a law over V = {process.vocab_size} tokens, which may be 0 only at the mask.",
             "Count it with unigram_law(corpus_ids, process).",
             unigram=unigram,
         )

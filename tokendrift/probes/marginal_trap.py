@@ -1,4 +1,4 @@
-"""The marginal trap: right marginals drawn in parallel make an inconsistent whole."""
+"""The marginal trap: tokens drawn in parallel from correct marginals can be inconsistent with each other."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ PROTOCOL = "all"  # every token counts, an end of text too: log-likelihoods of w
 
 @dataclass(frozen=True)
 class MarginalTrap:
-    r"""What drawing k tokens in one step costs against drawing them one after another; lists run over k.
+    r"""The loss in likelihood when k tokens are drawn in one step instead of one after another; lists run over k.
 
     The gap for a judge J, prompt c and the denoiser's tokens x:
 
@@ -39,15 +39,15 @@ class MarginalTrap:
 
     It is zero at k = 1. With the true law p as judge and as denoiser it is
     :math:`(\mathrm{KL}(\prod_i p_i \,\|\, p) + \mathrm{TC}) / k`, with the total correlation
-    :math:`\mathrm{TC} = \sum_i H(p_i) - H(p)`: a property of the language. A uniform-state denoiser can close it like
-    a generator: predictions that are sharp and depend on the noise, which all positions read. A masked one has no
-    noise in its input and can only commit to fewer continuations. Sharper predictions alone move the gap as well,
-    either way, since tokens drawn in turn gain from them, too: compare at equal ``entropy``. ``drawn_entropy`` is
-    that of the outcome: where it falls, a smaller gap was paid for in variety.
+    :math:`\mathrm{TC} = \sum_i H(p_i) - H(p)`: a property of the language. A uniform-state denoiser can close the gap
+    with predictions that are sharp and depend on the noise, which all positions see. The input of a masked denoiser
+    contains no noise, so it can only restrict itself to fewer continuations. Sharper predictions alone also change the
+    gap, in either direction, because tokens drawn in turn become more likely too: compare at equal ``entropy``.
+    ``drawn_entropy`` is the entropy of the drawn tokens: if it falls, the smaller gap comes at the expense of variety.
 
     Attributes:
         sizes: The k.
-        gap: Log-likelihood per position that the parallel draw lacks, nats.
+        gap: Log-likelihood per position of the sequential draw minus that of the parallel draw, nats.
         sequential: Mean log-likelihood per position of tokens drawn one after another, nats.
         parallel: The same of tokens drawn in one step.
         entropy: Mean entropy of the predictions that the parallel draw was made from, nats.
@@ -193,7 +193,10 @@ def trap_change(before: MarginalTrap, after: MarginalTrap, *, resamples: int = 1
     for name in ("sizes", "draws", "judge", "level"):
         ours, theirs = getattr(before, name), getattr(after, name)
         if ours != theirs:
-            raise fail(f"before has {name} {ours!r} and after {theirs!r}; they do not compare.", "Probe both alike.")
+            raise fail(
+                f"before has {name} {ours!r} and after has {theirs!r}, so they cannot be compared.",
+                "Probe both with the same options.",
+            )
     if before.prompt_gaps.shape != after.prompt_gaps.shape:
         raise fail(
             "before and after were probed on different numbers of prompts.",
@@ -283,8 +286,8 @@ def _score(
     nll = judge.score(rows).sample_nll
     if not bool(nll.isfinite().all()):
         raise fail(
-            "the judge gives some draws no probability at all, so that their gap is not defined.",
-            "Take a judge that leaves every token a chance, as language models with a softmax do.",
+            "the judge assigns probability zero to some draws, so the gap is not defined.",
+            "Use a judge that assigns every token a positive probability, as language models with a softmax do.",
         )
     found = nll.split([len(piece) for piece in pieces])
     before = torch.zeros_like(found[0]) if prompts.shape[1] == 1 and decode is None else found[0]

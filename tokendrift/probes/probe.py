@@ -85,14 +85,15 @@ class ProbeReport:
         first = self.trap[BEFORE]
         k, gap = first.sizes[-1], first.gap[-1]
         yield (
-            f"Drawn at once, {k} tokens are {gap:.2f} nats a position less likely to the judge than drawn in turn: "
-            f"{'a trap beyond chance' if gap.low > 0 else 'no trap beyond chance'}."
+            f"Under the judge, {k} tokens drawn at once are {gap:.2f} nats per position less likely than drawn "
+            "in turn: "
+            f"{'the marginal trap exceeds chance' if gap.low > 0 else 'no marginal trap beyond chance'}."
         )
         if self.change is None:
             return
         yield f"After, the gap is {_change_in_words(self.change[-1])}."
         if self.matched_change is None:
-            yield "Its predictions are no sharper than before: there is no temperature to compare with."
+            yield "Its predictions are no sharper than before, so there is no comparison at a lower temperature."
         else:
             (matched,) = (name for name in self.trap if name not in (BEFORE, AFTER))
             yield f"Against '{matched}', which is as sharp, it is {_change_in_words(self.matched_change[-1])}."
@@ -192,8 +193,8 @@ def _load(
         sizes = [process.vocab_size for _, process in found.values()]
         if sizes[0] != sizes[1]:
             raise fail(
-                f"the checkpoints have V = {sizes[0]} and V = {sizes[1]}; one text does not fit both.",
-                "Compare a checkpoint with what was made of it.",
+                f"the checkpoints have V = {sizes[0]} and V = {sizes[1]}; the same text cannot be used for both.",
+                "Compare a checkpoint with a refined version of it.",
             )
     return found, require_tokenizer(source.folder, found[BEFORE][1].vocab_size, source=tokenizer)[0]
 
@@ -206,7 +207,7 @@ def _sizes(positions: int | None, prompt_length: int | None, length: int) -> tup
         width = check_count("prompt_length", prompt_length, least=1)
     if width < 1 or width + k > length:
         raise fail(
-            f"{width} tokens of prompt and {k} positions do not fit into the model's {length}.",
+            f"{width} tokens of prompt and {k} positions exceed the length of the model, {length}.",
             "Lower --prompt-length or --positions.",
         )
     return k, width
@@ -218,7 +219,7 @@ def _encoded(tokenizer: Any, text: str, process: Process) -> Tensor:
     if len(ids) and int(ids.max()) >= process.vocab_size:
         raise fail(
             f"the tokenizer gives id {int(ids.max())}, the denoiser's vocabulary V has {process.vocab_size} entries.",
-            "Name the tokenizer that the denoiser was trained with (--tokenizer).",
+            "Pass the tokenizer that the denoiser was trained with (--tokenizer).",
         )
     return ids
 

@@ -1,4 +1,4 @@
-"""Samplers with measured function evaluations: one loop, and laws of a step to plug into it."""
+"""Samplers with measured function evaluations: one loop, and samplers that give it the distribution of each step."""
 
 from tokendrift.sampling.ancestral import Analytic, Ancestral
 from tokendrift.sampling.categorical import Drawn, draw

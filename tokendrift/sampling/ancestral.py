@@ -1,4 +1,4 @@
-"""The reverse process itself: ancestral sampling, and the tau-leaping form that score models write it in."""
+"""Ancestral sampling, which follows the exact reverse process, and its tau-leaping form for score models."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Categorical draws that are right in the tails: one float64 uniform a draw, by inversion."""
+"""Categorical draws by inversion in float64, with one uniform number for each draw, exact for unlikely tokens too."""
 
 from __future__ import annotations
 
@@ -57,7 +57,9 @@ def draw(logits: Tensor, *, uniform: Tensor | None = None, generator: torch.Gene
     if uniform is None:
         uniform = torch.rand(rows, generator=generator, device=logits.device, dtype=torch.float64)
     elif rows and check_tensor("uniform", uniform, ("K",)).shape != (rows,):
-        raise fail("uniform must have shape (K,): one number a row of the logits.", uniform=uniform, logits=logits)
+        raise fail(
+            "uniform must have shape (K,): one number for each row of the logits.", uniform=uniform, logits=logits
+        )
     wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
     weights = (wide - wide.amax(dim=-1, keepdim=True)).exp_()
 
@@ -87,6 +89,6 @@ def not_finite(logits: Tensor) -> TokenDriftError:
     """Build the error for logits that are not a distribution."""
     return fail(
         "the logits of the denoiser are not finite.",
-        "Look for an overflow in the denoiser, or a checkpoint that was loaded in part.",
+        "Look for an overflow in the denoiser, or for a checkpoint that was loaded incompletely.",
         logits=logits,
     )

@@ -1,4 +1,4 @@
-"""The state of a batch that is being sampled, and the one place where its ids change."""
+"""The state of a batch that is being sampled."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from torch import Tensor
 
 from tokendrift._checks import check_count, check_tensor, fail
 from tokendrift.diffusion.process import Denoiser, Mixture, Process
+from tokendrift.models.random_input import random_numbers
 from tokendrift.sampling.categorical import draw, not_finite
 from tokendrift.sampling.noise import RowNoise
 from tokendrift.sampling.shaping import Shaping
@@ -34,7 +35,7 @@ class Sampler(Protocol):
     """
 
     def __call__(self, chain: Chain, steps: int | None, /) -> Iterator[Mixture]:
-        """Yield one law a step, float (B, L) each."""
+        """Yield one `Mixture` of float tensors (B, L) for each step."""
         ...
 
 
@@ -66,6 +67,7 @@ class Chain:
         self.drawn_log_p = torch.zeros_like(ids, dtype=torch.float64)
         self.nfe, self.row_nfe = 0, torch.zeros(len(ids), dtype=torch.int64)
         self._denoiser, self._noise, self._shaping = denoiser, noise, shaping
+        self._numbers, self._moves = random_numbers(denoiser), 0
         self._sigma: Tensor | None = None
         self._logits: Tensor | None = None  # of the present ids at the present sigma, all rows
         self._present: tuple[Tensor, Tensor] | None = None  # log_p and log_norm of the present ids
@@ -124,7 +126,7 @@ class Chain:
         """Draw the next ids: each position keeps its token, draws from the denoiser, or returns to the prior."""
         if law.stay.shape != self.ids.shape or law.denoise.shape != self.ids.shape:
             raise fail(
-                f"a sampler must yield chances of shape (B, L) = {tuple(self.ids.shape)}.",
+                f"a sampler must yield probabilities of shape (B, L) = {tuple(self.ids.shape)}.",
                 stay=law.stay,
                 denoise=law.denoise,
             )
@@ -144,9 +146,10 @@ class Chain:
             for where, logits in self._at(denoised):
                 found = draw(self._shaping(logits), uniform=token[where])
                 ids[where], self.drawn_log_p[where] = found.ids, found.log_p
-        if not torch.equal(ids, self.ids):
+        # A random input is new in every step, so that nothing that was computed can be used again.
+        if self._numbers or not torch.equal(ids, self.ids):
             self._forget()
-        self.ids = ids
+        self.ids, self._moves = ids, self._moves + 1
 
     def take_likeliest(self) -> None:
         """Put the likeliest token at every free predicted position: greedy noise removal."""
@@ -210,16 +213,19 @@ class Chain:
     def _forward(self, rows: Tensor, head: Callable[..., Tensor] | None = None, wanted: Tensor | None = None) -> Tensor:
         """Return logits (R, L, V) of some rows, or by the head (K, V) at the wanted positions of theirs; counted."""
         if self._sigma is None:
-            raise fail("the sampler has not said at which time the denoiser is called.", "Call chain.at(t) first.")
+            raise fail("the time at which the denoiser is called is not set.", "Call chain.at(t) first.")
         ids = self.ids if len(rows) == len(self.ids) else self.ids[rows]
         sigma = self._sigma.float()[rows.cpu()].to(ids.device)
+        options = {}
+        if self._numbers:
+            options["normals"] = self._noise.normal(self._moves, ids.shape[1], self._numbers)[rows]
         shape: tuple[int, ...]
         if head is not None and wanted is not None:
             name, shape = "denoiser.logits_at(x_t, sigma, wanted)", (int(wanted.sum()), self.process.vocab_size)
-            logits = check_tensor(name, head(ids, sigma, wanted), ("K", "V"))
+            logits = check_tensor(name, head(ids, sigma, wanted, **options), ("K", "V"))
         else:
             name, shape = "denoiser(x_t, sigma)", (*ids.shape, self.process.vocab_size)
-            logits = check_tensor(name, self._denoiser(ids, sigma), ("B", "L", "V"))
+            logits = check_tensor(name, self._denoiser(ids, sigma, **options), ("B", "L", "V"))
         if logits.shape != shape:
             raise fail(
                 f"{name} must return logits {'(K, V)' if head else '(B, L, V)'} = {shape}.",

@@ -29,9 +29,9 @@ class FirstHitting:
     def __call__(self, chain: Chain, steps: int | None) -> Iterator[Mixture]:
         """Yield steps that fill one mask in each row that has any."""
         if chain.process.mask_id is None:
-            raise fail("first-hitting needs masks to fill.", "Use Ancestral or Psi.", process=chain.process)
+            raise fail("first-hitting requires a masked process.", "Use Ancestral or Psi.", process=chain.process)
         if steps is not None:
-            raise fail("first-hitting takes one step a mask: leave steps out.", steps=steps)
+            raise fail("first-hitting takes one step for each mask, so steps must be left out.", steps=steps)
         start, _ = chain.process.levels(1.0, 1.0)
         noise = torch.full((len(chain.ids),), 1 - start, dtype=torch.float64)
         while True:

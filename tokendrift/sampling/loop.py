@@ -130,7 +130,7 @@ def sample(
     size = rows if batch_size is None else check_count("batch_size", batch_size, least=1)
     views = window_views(length, window, stride)
     if trajectory and (size < rows or len(views) > 1):
-        raise fail("trajectory belongs to one window and one batch.", "Call sample for each of them.", trajectory=True)
+        raise fail("trajectory needs a single window and batch.", "Call sample for each of them.", trajectory=True)
     values, fixed = _checked_given(given, given_mask, shape, process)
     if device is None:
         device = next((p.device for p in denoiser.parameters()), None) if isinstance(denoiser, nn.Module) else None
@@ -215,7 +215,7 @@ def window_views(length: int, window: int | None, stride: int | None) -> list[sl
     """Return the positions of each window; the last window ends with the sequence."""
     if window is None:
         if stride is not None:
-            raise fail("stride belongs to windows.", "Pass window, the length that the model sees.", stride=stride)
+            raise fail("stride requires window.", "Pass window, the length of the model.", stride=stride)
         return [slice(0, length)]
     check_count("window", window, least=2)
     stride = window // 2 if stride is None else check_count("stride", stride, least=1)
@@ -233,7 +233,7 @@ def _checked_given(
         return torch.zeros(shape, dtype=torch.int64), torch.zeros(shape, dtype=torch.bool)
     if given is None or given_mask is None:
         raise fail(
-            "given and given_mask belong together: ids (B, L), and where they are given.",
+            "given and given_mask must be passed together: ids (B, L), and the positions that they have.",
             "For a prefix of k tokens: given_mask[:, :k] = True.",
             given=given,
             given_mask=given_mask,

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from tokendrift._checks import check_count
+from tokendrift.models.random_input import random_numbers
 
 WORD = 2**32  # PyTorch's CPU generator reads 32 bits of a seed
 
@@ -40,9 +43,8 @@ class RowNoise:
     def __init__(self, seed: int, first_row: int, rows: int, device: torch.device) -> None:
         check_count("seed", seed)
         check_count("first_row", first_row)
-        self.generators = [
-            torch.Generator().manual_seed(subseed(seed, row)) for row in range(first_row, first_row + rows)
-        ]
+        self.seeds = [subseed(seed, row) for row in range(first_row, first_row + rows)]
+        self.generators = [torch.Generator().manual_seed(own) for own in self.seeds]
         self.device = device
 
     def uniform(self, *shape: int) -> Tensor:
@@ -51,3 +53,26 @@ class RowNoise:
         for row, generator in zip(numbers, self.generators, strict=True):
             row.uniform_(generator=generator)
         return numbers.to(self.device)
+
+    def normal(self, step: int, *shape: int) -> Tensor:
+        """Return standard normal numbers of shape (B, *shape) that depend on seed, row and step alone.
+
+        They leave the streams of `uniform` where these are.
+        """
+        generators = (torch.Generator().manual_seed(subseed(own, step)) for own in self.seeds)
+        return torch.stack([torch.randn(shape, generator=generator) for generator in generators]).to(self.device)
+
+
+def random_input(
+    denoiser: object, noise: Callable[[Tensor], RowNoise], ids: Tensor, *, step: int = 0
+) -> dict[str, Tensor]:
+    """Return the keyword arguments of a call that hold the numbers of a random input; none for other denoisers.
+
+    Args:
+        denoiser: The network, wrapped or not.
+        noise: Returns the streams of the rows of ids; it is called only if the denoiser has a random input.
+        ids: What the denoiser is called with, (B, L).
+        step: Number of the step, each of which has numbers of its own. Default: 0.
+    """
+    numbers = random_numbers(denoiser)
+    return {"normals": noise(ids).normal(step, ids.shape[1], numbers)} if numbers else {}

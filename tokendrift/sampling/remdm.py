@@ -1,4 +1,4 @@
-"""ReMDM: masked sampling that takes tokens back (arXiv 2503.00307), written as psi-steps."""
+"""ReMDM: masked sampling in which tokens can be masked again (arXiv 2503.00307), written as psi-steps."""
 
 from __future__ import annotations
 
@@ -37,13 +37,15 @@ class ReMDM:
     def __post_init__(self) -> None:
         check_choice("rule", self.rule, RULES)
         if not 0 <= self.eta <= 1:
-            raise fail("eta must lie in [0, 1]: it is a chance.", eta=self.eta)
+            raise fail("eta must lie in [0, 1]: it is a probability.", eta=self.eta)
 
     def __call__(self, chain: Chain, steps: int | None) -> Iterator[Mixture]:
         """Yield steps that remask."""
         if chain.process.mask_id is None:
             raise fail(
-                "ReMDM takes tokens back to the mask.", "For uniform-state models use Psi.", process=chain.process
+                "ReMDM requires a masked process: it replaces tokens by the mask.",
+                "For uniform-state models use Psi.",
+                process=chain.process,
             )
         for t, s in pairwise(chain.times(steps)):
             if self.rule == "conf":

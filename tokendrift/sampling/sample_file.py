@@ -114,7 +114,9 @@ class SampleFile:
                 header = json.loads(file.readline())[HEADER]
             before = {name: value for name, value in header.items() if name not in MEASURED}
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-            raise fail(f"{self.path} exists and holds no samples of this kind.", "Choose another output.") from None
+            raise fail(
+                f"{self.path} exists and is not a file of samples of this command.", "Choose another output."
+            ) from None
         changed = [name for name in self.settings | before if self.settings.get(name) != before.get(name)]
         if changed:
             shown = "\n".join(f"    {n}: {before.get(n)!r} there, {self.settings.get(n)!r} now" for n in changed)

@@ -33,25 +33,25 @@ class SampleConfig:
     Attributes:
         checkpoint: Hub id, folder, safetensors file or Lightning .ckpt.
         n: Number of samples. Default: 64.
-        steps: Number of reverse steps, of each window. Required by every sampler but first-hitting.
-        sampler: Name of a sampler in the table, see `named_sampler`. Default: ancestral.
-        eta: Probability that a ReMDM sampler masks a token again; other samplers ignore it. Default: 0.02.
-        temperature: Divides the logits: below 1 sharpens every prediction, 1 is the model's own law. Default: 1.
-        top_k: Draw among the k likeliest tokens. Default: all tokens.
-        top_p: Draw among the likeliest tokens up to this probability. Default: 1, all tokens.
-        nucleus: Whether the token that crosses top-p can be drawn: keep (it can) or drop (it cannot). Default: keep.
-        noise_removal: How the last noise is removed: ancestral (by the last step), greedy (by the likeliest tokens,
-            with one more function evaluation) or none. Default: ancestral.
-        length: Tokens of a sample. Samples longer than the model are drawn window by window. Default: the length of
-            the model.
-        stride: New tokens of each further window. Default: half of the model's length.
+        steps: Number of reverse steps, for each window. Required by all samplers except first-hitting.
+        sampler: Name of a sampler, see `named_sampler`. Default: ancestral.
+        eta: Probability with which a ReMDM sampler masks a token again; ignored by other samplers. Default: 0.02.
+        temperature: Number by which the logits are divided; values below 1 sharpen the predictions. Default: 1.
+        top_k: Number of likeliest tokens that can be drawn. Default: all tokens.
+        top_p: Total probability of the likeliest tokens that can be drawn. Default: 1, all tokens.
+        nucleus: Whether the token that crosses top_p can be drawn: keep (it can) or drop (it cannot). Default: keep.
+        noise_removal: How the remaining noise is removed at the end: ancestral (by the last step), greedy (with the
+            likeliest tokens, in one more function evaluation) or none. Default: ancestral.
+        length: Length of a sample in tokens. Samples that are longer than the model are drawn window by window.
+            Default: the length of the model.
+        stride: Number of new tokens in each further window. Default: half of the length of the model.
         prefix: Text that every sample begins with. Default: none.
         seed: Random seed. Each sample derives its own seed from it, so that results do not depend on the batch size.
             Default: 0.
-        batch_size: Samples drawn together in one forward call. Default: 32.
+        batch_size: Number of samples that are drawn together. Default: 32.
         revision: Branch, tag or commit of a hub id. Default: the main branch.
-        tokenizer: A tokenizer.json, a folder or a hub id. Default: the checkpoint's own tokenizer, or GPT-2's for a
-            vocabulary of its size.
+        tokenizer: Tokenizer: a tokenizer.json, a folder or a hub id. Default: that of the checkpoint, or that of GPT-2
+            if the vocabulary has its size.
         dtype: Data type of the parameters: float32, bfloat16, float16 or float64. Default: float32.
         device: Device such as cpu or cuda:0; auto takes cuda if it is available, else cpu. Default: auto.
 
@@ -90,7 +90,7 @@ class SampleConfig:
         sets_steps = getattr(named_sampler(self.sampler, eta=self.eta), "sets_steps", False)
         if (self.steps is None) != sets_steps:
             raise fail(
-                "steps belongs to every sampler but first-hitting, which takes one step for each mask.",
+                "all samplers except first-hitting require steps; first-hitting takes one step for each mask.",
                 "Leave steps out for this sampler." if sets_steps else "Pass steps, the number of reverse steps.",
                 sampler=self.sampler,
                 steps=self.steps,
@@ -186,10 +186,13 @@ class CheckpointSampler:
         if self.config.prefix is None:
             return []
         if self.tokenizer is None:
-            raise fail("prefix is text, and the checkpoint has no tokenizer.", "Name one with tokenizer.")
+            raise fail("prefix is text, but the checkpoint has no tokenizer.", "Pass one as tokenizer.")
         (ids,) = encode(self.tokenizer, [self.config.prefix])
         if len(ids) >= self.length:
-            raise fail(f"prefix has {len(ids)} tokens, a sample {self.length}.", "Shorten the prefix, or raise length.")
+            raise fail(
+                f"prefix has {len(ids)} tokens, but a sample has only {self.length}.",
+                "Shorten the prefix, or increase length.",
+            )
         return ids
 
 

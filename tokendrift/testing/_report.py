@@ -1,4 +1,4 @@
-"""What a broken law says: where it is broken worst, what that means, and what usually breaks it."""
+"""The message for a broken law: where the deviation is largest, what it means, and what usually causes it."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ class Law(NamedTuple):
 
     Attributes:
         statement: Name and formula.
-        meaning: What training would suffer from a field without it.
-        cause: What usually breaks it.
+        meaning: What a field without it means for training.
+        cause: What usually causes a violation.
     """
 
     statement: str

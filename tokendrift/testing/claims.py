@@ -167,7 +167,7 @@ def assert_unbiased_at_equilibrium(
         "the field breaks the law: no bias at equilibrium, E V = 0 at p = q.\n"
         f"  Worst case: mean {names[worst]} {mean[worst]:.3g}, {z[worst]:.1f} standard errors from zero, allowed "
         f"{limit:g} (N = {anchors} anchors among Q = {negatives}, P = {positives}, {draws} draws).\n"
-        "  What it means: a model that is right already is driven away from where it is, on average.\n"
+        "  What it means: a model that already matches real text is driven away from it, on average.\n"
         "  Usual cause: anchors that do not exclude themselves from the negatives, positives that belong to an anchor "
-        "and are not excluded, sides normalised alone with different numbers of references, or a division by the RMS."
+        "and are not excluded, sides normalised separately with different numbers of references, or division by RMS."
     )

@@ -30,7 +30,7 @@ INPUTS = Law(
 def assert_exclusion_is_removal(
     field: Field, anchors: Tensor, positives: Tensor, negatives: Tensor, *, tolerance: float = TOLERANCE
 ) -> None:
-    """Assert that a reference which every anchor excludes might as well not be there, and that -1 excludes none.
+    """Assert that a reference which every anchor excludes has no effect, and that -1 excludes none.
 
     Tried on the last positive and the last negative, where at least one other remains.
 
@@ -79,10 +79,11 @@ def assert_well_formed(
     drift = cloud.drift(field)
     if drift.shape != anchors.shape or drift.dtype != anchors.dtype or drift.device != anchors.device:
         raise AssertionError(
-            f"the field breaks its form: for anchors {tuple(anchors.shape)} {anchors.dtype} on {anchors.device} it "
-            f"returned {tuple(drift.shape)} {drift.dtype} on {drift.device}.\n"
-            "  What it means: the loss adds a drift to every feature and needs one of the same form.\n"
-            "  Usual cause: a reduction over the wrong axis, or a conversion inside the field that is not undone."
+            f"the field returned a drift of the wrong shape, dtype or device: for anchors {tuple(anchors.shape)} "
+            f"{anchors.dtype} on {anchors.device} it returned "
+            f"{tuple(drift.shape)} {drift.dtype} on {drift.device}.\n"
+            "  What it means: the loss adds the drift to the features, so it must have their shape, dtype and device.\n"
+            "  Usual cause: a reduction over the wrong axis, or a conversion inside the field that is not reversed."
         )
     hidden = torch.zeros(len(anchors), dtype=torch.int64, device=anchors.device)
     blind = Cloud(anchors, positives, negatives[:1], None, hidden)
@@ -117,7 +118,7 @@ def assert_no_gradient(
         raise AssertionError(
             "the field lets gradients through: its drift requires grad.\n"
             "  What it means: weights and references would be trained along with the features. The loss detaches its "
-            "target, so that does not happen, but the graph of the weights is built and kept for nothing.\n"
+            "target, so this does not happen, but the graph of the weights is built and kept without need.\n"
             "  Usual cause: no torch.no_grad() around the field."
         )
     for name, value, after in zip(Cloud._fields, before[:3], copies, strict=False):

@@ -1,4 +1,4 @@
-"""Clouds that fields tend to trip over, drawn by hypothesis."""
+"""Hypothesis strategies that draw clouds on which drift fields often fail."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def clouds(
     shapes: Sequence[str] = SHAPES,
     masked: bool = True,
 ) -> Cloud:
-    """Draw anchors, positives and negatives that fields tend to trip over.
+    """Draw anchors, positives and negatives on which drift fields often fail.
 
     One reference or many, P = Q or not, duplicated points, points shared by all three sets, clouds far from
     the origin, clouds wide or narrow against the temperatures, and anchors that stand among the negatives and

@@ -1,4 +1,4 @@
-"""Training: objectives, one optimiser step for all of them, and `refine`, which survives being killed."""
+"""Training: objectives, one optimiser step for all of them, and `refine`, which can be interrupted at any time."""
 
 from tokendrift.models.tokenizer import TextTokenizer, text_tokenizer
 from tokendrift.training.card import evaluation_table
@@ -6,6 +6,7 @@ from tokendrift.training.config import PRESETS, RefineConfig, make_config, parse
 from tokendrift.training.objectives import OBJECTIVES
 from tokendrift.training.objectives.continuation import Continuation, CurriculumContinuation, Denoising, ScoreEntropy
 from tokendrift.training.objectives.drift import CombinedConfig, Drift, DriftConfig
+from tokendrift.training.objectives.matching_objective import DistributionMatching, MatchingConfig
 from tokendrift.training.objectives.objective import (
     Objective,
     ObjectiveConfig,
@@ -13,7 +14,8 @@ from tokendrift.training.objectives.objective import (
     StatefulObjective,
     StepLoss,
 )
-from tokendrift.training.objectives.trajectories import OwnTrajectories, PairsConfig, chain_positions
+from tokendrift.training.objectives.own_chains import OwnChains, chain_positions
+from tokendrift.training.objectives.trajectories import OwnTrajectories, PairsConfig
 from tokendrift.training.optimization import LoopConfig, Optimization, train, windows
 from tokendrift.training.packing import PackedText
 from tokendrift.training.records import read_log
@@ -28,14 +30,17 @@ __all__ = [
     "CurriculumContinuation",
     "DatasetRows",
     "Denoising",
+    "DistributionMatching",
     "Documents",
     "Drift",
     "DriftConfig",
     "LoopConfig",
+    "MatchingConfig",
     "Objective",
     "ObjectiveConfig",
     "ObjectiveSetup",
     "Optimization",
+    "OwnChains",
     "OwnTrajectories",
     "PackedText",
     "PairsConfig",

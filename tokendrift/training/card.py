@@ -12,7 +12,13 @@ from tokendrift.training.config import RefineConfig
 
 
 def model_card(
-    config: RefineConfig, evaluations: Sequence[dict[str, Any]], *, steps: int, process: str, judge: str | None = None
+    config: RefineConfig,
+    evaluations: Sequence[dict[str, Any]],
+    *,
+    steps: int,
+    process: str,
+    judge: str | None = None,
+    random_input: int = 0,
 ) -> str:
     """Return a model card in Markdown, with the front matter of the hub.
 
@@ -23,12 +29,10 @@ def model_card(
         steps: Number of optimiser steps taken.
         process: Name of the corruption process.
         judge: Name of the judge that measured Gen.-PPL. Default: none.
+        random_input: Random numbers that the network takes at each masked position. Default: 0.
     """
     source = ", ".join(config.text) or config.dataset or "text of the caller"
     base = f"base_model: {config.checkpoint}\n" if _on_the_hub(config.checkpoint) else ""
-    kept = "The weights are those of the last step."
-    if config.ema:
-        kept = f"The weights are the moving average of those in training\n(decay {config.ema:g})."
     tokens = "" if config.length is None else f" of {config.length} tokens"
     return f"""---
 library_name: tokendrift
@@ -37,7 +41,7 @@ library_name: tokendrift
 
 # {config.checkpoint}, refined
 
-A {process} diffusion language model: `{config.checkpoint}`, trained for {steps:,} more steps with
+A {process} diffusion language model: `{config.checkpoint}`, trained for {steps:,} further steps with
 {config.objective.description}.
 
 ```python
@@ -48,7 +52,7 @@ model, process = load_denoiser("path/of/this/folder")
 ids = sample(model, process, (4, model.config.model_length), steps=8).ids
 ```
 
-The network runs with the unchanged samplers of its backbone. {kept}
+The network runs with the unchanged samplers of its backbone. {_about_network(config, random_input)}
 
 ## What was measured
 
@@ -58,7 +62,7 @@ The network runs with the unchanged samplers of its backbone. {kept}
 
 Text: {source}. {steps:,} optimiser steps of {config.batch_size} sequences{tokens}, AdamW at {config.learning_rate:g}
 ({config.schedule} after {config.warmup} steps of warm-up), {config.precision}, seed {config.seed}; tokendrift
-{__version__}. All of it:
+{__version__}. All settings:
 
 ```toml
 {config.as_toml()}```
@@ -67,9 +71,9 @@ Text: {source}. {steps:,} optimiser steps of {config.batch_size} sequences{token
 
 - Gen.-PPL falls when samples lose variety. Read it with the entropies, and against the unrefined model sampled at
   the temperature that gives the same entropy.
-- Refinement is for few steps. At many steps, and in likelihood, the unrefined model may be the better one.
-- Drifting does not train the likelihood bound; a NELBO of this model says little of its samples.
-- The model has the biases of its text, and nothing was done to make its output true, safe or polite.
+- Refinement improves sampling in few steps. With many steps, and in likelihood, the unrefined model may be better.
+- Drifting does not train the likelihood bound; the NELBO of this model says little about its samples.
+- The model has the biases of its training text, and nothing was done to make its output true, safe or polite.
 """
 
 
@@ -106,8 +110,21 @@ def _cells(rows: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
     return ["model", "step", "NFE", *(figure.label for figure in columns)], lines
 
 
+def _about_network(config: RefineConfig, random_input: int) -> str:
+    """Return what the card says of the weights, and of the random input if there is one."""
+    kept = "The weights are those of the last step."
+    if config.ema:
+        kept = f"The weights are a moving average of the weights during training\n(decay {config.ema:g})."
+    if random_input:
+        kept += (
+            f" The network takes {random_input} random numbers at each masked\nposition (`random_input`): "
+            "the samplers pass them, and other callers may pass `normals`."
+        )
+    return kept
+
+
 def _on_the_hub(checkpoint: str) -> bool:
-    """Return whether a checkpoint is one of the hub: a relative path may look the same."""
+    """Return whether a checkpoint is on the hub. A relative path may look the same."""
     return is_hub_id(checkpoint) and not Path(checkpoint).exists()
 
 
@@ -118,9 +135,9 @@ def _table(config: RefineConfig, rows: Sequence[dict[str, Any]], judge: str | No
     head, lines = _cells(rows)
     return "\n".join(
         [
-            f"{config.evaluate_samples} samples a row, {by}; NFE are function evaluations a sample.",
-            "Before is the unrefined checkpoint, continuation the same checkpoint trained as long by its own",
-            "objective; real text is of the training text.",
+            f"{config.evaluate_samples} samples per row, {by}; NFE is the number of function evaluations per sample.",
+            "Before is the unrefined checkpoint, and continuation the same checkpoint trained equally long with",
+            "its own objective. Real text is taken from the training text.",
             "",
             "| " + " | ".join(head) + " |",
             "|---|" + "---:|" * (len(head) - 1),

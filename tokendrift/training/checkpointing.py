@@ -113,9 +113,9 @@ def _read_state(place: Path) -> dict[str, Any]:
     state: dict[str, Any] = json.loads((place / STATE).read_text(encoding="utf-8"))
     own = state.pop(OWN, None)  # versions before 0.1 wrote none
     if own is not None and json.loads(_with_digest(state))[OWN] != own:
-        raise fail(f"{place / STATE} is not what was written: its SHA-256 differs.")
+        raise fail(f"{place / STATE} was changed after it was written: its SHA-256 differs.")
     if checkpoint_place(place.parent, state["step"]) != place:
-        raise fail(f"{place / STATE} is that of step {state['step']}.")
+        raise fail(f"{place / STATE} belongs to step {state['step']}.")
     return state
 
 
@@ -139,11 +139,11 @@ def load_checkpoint(place: Path, needs: Mapping[str, type | tuple[type, ...]] = 
         for group, digest in state["sha256"].items():
             file = place / f"{group}.safetensors"
             if file_digest(file) != digest:
-                raise fail(f"{file} is not what was written: its SHA-256 differs.")
+                raise fail(f"{file} was changed after it was written: its SHA-256 differs.")
             tensors[group] = load_file(file)
         for name, kind in needs.items():
             if not isinstance(state[name], kind):
-                raise fail(f"{place / STATE} has no usable {name}.")
+                raise fail(f"{place / STATE} has no valid entry {name!r}.")
     except (*_UNREADABLE, SafetensorError) as error:
         raise fail(f"the checkpoint {place} cannot be read: {error}.") from None
     return Stored(tensors, state)
@@ -174,7 +174,7 @@ def latest_checkpoint(
             reasons.append(f"the checkpoint {place} cannot be read: {error}.")
         else:
             for reason in reasons:
-                warn(f"{reason} Going back to the one before.")
+                warn(f"{reason} The previous checkpoint is used instead.")
             for broken in damaged:
                 aside = broken.with_name(BROKEN + broken.name)
                 shutil.rmtree(aside, ignore_errors=True)
@@ -182,8 +182,8 @@ def latest_checkpoint(
             return place, found
     if reasons:
         raise fail(
-            f"none of {len(places)} checkpoints in {folder} can be read; of the newest: {reasons[0]}",
-            "Bring one back from elsewhere, or remove the folder to begin again.",
+            f"none of {len(places)} checkpoints in {folder} can be read. For the newest: {reasons[0]}",
+            "Restore one from a backup, or remove the folder to begin again.",
         )
     return None
 

@@ -38,30 +38,30 @@ class RefineConfig(Settings):
     Settings have flat names in TOML files, flags and `make_config`: those of the objective stand beside the others.
 
     Attributes:
-        checkpoint: Checkpoint to refine: hub id, folder or file, as `load_denoiser` takes it. The frozen encoder is a
-            copy of it.
+        checkpoint: Checkpoint to refine: hub id, folder or file, as for `load_denoiser`. The frozen encoder is a copy
+            of it.
         output: Folder for the refined model, its checkpoints and its log.
         revision: Branch, tag or commit of a hub id. Default: the main branch.
-        text: Files to train on: text (``.txt`` and others) or JSON Lines (``.jsonl``, ``.ndjson``, ``.json``), also
-            gzipped (``.gz``).
-        dataset: Hugging Face dataset to train on, by name or by folder, in place of ``text``.
+        text: Files to train on: text (``.txt`` and others) or JSON Lines (``.jsonl``, ``.ndjson``, ``.json``), gzipped
+            (``.gz``) or not. Repeatable on the command line. Default: none.
+        dataset: Hugging Face dataset to train on instead of ``text``: name or folder. Default: none.
         dataset_config: Configuration of the dataset.
         dataset_split: Split of the dataset.
         text_field: Field of JSON Lines, or column of the dataset, that holds the text.
-        documents: What one document of a text file is: the ``"file"``, a ``"paragraph"`` or a ``"line"``. The end of
-            each document is marked by an end-of-text token.
-        tokenizer: Tokenizer of the checkpoint: a folder, a ``tokenizer.json`` or a hub id. Default: the checkpoint's
-            own, or that of GPT-2 for a checkpoint that has none and a vocabulary of that size.
-        length: Tokens of a sequence, L. Default: the length that the checkpoint was trained with.
+        documents: Unit of a text file that counts as one document: the ``"file"``, a ``"paragraph"`` or a ``"line"``.
+            An end-of-text token follows each document.
+        tokenizer: Tokenizer of the checkpoint: a ``tokenizer.json``, a folder or a hub id. Default: that of the
+            checkpoint; if it has none and a vocabulary of the size of GPT-2's, that of GPT-2.
+        length: Length of a sequence in tokens, L. Default: the length that the checkpoint was trained with.
         wrap: Whether every sequence begins with BOS and ends with EOS, as in the training of the released checkpoints.
         shuffle: Number of sequences that are shuffled together; 1 keeps the order of the text.
-        objective: Settings of what is minimised; a name in `OBJECTIVES` stands for its defaults.
-        baseline: Whether to train the checkpoint first by its own objective on the same batches and noise, into the
-            folder ``continuation`` of the output, and to show both.
+        objective: What is minimised: the settings of an objective, or a name in `OBJECTIVES` for its default settings.
+        baseline: Whether to train the checkpoint with its own objective first, on the same batches and noise, and to
+            show both results. This model is written to the folder ``continuation`` of the output.
         steps: Number of optimiser steps.
-        batch_size: Sequences per optimiser step, over all processes and micro-batches.
-        micro_batch: Sequences per forward call of one process. ``batch_size`` must be a multiple of it times the number
-            of processes.
+        batch_size: Number of sequences per optimiser step, over all processes and micro-batches.
+        micro_batch: Number of sequences per forward call of one process. ``batch_size`` must be a multiple of
+            ``micro_batch`` times the number of processes.
         learning_rate: Peak learning rate of AdamW.
         schedule: Learning rate after the warm-up: ``"constant"``, ``"cosine"`` (to 2 % of the peak) or ``"linear"``
             (to 0).
@@ -71,20 +71,22 @@ class RefineConfig(Settings):
         clip: Largest norm of the gradient; larger gradients are scaled down to it.
         ema: Decay of the moving average of the weights, which is the model that is evaluated and written; 0 keeps no
             average.
-        dropout: Dropout probability. Default: that of the checkpoint.
+        dropout: Dropout probability. Default: the value of the checkpoint.
         precision: ``"fp32"``, or ``"bf16"`` to run the network under autocast; losses are float32 in either.
         seed: Random seed of data order, noise, dropout and evaluation.
-        log_every: Optimiser steps between lines of the log.
-        checkpoint_every: Optimiser steps between checkpoints.
-        checkpoint_minutes: Minutes after which a checkpoint is written, also if fewer steps were taken.
+        log_every: Number of optimiser steps between lines of the log.
+        checkpoint_every: Number of optimiser steps between checkpoints.
+        checkpoint_minutes: Longest time between checkpoints, in minutes.
         keep: Number of latest checkpoints that are kept; the best one is kept as well.
-        evaluate_every: Optimiser steps between evaluations; 0 evaluates only before the first and after the last step.
-        evaluate_samples: Sequences sampled at each number of function evaluations.
-        evaluate_nfe: Numbers of function evaluations of the sampler.
-        evaluate_batch: Sequences sampled at a time.
-        judge: Causal language model that measures Gen.-PPL: hub name or folder. Default: none; entropy and diversity
-            are measured alone.
-        entropy_tolerance: Warn if the sample entropy falls by more than this share, in [0, 1), below that of real text.
+        evaluate_every: Number of optimiser steps between evaluations; 0 evaluates only before the first and after the
+            last step.
+        evaluate_samples: Number of samples for each number of function evaluations.
+        evaluate_nfe: Numbers of function evaluations at which the model is sampled.
+        evaluate_batch: Number of samples that are drawn together.
+        judge: Causal language model that measures Gen.-PPL: hub id or folder. Default: none; only entropy and diversity
+            are measured.
+        entropy_tolerance: Share, in [0, 1), by which the sample entropy may fall below that of real text without a
+            warning.
         tensorboard: Whether to write curves for TensorBoard, if it is installed.
         wandb: Project of Weights & Biases to log to, if it is installed. Default: none.
     """
@@ -150,7 +152,7 @@ class RefineConfig(Settings):
             check_fraction("dropout", self.dropout, ", or be left out for that of the checkpoint")
         check_fraction("entropy_tolerance", self.entropy_tolerance, ": a share of the entropy of real text")
         if self.text and self.dataset is not None:
-            raise fail("text and dataset exclude each other.", "Pass one source of text.", dataset=self.dataset)
+            raise fail("text and dataset cannot both be given.", "Pass one source of text.", dataset=self.dataset)
         self.accumulation(processes=1)
         self.loop()  # checks the settings of the optimiser
 
@@ -169,7 +171,7 @@ class RefineConfig(Settings):
             raise fail(
                 f"batch_size must be a multiple of micro_batch times {processes} processes, "
                 f"{self.micro_batch * processes}.",
-                "Change one of the two: gradients accumulate over the micro-batches of a step.",
+                "Change batch_size or micro_batch: gradients are accumulated over the micro-batches of a step.",
                 batch_size=self.batch_size,
                 micro_batch=self.micro_batch,
             )
@@ -254,7 +256,7 @@ def check_setting_names(settings: Iterable[str]) -> None:
     for name in settings:
         if name not in names and name not in RETIRED:
             near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
-            hint = f"; the nearest is {near[0]!r}." if near else f"; known are {', '.join(names)}."
+            hint = f"; the nearest is {near[0]!r}." if near else f"; the settings are {', '.join(names)}."
             raise fail(f"unknown key {name!r}{hint}")
 
 
@@ -309,10 +311,29 @@ _PAIRS = {
     "pair_decay": 0.95,
     "learning_rate": 2 * RefineConfig.learning_rate,
 }
+# For either backbone: what depends on the process (chains, weight of the pairs, random input) is left to the objective.
+_MATCHING = {
+    "objective": "matching",
+    "steps": 1500,
+    "batch_size": 64,
+    "base_weight": 0.1,
+    "field_clip": 5.0,
+    "auxiliary_rate": 1e-3,
+    "learning_rate": 5e-4,
+    "schedule": "cosine",
+    "warmup": 30,
+    "weight_decay": 0.0,
+    "betas": (0.9, 0.98),
+    "clip": 1.0,
+    "ema": 0.99,
+    "dropout": 0.0,
+}
 PRESETS: Mapping[str, Mapping[str, Any]] = {
+    "tokendrift": {"learning_rate": 3e-5, **_PAPER},
     "mdlm-owt": {"checkpoint": "kuleshov-group/mdlm-owt", "learning_rate": 3e-5, **_PAPER},
     "duo-owt": {"checkpoint": "s-sahoo/duo", "learning_rate": 5e-5, **_PAPER},
     "pairs": _PAIRS,
+    "matching": _MATCHING,
 }
 
 
@@ -324,7 +345,8 @@ def make_config(
     A file may name its preset itself: ``preset = "mdlm-owt"``. A source of text replaces that of the preset.
 
     Args:
-        preset: Name of a preset: ``"mdlm-owt"``, ``"duo-owt"`` or ``"pairs"``. Default: none.
+        preset: Name of a preset: ``"tokendrift"``, ``"mdlm-owt"``, ``"duo-owt"``, ``"pairs"`` or ``"matching"``.
+            Default: none.
         file: TOML file of settings. Default: none.
         values: Settings under their flat names. Default: none.
 
@@ -354,7 +376,7 @@ def make_config(
             chosen.pop("text", None)
         chosen |= layer
     if "checkpoint" not in chosen:
-        raise fail("no checkpoint to refine.", "Name one in the command, in the TOML file or by a preset.")
+        raise fail("no checkpoint to refine.", "Pass one on the command line, in the TOML file or by a preset.")
     return RefineConfig.from_settings(chosen)
 
 
@@ -366,7 +388,9 @@ def _read_toml(path: Path) -> dict[str, Any]:
     try:
         return tomllib.loads(read_text(path, argument="config"))
     except tomllib.TOMLDecodeError as error:
-        raise fail(f"{path} cannot be read as TOML: {error}.", "Texts stand in quotes, lists in brackets.") from None
+        raise fail(
+            f"{path} cannot be read as TOML: {error}.", "Write strings in quotes and lists in brackets."
+        ) from None
 
 
 def parse_settings(settings: Iterable[str]) -> dict[str, Any]:
@@ -379,7 +403,7 @@ def parse_settings(settings: Iterable[str]) -> dict[str, Any]:
     for setting in settings:
         name, sign, text = (part.strip() for part in setting.partition("="))
         if not sign:
-            raise fail(f"a setting must have the form KEY=VALUE, and {name!r} has not.")
+            raise fail(f"a setting must have the form KEY=VALUE, but {name!r} has no value.")
         check_setting_names([name])
         found[name] = from_text(name, text, all_setting_types()[name])
     return found

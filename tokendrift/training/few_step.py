@@ -54,7 +54,7 @@ class FewStepEvaluation:
 
     @property
     def conditions(self) -> dict[str, Any]:
-        """What the figures depend on beside the model, fit for JSON: only figures of equal conditions compare."""
+        """Everything except the model that the figures depend on, for JSON; required to be equal for a comparison."""
         return {"judge": judge_name(self.judge), "nfes": list(self.nfes), "samples": len(self.real)}
 
     def sample_all(self, optimization: Optimization, accelerator: Any) -> dict[int, Tensor]:
@@ -142,7 +142,8 @@ class FewStepEvaluation:
         real = self.real_row()["sample_entropy"]
         return [
             f"at {row['nfe']} function evaluations the samples have an entropy of {row['sample_entropy']:.2f} nats, "
-            f"real text has {real:.2f}: the model repeats itself, and a lower Gen.-PPL is no improvement from here on. "
+            f"real text has {real:.2f}: the model repeats itself, and from now on a lower Gen.-PPL is not an "
+            "improvement. "
             "Take an earlier checkpoint, a lower learning rate, or the objective 'combined'."
             for row in rows
             if row["sample_entropy"] < (1 - self.tolerance) * real

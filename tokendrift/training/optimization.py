@@ -130,11 +130,11 @@ class Optimization:
         self.average = WeightAverage(self.parameters, config.ema)
         self.network: nn.Module = model if autocast is None else Autocast(model, self.device.type, autocast)
 
-    def bare_network(self, *args: Any, **kwargs: Any) -> Tensor:
-        """Call the model without the wrapper of several processes, which would wait for all of them to call."""
-        model = self.model if self.accelerator is None else self.accelerator.unwrap_model(self.model)
-        with torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None):
-            return model(*args, **kwargs)
+    @property
+    def bare_network(self) -> nn.Module:
+        """The model without the wrapper of several processes, which would wait for all of them to call."""
+        model: nn.Module = self.model if self.accelerator is None else self.accelerator.unwrap_model(self.model)
+        return model if self.autocast is None else Autocast(model, self.device.type, self.autocast)
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:

@@ -21,9 +21,9 @@ class PackedText:
     """An endless stream of sequences (L,): documents are tokenised, joined by EOS and cut.
 
     With ``wrap`` a sequence is BOS, L - 2 tokens of the stream, EOS, as in the training of the released checkpoints of
-    MDLM and DUO; without, it is L tokens of the stream. Sequences are shuffled within blocks, block k in an order
-    that depends on the seed and k alone. At the end of the source the stream begins again; if the tokens of the source
-    do not fill whole sequences, they are cut at other places then.
+    MDLM and DUO; without, it is L tokens of the stream. Sequences are shuffled within blocks, block k in an order that
+    depends on the seed and k alone. At the end of the source the stream begins again; if its tokens do not fill a whole
+    number of sequences, the sequences then begin at other tokens.
 
     Args:
         documents: The source of text.
@@ -139,7 +139,7 @@ class PackedText:
             self._pieces = self.documents.read()
             lot = list(islice(self._pieces, LOT))
             if not lot:
-                raise fail("the source holds no text.", "Pass files or a dataset with text in them.")
+                raise fail("the source contains no text.", "Pass files or a dataset with text in them.")
         for piece, ids in zip(lot, self.tokenizer.encode([piece.text for piece in lot]), strict=True):
             tail = [self.tokenizer.eos_id] if piece.ends else []
             self._held.append(_Ids(self._checked([*ids, *tail]), self._epoch, piece.start))
@@ -154,7 +154,7 @@ class PackedText:
             )
         if self.mask_id is not None and (found == self.mask_id).any():
             raise fail(
-                f"the tokenizer gives id {self.mask_id}, which is the checkpoint's mask.",
+                f"the tokenizer gives id {self.mask_id}, which is the mask token of the checkpoint.",
                 "Pass the tokenizer that the checkpoint was trained with.",
             )
         return found

@@ -22,7 +22,9 @@ def make_accelerator() -> Any:
     try:
         from accelerate import Accelerator, InitProcessGroupKwargs
     except ImportError as error:
-        raise fail(f"{error}; refining needs it.", "Install it with pip install 'tokendrift[train]'.") from None
+        raise fail(
+            f"{error}; it is needed for refinement.", "Install it with pip install 'tokendrift[train]'."
+        ) from None
     # The other processes wait while the main one measures samples, which may take longer than the usual limit.
     patience = InitProcessGroupKwargs(timeout=timedelta(hours=4))
     # Optimization runs autocast itself: that of accelerate would widen the logits, the largest tensor, to float32.
@@ -40,14 +42,14 @@ def check_accelerator(accelerator: Any) -> None:
     sharded = kind == "FSDP" and getattr(accelerator, "is_fsdp2", False)  # accelerate before 1.6 has no FSDP2
     if kind != "NO" and not kind.startswith("MULTI_") and not sharded:
         raise fail(
-            f"several processes train by DDP or FSDP2, and accelerate was launched for {kind}"
+            f"training with several processes requires DDP or FSDP2, but accelerate was launched for {kind}"
             f"{' of version 1' if kind == 'FSDP' else ''}.",
             "Launch with --use_fsdp --fsdp_version 2 to shard weights, or with --multi_gpu.",
         )
     if accelerator.gradient_accumulation_steps != 1:
         raise fail(
             "gradient_accumulation_steps of accelerate must be 1: gradients would be divided by it again.",
-            "Leave it out, and set micro_batch: gradients accumulate over the micro-batches of a batch_size.",
+            "Leave it out and set micro_batch: gradients are accumulated over the micro-batches of each batch_size.",
             gradient_accumulation_steps=accelerator.gradient_accumulation_steps,
         )
 

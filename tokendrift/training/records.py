@@ -15,7 +15,7 @@ from tokendrift.files import write_atomically
 
 LOG, CURVES = "log.jsonl", "tensorboard"
 WANDB = "wandb-id.txt"  # under which id Weights & Biases knows the run
-_LOST = "the curves cannot be written ({}); training goes on without them."
+_LOST = "the curves cannot be written ({}); training continues without them."
 
 
 class Records:
@@ -106,7 +106,7 @@ class Records:
             self.bar.update(self.bar.task_ids[0], completed=step, **({"shown": text} if text else {}))
 
     def _lose_curves(self, error: OSError) -> None:
-        """Go on without curves: TensorBoard's writer keeps an error, and raises it again at every call."""
+        """Continue without curves: after an error, TensorBoard's writer raises it again at every call."""
         self.curves = None
         warnings.warn(_LOST.format(error), stacklevel=3)
 
@@ -116,7 +116,7 @@ class Records:
                 file.write(json.dumps({name: _finite(value) for name, value in entry.items()}) + "\n")
         except OSError as error:
             if not self._failed:
-                warnings.warn(f"{self.path} cannot be written ({error}); training goes on.", stacklevel=3)
+                warnings.warn(f"{self.path} cannot be written ({error}); training continues.", stacklevel=3)
             self._failed = True
 
     def _cut(self, step: int, evaluation_due: bool) -> None:
@@ -171,7 +171,9 @@ def _wandb(project: str, folder: Path, config: dict[str, Any]) -> Any:
     try:
         import wandb
     except ImportError:
-        warnings.warn("wandb is not installed: no curves there. pip install wandb", stacklevel=3)
+        warnings.warn(
+            "wandb is not installed, so no curves are written to it. Install it with pip install wandb.", stacklevel=3
+        )
         return None
     # One run per folder, also after an interruption. The id is random, since several folders may have one name.
     kept = folder / WANDB

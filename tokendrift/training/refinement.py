@@ -1,11 +1,11 @@
-"""Continual training as a product: from a checkpoint and text to a refined model, whatever interrupts it."""
+"""`refine`: from a checkpoint and text to a refined model, through any interruption."""
 
 from __future__ import annotations
 
 import dataclasses
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,6 +17,7 @@ from tokendrift.errors import TokenDriftError
 from tokendrift.files import weight_digest
 from tokendrift.models import DiT
 from tokendrift.models.checkpoints import build, read_checkpoint
+from tokendrift.models.random_input import without_random_input
 from tokendrift.models.tokenizer import text_tokenizer
 from tokendrift.training.checkpointing import Stored, load_checkpoint
 from tokendrift.training.config import RefineConfig, objective_name
@@ -43,7 +44,7 @@ Best = dict[str, float]  # step and score of the best evaluation
 
 
 class Refined(NamedTuple):
-    """What a refinement leaves, beside its folder.
+    """The result of `refine`.
 
     Attributes:
         folder: Folder with the model, its tokenizer and its card; `load_denoiser` reads it.
@@ -67,10 +68,10 @@ def refine(
 ) -> Refined:
     """Train a released or saved denoiser further, and write it as a folder.
 
-    Called again with the same configuration, it resumes from the last complete checkpoint and ends with the same bits
-    (on one CPU) as a run that was not interrupted: random numbers are functions of the seed and the step, and
-    everything else is in the checkpoint. Under ``accelerate launch`` it runs on several devices; the batch, its order
-    and its noise do not depend on their number. All processes must see the output folder.
+    If it is called again with the same configuration, it resumes from the last complete checkpoint. On one CPU the
+    result is then identical, bit for bit, to that of an uninterrupted run: random numbers are functions of the seed and
+    the step, and everything else is in the checkpoint. Under ``accelerate launch`` it runs on several devices; the
+    batch, its order and its noise do not depend on their number. All processes must see the output folder.
 
     On SIGTERM and SIGINT the step is finished, a checkpoint is written, and KeyboardInterrupt is raised; a second
     SIGINT raises it at once. An evaluation that fails after the first step costs a warning and its figures, not the
@@ -78,10 +79,10 @@ def refine(
 
     Args:
         config: The settings.
-        documents: A source of text of your own, in place of the configured one.
-        judge: A judge of your own for the evaluation, in place of the configured one.
+        documents: A text source of your own, instead of the configured one.
+        judge: A judge of your own for the evaluation, instead of the configured one.
         accelerator: An ``accelerate.Accelerator`` of your own, without mixed precision and gradient accumulation: for
-            one process, DDP or FSDP2. Default: one for the way in which this process was launched.
+            one process, DDP or FSDP2. Default: an accelerator that fits how this process was launched.
         progress: Whether to show a progress bar. Default: True.
         on_step: Called with the number of finished steps after each. Default: None.
 
@@ -115,6 +116,9 @@ class Run:
         baseline_rows: Figures of the matched continuation.
     """
 
+    saved: int | None = None  # step of the newest checkpoint that this process has written or read
+    late = False  # whether a checkpoint is due by the clock
+
     def __init__(
         self,
         config: RefineConfig,
@@ -133,7 +137,8 @@ class Run:
             base, self.process = build(checkpoint)
             self.tokenizer = text_tokenizer(config.tokenizer, checkpoint.folder, base.vocab_size)
         self.length: int = config.length or base.config.model_length
-        self.config = config = config.replace(length=self.length)
+        objective = config.objective.for_process(self.process, base.config.random_input)
+        self.config = config = dataclasses.replace(config, length=self.length, objective=objective)
         # 2. The text; its first sequences are also the real text of the evaluation.
         source = documents or open_text(config)
         self.data = self._packed(source)
@@ -149,6 +154,9 @@ class Run:
             self.objective.module.to(accelerator.device)
         model = DiT(base.config if config.dropout is None else dataclasses.replace(base.config, dropout=config.dropout))
         model.load_state_dict(base.state_dict())
+        config.objective.prepare(model)
+        # Until the first step, a random input that the checkpoint does not have is left out.
+        self.as_it_was = without_random_input if model.config.random_input != base.config.random_input else nullcontext
         self.optimization = Optimization(model, config.loop(), accelerator=accelerator, autocast=autocast)
         # 4. The evaluation, and the folder of the run.
         judge = judge if judge is not None else config.judge
@@ -166,8 +174,6 @@ class Run:
         self.evaluations: list[Row] = []
         self.conditions = self.evaluator.conditions
         self.best: Best | None = None
-        self.saved: int | None = None  # step of the newest checkpoint that this process has written or read
-        self.late, self.saved_at = False, time.monotonic()  # whether a checkpoint is due by the clock
         self.folder = RunFolder(
             config,
             together=config.micro_batch * self.ranks,
@@ -189,6 +195,7 @@ class Run:
 
     def _run(self, progress: bool, on_step: Callable[[int], object] | None) -> None:
         config, messages = self.config, list[str]()
+        self.saved_at = time.monotonic()
         # 1. Find out where the run stands, before anything is written.
         stored = self._newest(messages.append)
         finished = 0 if stored is None else int(stored.state["step"])
@@ -266,7 +273,8 @@ class Run:
             return None
         better: Best | None = None
         try:
-            drawn = self.evaluator.sample_all(self.optimization, self.accelerator)
+            with nullcontext() if finished else self.as_it_was(self.optimization.model):
+                drawn = self.evaluator.sample_all(self.optimization, self.accelerator)
             if self.main:
                 better = self._measure(finished, drawn)
         except Exception as error:
@@ -334,8 +342,8 @@ class Run:
         except OSError as error:
             self.records.warn(
                 finished,
-                f"the checkpoint of step {finished} could not be written ({error}); training goes on, and an "
-                "interruption would go back to the one before.",
+                f"the checkpoint of step {finished} could not be written ({error}); training continues, and an "
+                "interrupted run would resume from the previous one.",
             )
             return
         self.saved = finished
@@ -379,15 +387,15 @@ class Run:
         if anew:
             self.records.warn(
                 finished,
-                f"evaluations were made with {before} and are made with {self.conditions} from here on: what was "
-                "measured before stays in log.jsonl alone, and the best checkpoint is chosen among later ones.",
+                f"evaluations were made with {before} and are made with {self.conditions} from here on: earlier "
+                "figures remain only in log.jsonl, and the best checkpoint is chosen among later ones.",
             )
             self._evaluate(0)  # the model before training, whose weights are still in place
         # Versions before 0.1 called the state of the objective "queues".
         of_objective = stored.tensors.pop("objective", None) or stored.tensors.pop("queues", {})
         try:
             self.objective.load_state_dict(of_objective)
-        except (RuntimeError, KeyError) as error:
+        except (RuntimeError, KeyError, TokenDriftError) as error:
             raise fail(
                 f"the state of the objective in {self.folder.path} does not fit: {error}.",
                 "It may come from another version: finish the run with that version, or choose another output.",
@@ -402,14 +410,14 @@ class Run:
         return not anew
 
     def _restore_best(self) -> None:
-        """Write the best model from its checkpoint: a kill may have come between the two."""
+        """Write the best model again from its checkpoint: the run may have been killed before it was written."""
         if self.best is None:
             return
         step = int(self.best["step"])
         try:
             groups = self.folder.load_step(step).tensors
         except (TokenDriftError, OSError) as error:
-            self.records.warn(step, f"the best model, of step {step}, stays as it was written: {error}")
+            self.records.warn(step, f"the best model, of step {step}, was not written again: {error}")
         else:
             self._export_best(step, groups)
 
@@ -423,7 +431,8 @@ class Run:
             except OSError as error:
                 raise fail(
                     f"the refined model cannot be written to {self.folder.path}: {error}.",
-                    "Make room and run the same command again: training is done, and its last checkpoint is kept.",
+                    "Free some space and run the same command again: training is finished, and its last checkpoint "
+                    "is kept.",
                 ) from None
 
         done_by_main(self.accelerator, export)

@@ -70,8 +70,8 @@ def check_output(folder: Path) -> None:
     """
     if not folder.is_dir() or _is_ours(folder):
         return
-    what = "a model" if (folder / "config.json").exists() else "files"
-    raise fail(f"output {folder} holds {what} that no refinement has written.", "Choose a new or an empty folder.")
+    what = "a model that was" if (folder / "config.json").exists() else "files that were"
+    raise fail(f"output {folder} contains {what} not written by refine.", "Choose a new or an empty folder.")
 
 
 def _is_ours(folder: Path) -> bool:
@@ -135,7 +135,9 @@ class RunFolder:
         try:
             write_atomically(self.path / name, text)
         except OSError as error:
-            raise fail(f"output {self.path} cannot be written: {error}.", "Choose a folder with room.") from None
+            raise fail(
+                f"output {self.path} cannot be written: {error}.", "Free some space, or choose another folder."
+            ) from None
 
     def newest(self, warn: Callable[[str], object]) -> tuple[Path, Stored] | None:
         """Return the newest complete checkpoint, or None if there is none; warn of damaged ones."""
@@ -199,12 +201,12 @@ class RunFolder:
             differ.append("the tokenizer has changed")
         if differ:
             raise fail(
-                f"{self.path} holds a run with another configuration: {'; '.join(differ)}.",
+                f"{self.path} contains a run with another configuration: {'; '.join(differ)}.",
                 f"Choose another output, or resume with the configuration of that run, {self.path / CONFIG}.",
             )
         if state["step"] > self.config.steps:
             raise fail(
-                f"steps is {self.config.steps}, but {self.path} holds a run of {state['step']} steps already.",
+                f"steps is {self.config.steps}, but {self.path} already contains a run of {state['step']} steps.",
                 f"Pass at least {state['step']} steps, or choose another output.",
             )
 
@@ -233,5 +235,6 @@ class RunFolder:
             OSError: If it cannot be written.
         """
         kind = "masked" if self.process.mask_id is not None else "uniform-state"
-        card = model_card(self.config, rows, steps=steps, process=kind, judge=self.judge)
+        about = {"judge": self.judge, "random_input": self.model.random_input}
+        card = model_card(self.config, rows, steps=steps, process=kind, **about)  # type: ignore[arg-type]
         write_atomically(folder / CARD, card)

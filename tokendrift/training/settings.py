@@ -1,4 +1,4 @@
-"""Dataclasses of settings: types read off the annotations, values given as text, TOML, and help."""
+"""Dataclasses of settings: their types, values given as text, TOML, and help texts."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def converted(name: str, value: Any, kind: SettingType) -> Any:
         return None
     if kind.many:
         if not isinstance(value, (list, tuple)):
-            raise fail(f"{name} must be a list, each entry {WORDS[kind.base]}.", **{name: value})
+            raise fail(f"{name} must be a list in which each entry is {WORDS[kind.base]}.", **{name: value})
         return tuple(converted(name, each, kind._replace(many=False)) for each in value)
     if kind.choices:
         check_choice(name, value, kind.choices)

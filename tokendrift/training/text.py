@@ -50,10 +50,10 @@ class TextFiles:
     """Documents of text files and JSON lines, file after file.
 
     Args:
-        paths: Files. ``.jsonl``, ``.ndjson`` and ``.json`` hold one JSON object a line, everything else is UTF-8
-            text; ``.gz`` after either is unpacked on the way. Case does not matter.
-        documents: What a document of a text file is: the ``"file"``, a ``"paragraph"`` (blank lines part them) or a
-            ``"line"``.
+        paths: Files. ``.jsonl``, ``.ndjson`` and ``.json`` contain one JSON object on each line; all other files are
+            UTF-8 text. Files whose names end with ``.gz`` are decompressed. Case does not matter.
+        documents: Unit of a text file that is one document: the ``"file"``, a ``"paragraph"`` (separated by blank
+            lines) or a ``"line"``.
         field: Field of the JSON objects that holds the text.
 
     Raises:
@@ -66,11 +66,13 @@ class TextFiles:
         self.documents, self.field = documents, field
         missing = [str(path) for path in self.paths if not path.is_file()]
         if missing or not self.paths:
-            raise fail(f"no such text files: {', '.join(missing) or 'none were named'}.", "Pass text or JSON lines.")
+            raise fail(
+                f"these text files do not exist: {', '.join(missing) or 'none were given'}.", "Pass text or JSON lines."
+            )
         for path in self.paths:
             if _kind(path) in NO_TEXT:
                 raise fail(
-                    f"text {path} is no text file: its suffix is {_kind(path)}.",
+                    f"text {path} is not a text file: its suffix is {_kind(path)}.",
                     "Text files and JSON lines are read, gzipped or not. For others put the files into a folder of "
                     "their own and pass that as dataset, or convert them.",
                 )
@@ -120,8 +122,8 @@ class TextFiles:
             if not isinstance(text, str):
                 where = f"{self.paths[line.at['file']]}, line {line.at['line'] + 1}"
                 raise fail(
-                    f"{where} is no JSON object with a text under {self.field!r}.",
-                    "Put one object on a line, and name its field with text_field.",
+                    f"{where} is not a JSON object with a text in the field {self.field!r}.",
+                    "Put one object on each line, and pass the name of its field as text_field.",
                     line=line.text.rstrip(),
                 )
             if text.strip():
@@ -185,7 +187,7 @@ class DatasetRows:
         try:
             import datasets
         except ImportError as error:
-            raise fail(f"{error}; reading {name!r} needs it.", "Install it with pip install datasets.") from None
+            raise fail(f"{error}; it is needed to read {name!r}.", "Install it with pip install datasets.") from None
         self.name, self.field = name, field
         try:
             if any((Path(name) / mark).is_file() for mark in SAVED):
@@ -197,7 +199,7 @@ class DatasetRows:
             reason = str(error).strip().split("\n")[0] or type(error).__name__
             raise fail(
                 f"the dataset {name!r}, split {split!r}, cannot be opened: {reason}",
-                "Check dataset, dataset_config and dataset_split; without a network, name a folder.",
+                "Check dataset, dataset_config and dataset_split; without a network, pass a folder.",
             ) from None
         columns = rows.column_names
         if columns is not None and field not in columns:
@@ -216,7 +218,7 @@ class DatasetRows:
 
 
 def open_text(config: RefineConfig) -> Documents:
-    """Return the source of text that a configuration names.
+    """Return the text source of a configuration.
 
     Raises:
         TokenDriftError: If it names none, or the source cannot be opened.
@@ -225,5 +227,5 @@ def open_text(config: RefineConfig) -> Documents:
         options = {"split": config.dataset_split, "field": config.text_field}
         return DatasetRows(config.dataset, config.dataset_config, **options)
     if not config.text:
-        raise fail("no text to train on.", "Name text files or a dataset.")
+        raise fail("no text to train on.", "Pass text files or a dataset.")
     return TextFiles(config.text, documents=config.documents, field=config.text_field)

@@ -1,4 +1,4 @@
-"""Drift fields that the study tried beside the paper's: none of them did better, and each is here for comparisons.
+"""Drift fields that the study compared with that of the paper. None of them did better; they are kept for comparisons.
 
 They are built on the streamed sums of `tokendrift.barycentres`, keep the signature of `tokendrift.Field`, and are
 imported from here.

@@ -56,12 +56,12 @@ class ExtendedDriftField(DriftField):
             between anchors and references (``sinkhorn_iterations`` walks over the references), so that few positives
             cannot draw all anchors. It depends on the batch of anchors too.
         subtract_noise: Multiply each temperature's drift by the share of its mean square that is not sampling noise,
-            :math:`\max(0, 1 - n/m)`, so that it fades at equilibrium in spite of ``rms_normalize``. In m, the square
-            of :math:`\sum_{jk} w_j w_k (u_j - v_k)`, n is the part that uses a positive or a negative twice. The rest
-            is a U-statistic, zero in expectation where real and generated features have one law: exactly so
-            for ``joint`` and ``two_sided`` with references independent of the anchors; nearly for ``separate``, whose
-            normalisers depend on the draw, and in part for ``sinkhorn``, whose plan does. The paired positive is
-            no independent draw and counts as signal. Default: False.
+            :math:`\max(0, 1 - n/m)`, so that it fades at equilibrium in spite of ``rms_normalize``. In m, the square of
+            :math:`\sum_{jk} w_j w_k (u_j - v_k)`, n is the part that uses a positive or a negative twice. The rest is a
+            U-statistic, zero in expectation where real and generated features have one law: exactly so for ``joint``
+            and ``two_sided`` with references independent of the anchors; nearly for ``separate``, whose normalisers
+            depend on the draw, and in part for ``sinkhorn``, whose plan does. The paired positive is not an independent
+            draw and counts as signal. Default: False.
         feature_scaling: Give the kernel distances in units of their mean over all pairs that an anchor may see, and
             RMS-normalised drifts the size of that unit. Temperatures then need no tuning to the features; this is the
             normalisation of arXiv 2602.04770, appendix A.6, and costs another walk over the references. Default:
@@ -220,8 +220,8 @@ def _sinkhorn_potential(view: View, side: Side, iterations: int) -> Tensor:
         \log P_{ij} = f_i + \log k_{ij} + g_j, \qquad
         g_j = \log w_j - \log\textstyle\sum_i k_{ij} e^{f_i}, \qquad f_i = -\log\textstyle\sum_j k_{ij} e^{g_j}
 
-    The column factors g follow from f and are never stored: every iteration is one walk over the references. The
-    last row step is left to whoever normalises the rows, so that these are ``iterations - 1`` walks. An anchor that
+    The column factors g follow from f and are never stored: every iteration is one walk over the references. The last
+    row step takes place when the rows are normalised, so this function walks ``iterations - 1`` times. An anchor that
     sees nothing has f = -inf and takes no part.
     """
     potential = view.anchors.new_zeros(len(view.temperatures), len(view.anchors))

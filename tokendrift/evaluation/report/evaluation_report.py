@@ -127,9 +127,9 @@ class EvaluationReport:
             verdict = row.verdict
             lines += [f"{row.name}: {finding.level}: {finding}." for finding in verdict.findings]
             if verdict.passed:
-                lines.append(f"{row.name}: nothing flagged against real text.")
+                lines.append(f"{row.name}: no figure was flagged in comparison with real text.")
             if verdict.unchecked:
-                lines.append(f"{row.name}: not judged: {', '.join(verdict.unchecked)}.")
+                lines.append(f"{row.name}: not checked: {', '.join(verdict.unchecked)}.")
             if row.measures.skipped:
                 lines.append(
                     f"{row.name}: samples left out because they are too short to be scored: {row.measures.skipped}."
@@ -143,7 +143,7 @@ class EvaluationReport:
         return lines
 
     def comparisons(self) -> list[tuple[str, str, Comparison]]:
-        """Return the comparisons of sets of as many steps, or of all where no two have the same."""
+        """Return the comparisons of sets with equal numbers of steps, or of all sets if no two numbers are equal."""
         steps = dict(zip((row.name for row in self.evaluation.rows), (s.steps for s in self.sources), strict=True))
         pairs = list(combinations(self.evaluation.rows, 2))
         alike = [(a, b) for a, b in pairs if steps[a.name] == steps[b.name]]
@@ -156,7 +156,9 @@ class EvaluationReport:
         rest = len(compared) - len(lines)
         if rest:
             are = "1 pair is" if rest == 1 else f"{rest} pairs are"
-            lines.append(f"{are} not distinguishable in Gen.-PPL and both entropies: the intervals hold no difference.")
+            lines.append(
+                f"{are} not distinguishable in Gen.-PPL and both entropies: their intervals contain no difference."
+            )
         return lines
 
     def at_equal_entropy(self) -> list[str]:
@@ -216,14 +218,14 @@ def _same_size(a: Measures, b: Measures) -> bool:
 
 
 def _difference(a: str, b: str, found: Comparison) -> str | None:
-    """Return how two sets differ, None if neither Gen.-PPL nor an entropy does beyond chance."""
+    """Return how two sets differ, or None if neither Gen.-PPL nor an entropy differs beyond chance."""
     verdicts = {name: found.verdict(name) for name in ("gen_ppl", *ENTROPIES)}
     if set(verdicts.values()) == {"not distinguishable"}:
         return None
     parts = [_in_words(name, verdict, found) for name, verdict in verdicts.items()]
     sentence = f"{a} against {b}: {'; '.join(parts)}."
     if verdicts["gen_ppl"] == "lower" and "lower" in (verdicts[name] for name in ENTROPIES):
-        sentence += " A lower entropy lowers Gen.-PPL by itself: this is no gain until it holds at equal entropy."
+        sentence += " A lower entropy alone lowers Gen.-PPL, so this is a gain only if it also holds at equal entropy."
     return sentence
 
 

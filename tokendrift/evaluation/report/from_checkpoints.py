@@ -1,4 +1,4 @@
-"""What the report has from checkpoints: their samples, their held-out NELBO, and Gen.-PPL at equal entropy."""
+"""The part of the report that needs checkpoints: their samples, held-out NELBO, and Gen.-PPL at equal entropy."""
 
 from __future__ import annotations
 
@@ -117,7 +117,7 @@ def held_out_nelbo(
     if int(batch.max()) >= process.vocab_size:
         raise fail(
             f"real text has id {int(batch.max())}, and the denoiser's vocabulary V has {process.vocab_size} entries.",
-            "Name the tokenizer that the denoiser was trained with (--tokenizer).",
+            "Pass the tokenizer that the denoiser was trained with (--tokenizer).",
         )
     return nelbo_interval(model, process, batch, resamples=resamples, seed=seed)
 

@@ -44,31 +44,36 @@ from tokendrift.sampling.to_file import SampleConfig
 
 @dataclass(frozen=True)
 class EvaluateConfig:
-    """Options of `evaluate_files`.
+    """Options of `evaluate_files`. The descriptions are also the help texts of the command.
 
     Attributes:
-        samples: Samples files, ``FILE`` or ``NAME=FILE`` each, in the formats of `read_samples`.
-        checkpoint: Checkpoints to sample, ``PATH`` or ``NAME=PATH`` each.
-        nfe: Numbers of function evaluations at which each checkpoint is sampled.
-        n: Samples of each checkpoint and NFE. Default: 256.
-        temperature: Sampling temperature of the checkpoints. Default: 1.0.
-        baseline: Name of one of the checkpoints. Every set of as many steps is compared with it at equal entropy.
-            Default: None.
-        keep: Folder in which the samples of checkpoints are kept. Default: a temporary folder.
-        real: Text that neither denoiser nor judge was trained on: a samples file, or any other text file, which is
-            cut into windows of the samples' length, spread evenly over it.
-        training_text: Text file of training text, to find copies. Default: None.
-        tokenizer: Tokenizer of the denoisers. Default: the one that the samples files or checkpoints name.
-        judge: Name or folder of a causal language model. Default: ``"gpt2-large"``.
-        judge_tokenizer: Tokenizer of the judge. Default: the judge's own.
-        revision: Branch, tag or commit of the judge. Default: None, for its main branch.
-        dtype: Precision of the judge, ``"float32"`` or ``"bfloat16"``. Default: ``"float32"``.
-        protocol: Protocol of Gen.-PPL, as for `GenerativePerplexity`. Default: ``"mdlm"``.
-        skip_bad: Leave out lines and samples that cannot be scored, and report them. Default: False.
-        resamples: Redraws of the bootstrap. Default: 1000.
+        samples: Samples files, FILE or NAME=FILE each: JSON Lines, such as those of tokendrift sample, or UTF-8 text
+            whose paragraphs are the samples. Default: none.
+        checkpoint: Checkpoints to sample, PATH or NAME=PATH each; repeatable. Default: none.
+        nfe: Numbers of function evaluations at which each checkpoint is sampled; repeatable. Default: none.
+        n: Number of samples of each checkpoint at each number of function evaluations. Default: 256.
+        temperature: Sampling temperature of the checkpoints. Default: 1.
+        baseline: Name of a checkpoint with which every set with the same number of steps is compared at equal entropy.
+            Default: none.
+        keep: Folder in which the samples of checkpoints are kept and reused. Default: a temporary folder.
+        real: Real text that neither denoiser nor judge was trained on: a samples file, or any other UTF-8 file, which
+            is cut into windows as long as the longest sample.
+        training_text: UTF-8 file of training text, in which copied passages are looked for. Default: none.
+        tokenizer: Tokenizer of the denoisers: a tokenizer.json, a folder or a hub id. Default: the one that the samples
+            files or checkpoints state.
+        judge: Causal language model that scores the samples: hub id or folder. Default: gpt2-large.
+        judge_tokenizer: Tokenizer of the judge: a tokenizer.json, a folder or a hub id. Default: the judge's own.
+        revision: Branch, tag or commit of the judge. Default: the main branch.
+        dtype: Precision of the judge: float32 or bfloat16. Default: float32.
+        protocol: Protocol of Gen.-PPL: mdlm, sedd, sdtt, bd3 or all. Default: mdlm.
+        skip_bad: Leave out lines and samples that cannot be read or scored, and report their number. Default: an error.
+        resamples: Number of bootstrap resamples for the intervals. Default: 1000.
         seed: Random seed of sampling and of the bootstrap. Default: 0.
-        batch_size: Windows of full length in a forward call of the judge. Default: 8.
-        device: Device to sample and to judge on. Default: ``"cpu"``.
+        batch_size: Number of windows of full length in a forward call of the judge. Default: 8.
+        device: Device for the checkpoints and the judge, such as cpu or cuda:0. Default: cpu.
+
+    Raises:
+        TokenDriftError: If an option is out of range, or options that belong together are not all given.
     """
 
     samples: tuple[str, ...] = ()
@@ -93,6 +98,8 @@ class EvaluateConfig:
     device: str = "cpu"
 
     def __post_init__(self) -> None:
+        for name in ("samples", "checkpoint", "nfe"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
         if not self.samples and not self.checkpoint:
             raise fail("there is nothing to evaluate.", "Pass samples files, or checkpoint and nfe.")
         if bool(self.checkpoint) != bool(self.nfe):
@@ -103,7 +110,7 @@ class EvaluateConfig:
             )
         names = [name for name, _ in map(split_name, self.checkpoint)]
         if len(set(names)) < len(names):
-            raise fail("two checkpoints have one name.", "Name them: NAME=PATH.", names=names)
+            raise fail("two checkpoints have the same name.", "Give them different names: NAME=PATH.", names=names)
         if self.baseline is not None and self.baseline not in names:
             raise fail("baseline must be the name of a checkpoint.", baseline=self.baseline, names=names)
         for nfe in self.nfe:
@@ -137,7 +144,7 @@ def evaluate_files(
     sources += _sample_checkpoints(config, progress)
     names = unique_names(sources)
     if REAL in names:
-        raise fail(f"a set of samples is called {REAL!r}, as real text is.", "Name it otherwise: NAME=FILE.")
+        raise fail(f"a set of samples is called {REAL!r}, as real text is.", "Give it another name: NAME=FILE.")
     # 2. Find the tokenizer that all sets share, and cut real text in its tokens.
     tokenizer = common_tokenizer(sources, config.tokenizer)
     real_set = real_windows(real, sources, tokenizer, judge.judge.tokenizer) if isinstance(real, str) else real
@@ -147,8 +154,8 @@ def evaluate_files(
     denoisers = load_denoisers(config.checkpoint, sources, config.tokenizer, device=config.device)
     if config.baseline is not None and denoisers[config.baseline].tokenizer is None:
         raise fail(
-            f"no tokenizer is known that decodes what the baseline {config.baseline} draws.",
-            "Name it: --tokenizer tokenizer.json, a folder, or a hub name.",
+            f"no tokenizer is known for the samples of the baseline {config.baseline}.",
+            "Pass --tokenizer: a tokenizer.json, a folder, or a hub id.",
         )
     bounds: dict[str, Interval | None] = {}
     for model, denoiser in denoisers.items():

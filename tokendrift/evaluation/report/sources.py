@@ -75,7 +75,7 @@ def unique_names(sources: Sequence[NamedSamples]) -> list[str]:
     for label in found:
         if found.count(label) > 1:
             places = ", ".join(source.origin for source, own in zip(sources, found, strict=True) if own == label)
-            raise fail(f"two sets of samples are called {label!r}: {places}.", "Name them: NAME=FILE.")
+            raise fail(f"two sets of samples are called {label!r}: {places}.", "Give them different names: NAME=FILE.")
     return found
 
 
@@ -106,14 +106,14 @@ def common_tokenizer(sources: Sequence[NamedSamples], name: str | None) -> Any:
             if not same_tokenizer(other, tokenizer):
                 raise fail(
                     f"the tokenizers of {own[first].origin} and {own[place].origin} differ: {first}, {place}. Ids of "
-                    "two vocabularies do not compare.",
+                    "two vocabularies cannot be compared.",
                     'Evaluate them apart, or as texts: without "ids", samples are counted in the judge\'s tokens.',
                 )
     for source in sources:
         if source.samples.texts is None and tokenizer is None:
             raise fail(
                 f"{source.origin} has ids without texts, and no tokenizer that decodes them is known.",
-                "Name the denoiser's: --tokenizer tokenizer.json, a folder, or a hub name.",
+                "Pass the denoiser's with --tokenizer: a tokenizer.json, a folder, or a hub id.",
             )
     return tokenizer
 

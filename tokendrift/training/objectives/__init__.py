@@ -5,6 +5,7 @@ A new objective is a frozen dataclass that derives from `ObjectiveConfig`, and a
 
 from tokendrift.training.objectives.continuation import ContinuationConfig
 from tokendrift.training.objectives.drift import CombinedConfig, DriftConfig
+from tokendrift.training.objectives.matching_objective import MatchingConfig
 from tokendrift.training.objectives.mirror import MirrorKLConfig, MirrorMSEConfig
 from tokendrift.training.objectives.objective import ObjectiveConfig
 from tokendrift.training.objectives.trajectories import PairsConfig
@@ -15,6 +16,7 @@ OBJECTIVES: dict[str, type[ObjectiveConfig]] = {
     "continuation": ContinuationConfig,
     "combined": CombinedConfig,
     "pairs": PairsConfig,
+    "matching": MatchingConfig,
     "mirror-kl": MirrorKLConfig,
     "mirror-mse": MirrorMSEConfig,
 }

@@ -1,4 +1,4 @@
-"""What an objective of training is: a loss of one batch, and for `refine` its settings, its state and its hooks."""
+"""Objectives of training: the loss of a batch, and for `refine` the settings, state and hooks of an objective."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ class StatefulObjective:
 
 
 class ObjectiveSetup(NamedTuple):
-    """What an objective is built from.
+    """Everything that an objective is built from.
 
     Attributes:
         base: The network before training, on the CPU. It is not trained: an objective may keep or copy it.
@@ -124,6 +124,18 @@ class ObjectiveConfig(Settings, ABC):
     """
 
     description: ClassVar[str] = "an objective of the user"  # for the model card: "trained with ..."
+
+    def for_process(self, process: Process, numbers: int = 0) -> ObjectiveConfig:
+        """Return the settings with defaults that depend on the process, or on the network, filled in.
+
+        Args:
+            process: Process of the network.
+            numbers: Random numbers that the network takes at each masked position. Default: 0.
+        """
+        return self
+
+    def prepare(self, model: DiT) -> None:
+        """Change the network that is going to be trained, in place, for instance to give it a random input."""
 
     @abstractmethod
     def build(self, setup: ObjectiveSetup) -> StatefulObjective:

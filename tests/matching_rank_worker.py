@@ -1,0 +1,82 @@
+"""One rank of the tests of distribution matching: ``python matching_rank_worker.py RANK RANKS STORE OUT``."""
+
+from __future__ import annotations
+
+import copy
+import sys
+
+import torch
+from torch import distributed
+
+from tokendrift import PairDriftLoss
+from tokendrift.diffusion import MaskedDiffusion, UniformDiffusion
+from tokendrift.models import DiT, DiTConfig
+from tokendrift.training import DistributionMatching, MatchingConfig
+
+V, L, ROWS = 7, 6, 4
+
+
+def model(mask_id=None, seed=0):
+    """Return a small denoiser in float64 with values everywhere."""
+    sizes = {"hidden_dim": 8, "cond_dim": 4, "n_blocks": 1, "n_heads": 2, "dropout": 0.0}
+    found = DiT(DiTConfig(V, L, mask_id=mask_id, **sizes)).double()
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in found.parameters():
+            parameter.copy_(0.5 * torch.randn(parameter.shape, generator=generator, dtype=torch.float64))
+    return found
+
+
+def train(rank, ranks, kind, rank_of_adapters, steps=3):
+    """Take steps of the student and the auxiliary model; return losses and weights."""
+    process = MaskedDiffusion(V, mask_id=V - 1) if kind == "masked" else UniformDiffusion(V)
+    teacher = model(process.mask_id).eval().requires_grad_(False)
+    student = copy.deepcopy(teacher).requires_grad_(True).train()
+    config = MatchingConfig(
+        chains=(2, 4), random_input=0, pair_weight=0.5, auxiliary_rank=rank_of_adapters, auxiliary_steps=2
+    )
+    objective = DistributionMatching(
+        process,
+        teacher,
+        config=config,
+        pair_loss=PairDriftLoss(V, mask_id=process.mask_id).double(),
+        generator=torch.Generator().manual_seed(1),
+        share=(rank, ranks),
+        micro_batches=2,
+    )
+    optimizer = torch.optim.SGD(student.parameters(), lr=0.1)
+    own = slice(rank * ROWS // ranks, (rank + 1) * ROWS // ranks)
+    text = torch.Generator().manual_seed(2)
+    losses = []
+    for _ in range(steps):
+        for _ in range(2):
+            x0 = torch.randint(V - 1, (ROWS, L), generator=text)
+            loss, logs = objective(student, x0[own], log=True)
+            (loss / 2).backward()
+            mean = torch.stack([logs["matching"], logs["nelbo"], logs["auxiliary_nelbo"], logs["teacher_nelbo"]])
+            if ranks > 1:
+                distributed.all_reduce(mean)
+            losses.append(mean / ranks)
+        for parameter in student.parameters():
+            if ranks > 1 and parameter.grad is not None:
+                distributed.all_reduce(parameter.grad)
+                parameter.grad /= ranks
+        optimizer.step()
+        optimizer.zero_grad()
+        objective.update_auxiliary()
+    weights = {f"student/{name}": value for name, value in student.state_dict().items()}
+    return {"losses": torch.stack(losses)} | weights | objective.state_dict()
+
+
+def main(rank, ranks, store, out):
+    torch.set_num_threads(1)
+    if ranks > 1:
+        distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=ranks)
+    found = {(kind, lora): train(rank, ranks, kind, lora) for kind in ("masked", "uniform") for lora in (0, 2)}
+    torch.save(found, out)
+    if ranks > 1:
+        distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), int(sys.argv[2]), *sys.argv[3:])

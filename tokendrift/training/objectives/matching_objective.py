@@ -1,0 +1,426 @@
+"""Distribution matching on the model's own chains: the student's loss, and the auxiliary model that follows it."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, distributed, nn
+
+from tokendrift._checks import check_count, check_frozen, check_positive, fail
+from tokendrift.diffusion import Corruption, Process
+from tokendrift.distribution_matching import ConditionalField, distribution_matching_loss, positions_to_match
+from tokendrift.models import DiT
+from tokendrift.models.low_rank import low_rank_copy
+from tokendrift.models.random_input import add_random_input, random_numbers
+from tokendrift.pairs import PairDriftLoss
+from tokendrift.sampling import draw
+from tokendrift.training.objectives.auxiliary import AuxiliaryModel
+from tokendrift.training.objectives.objective import Network, ObjectiveSetup, StatefulObjective, StepLoss
+from tokendrift.training.objectives.own_chains import (
+    ChainsConfig,
+    OwnChains,
+    chain_positions,
+    check_strata,
+    count_pairs,
+    pair_logs,
+)
+
+if TYPE_CHECKING:
+    from tokendrift.training.optimization import Optimization
+
+ELEMENTS = {"cpu": 2**20, "cuda": 2**25}  # logits that are widened at a time while completions are drawn
+
+
+@dataclass(frozen=True)
+class MatchingConfig(ChainsConfig):
+    """Settings of the objective ``matching``: `DistributionMatching`.
+
+    The defaults of ``chains``, ``pair_weight`` and ``random_input`` depend on the process; `for_process` fills them in.
+
+    Attributes:
+        chains: Numbers of steps of the model's own chains. Default: 1, 2 and 4 for masked models with a random input, 2
+            and 4 for others.
+        start_share: Share, in [0, 1], of the micro-batches at the common start of the chains, whose input is the prior;
+            the other positions share the rest evenly. Default: as often as chains begin there (3 in 7 for chains of 1,
+            2 and 4) for masked models with a random input, 0 for masked models without, whose start is the same input
+            for every text, and as often as any other position for uniform-state models.
+        field_form: Form of the field, ``"log_ratio"`` or ``"bounded"``, see `ConditionalField`.
+        field_clip: Largest absolute value of the log-ratio, in nats.
+        replaced_only: Whether to read the field of a uniform-state model only where corruption has replaced the token
+            of the completion.
+        pair_weight: Weight of the law of pairs, a `PairDriftLoss`, beside the field; 0 leaves it out. Default: 0.2 for
+            masked models, 1 for uniform-state models.
+        random_input: Number of random numbers that the refined model is given at each masked position, see
+            `tokendrift.models.random_input`; 0 leaves the model as it is. Default: 32 for masked models without one, 0
+            for others.
+        auxiliary_rank: Rank of low-rank adapters on the teacher's weights as the auxiliary model; 0 for a full copy of
+            the teacher.
+        auxiliary_steps: Optimiser steps of the auxiliary model for each of the refined model's.
+        auxiliary_rate: Learning rate of the auxiliary model's AdamW, constant.
+        auxiliary_betas: Decay rates of the moments of the auxiliary model's AdamW.
+        auxiliary_clip: Largest norm of the auxiliary model's gradient.
+
+    Raises:
+        TokenDriftError: For a setting out of range.
+    """
+
+    description: ClassVar[str] = (
+        "distribution matching on its own few-step chains (`DistributionMatching`), beside its own denoising objective"
+    )
+    chains: tuple[int, ...] | None = None
+    start_share: float | None = None
+    field_form: Literal["log_ratio", "bounded"] = "log_ratio"
+    field_clip: float = 5.0
+    replaced_only: bool = False
+    pair_weight: float | None = None
+    random_input: int | None = None
+    auxiliary_rank: int = 0
+    auxiliary_steps: int = 1
+    auxiliary_rate: float = 1e-3
+    auxiliary_betas: tuple[float, ...] = (0.9, 0.98)
+    auxiliary_clip: float = 1.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("field_clip", "auxiliary_rate", "auxiliary_clip"):
+            check_positive(name, getattr(self, name))
+        check_count("auxiliary_rank", self.auxiliary_rank)
+        check_count("auxiliary_steps", self.auxiliary_steps, least=1)
+        if self.random_input is not None:
+            check_count("random_input", self.random_input)
+        if self.pair_weight:
+            check_positive("pair_weight", self.pair_weight)
+        if self.start_share is not None and not 0 <= self.start_share <= 1:
+            raise fail("start_share must lie in [0, 1], or be left out.", start_share=self.start_share)
+        if len(self.auxiliary_betas) != 2 or not all(0 <= beta < 1 for beta in self.auxiliary_betas):
+            raise fail("auxiliary_betas must be two numbers in [0, 1).", auxiliary_betas=self.auxiliary_betas)
+
+    def for_process(self, process: Process, numbers: int = 0) -> MatchingConfig:
+        masked = process.mask_id is not None
+        given = self.random_input
+        if given is None:
+            given = 32 if masked and not numbers else 0
+        chains = self.chains or ((1, 2, 4) if given or numbers else (2, 4))
+        weight = self.pair_weight if self.pair_weight is not None else (0.2 if masked else 1.0)
+        share = self.start_share
+        if share is None:
+            counts = set(chains)
+            share = len(counts) / sum(counts) if given or numbers else 0.0
+            if not masked:
+                share = 1 / len(chain_positions(process, chains))
+        return replace(self, random_input=given, chains=chains, pair_weight=weight, start_share=share)
+
+    def positions(self, process: Process) -> dict[tuple[int, int], float]:
+        """Return how often each position (N, k) of the chains, after k of N steps, is trained: shares that add to 1."""
+        config = self.for_process(process)
+        start, *others = chain_positions(process, config.chains or (), start=True)
+        share = config.start_share or 0.0
+        if not others and share < 1:
+            raise fail("chains of one step have a start alone.", "Set start_share to 1.", start_share=share)
+        found = {start: share} if share else {}
+        return found | ({position: (1 - share) / len(others) for position in others} if share < 1 else {})
+
+    def prepare(self, model: DiT) -> None:
+        if self.random_input:
+            add_random_input(model, self.random_input)
+
+    def build(self, setup: ObjectiveSetup) -> DistributionMatching:
+        teacher = copy.deepcopy(setup.base).eval().requires_grad_(False)
+        options: dict[str, Any] = {"generator": setup.generator, "share": setup.share, "autocast": setup.autocast}
+        return DistributionMatching(setup.process, teacher, config=self, micro_batches=None, **options)
+
+
+class DistributionMatching(StatefulObjective):
+    r"""Distribution matching at what the model meets when it samples in few steps.
+
+    A call takes the student to one position of one of its own chains, at x_t, and its law p of the clean tokens there.
+    A completion x^ is drawn from p and corrupted to a time that is uniform between 0 and t, which gives z. The frozen
+    teacher T and the auxiliary model f read z, and the loss moves p along their field, see
+    `tokendrift.distribution_matching.distribution_matching_loss`. `update_auxiliary`, called after the student's
+    optimiser, trains f by the NELBO on the completions of the calls before it, so that f stays the denoiser of the
+    student's own samples.
+
+    Besides the student there are T, which is never trained, and f, of the size of T or a low-rank adaptation of it,
+    with an optimiser of its own. Both run in evaluation mode, without dropout, and are needed for training alone.
+
+    Several processes have generators in the same state and each its ``share``; with equal numbers of rows they do what
+    one process does with all of them, up to rounding. T and f are whole on every process, which averages the gradients
+    of f itself: do not wrap f.
+
+    Args:
+        process: Corruption and posterior.
+        teacher: Frozen denoiser T, usually a copy of the checkpoint that the student starts from.
+        auxiliary: Denoiser f with the teacher's weights. Default: made by ``config.auxiliary_rank``.
+        config: Settings. Default: ``MatchingConfig()``.
+        pair_loss: Loss of the law of pairs for ``config.pair_weight``, with one stratum or one for each entry of
+            ``config.positions(process)``. Default: made by the configuration, one law for all positions.
+        generator: Source of positions, chains, completions and noise, on the device of the text. Default: PyTorch's
+            global one.
+        share: Number of this process, and how many train together. Default: (0, 1).
+        autocast: Dtype of teacher and auxiliary model under autocast. Default (None): no autocast.
+        micro_batches: Calls for each step of the optimisers. More calls without `update_auxiliary` are an error.
+            Default: 1; None does not count them.
+
+    Attributes:
+        auxiliary: f with its optimiser, an `AuxiliaryModel`.
+        completions: Ids (B, L) of the calls since f was last trained.
+
+    Raises:
+        TokenDriftError: If the teacher is not frozen, f has nothing to train, or settings and losses do not fit.
+
+    Source: D-MMD (arXiv 2603.20155) and IDLM (arXiv 2602.19066) in one form; chains of the student's own steps, and the
+    pair loss beside it, are this package's.
+    """
+
+    def __init__(
+        self,
+        process: Process,
+        teacher: nn.Module,
+        auxiliary: nn.Module | None = None,
+        config: MatchingConfig | None = None,
+        *,
+        pair_loss: PairDriftLoss | None = None,
+        generator: torch.Generator | None = None,
+        share: tuple[int, int] = (0, 1),
+        autocast: torch.dtype | None = None,
+        micro_batches: int | None = 1,
+    ) -> None:
+        check_frozen("teacher", teacher)
+        self.config = config = (config or MatchingConfig()).for_process(process, random_numbers(teacher))
+        self.process, self.teacher, self.share, self.autocast = process, teacher, share, autocast
+        self.generator = generator
+        self.micro_batches = None if micro_batches is None else check_count("micro_batches", micro_batches, least=1)
+        self.chains = OwnChains(process, generator, share)
+        self.field = ConditionalField(config.field_form, config.field_clip)
+        self.shares = config.positions(process)
+        if pair_loss is not None and not config.pair_weight:
+            raise fail("pair_loss was given, but pair_weight is 0.", "Leave one of the two out.", pair_loss=pair_loss)
+        self.pair_loss = pair_loss or (config.pair_loss(process, strata=1) if config.pair_weight else None)
+        if self.pair_loss is not None:
+            check_strata(self.pair_loss, len(self.shares))
+        if auxiliary is None:
+            rank = config.auxiliary_rank
+            auxiliary = low_rank_copy(teacher, rank) if rank else copy.deepcopy(teacher).requires_grad_(True)
+        first, second = config.auxiliary_betas
+        options: dict[str, Any] = {"rate": config.auxiliary_rate, "clip": config.auxiliary_clip, "ranks": share[1]}
+        self.auxiliary = AuxiliaryModel(auxiliary, betas=(first, second), **options)
+        self.completions: list[Tensor] = []
+
+    @property
+    def module(self) -> nn.ModuleList:
+        """Teacher, auxiliary model and pair loss, to be moved to a device before the first call."""
+        parts = (self.teacher, self.auxiliary.network, self.pair_loss)
+        return nn.ModuleList(part for part in parts if part is not None)
+
+    def before_training(self, take: Callable[[int], Tensor]) -> None:
+        if self.pair_loss is not None and self.config.pair_sequences:
+            count_pairs(self.pair_loss, take(self.config.pair_sequences), self.share)
+
+    def after_step(self, finished: int, optimization: Optimization) -> None:
+        self.update_auxiliary()
+
+    def __call__(self, model: Network, x0: Tensor, *, log: bool = False) -> StepLoss:
+        """Return the student's loss for a batch of clean ids (B, L).
+
+        Of the clean ids the field reads the shape alone; the pair loss and the NELBO read them.
+
+        Raises:
+            TokenDriftError: If there were ``micro_batches`` calls since `update_auxiliary`, or the model lacks the
+                random input of the configuration.
+        """
+        self._check_call(model)
+        # 1. A position of a chain, and the input to which the model's own steps lead.
+        number, (total, taken) = self._position()
+        time = 1 - taken / total
+        x_t = self.chains.inputs(model, x0, total, taken)
+        predicted = self.process.predicted(x_t)
+        # 2. The law that the step to time 0 draws from, and a completion drawn from it.
+        logits = self.chains.logits(model, x_t, time)
+        completion = self._drawn(logits.detach(), x_t, predicted)
+        self.completions.append(completion)
+        # 3. The completion corrupted to an earlier time, and both networks there.
+        noised = self._earlier(completion, time)
+        options = self.chains.random_input(self.teacher, noised.x_t)
+        mask_id, replaced = self.process.mask_id, self.config.replaced_only
+        read = positions_to_match(noised.x_t, completion, predicted, mask_id=mask_id, replaced_only=replaced)
+        with torch.no_grad():
+            teacher = self._logits(self.teacher, noised, read, options)
+            auxiliary = self._logits(self.auxiliary.network, noised, read, options)
+        # 4. The field moves the law: a mean over the positions that all processes read.
+        how: dict[str, Any] = {"field": self.field, "mask_id": mask_id, "reduction": "sum", "return_diagnostics": True}
+        loss, diagnostics = distribution_matching_loss(logits, teacher, auxiliary, read, **how)
+        del teacher, auxiliary  # the graph of the loss holds them as long as it needs to
+        weight = self.share[1] / self._over_ranks(diagnostics.positions, x0.device)
+        loss = loss * weight
+        logs = {"matching": loss.detach()}
+        if log:
+            logs["mean_field"] = -logs["matching"]
+            for name in ("clipped_share", "token_entropy"):
+                logs[name] = getattr(diagnostics, name) * diagnostics.positions * weight
+            logs |= self._watched(completion, noised, options)
+        # 5. What stands beside it.
+        if self.pair_loss is not None:
+            where: dict[str, Any] = {"noisy_ids": x_t, "predicted": predicted}
+            where["stratum"] = number % len(self.pair_loss.generated)
+            pairs = self.pair_loss(logits, x0, **where)
+            logs |= {"drift": pairs.detach()} | (pair_logs(self.pair_loss) if log else {})
+            loss = loss + (self.config.pair_weight or 0.0) * pairs
+        del logits
+        if self.config.base_weight:
+            base = self.chains.nelbo(model, x0)
+            logs["nelbo"] = base.detach()
+            loss = loss + self.config.base_weight * base
+        return StepLoss(loss, logs)
+
+    def update_auxiliary(self) -> Tensor:
+        """Train the auxiliary model on the completions of the calls since it was last trained.
+
+        Call it once after each step of the student's optimiser, when the student's graph is gone. Every process has to.
+
+        Returns:
+            Its mean NELBO on them before the last of its steps, nats a token, on this process; a detached scalar.
+
+        Raises:
+            TokenDriftError: If there was no call.
+        """
+        if not self.completions:
+            raise fail("there are no completions to train the auxiliary model on.", "Call the objective first.")
+        for _ in range(self.config.auxiliary_steps):
+            nelbo = self.auxiliary.step(self._auxiliary_losses())
+        self.completions.clear()
+        return nelbo
+
+    # ------------------------------------------------------------------------------------------ state
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return all that a run needs to go on to the bit, as named tensors on the CPU that share no memory.
+
+        These are the trained parameters of f, the moments of its optimiser, the laws of pairs, the state of the
+        generator and, between a call and `update_auxiliary`, the completions. Teacher, student and its optimiser are
+        the caller's.
+        """
+        found = {f"auxiliary/{name}": value for name, value in self.auxiliary.state_dict().items()}
+        if self.pair_loss is not None:
+            found |= {f"pairs/{name}": value for name, value in self.pair_loss.state_dict().items()}
+        if self.generator is not None:
+            found["generator"] = self.generator.get_state()
+        found |= {f"completions/{number}": ids for number, ids in enumerate(self.completions)}
+        return {name: value.detach().cpu().clone() for name, value in found.items()}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Take up what `state_dict` gave.
+
+        Raises:
+            TokenDriftError: If it is the state of another auxiliary model, or lacks the pairs or the generator.
+        """
+        groups: dict[str, dict[str, Tensor]] = {}
+        for key, value in state.items():
+            group, _, name = key.partition("/")
+            groups.setdefault(group, {})[name] = value
+        needed = {"auxiliary": True, "pairs": self.pair_loss is not None, "generator": self.generator is not None}
+        missing = [name for name, own in needed.items() if own and name not in groups]
+        if missing:
+            raise fail(f"the state lacks {' and '.join(missing)}.", "Build the objective as the one that was saved.")
+        self.auxiliary.load_state_dict(groups["auxiliary"])
+        if self.pair_loss is not None:
+            self.pair_loss.load_state_dict(groups["pairs"])
+        if self.generator is not None:
+            self.generator.set_state(groups["generator"][""].cpu())
+        pending = sorted(groups.get("completions", {}).items(), key=lambda item: int(item[0]))
+        self.completions = [ids.to(self._device) for _, ids in pending]
+
+    # ------------------------------------------------------------------------------------------ parts
+
+    def _check_call(self, model: Network) -> None:
+        if self.micro_batches is not None and len(self.completions) >= self.micro_batches:
+            raise fail(
+                f"the auxiliary model was not trained after {len(self.completions)} calls.",
+                "Call update_auxiliary() after each optimiser step, or set micro_batches to the calls of a step.",
+            )
+        if self.config.random_input and not random_numbers(model):
+            raise fail(
+                f"the configuration gives the model {self.config.random_input} random numbers at each masked position, "
+                "but the model has no random input.",
+                "Call add_random_input(model, numbers) first, or set random_input=0.",
+            )
+
+    def _position(self) -> tuple[int, tuple[int, int]]:
+        """Draw a position of a chain; return its number and (N, k)."""
+        chance = self._rand(1)[0].item()
+        positions = list(self.shares)
+        edges = torch.tensor(list(self.shares.values()), dtype=torch.float64).cumsum(0)
+        number = min(int((edges <= chance).sum()), len(positions) - 1)
+        return number, positions[number]
+
+    def _rand(self, count: int) -> Tensor:
+        device = None if self.generator is None else self.generator.device
+        return torch.rand(count, generator=self.generator, device=device)
+
+    def _drawn(self, logits: Tensor, x_t: Tensor, predicted: Tensor) -> Tensor:
+        """Return the completion (B, L): tokens drawn at predicted positions, a few rows of V at a time."""
+        rows, index = logits.flatten(0, 1), predicted.flatten().nonzero()[:, 0]
+        uniform, found = self.chains.noise(x_t).uniform(x_t.shape[1]).flatten()[index], x_t.flatten().clone()
+        step = max(1, ELEMENTS.get(logits.device.type, ELEMENTS["cpu"]) // logits.shape[-1])
+        for positions, numbers in zip(index.split(step), uniform.split(step), strict=True):
+            part = rows[positions]
+            if self.process.mask_id is not None:
+                part[:, self.process.mask_id] = -torch.inf
+            found[positions] = draw(part, uniform=numbers).ids
+        return found.view_as(x_t)
+
+    def _earlier(self, ids: Tensor, time: float) -> Corruption:
+        """Corrupt the rows of this process to times that are uniform in (0, time], as one process would."""
+        (rank, ranks), rows = self.share, len(ids)
+        drawn = self._rand(ranks * rows)[rank * rows : (rank + 1) * rows]
+        return self.chains.corrupt(ids, (1 - drawn.to(ids.device)) * time)
+
+    def _logits(self, network: nn.Module, noised: Corruption, read: Tensor, options: Mapping[str, Tensor]) -> Tensor:
+        """Return logits of the teacher or the auxiliary model at the positions read, (K, V)."""
+        with self._autocast():
+            head: Network | None = getattr(network, "logits_at", None)
+            if head is not None and read.any():
+                found: Tensor = head(noised.x_t, noised.sigma, read, **options)
+            else:
+                found = network(noised.x_t, noised.sigma, **options)[read]
+            return found
+
+    @torch.no_grad()
+    def _watched(self, completion: Tensor, noised: Corruption, options: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return how far the auxiliary model is from the teacher on the student's samples, and their entropy.
+
+        It draws no random number: what is logged changes no result.
+        """
+        found = {}
+        for name, network in (("auxiliary_nelbo", self.auxiliary.network), ("teacher_nelbo", self.teacher)):
+            with self._autocast():
+                logits = network(noised.x_t, noised.sigma, **options)
+            found[name] = self.process.nelbo(logits, completion, noised.x_t, noised.t).mean()
+        shares = [row.unique(return_counts=True)[1] / len(row) for row in completion]
+        found["completion_entropy"] = torch.stack([torch.special.entr(share).sum() for share in shares]).mean()
+        return found
+
+    def _auxiliary_losses(self) -> Iterator[Tensor]:
+        """Yield the NELBO of the auxiliary model on each call's completions, divided by the number of calls."""
+        for completion in self.completions:
+            with self._autocast():
+                loss = self.chains.nelbo(self.auxiliary.network, completion) / len(self.completions)
+            yield loss
+
+    @property
+    def _device(self) -> torch.device:
+        return next(iter(self.auxiliary.trained.values())).device
+
+    def _autocast(self) -> AbstractContextManager[Any]:
+        return torch.autocast(self._device.type, self.autocast, enabled=self.autocast is not None)
+
+    def _over_ranks(self, count: int, device: torch.device) -> Tensor:
+        """Return a count added up over all processes, at least 1."""
+        total = torch.tensor(count, device=device)
+        if self.share[1] > 1:
+            distributed.all_reduce(total)
+        return total.clamp_min(1)
