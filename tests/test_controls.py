@@ -10,7 +10,7 @@ import pytest
 
 from tokendrift import TokenDriftError
 from tokendrift.demo import PRETRAINED
-from tokendrift.demo.corpus import prose
+from tokendrift.corpus import prose
 from tokendrift.evaluation.controls import PASSAGES, control_sets
 
 tokenizers = pytest.importorskip("tokenizers")
