@@ -9,8 +9,8 @@ from itertools import pairwise
 import pytest
 
 from tokendrift import TokenDriftError
+from tokendrift.corpus import prose
 from tokendrift.demo import PRETRAINED
-from tokendrift.demo.corpus import prose
 from tokendrift.evaluation.controls import PASSAGES, control_sets
 
 tokenizers = pytest.importorskip("tokenizers")
