@@ -3,12 +3,14 @@
 import pytest
 import torch
 from torch import nn
-from transformers import BertConfig, BertForMaskedLM
+from transformers import BertConfig, BertForMaskedLM, GPT2Config, GPT2LMHeadModel
 
-from tokendrift import TokenDriftError
+from tokendrift import TokenDriftError, TokenDriftLoss
 from tokendrift.diffusion import MaskedDiffusion, UniformDiffusion
+from tokendrift.diffusion.gaussian import GaussianUniformDiffusion
 from tokendrift.models import DiT, DiTConfig, MaskedLMDenoiser, OfficialDenoiser
 from tokendrift.sampling import sample
+from tokendrift.training import Continuation, Drift
 
 
 @pytest.fixture
@@ -142,3 +144,58 @@ def test_scores_and_next_token_models_are_refused(kind):
     module.parameterization = kind
     with pytest.raises(TokenDriftError, match=rf"parameterization '{kind}': its output is not a distribution"):
         OfficialDenoiser(module)
+
+
+# ----------------------------------------------------------------------- models of transformers as they come
+
+
+def gpt2():
+    return GPT2LMHeadModel(GPT2Config(vocab_size=13, n_layer=1, n_embd=16, n_head=2, n_positions=8)).eval()
+
+
+def test_a_causal_model_is_refused_until_its_attention_is_said_to_be_bidirectional():
+    model = gpt2()
+    with pytest.raises(TokenDriftError, match=r"module is a causal language model[\s\S]*config.is_causal = False"):
+        MaskedLMDenoiser(model, mask_id=12)
+    model.config.is_causal = False
+    assert MaskedLMDenoiser(model, mask_id=12).vocab_size == 13
+
+
+def test_shifted_logits_are_moved_to_the_token_that_they_predict(bert):
+    plain, shifted = MaskedLMDenoiser(bert, mask_id=12), MaskedLMDenoiser(bert, mask_id=12, shifted=True)
+    ids = torch.randint(13, (2, 8))
+    with torch.no_grad():
+        assert torch.equal(shifted(ids)[:, 1:], plain(ids)[:, :-1])
+        assert torch.equal(shifted(ids)[:, 0], plain(ids)[:, 0])
+
+
+def test_a_compiled_model_shows_its_sizes(bert):
+    assert MaskedLMDenoiser(torch.compile(bert, backend="eager"), mask_id=12).vocab_size == 13
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_a_bare_model_of_transformers_is_refused_with_the_adapter(bert, causal):
+    model, process, ids = gpt2() if causal else bert, MaskedDiffusion(13, 12), torch.randint(12, (2, 8))
+    for use in (
+        lambda: sample(model, process, (2, 8), steps=2, seed=0),
+        lambda: process.corrupt(ids).denoise(model),
+        lambda: Continuation(process)(model, ids),
+    ):
+        with pytest.raises(TokenDriftError, match=r"it is a model of transformers[\s\S]*MaskedLMDenoiser"):
+            use()
+
+
+def test_an_output_object_in_place_of_logits_is_recognised(bert):
+    drift, ids = TokenDriftLoss.from_encoder(bert, mask_id=12, layers=(-1,)), torch.randint(12, (2, 8))
+    with pytest.raises(TokenDriftError, match=r"logits must be a tensor[\s\S]*pass its \.logits"):
+        drift(bert(ids), ids, noisy_ids=ids)
+
+
+def test_a_denoiser_that_takes_no_head_or_no_soft_input_is_named(bert):
+    model, ids = MaskedLMDenoiser(bert, mask_id=12), torch.randint(12, (2, 8))
+    drift = TokenDriftLoss.from_encoder(bert, mask_id=12, layers=(-1,))
+    with pytest.raises(TokenDriftError, match=r"keyword argument head[\s\S]*hold_logits at True"):
+        Drift(MaskedDiffusion(13, 12), drift, hold_logits=False)(model, ids)
+    soft = GaussianUniformDiffusion(13, 0.1).corrupt(ids)
+    with pytest.raises(TokenDriftError, match="keyword argument embed"):
+        soft.denoise(model)

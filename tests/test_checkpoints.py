@@ -303,6 +303,22 @@ def test_a_folder_without_a_model_and_an_unknown_type_are_named(tmp_path, model)
 
 
 @pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"model_type": "bert", "architectures": ["BertForMaskedLM"]}, r"MaskedLMDenoiser\(BertForMaskedLM.from_pre"),
+        ({"model_type": "gpt2", "transformers_version": "5"}, r"MaskedLMDenoiser\(AutoModelForMaskedLM.from_pre"),
+        ({"graph": {"type": "absorb"}, "noise": {"type": "loglinear"}, "model_type": "mdlm"}, "score network of SEDD"),
+        ({"model_type": "bd3lm"}, r"Block diffusion \(BD3-LM\) is not supported"),
+    ],
+)
+def test_the_error_for_a_folder_of_others_leads_the_right_way(backbone, tmp_path, config, message):
+    save_denoiser(backbone(), tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(TokenDriftError, match=message):
+        load_denoiser(tmp_path)
+
+
+@pytest.mark.parametrize(
     ("source", "options", "message"),
     [
         ("nowhere", {}, r"nowhere does not exist\.[\s\S]*hub id owner/name"),

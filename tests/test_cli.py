@@ -1,9 +1,20 @@
 """The command: help, bad input in one message, interruption with a hint."""
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
+import torch
+from typer.main import get_command
 from typer.testing import CliRunner
 
-from tokendrift import cli
+import tokendrift
+from tokendrift import TokenDriftError, cli
+from tokendrift.evaluation.judge import load_judge
+from tokendrift.models import load_denoiser
+from tokendrift.models.hub import check_local
+from tokendrift.models.tokenizer import load_tokenizer
 
 
 @pytest.fixture
@@ -49,3 +60,58 @@ def test_interruption_says_that_finished_stages_are_kept(run, monkeypatch, tmp_p
     monkeypatch.setattr("tokendrift.demo.demonstration.read_splits", interrupted)
     result = run("demo", "--output", str(tmp_path))
     assert result.exit_code == 130 and "finished stages are kept" in result.stderr
+
+
+def test_the_version_is_printed_and_python_runs_the_package(run):
+    shown = run("--version").stdout
+    assert shown.startswith(f"tokendrift {tokendrift.__version__}, torch {torch.__version__}, Python 3")
+    done = subprocess.run([sys.executable, "-m", "tokendrift", "--version"], capture_output=True, text=True, check=True)
+    assert done.stdout == shown
+
+
+@pytest.mark.parametrize(
+    ("arguments", "question"),
+    [
+        (("refine", "--preset", "mdlm_owt"), "Did you mean 'mdlm-owt'?"),
+        (("demo", "--process", "mask"), "Did you mean 'masked'?"),
+        (("sample", "x", "-o", "y", "--sampler", "ancestal", "--steps", "2"), "Did you mean 'ancestral'?"),
+        (("sample", "x", "-o", "y", "--dtype", "float3", "--steps", "2"), "Did you mean 'float32'?"),
+    ],
+)
+def test_the_nearest_choice_is_suggested(run, arguments, question):
+    result = run(*arguments)
+    assert result.exit_code == 2 and question in result.stderr
+
+
+@pytest.mark.parametrize(
+    "name", ["./gone", "/gone/model", "runs/gone/model", "gone/model.safetensors", "gone.json", Path("gone")]
+)
+def test_a_local_name_that_does_not_exist_is_not_asked_of_the_hub(name):
+    for what in ("checkpoint", "judge"):
+        with pytest.raises(TokenDriftError, match=rf"{what} .*gone.* does not exist"):
+            check_local(name, what)
+    for known in ("gpt2", "s-sahoo/duo", "."):
+        check_local(known, "tokenizer")
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda: load_judge("./gone"),
+        lambda: load_tokenizer("gone/tokenizer.json"),
+        lambda: load_denoiser("gone/model.safetensors"),
+    ],
+)
+def test_every_reader_refuses_a_missing_file_at_once(use):
+    with pytest.raises(TokenDriftError, match="does not exist"):
+        use()
+
+
+def test_commands_choose_their_device_alike():
+    defaults = {
+        command.name: option.default
+        for command in get_command(cli.app).commands.values()
+        for option in command.params
+        if option.name == "device"
+    }
+    assert defaults == dict.fromkeys(("sample", "doctor", "probe", "evaluate"), "auto")

@@ -233,6 +233,28 @@ def test_what_is_no_encoder_is_refused(encoder, message):
         PooledFeatures(encoder)
 
 
+class Adapted(nn.Module):
+    """What peft puts around a model when it is not told the task."""
+
+    peft_config = None
+
+    def __init__(self, base):
+        super().__init__()
+        self.base = base
+
+    def get_base_model(self):
+        return self.base
+
+    def forward(self, *args, **options):
+        return self.base(*args, **options)
+
+
+@pytest.mark.parametrize("wrap", [lambda model: torch.compile(model, backend="eager"), Adapted])
+def test_a_compiled_or_adapted_model_is_taken_out_of_its_wrapper(wrap):
+    model, embeds = bert(), torch.randn(2, 5, 16)
+    assert torch.equal(PooledFeatures(wrap(model))(embeds), PooledFeatures(model)(embeds))
+
+
 def test_an_encoder_that_shows_no_hidden_states_is_named():
     with pytest.raises(TokenDriftError, match=r"returned no hidden_states although[\s\S]*NoHiddenStates"):
         PooledFeatures(NoHiddenStates())(torch.zeros(1, 2, 3))

@@ -6,12 +6,12 @@ import dataclasses
 
 import pytest
 import torch
-from transformers import TrainingArguments
+from transformers import BertConfig, BertForMaskedLM, TrainingArguments
 
-from tokendrift import TokenDriftLoss
+from tokendrift import TokenDriftError, TokenDriftLoss
 from tokendrift.diffusion import MaskedDiffusion
 from tokendrift.integrations.hf_trainer import QUEUES, ObjectiveTrainer
-from tokendrift.models import DiT, DiTConfig, load_denoiser
+from tokendrift.models import DiT, DiTConfig, MaskedLMDenoiser, load_denoiser
 from tokendrift.training import Continuation, Drift
 
 VOCAB = 12
@@ -122,3 +122,59 @@ def test_queues_are_in_the_checkpoint_and_come_back(make, tmp_path):
     assert seen == [6, 6]
     assert int(stored["queue_real.pushed"]) == 8
     assert resumed.drift.queue_real.features().shape == whole.shape
+
+
+def test_the_folder_of_a_checkpoint_is_one_that_load_denoiser_reads(make, tmp_path):
+    trainer, model = make(save_steps=4)
+    trainer.train()
+    stored, process = load_denoiser(tmp_path / "checkpoint-4")
+    assert repr(process) == repr(trainer.objective.process)
+    assert torch.equal(stored.vocab_embed.embedding, model.vocab_embed.embedding)
+    resumed, again = make()
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+    assert torch.equal(again.vocab_embed.embedding, model.vocab_embed.embedding)
+
+
+@pytest.fixture
+def make_bert(tmp_path):
+    """Build trainers of a masked language model of transformers, whose output layer is tied to its embedding."""
+
+    def build(**changes):
+        torch.manual_seed(0)
+        sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+        bert = BertForMaskedLM(BertConfig(vocab_size=VOCAB, max_position_embeddings=8, **sizes))
+        options = {"max_steps": 2, "save_steps": 2, "report_to": [], "use_cpu": True, "disable_tqdm": True}
+        args = TrainingArguments(str(tmp_path), **{**options, **changes})
+        data = [{"input_ids": torch.randint(VOCAB - 1, (8,))} for _ in range(8)]
+        denoiser = MaskedLMDenoiser(bert, mask_id=VOCAB - 1)
+        return ObjectiveTrainer(
+            denoiser, args, objective=Continuation(MaskedDiffusion(VOCAB)), train_dataset=data
+        ), bert
+
+    return build
+
+
+def test_a_model_with_tied_weights_is_saved_for_from_pretrained_and_resumed(make_bert, tmp_path):
+    trainer, bert = make_bert()
+    trainer.train()
+    stored = BertForMaskedLM.from_pretrained(tmp_path / "checkpoint-2")
+    assert stored.cls.predictions.decoder.weight is stored.bert.embeddings.word_embeddings.weight
+    for name, tensor in bert.state_dict().items():
+        assert torch.equal(stored.state_dict()[name], tensor), name
+    resumed, again = make_bert()
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert torch.equal(again.bert.embeddings.word_embeddings.weight, bert.bert.embeddings.word_embeddings.weight)
+
+
+def test_gradient_checkpointing_is_switched_on_in_the_model_inside(make_bert):
+    trainer, bert = make_bert(gradient_checkpointing=True, save_strategy="no")
+    trainer.train()
+    assert bert.is_gradient_checkpointing
+
+
+def test_options_that_do_not_go_with_an_objective_are_refused(make):
+    with pytest.raises(TokenDriftError, match=r"gradient_checkpointing is on, but the denoiser does not support it"):
+        make(gradient_checkpointing=True)[0].train()
+    for name in ("label_smoothing_factor", "neftune_noise_alpha"):
+        with pytest.raises(TokenDriftError, match=f"{name} changes a loss of labels"):
+            make(**{name: 0.1})

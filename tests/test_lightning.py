@@ -16,7 +16,7 @@ VOCAB = 12
 
 
 class Refinement(lightning.LightningModule):
-    """As in docs/training.md."""
+    """As in docs/recipes.md."""
 
     def __init__(self, model, process):
         super().__init__()

@@ -14,6 +14,9 @@ from tokenizers import Tokenizer
 
 from tokendrift import TokenDriftError
 from tokendrift.demo import PRETRAINED
+from tokendrift.evaluation import read_samples
+from tokendrift.files import read_text
+from tokendrift.text_files import read_documents
 from tokendrift.training import DatasetRows, PackedText, Piece, TextFiles, text_tokenizer
 
 
@@ -151,6 +154,62 @@ def test_files_of_other_kinds_are_refused_before_anything_is_read(tmp_path, name
         TextFiles([tmp_path / name])
 
 
+@pytest.mark.parametrize("documents", ["file", "paragraph", "line"])
+@pytest.mark.parametrize("word", ["quick ", "qui\u00e7k"], ids=["words", "no spaces"])
+def test_a_line_without_end_comes_in_pieces_that_lose_nothing(tmp_path, documents, word):
+    path, content = tmp_path / "text8.txt", word * 200_000
+    path.write_text(content + "\n\nend", encoding="utf-8")
+    read = list(TextFiles([path], documents=documents).read())
+    first = [piece for piece in read if "end" not in piece.text or documents == "file"]
+    assert max(len(piece.text) for piece in read) <= 1 << 18
+    whole = "".join(piece.text for piece in first)
+    assert whole == {"file": content + "\n\nend", "paragraph": content.rstrip(), "line": content}[documents]
+    assert [piece.ends for piece in first] == [False] * (len(first) - 1) + [True]
+    for number in (0, 1, len(read) - 1):
+        assert list(TextFiles([path], documents=documents).read(read[number].start)) == read[number:]
+
+
+@pytest.mark.parametrize("documents", ["file", "paragraph", "line"])
+def test_a_text_of_white_space_is_no_document(tmp_path, documents):
+    (tmp_path / "blank.txt").write_text(" \n\n \t\n" + " \n" * 100_000)
+    assert list(TextFiles([tmp_path / "blank.txt"], documents=documents).read()) == []
+
+
+def test_line_ends_and_a_byte_order_mark_are_not_text(tmp_path):
+    (tmp_path / "dos.txt").write_bytes(b"\xef\xbb\xbfone\r\ntwo\rthree\r\n")
+    assert [piece.text for piece in TextFiles([tmp_path / "dos.txt"]).read()] == ["one\ntwo\nthree\n"]
+    assert read_text(tmp_path / "dos.txt") == "one\ntwo\nthree\n"
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        json.dumps({"generative_ppl": 40.1, "generated_seqs": ["one", "", "two"], "other": ["x"]}, indent=4),
+        json.dumps({"texts": ["one", "two"]}),
+        json.dumps(["one", None, "two"], indent=1),
+        '\n\ufeff["one", {"text": "two"}]'.lstrip(),
+        '"one"\n{"text": null}\n"two"\n',
+        '{"tokendrift": {"steps": 4}}\n{"text": "one", "ids": [1]}\n{"text": "two"}\n',
+    ],
+    ids=["object of lists", "one list", "indented list", "list with a mark", "strings", "samples"],
+)
+def test_json_of_every_form_gives_its_texts(tmp_path, content):
+    (tmp_path / "a.json").write_text(content, encoding="utf-8")
+    source = TextFiles([tmp_path / "a.json"])
+    read = list(source.read())
+    assert [piece.text for piece in read] == ["one", "two"]
+    assert list(source.read(read[1].start)) == read[1:]
+    assert read_documents(tmp_path / "a.json") == ["one", "two"]
+    samples = read_samples(tmp_path / "a.json", skip_blank=True)
+    assert samples.texts == ["one", "two"]
+
+
+def test_of_several_lists_the_right_one_must_be_named(tmp_path):
+    (tmp_path / "a.json").write_text('{"a": ["one"], "b": ["two"]}')
+    with pytest.raises(TokenDriftError, match=r"several lists of texts: a, b[\s\S]*generated_seqs"):
+        list(TextFiles([tmp_path / "a.json"]).read())
+
+
 def test_a_text_is_another_one_when_it_is_edited_or_longer(tmp_path):
     path = tmp_path / "a.txt"
     found = []
@@ -171,7 +230,7 @@ def test_what_is_no_text_is_named(tmp_path):
 
 def test_rows_of_a_saved_dataset(tmp_path):
     datasets = pytest.importorskip("datasets")
-    rows = {"text": ["one", "", "two", "three"]}
+    rows = {"text": ["one", "", "two", None, "three"]}
     datasets.Dataset.from_dict(rows).save_to_disk(str(tmp_path / "saved"))
     (tmp_path / "files").mkdir()
     (tmp_path / "files" / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in rows["text"]))

@@ -116,7 +116,9 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_taken(inputs, whole):
     content = bytearray(file.read_bytes())
     content[-1] ^= 1
     file.write_bytes(content)
-    with pytest.warns(UserWarning, match=r"(?s)safetensors was changed after it was written: its SHA-256.*previous"):
+    with pytest.warns(
+        UserWarning, match=r"(?s)optimizer.safetensors was changed after it was written: its SHA-256.*previous"
+    ):
         folder = run(inputs, "damaged").folder
     assert (folder / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
     assert "optimizer.safetensors was changed after it was written" in read_log(folder, "message")[0]["message"]
@@ -341,7 +343,10 @@ def test_falling_entropy_is_warned_of(tmp_path):
     ("changes", "message"),
     [
         ({"learning_rate": 1e-3}, r"contains a run with another configuration: learning_rate was 0.01 and is 0.001"),
-        ({"micro_batch": 2}, r"a forward call of all processes had 4 sequences and has 2.*\n.*Choose another output"),
+        (
+            {"micro_batch": 2},
+            r"a forward call of all processes had 4 .* and has 2; pass micro_batch=4.*\n.*Choose another output",
+        ),
     ],
 )
 def test_a_folder_belongs_to_one_configuration(inputs, whole, changes, message):
@@ -351,6 +356,13 @@ def test_a_folder_belongs_to_one_configuration(inputs, whole, changes, message):
 
 def test_what_is_told_and_kept_may_change(inputs, whole):
     run(inputs, "whole", keep=1, judge=None, evaluate_samples=4)
+
+
+def test_a_text_too_short_for_one_sequence_is_refused(inputs, tmp_path):
+    (tmp_path / "short.txt").write_text("a few words")
+    with pytest.raises(TokenDriftError, match=r"the text has \d tokens, too few for one sequence of 10"):
+        run(inputs, "short", text=(str(tmp_path / "short.txt"),))
+    assert not (inputs / "short").exists()
 
 
 def test_a_model_of_another_making_is_not_overwritten(inputs):

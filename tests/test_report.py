@@ -185,6 +185,31 @@ def test_a_lower_gen_ppl_at_a_lower_entropy_is_not_called_a_gain(tokenizer):
     assert sentence.endswith("so this is a gain only if it also holds at equal entropy.")
 
 
+def test_the_verdict_is_one_sentence_about_the_fewest_evaluations(tokenizer, report):
+    from tokendrift.evaluation import matched_entropy
+    from tokendrift.evaluation.report.evaluation_report import MatchedSet
+
+    assert report.verdict().startswith(f"At 4 NFE, {EVIL_NAME} has 0.")
+    assert "; dull has 0." in report.verdict() and "and the guard flags " in report.verdict()
+    assert report.verdict().endswith("without a baseline, nothing is compared at equal entropy.")
+    base, dull = (report.evaluation[f"{name}, 4 NFE"].measures for name in (EVIL_NAME, "dull"))
+    found = [matched_entropy(m, base, base, kind="sample", temperature=1.0) for m in (base, dull)]
+    matched = [MatchedSet(f"{EVIL_NAME}, 4 NFE", "base", found[0])]
+    sentence = dataclasses.replace(report, matched=tuple(matched)).verdict()
+    assert sentence == (
+        f"At 4 NFE and equal sample entropy, {EVIL_NAME} has 1.00 times the Gen.-PPL of base (1.00 to 1.00), "
+        "which is no difference beyond chance."
+    )
+    matched.append(MatchedSet("dull, 4 NFE", "base", found[1]))
+    sentence = dataclasses.replace(report, matched=tuple(matched)).verdict()
+    assert sentence.endswith("no temperature gives base the sample entropy of dull, so nothing is claimed of dull.")
+    in_bytes = matched[0].found._replace(comparison=found[0].comparison._replace(headline="bits_per_byte"))
+    report = dataclasses.replace(report, matched=(matched[0]._replace(found=in_bytes),))
+    assert "has 1.00 times the bits per byte of base (1.00 to 1.00)" in report.verdict()
+    assert report.verdict() == report.to_dict()["verdict"]
+    assert page(report).index("times the bits per byte of base") < page(report).index("A low Gen.-PPL alone")
+
+
 def test_json_holds_every_number_and_no_nan(report):
     plain = json.loads(json.dumps(as_json(report.to_dict()), allow_nan=False))
     assert len(plain["rows"]) == 4 and len(plain["comparisons"]) == 2
@@ -229,6 +254,9 @@ def test_windows_of_real_text_are_disjoint_spread_and_as_long_as_the_longest_sam
     from_text = NamedSamples("a", SampleSet(texts=["some text", "more of it"]), "a.txt")
     texts = real_windows(text, [from_text], None, tokenizer)
     assert texts.ids is None and len(texts.texts) == 2
+    one = NamedSamples("a", SampleSet(texts=["a single sample"]), "a.txt")
+    with pytest.raises(TokenDriftError, match=r"every set has 1 sample, and intervals need at least two[\s\S]*a.txt"):
+        real_windows(text, [one], None, tokenizer)
     with pytest.raises(TokenDriftError, match="too short for two windows of 10 tokens"):
         real_windows("short", sources, tokenizer, None)
 
@@ -303,8 +331,11 @@ def test_real_text_by_line_is_known_by_its_header_whatever_the_ending(tmp_path):
     path = tmp_path / "real.json"
     path.write_text('{"tokendrift": {}}\n{"text": "one"}\n{"text": "two"}\n')
     assert read_real(str(path)).texts == ["one", "two"]
-    path.write_text('{"text": "one"}')
-    assert read_real(str(path)) == '{"text": "one"}'
+    path.write_text('{"text": "one"}\n{"text": " "}\n{"text": null}')
+    assert read_real(str(path)).texts == ["one"]
+    prose = tmp_path / "real.txt"
+    prose.write_text('{"text": "one"}')
+    assert read_real(str(prose)) == '{"text": "one"}'
 
 
 def test_ids_without_text_need_a_tokenizer():

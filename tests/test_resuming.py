@@ -156,7 +156,9 @@ def test_settings_of_pairs_belong_to_runs_on_pairs(run, tmp_path):
 
 def test_fewer_steps_than_were_taken_are_refused(run):
     run(steps=4)
-    with pytest.raises(TokenDriftError, match=r"(?s)already contains a run of 4 steps.*at least 4 steps"):
+    with pytest.raises(
+        TokenDriftError, match=r"(?s)steps is 2, but .*run already contains a run of 4 steps.*at least 4 steps"
+    ):
         run(steps=2)
 
 

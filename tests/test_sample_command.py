@@ -75,6 +75,7 @@ def test_without_a_tokenizer_there_are_ids_alone(run, checkpoint, tmp_path):
     result = run(checkpoint, "--steps", 2, "-n", 2, "-o", tmp_path / "s.jsonl")
     assert result.exit_code == 0, result.output
     assert set(json.loads((tmp_path / "s.jsonl").read_text().splitlines()[1])) == {"ids", "nfe"}
+    assert "there is no tokenizer, so the samples are ids without text" in result.stderr
 
 
 @pytest.mark.parametrize("options", [[], ["--length", "20", "--stride", "3"]])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import gzip
 import json
 import os
 from pathlib import Path
@@ -14,6 +15,7 @@ from tokendrift.evaluation import read_samples
 from tokendrift.files import write_atomically
 from tokendrift.sampling import BadLine
 from tokendrift.sampling.sample_file import SampleFile
+from tokendrift.text_files import read_documents
 
 
 @pytest.fixture
@@ -69,6 +71,21 @@ def test_paragraphs_of_a_text_file_are_samples(tmp_path):
     path = tmp_path / "samples.txt"
     path.write_text("\n\none\nstill one\n\n \n\ntwo\n")
     assert read_samples(path).texts == ["one\nstill one", "two"]
+
+
+def test_lines_of_a_text_file_are_samples_on_request(tmp_path):
+    path = tmp_path / "samples.TXT.gz"
+    path.write_bytes(gzip.compress(b"\xef\xbb\xbfone\r\ntwo\r\n\r\nthree\r\n"))
+    assert read_samples(path, lines=True).texts == ["one", "two", "three"]
+    assert read_samples(path).texts == ["one\ntwo", "three"]
+
+
+@pytest.mark.parametrize("name", ["a.csv", "a.PARQUET", "a.tsv.gz"])
+def test_tables_are_refused_with_a_way_out(tmp_path, name):
+    (tmp_path / name).write_bytes(b"text\none\n")
+    for read in (read_samples, read_documents):
+        with pytest.raises(TokenDriftError, match=r"is not a text file: its suffix is [\s\S]*convert them"):
+            read(tmp_path / name)
 
 
 def test_a_header_is_known_whatever_the_ending(jsonl):

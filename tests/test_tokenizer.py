@@ -95,3 +95,19 @@ def test_a_tokenizer_by_name_comes_before_that_of_the_folder(tmp_path):
     assert end_of_text(Tokenizer.from_file(str(FILE))) is None
     with pytest.raises(TokenDriftError, match="has no tokenizer"):
         require_tokenizer(tmp_path, 1024)
+
+
+@pytest.mark.parametrize("make", [lambda: load_tokenizer(FILE), lambda: Tokenizer.from_file(str(FILE)), Slow])
+def test_a_special_token_written_in_a_text_is_text_unless_it_is_asked_for(make):
+    tokenizer, end = make(), load_tokenizer(FILE).eos_token_id
+    for _ in range(2):
+        assert end not in encode(tokenizer, ["the end<eos>"])[0]
+        assert encode(tokenizer, ["the end<eos>"], special_tokens=True)[0][-1] == end
+
+
+@pytest.mark.parametrize("make", [lambda: load_tokenizer(FILE), lambda: Tokenizer.from_file(str(FILE))])
+def test_ids_that_the_tokenizer_does_not_have_are_reported(make):
+    tokenizer = make()
+    (known,) = encode(tokenizer, ["a token"])
+    with pytest.warns(UserWarning, match=r"2 of \d+ ids, such as 70000, are not in the vocabulary of the tokenizer"):
+        assert decode(tokenizer, [[70000, *known, 70001]]) == ["\ufffda token\ufffd"]

@@ -6,7 +6,8 @@ import difflib
 import functools
 import inspect
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
@@ -53,10 +54,10 @@ def check_options(function: F) -> F:
             # The class that was called: an inherited constructor speaks for the class that inherits it.
             owner = args[0] if isinstance(args[0], type) else type(args[0])
             label = owner.__name__ + ("" if function.__name__ == "__init__" else f".{function.__name__}")
-            nearest = difflib.get_close_matches(name, options, n=1)
+            question = nearest(name, options)
             raise UnknownOptionError(
                 f"{label} has no option {name!r}.\n  got {name} {describe(kwargs[name])}\n  "
-                + (f"Did you mean {nearest[0]!r}? " if nearest else "")
+                + (f"{question} " if question else "")
                 + f"The options are {', '.join(options)}."
             )
         return function(*args, **kwargs)
@@ -68,7 +69,11 @@ def check_tensor(name: str, value: object, symbols: Sequence[str]) -> Tensor:
     """Require a tensor with one axis for each symbol, none of them empty."""
     shape = f"({', '.join(symbols)}{',' if len(symbols) == 1 else ''})"
     if not isinstance(value, Tensor):
-        raise fail(f"{name} must be a tensor of shape {shape}.", f"Pass {name} as torch.Tensor.", **{name: value})
+        remedy = f"Pass {name} as torch.Tensor."
+        if isinstance(getattr(value, "logits", None), Tensor):
+            remedy = "It is the output of a model of transformers: pass its .logits, or wrap the model in a "
+            remedy += "tokendrift.models.MaskedLMDenoiser."
+        raise fail(f"{name} must be a tensor of shape {shape}.", remedy, **{name: value})
     if value.ndim != len(symbols):
         raise fail(
             f"{name} must have shape {shape}, but it has {value.ndim} axes.",
@@ -79,6 +84,30 @@ def check_tensor(name: str, value: object, symbols: Sequence[str]) -> Tensor:
         if value.shape[axis] == 0:
             raise fail(f"{name} is empty: {symbol} is 0.", "Skip empty batches before the call.", **{name: value})
     return value
+
+
+def check_denoiser(denoiser: object) -> None:
+    """Require that a denoiser is not a bare model of transformers, which would take sigma for an attention mask."""
+    if not isinstance(denoiser, nn.Module) or torch.compiler.is_compiling():
+        return
+    arguments = inspect.signature(denoiser.forward).parameters
+    if "input_ids" in arguments and "attention_mask" in arguments and "sigma" not in arguments:
+        raise fail(
+            "denoiser must map ids (B, L) and sigma (B,) to logits (B, L, V), but it is a model of transformers.",
+            "Wrap it: tokendrift.models.MaskedLMDenoiser(model, mask_id=...).",
+            denoiser=type(denoiser).__name__,
+        )
+
+
+@contextmanager
+def check_takes(argument: str, remedy: str) -> Iterator[None]:
+    """Require that the network called in the block takes a keyword argument; the remedy says what to do if not."""
+    try:
+        yield
+    except TypeError as error:
+        if f"unexpected keyword argument '{argument}'" not in str(error):
+            raise
+        raise fail(f"the denoiser must take the keyword argument {argument}: {error}.", remedy) from None
 
 
 def check_floating(name: str, value: Tensor) -> None:
@@ -174,7 +203,13 @@ def check_count(name: str, value: int, *, least: int = 0) -> int:
 def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
     """Require one of the named choices."""
     if value not in choices:
-        raise fail(f"{name} must be one of {', '.join(map(repr, choices))}.", **{name: value})
+        raise fail(f"{name} must be one of {', '.join(map(repr, choices))}.", nearest(value, choices), **{name: value})
+
+
+def nearest(value: object, choices: Iterable[str]) -> str:
+    """Return a question that names the nearest choice, empty where none is near."""
+    found = difflib.get_close_matches(str(value), list(choices), n=1)
+    return f"Did you mean {found[0]!r}?" if found else ""
 
 
 def check_temperatures(temperatures: Sequence[float], *, symbol: str) -> tuple[float, ...]:

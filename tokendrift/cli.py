@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+import platform
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
+import torch
+
+from tokendrift import __version__
 from tokendrift.errors import TokenDriftError
 from tokendrift.evaluation.report import EvaluateConfig
 from tokendrift.sampling.named import sampler_names
@@ -22,12 +26,26 @@ try:
 except ImportError as error:
     raise SystemExit(f"tokendrift: {error}; the command needs the extra 'all': pip install 'tokendrift[all]'") from None
 
+DeviceOption = Annotated[
+    str, typer.Option(help="Device such as cpu or cuda:0; auto takes cuda if it is available, else cpu.")
+]
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help="Refine discrete diffusion language models.")
 
 
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"tokendrift {__version__}, torch {torch.__version__}, Python {platform.python_version()}")
+        raise typer.Exit
+
+
 @app.callback()
-def _root() -> None:
+def _root(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit."),
+    ] = False,
+) -> None:
     """Drifting refinement of discrete diffusion language models (arXiv 2605.19470)."""
 
 
@@ -231,6 +249,8 @@ def sample(
             file = sample_to_file(config, output, progress=lambda done: bar.update(task, completed=done))
     calls = f"{file.nfe['mean']:.1f} function evaluations each"
     typer.echo(f"{file.count} samples in {output}, {calls}, drawn on {config.device}")
+    if file.settings["tokenizer"] is None:
+        typer.echo("warning: there is no tokenizer, so the samples are ids without text. Pass --tokenizer.", err=True)
 
 
 @app.command()
@@ -251,9 +271,7 @@ def doctor(
         str | None, typer.Option(help="Branch, tag or commit of a hub id. Default: the main branch.")
     ] = None,
     tokens: Annotated[int, typer.Option(min=1, help="Number of tokens of text to measure the NELBO on.")] = 16_384,
-    device: Annotated[
-        str, typer.Option(help="Device such as cpu or cuda:0; auto takes cuda if it is available, else cpu.")
-    ] = "auto",
+    device: DeviceOption = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
 ) -> None:
     """Check the weights, vocabulary, tokenizer and mask id of a checkpoint, and measure its NELBO on text.
@@ -316,7 +334,7 @@ def probe(
     ] = None,
     draws: Annotated[int, typer.Option(min=1, help="Number of draws for each prompt, which are averaged.")] = 4,
     seed: Annotated[int, typer.Option(min=0, help="Random seed of the noise and the draws.")] = 0,
-    device: Annotated[str, typer.Option(help="Device to run on, such as cpu or cuda:0.")] = "cpu",
+    device: DeviceOption = "auto",
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="JSON file for all numbers. Default: none.")
     ] = None,
@@ -347,7 +365,9 @@ def probe(
     EvaluateConfig,
     nfe={"min": 1},
     n={"names": ("-n",), "min": 2},
+    controls={"names": ("--controls",)},
     skip_bad={"names": ("--skip-bad",)},
+    lines={"names": ("--lines",)},
     resamples={"min": 1},
     seed={"min": 0},
     batch_size={"min": 1},
@@ -375,14 +395,11 @@ def evaluate(
             require_matplotlib()
         with Console(stderr=True).status("starting") as status:
             report = evaluate_files(config, progress=status.update)
-        console = _console(160)
-        console.print(report.table())
-        for sentence in (*report.guard(), *report.differences(), *report.at_equal_entropy()):
-            console.print(sentence, highlight=False, markup=False, soft_wrap=True)
         _write_report(report, json_file, csv_file, html_file)
 
 
 def _write_report(report: Any, json_file: Path | None, csv_file: Path | None, html_file: Path | None) -> None:
+    """Write a report to the files that were named, and print it; the verdict comes last."""
     from tokendrift.evaluation.report import as_json, page
     from tokendrift.files import write_atomically
 
@@ -392,6 +409,12 @@ def _write_report(report: Any, json_file: Path | None, csv_file: Path | None, ht
         write_atomically(csv_file, report.to_csv())
     if html_file is not None:
         write_atomically(html_file, page(report))
+    written = [str(file) for file in (json_file, csv_file, html_file) if file is not None]
+    console = _console(160)
+    console.print(report.table())
+    note = f"measured on {report.settings['device']}" + (f"; written to {', '.join(written)}" if written else "")
+    for sentence in (note, *report.sentences()):
+        console.print(sentence, highlight=False, markup=False, soft_wrap=True)
 
 
 def _console(width: int) -> Console:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from tokendrift._checks import fail
-from tokendrift.files import read_text
+from tokendrift.text_files import read_documents
 
 SKIPPED_FOLDERS = {"site-packages", "__pycache__", "lib2to3", "test", "tests", "idle_test"}
 SHARES = (("held_out", 0.10), ("judge", 0.35), ("denoiser", 0.55))
@@ -82,7 +82,7 @@ def file_documents(paths: Iterable[Path]) -> Iterator[str]:
     """
     for path in paths:
         chapter: list[str] = []
-        for paragraph in re.split(r"\n\s*\n", read_text(path, argument="text file")):
+        for paragraph in re.split(r"\n\s*\n", "\n\n".join(read_documents(path))):
             chapter.append(paragraph)
             if sum(len(part.split()) for part in chapter) >= CHAPTER_WORDS:
                 yield "\n\n".join(chapter)

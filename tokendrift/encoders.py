@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, cast, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -113,8 +113,22 @@ class InputsEmbedsEncoder(nn.Module):
             )
 
 
+def unwrapped(module: nn.Module) -> nn.Module:
+    """Return the model that ``torch.compile`` or peft has wrapped, adapters included; any other module as it is."""
+    inner: Any = module
+    while True:
+        if isinstance(getattr(inner, "_orig_mod", None), nn.Module):
+            inner = inner._orig_mod
+        elif hasattr(inner, "peft_config") and callable(getattr(inner, "get_base_model", None)):
+            inner = inner.get_base_model()
+        else:
+            return cast(nn.Module, inner)
+
+
 def as_encoder(module: nn.Module) -> nn.Module:
     """Return the module as one with ``hidden_states``: itself, or in an `InputsEmbedsEncoder`.
+
+    A module that ``torch.compile`` or peft has wrapped is taken out of its wrapper first.
 
     Raises:
         TokenDriftError: If it is neither, or wrapped for training on several devices.
@@ -125,6 +139,7 @@ def as_encoder(module: nn.Module) -> nn.Module:
             "Build the loss or the feature map from the model before fully_shard.",
             encoder=type(module).__name__,
         )
+    module = unwrapped(module)
     if callable(getattr(module, "hidden_states", None)):
         return module
     if "inputs_embeds" in _arguments(module):

@@ -2,39 +2,72 @@
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 import os
 from pathlib import Path
+from typing import IO, cast
 
 from torch import nn
 
 from tokendrift.errors import TokenDriftError
 
 BLOCK = 1 << 20  # bytes read at a time for a digest
+NO_TEXT = (".parquet", ".arrow", ".feather", ".csv", ".tsv", ".zst", ".xz", ".bz2", ".zip", ".tar", ".tgz")
 
 
 class FileError(TokenDriftError, OSError):
     """A file that cannot be read or written. The message names the file, the reason, and what to do."""
 
 
+def file_kind(path: str | os.PathLike[str]) -> str:
+    """Return the suffix of a file in lower case, without the ``.gz`` of a packed one.
+
+    >>> file_kind("samples.JSONL.gz")
+    '.jsonl'
+    """
+    return Path(Path(path).name.lower().removesuffix(".gz")).suffix
+
+
+def check_text_kind(path: str | os.PathLike[str], argument: str) -> None:
+    """Require a file whose name is not that of a table or an archive."""
+    if file_kind(path) in NO_TEXT:
+        raise TokenDriftError(
+            f"{argument} {path} is not a text file: its suffix is {file_kind(path)}.\n"
+            "  Text files and JSON lines are read, gzipped or not. To train on others, put the files into a folder of "
+            "their own and pass that as dataset; else convert them, for instance by to_json of the package datasets."
+        )
+
+
+def open_bytes(path: str | os.PathLike[str]) -> IO[bytes]:
+    """Open a file for reading; one whose name ends with ``.gz`` is unpacked on the way."""
+    return cast(IO[bytes], (gzip.open if Path(path).suffix.lower() == ".gz" else open)(path, "rb"))
+
+
 def read_text(path: str | os.PathLike[str], *, argument: str = "file") -> str:
-    """Return the content of a UTF-8 text file; a byte order mark at its start is dropped.
+    """Return the content of a UTF-8 text file, gzipped or not.
+
+    A byte order mark at its start is dropped, and every line ends with a line feed.
 
     Args:
         path: The file.
         argument: What the file was passed as, for the message of the error.
 
     Raises:
-        FileError: If it cannot be read, or is not UTF-8.
+        TokenDriftError: If it cannot be read, is not UTF-8, or is a table or an archive.
     """
+    check_text_kind(path, argument)
     try:
-        return Path(path).read_text(encoding="utf-8-sig")
+        with open_bytes(path) as file:
+            return file.read().decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
     except UnicodeDecodeError as error:
         raise FileError(
             f"{argument} {path} is not UTF-8 text (byte {error.start}).\n  Pass a plain text file in UTF-8."
         ) from None
     except OSError as error:
-        raise FileError(f"{argument} {path} cannot be read: {error.strerror}.\n  Pass a file that exists.") from None
+        raise FileError(
+            f"{argument} {path} cannot be read: {error.strerror or error}.\n  Pass a file that exists."
+        ) from None
 
 
 def write_atomically(path: str | os.PathLike[str], text: str) -> None:

@@ -152,6 +152,8 @@ class TokenDriftLoss(DriftObjective):
                 as in the paper.
             sigma: Noise level ``-log alpha_t`` that a time-conditioned encoder receives. Default: 0, clean text.
             normalize: Divide features by their Euclidean norm. Default: True.
+            mask_id: As in `TokenDriftLoss`. Default: the ``mask_id`` of the encoder where it has one, as a masked `DiT`
+                does.
 
         The other options are those of `TokenDriftLoss`.
 
@@ -159,6 +161,8 @@ class TokenDriftLoss(DriftObjective):
             TokenDriftError: If the model shows no hidden states or no input embedding, or an option is not usable.
         """
         features = PooledFeatures(encoder, layers=layers, window=window, sigma=sigma, normalize=normalize)
+        if mask_id is None:
+            mask_id = getattr(features.encoder, "mask_id", None)
         return cls(
             features.embedding,
             features,

@@ -16,6 +16,7 @@ import tokendrift
 from tokendrift._checks import check_choice, check_count, fail
 from tokendrift.corpus import read_splits
 from tokendrift.demo.shipped import PRETRAINED
+from tokendrift.evaluation.figures import FIGURES
 from tokendrift.evaluation.plots import require_matplotlib
 from tokendrift.evaluation.report import EvaluateConfig, EvaluationReport, as_json, evaluate_files, page
 from tokendrift.files import write_atomically
@@ -173,7 +174,7 @@ def run_demo(config: DemoConfig, console: Console) -> list[EvaluationReport]:
             real=str(held_out),
             training_text=str(train),
             tokenizer=str(config.models / config.process),
-            judge=judge.model,
+            judge=(judge.model,),
             judge_tokenizer=judge.tokenizer,
             seed=config.seed,
             batch_size=64,
@@ -261,8 +262,9 @@ def examples(report: EvaluationReport) -> dict[str, list[str]]:
 def verdict(report: EvaluationReport) -> str:
     """Return in words how the refined model compares with the continuation, at the fewest function evaluations.
 
-    Gen.-PPL alone decides nothing, since a lower temperature lowers it without any training. So the comparison is
-    that at equal sample entropy and at equal unigram entropy.
+    Likelihood alone decides nothing, since a lower temperature raises it without any training. So the comparison is
+    that at equal sample entropy and at equal unigram entropy, in Gen.-PPL if the judge has the tokenizer of the models
+    and in bits per byte otherwise.
     """
     matched = [one.found for one in report.matched if report.model(one.name) == REFINED]
     nfe = min(found.model.nfe or 0 for found in matched)
@@ -272,7 +274,8 @@ def verdict(report: EvaluationReport) -> str:
 
 def _sentence(found: MatchedEntropy) -> str:
     """Return one comparison with the continuation in words."""
-    ratio = f"Gen.-PPL ratio {found.ratio.estimate:.2f}, {found.ratio.low:.2f} to {found.ratio.high:.2f}"
+    title = FIGURES[found.comparison.headline].title
+    ratio = f"{title} ratio {found.ratio.estimate:.2f}, {found.ratio.ends('.2f')}"
     if found.matched:
         result = {"better": "better than", "worse": "worse than"}.get(found.verdict(), "not distinguishable from")
         return f"at equal {found.kind} entropy {REFINED} is {result} the {CONTINUED} ({ratio})"

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tokendrift._checks import check_count, check_positive, fail
+from tokendrift._checks import check_count, check_positive, check_takes, fail
 from tokendrift.diffusion._order_statistics import distinct_ids, largest_normals, log_mean_exp_below
 from tokendrift.diffusion.process import Corruption, Denoiser
 from tokendrift.diffusion.schedules import Schedule
@@ -133,7 +133,8 @@ class SoftCorruption(Corruption):
         def embed(embedding: Tensor) -> Tensor:
             return soft_embedding(self.soft, self.weights, embedding)
 
-        return denoiser(self.x_t, self.sigma, embed=embed, **options)  # type: ignore[call-arg]
+        with check_takes("embed", "Pass a denoiser that takes embed, as DiT does, or train with another process."):
+            return denoiser(self.x_t, self.sigma, embed=embed, **options)  # type: ignore[call-arg]
 
 
 class GaussianUniformDiffusion(UniformDiffusion):

@@ -8,7 +8,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from tokendrift._checks import check_count, check_floating, check_ids, check_tensor, check_times, fail
+from tokendrift._checks import check_count, check_denoiser, check_floating, check_ids, check_tensor, check_times, fail
 from tokendrift.diffusion._row_ops import log_prob_at
 from tokendrift.diffusion.schedules import LogLinear, Schedule, sample_times
 
@@ -42,6 +42,7 @@ class Corruption(NamedTuple):
 
     def denoise(self, denoiser: Denoiser, **options: Tensor) -> Tensor:
         """Return the denoiser's logits (B, L, V) for this batch; options are passed to it."""
+        check_denoiser(denoiser)
         return denoiser(self.x_t, self.sigma, **options)
 
 

@@ -22,9 +22,9 @@ from tokendrift.doctor import probes
 from tokendrift.doctor.findings import Diagnosis, Verdict
 from tokendrift.doctor.probes import Alternative, Estimate
 from tokendrift.errors import TokenDriftError
-from tokendrift.files import read_text
 from tokendrift.models import DiT, build, read_checkpoint
 from tokendrift.models.tokenizer import GPT2_VOCABULARY, encode, end_of_text, find_tokenizer, load_tokenizer
+from tokendrift.text_files import read_documents
 
 PUBLISHED = {"masked": ("MDLM", 23.2), "uniform": ("DUO", 25.2)}  # OpenWebText, MDLM and DUO papers
 NEAR = 0.10  # relative distance from the published perplexity
@@ -60,7 +60,7 @@ def diagnose(
     # 1. Read what was named, so that mistakes show before the work begins.
     check_count("tokens", tokens, least=1)
     device = resolve_device(device, needs_float64=True)
-    documents = None if text is None else [read_text(text, argument="--text")]
+    documents = None if text is None else read_documents(text, argument="--text")
     chosen = None if tokenizer is None else (load_tokenizer(tokenizer), str(tokenizer))
     progress("reading the checkpoint")
     checkpoint = read_checkpoint(source, revision=revision)

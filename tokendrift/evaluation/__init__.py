@@ -1,5 +1,7 @@
 """Evaluation of samples: Gen.-PPL in the literature's conventions, and the figures to read it with."""
 
+import sys
+
 from tokendrift.evaluation.bootstrap import (
     Interval,
     bootstrap_interval,
@@ -34,6 +36,7 @@ from tokendrift.evaluation.matching import (
 from tokendrift.evaluation.measures import Measures, measure
 from tokendrift.evaluation.nelbo import nelbo_interval, sequence_nelbo, validation_nelbo
 from tokendrift.evaluation.overlap import copied_share, self_bleu
+from tokendrift.evaluation.panel import PanelComparison, compare_panels
 from tokendrift.evaluation.repetition import longest_repeat, sample_repetition
 from tokendrift.evaluation.sample_reader import read_samples
 from tokendrift.evaluation.two_sample import (
@@ -43,6 +46,9 @@ from tokendrift.evaluation.two_sample import (
     mauve,
 )
 from tokendrift.sampling import SampleSet
+
+# The name that the module had in earlier versions.
+sys.modules["tokendrift.evaluation.files"] = sys.modules["tokendrift.evaluation.sample_reader"]
 
 __all__ = [
     "FIGURES",
@@ -57,6 +63,7 @@ __all__ = [
     "MatchedEntropy",
     "MeasureSamples",
     "Measures",
+    "PanelComparison",
     "PerplexityResult",
     "Point",
     "SampleSet",
@@ -65,6 +72,7 @@ __all__ = [
     "bootstrap_interval",
     "check_samples",
     "compare",
+    "compare_panels",
     "copied_share",
     "distinct_n",
     "duplicate_share",

@@ -1,18 +1,20 @@
-"""Samples from files: JSON Lines, or text whose paragraphs are the samples."""
+"""Samples from files: JSON, or text whose paragraphs or lines are the samples."""
 
 from __future__ import annotations
 
+import io
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from tokendrift._checks import fail
 from tokendrift.errors import TokenDriftError
-from tokendrift.files import read_text
+from tokendrift.files import file_kind, read_text
 from tokendrift.sampling import BadLine, SampleSet
-from tokendrift.sampling.sample_file import HEADER
+from tokendrift.text_files import HEADER, JSON_KINDS, is_blank, json_list
 
 
 class _SampleLine(NamedTuple):
@@ -21,18 +23,27 @@ class _SampleLine(NamedTuple):
     nfe: int | None
 
 
-def read_samples(path: str | os.PathLike[str], *, skip_bad: bool = False) -> SampleSet:
-    """Read samples from a file.
+def read_samples(
+    path: str | os.PathLike[str], *, skip_bad: bool = False, lines: bool = False, skip_blank: bool = False
+) -> SampleSet:
+    """Read samples from a file, gzipped (``.gz``) or not.
 
-    A ``.jsonl`` file has one object a line, with ``"ids"`` (a list of integers), ``"text"``, or both, and ``"nfe"`` if
-    it is known. The first line may be a header ``{"tokendrift": {...}}`` instead, whose object becomes the metadata.
-    All lines then belong to one run, and its NFE is the largest of theirs. A file with a header is read in this format
-    whatever its ending. Any other file is UTF-8 text whose paragraphs, separated by blank lines, are the samples.
+    A ``.jsonl``, ``.ndjson`` or ``.json`` file has one object a line, with ``"ids"`` (a list of integers), ``"text"``,
+    or both, and ``"nfe"`` if it is known; a text alone will do in place of the object. The first line may be a header
+    ``{"tokendrift": {...}}`` instead, whose object becomes the metadata. All lines then belong to one run, and its NFE
+    is the largest of theirs. A file with a header is read in this format whatever its ending. Instead of lines, such a
+    file may hold one JSON list of objects or texts, or one object with such a list, as the code of MDLM, DUO and ReMDM
+    writes it under ``"generated_seqs"``. Any other file is UTF-8 text whose paragraphs, separated by blank lines, are
+    the samples.
 
     Args:
         path: The file.
         skip_bad: Leave out lines that cannot be read and list them in ``bad_lines``; otherwise the first such line is
             an error. Default: False.
+        lines: Whether each line of a text file that is not blank is a sample, instead of each paragraph. Default:
+            False.
+        skip_blank: Whether to leave out entries whose text is null or blank, as training does; a blank text that a
+            model has generated is a sample. Default: False.
 
     Raises:
         TokenDriftError: If the file cannot be read, holds no sample, has a bad line, or mixes lines with and without
@@ -40,23 +51,24 @@ def read_samples(path: str | os.PathLike[str], *, skip_bad: bool = False) -> Sam
     """
     place = Path(path)
     content = read_text(place, argument="samples file")
-    if place.suffix != ".jsonl" and not has_header(content):
-        texts = list(_paragraphs(content))
+    if file_kind(place) not in JSON_KINDS and not has_header(content):
+        texts = [line for line in content.split("\n") if line.strip()] if lines else list(_paragraphs(content))
         if not texts:
             raise _empty(place, ())
         return SampleSet(texts=texts)
     metadata: dict[str, Any] = {}
-    lines: list[_SampleLine] = []
+    found: list[_SampleLine] = []
     bad: list[BadLine] = []
-    for number, line in enumerate(content.split("\n"), start=1):  # splitlines would also break at U+2028 within a text
-        if not line.strip():
-            continue
+    for number, parse in _entries(content, place):
         try:
-            entry = _object(line)
-            if HEADER in entry and not lines and not bad:
+            entry = parse()
+            if skip_blank and is_blank(entry):
+                continue
+            entry = _as_object(entry)
+            if HEADER in entry and not found and not bad:
                 metadata = _header(entry[HEADER])
             else:
-                lines.append(_sample(entry))
+                found.append(_sample(entry))
         except ValueError as error:
             if not skip_bad:
                 raise TokenDriftError(
@@ -64,25 +76,45 @@ def read_samples(path: str | os.PathLike[str], *, skip_bad: bool = False) -> Sam
                     "  Correct the line, or leave such lines out with skip_bad, which reports them."
                 ) from None
             bad.append(BadLine(number, str(error)))
-    if not lines:
+    if not found:
         raise _empty(place, tuple(bad))
-    return _together(place, lines, metadata, tuple(bad))
+    return _together(place, found, metadata, tuple(bad))
+
+
+def _entries(content: str, place: Path) -> Iterator[tuple[int, Callable[[], Any]]]:
+    """Yield the entries of a JSON file by number, from 1, as functions that parse them."""
+    listed = json_list(io.BytesIO(content.encode()), place)
+    if listed is not None:
+        yield from ((number, partial(_same, entry)) for number, entry in enumerate(listed, start=1))
+        return
+    for number, line in enumerate(content.split("\n"), start=1):  # splitlines would also break at U+2028 within a text
+        if line.strip():
+            yield number, partial(_parse, line)
+
+
+def _same(entry: Any) -> Any:
+    return entry
 
 
 def has_header(content: str) -> bool:
     """Return whether the first line of a file is the header that `tokendrift sample` writes."""
     first = content.lstrip().partition("\n")[0]
     try:
-        return first.startswith("{") and HEADER in _object(first)
+        return first.startswith("{") and HEADER in _as_object(_parse(first))
     except ValueError:
         return False
 
 
-def _object(line: str) -> dict[str, Any]:
+def _parse(line: str) -> Any:
     try:
-        entry = json.loads(line)
+        return json.loads(line)
     except (json.JSONDecodeError, RecursionError) as error:
         raise ValueError(f"no JSON ({error})") from None
+
+
+def _as_object(entry: Any) -> dict[str, Any]:
+    if isinstance(entry, str):
+        return {"text": entry}
     if not isinstance(entry, dict):
         raise ValueError(f"a JSON object was expected, not {type(entry).__name__}")
     return entry

@@ -68,7 +68,7 @@ def id_sequences(
     if any(isinstance(sample, str) for sample in samples):
         if not all(isinstance(sample, str) for sample in samples):
             raise fail("samples must be all texts or all ids.")
-        samples = encode(tokenizer, [str(sample) for sample in samples])
+        samples = encode(tokenizer, [str(sample) for sample in samples], special_tokens=True)
     sequences = [torch.as_tensor(sample, device="cpu").long() for sample in samples]
     for i, ids in enumerate(sequences):
         if ids.ndim != 1:

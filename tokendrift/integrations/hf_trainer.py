@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import json
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import Trainer
+from transformers import PreTrainedModel, Trainer
 
+from tokendrift._checks import fail
+from tokendrift.encoders import unwrapped
+from tokendrift.errors import TokenDriftError
+from tokendrift.files import write_atomically
+from tokendrift.models.checkpoints import config_json
+from tokendrift.models.dit import DiT
+from tokendrift.models.weight_files import CONFIG
 from tokendrift.training.objectives.objective import Objective
 
 QUEUES = "tokendrift_loss.pt"
@@ -20,8 +28,9 @@ QUEUES = "tokendrift_loss.pt"
 class Backbone(nn.Module):
     """A denoiser without its ``config``, which the Trainer would mistake for one of transformers and change.
 
-    The names of its weights get the prefix ``backbone.``, as in the released checkpoints: `load_denoiser` reads the
-    ``model.safetensors`` of the Trainer's checkpoints, with the fields of ``config.json`` passed as ``config``.
+    The names of its weights get the prefix ``backbone.``, as in the released checkpoints. Where a model of transformers
+    holds all weights, they are stored under that model's own names instead, so that ``from_pretrained`` reads them.
+    Weights that share memory (tied weights) are stored once.
     """
 
     def __init__(self, backbone: nn.Module) -> None:
@@ -32,6 +41,56 @@ class Backbone(nn.Module):
         """Call the denoiser."""
         return self.backbone(*args, **options)
 
+    def pretrained(self) -> tuple[str, PreTrainedModel | None]:
+        """Return the prefix of the stored weights' names, and the model of transformers that holds them, if any."""
+        if not any(hasattr(module, "get_base_model") for module in self.modules()):  # not with adapters of peft
+            for name, module in self.named_modules():
+                if isinstance(module, PreTrainedModel) and all(key.startswith(f"{name}.") for key in self.state_dict()):
+                    return f"{name}.", module
+        return "", None
+
+    def stored(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return the weights of a ``state_dict`` as they are stored."""
+        first, prefix = _first_names(state), self.pretrained()[0]
+        return {name.removeprefix(prefix): tensor for name, tensor in state.items() if first[name] == name}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **options: Any) -> Any:
+        """Load weights under the names of the module, or as they were stored."""
+        first, prefix = _first_names(self.state_dict()), self.pretrained()[0]
+        if not any(name in first for name in state_dict):
+            state_dict = {prefix + name: tensor for name, tensor in state_dict.items()}
+        tied = {name: state_dict[one] for name, one in first.items() if one in state_dict}
+        return super().load_state_dict({**tied, **state_dict}, *args, **options)
+
+    def gradient_checkpointing_enable(self, **options: Any) -> None:
+        """Switch gradient checkpointing on in the model of transformers that the denoiser holds."""
+        self._enable("gradient_checkpointing_enable", options)
+
+    def activation_checkpointing_enable(self, **options: Any) -> None:
+        """Switch gradient checkpointing on, under the name that transformers 5 has for it."""
+        self._enable("activation_checkpointing_enable", options)
+
+    def _enable(self, method: str, options: dict[str, Any]) -> None:
+        model = next((module for module in self.backbone.modules() if hasattr(module, method)), None)
+        if model is None or not getattr(model, "supports_gradient_checkpointing", True):
+            raise fail(
+                "gradient_checkpointing is on, but the denoiser does not support it.",
+                "Leave it out of TrainingArguments, or pass a denoiser around a model of transformers that does.",
+                denoiser=type(self.backbone).__name__,
+            )
+        getattr(model, method)(**options)
+
+
+def _first_names(state: Mapping[str, Tensor]) -> dict[str, str]:
+    """Return for each tensor the name of the first one that is the same memory, its own where there is none."""
+    first: dict[Any, str] = {}
+    return {
+        name: first.setdefault((tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.device), name)
+        if tensor.numel() and tensor.data_ptr()
+        else name
+        for name, tensor in state.items()
+    }
+
 
 class ObjectiveTrainer(Trainer):
     """A Trainer whose loss is an `Objective`.
@@ -40,6 +99,9 @@ class ObjectiveTrainer(Trainer):
     loss of the objective, if it has one, moves to the Trainer's device; its queues are written into every checkpoint
     and read when training resumes from one. Each micro-batch is a call of its own; gradients and diagnostics of
     accumulated micro-batches are averaged. Of the hooks of a `StatefulObjective`, none is called.
+
+    What it saves can be loaded: `load_denoiser` reads the folder of a `DiT`, and ``from_pretrained`` that of a model of
+    transformers inside a `MaskedLMDenoiser`.
 
     Evaluation reports the mean of the objective as ``eval_loss``. It draws the same noise every time, from
     ``args.seed``, and changes neither the queues nor the noise of training. There are no predictions.
@@ -52,6 +114,13 @@ class ObjectiveTrainer(Trainer):
     """
 
     def __init__(self, model: nn.Module, args: Any, *, objective: Objective, **options: Any) -> None:
+        for name in ("label_smoothing_factor", "neftune_noise_alpha"):
+            if getattr(args, name, None):
+                raise fail(
+                    f"{name} changes a loss of labels, and the objective is another one.",
+                    f"Leave {name} out of TrainingArguments.",
+                    **{name: getattr(args, name)},
+                )
         super().__init__(Backbone(model), args, **options)
         # The objective gives the mean of its batch: nothing is left for the Trainer to divide by a count of tokens.
         self.model_accepts_loss_kwargs = False
@@ -117,6 +186,23 @@ class ObjectiveTrainer(Trainer):
             means = {name: sum(found[name] for found in self._found) / len(self._found) for name in self._found[0]}
             logs, self._found = {**logs, **means}, []
         super().log(logs, *args, **options)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        folder, whole = Path(str(output_dir or self.args.output_dir)), cast(nn.Module, self.model)
+        model: Any = unwrapped(whole)
+        super()._save(str(folder), model.stored(whole.state_dict() if state_dict is None else state_dict))
+        network, (_, pretrained) = unwrapped(model.backbone), model.pretrained()
+        if not self.args.should_save:
+            return
+        if pretrained is not None:
+            pretrained.config.save_pretrained(folder)
+        elif isinstance(network, DiT):
+            try:
+                config = config_json(network, getattr(self.objective, "process", None))
+            except TokenDriftError as error:
+                warnings.warn(f"config.json is not written: {error}", stacklevel=2)
+            else:
+                write_atomically(folder / CONFIG, json.dumps(config, indent=2) + "\n")
 
     def _save_checkpoint(self, model: nn.Module, trial: Any, *args: Any, **options: Any) -> None:
         super()._save_checkpoint(model, trial, *args, **options)

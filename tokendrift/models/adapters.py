@@ -6,8 +6,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from tokendrift._checks import check_count, check_ids, check_mask_id, check_tensor, fail
+from tokendrift.encoders import unwrapped
 
 SCORES = ("ar", "score", "sedd")  # parameterizations whose output is no distribution of x0
 
@@ -16,12 +18,16 @@ class MaskedLMDenoiser(nn.Module):
     """Any masked language model that takes ids and returns logits, and has no time input (LLaDA, BERT).
 
     Args:
-        module: Called with ids (B, L); returns logits (B, L, V), or an object that has them as ``logits``.
+        module: Called with ids (B, L); returns logits (B, L, V), or an object that has them as ``logits``. It may be
+            compiled, or wrapped by DistributedDataParallel or peft.
         mask_id: Id of the mask token; ``module.config.mask_token_id`` by default.
         vocab_size: V, the number of logits; ``module.config.vocab_size`` by default.
+        shifted: Whether the logits at a position belong to the token after it, as those of Dream do, which was made
+            from a causal model. They are moved by one position then; those of the first position stay. Default: False.
 
     Raises:
-        TokenDriftError: If either is neither passed nor in the configuration, or a call returns other shapes.
+        TokenDriftError: If either is neither passed nor in the configuration, the model is causal, or a call returns
+            other shapes.
 
     >>> model = MaskedLMDenoiser(nn.Embedding(5, 5), mask_id=4, vocab_size=5)
     >>> model(torch.tensor([[0, 4, 2]]), torch.ones(1)).shape
@@ -30,10 +36,26 @@ class MaskedLMDenoiser(nn.Module):
 
     time_conditioned = False
 
-    def __init__(self, module: nn.Module, *, mask_id: int | None = None, vocab_size: int | None = None) -> None:
+    def __init__(
+        self,
+        module: nn.Module,
+        *,
+        mask_id: int | None = None,
+        vocab_size: int | None = None,
+        shifted: bool = False,
+    ) -> None:
         super().__init__()
-        self.module = module
-        config = getattr(module, "config", None)
+        self.module, self.shifted = module, shifted
+        inner = unwrapped(module.module if isinstance(module, DistributedDataParallel) else module)
+        config = getattr(inner, "config", None)
+        if _is_causal(inner):
+            raise fail(
+                "module is a causal language model, in which a position sees only the tokens before it: it cannot "
+                "denoise.",
+                "Pass a masked language model. If its attention has been made bidirectional, say so: "
+                "module.config.is_causal = False.",
+                module=type(inner).__name__,
+            )
         self.vocab_size = _given("vocab_size", vocab_size, config, "vocab_size")
         self.mask_id: int | None = _given("mask_id", mask_id, config, "mask_token_id")
         check_mask_id(self.mask_id, self.vocab_size)
@@ -41,7 +63,8 @@ class MaskedLMDenoiser(nn.Module):
     def forward(self, x_t: Tensor, sigma: Tensor | None = None) -> Tensor:
         """Return logits (B, L, V) for noisy ids (B, L); sigma does not matter."""
         output = self.module(check_ids("x_t", x_t, self.vocab_size))
-        return _checked(getattr(output, "logits", output), x_t, self.vocab_size)
+        logits = _checked(getattr(output, "logits", output), x_t, self.vocab_size)
+        return torch.cat([logits[:, :1], logits[:, :-1]], dim=1) if self.shifted else logits
 
 
 class OfficialDenoiser(nn.Module):
@@ -81,6 +104,15 @@ class OfficialDenoiser(nn.Module):
         if sigma is None or sigma.shape != x_t.shape[:1]:
             raise fail("sigma must have shape (B,): one noise level -log(alpha_t) for each row.", sigma=sigma, x_t=x_t)
         return _checked(self.module(x_t, sigma[:, None]), x_t, self.vocab_size)
+
+
+def _is_causal(module: nn.Module) -> bool:
+    """Tell whether a model of transformers is causal, by its configuration, its attention layers, or its name."""
+    stated = getattr(getattr(module, "config", None), "is_causal", None)
+    if isinstance(stated, bool):
+        return stated
+    layers = [each.is_causal for each in module.modules() if isinstance(getattr(each, "is_causal", None), bool)]
+    return any(layers) if layers else type(module).__name__.endswith(("ForCausalLM", "LMHeadModel"))
 
 
 def _given(name: str, value: int | None, holder: Any, attribute: str) -> int:

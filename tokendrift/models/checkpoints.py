@@ -89,6 +89,7 @@ def read_checkpoint(
     source: str | Path, *, revision: str | None = None, config: Mapping[str, Any] | None = None, ema: bool = True
 ) -> Checkpoint:
     """Read configuration and weights without building a network; arguments as in `load_denoiser`."""
+    hub.check_local(source, "checkpoint")
     path = Path(source)
     commit = None
     if not path.exists() and hub.is_hub_id(str(source)):
@@ -136,10 +137,15 @@ def complete_config(checkpoint: Checkpoint) -> DiTConfig:
     """
     stated = {name: value for name, value in checkpoint.config.items() if value is not None}
     kind = str(stated.get("model_type")).lower()
+    if "graph" in stated and "noise" in stated:
+        raise fail(
+            f"{checkpoint.source} holds a score network of SEDD, whose output is no distribution of clean tokens.",
+            "Build it with SEDD's own code and wrap it in tokendrift.diffusion.ScoreDenoiser.",
+        )
     if kind not in ("mdlm", "duo"):
         raise fail(
             f"{checkpoint.source} must have model_type mdlm or DUO.",
-            "State it in config.json or pass config={'model_type': 'mdlm'}.",
+            _remedy(checkpoint),
             model_type=checkpoint.config.get("model_type"),
         )
     if stated.get("causal"):
@@ -156,6 +162,21 @@ def complete_config(checkpoint: Checkpoint) -> DiTConfig:
         bert = sizes["vocab_size"] == lightning.BERT_VOCABULARY
         sizes["mask_id"] = lightning.BERT_MASK if bert else sizes["vocab_size"] - 1
     return DiTConfig(**sizes)
+
+
+def _remedy(checkpoint: Checkpoint) -> str:
+    """Return what to do with a checkpoint that is neither MDLM's nor DUO's, as far as its configuration tells."""
+    stated = checkpoint.config
+    if "bd3" in str(stated.get("model_type")).lower():
+        return "Block diffusion (BD3-LM) is not supported: its network also reads the blocks before. Load an MDLM."
+    if "architectures" in stated or "transformers_version" in stated:
+        names = [name for name in stated.get("architectures") or () if isinstance(name, str)]
+        owner = next((name for name in names if "MaskedLM" in name), "AutoModelForMaskedLM")
+        return (
+            f"It is a model of transformers: MaskedLMDenoiser({owner}.from_pretrained({str(checkpoint.source)!r}), "
+            "mask_id=...) makes a masked language model a denoiser."
+        )
+    return "State it in config.json or pass config={'model_type': 'mdlm'}."
 
 
 def process_of(config: DiTConfig, schedule: diffusion.Schedule | None = None) -> Process:
@@ -185,7 +206,7 @@ def save_denoiser(
     """
     from safetensors.torch import save_file
 
-    config = _config_json(model, process)
+    config = config_json(model, process)
     tensors = {}
     for name, tensor in model.state_dict().items():
         kept = tensor.dtype if dtype is None or name == lightning.BUFFER else dtype
@@ -209,8 +230,8 @@ def save_denoiser(
             (made / name).replace(folder / name)
 
 
-def _config_json(model: DiT, process: Process | None) -> dict[str, Any]:
-    """Return the content of ``config.json``, once model and process are known to belong together."""
+def config_json(model: DiT, process: Process | None) -> dict[str, Any]:
+    """Return the content of ``config.json``; arguments and errors as in `save_denoiser`."""
     if not isinstance(getattr(model, "config", None), DiTConfig):
         raise fail("model must be a DiT.", "Pass the network inside the wrapper: model.module.", model=type(model))
     process = process_of(model.config) if process is None else process

@@ -8,11 +8,27 @@ from pathlib import Path
 from tokendrift._checks import fail
 
 FILES = ("*.safetensors", "*.json")
+FILE_ENDINGS = (".safetensors", ".ckpt", ".bin", ".pt", ".pth", ".json", ".jsonl", ".txt", ".model", ".gz")
 
 
 def is_hub_id(name: str) -> bool:
     """Tell whether a string has the form ``owner/name``."""
     return re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name) is not None
+
+
+def check_local(name: str | Path, what: str) -> None:
+    """Require that a path which cannot be the name of a hub repository exists, rather than ask the hub for it.
+
+    It is a path if it begins with ``.``, ``/`` or ``~``, has more than one ``/``, or ends as a file of weights, a
+    tokenizer or text does.
+
+    Raises:
+        TokenDriftError: If it is such a path, and nothing is there.
+    """
+    text = str(name)
+    path_like = isinstance(name, Path) or text.startswith((".", "/", "~")) or text.count("/") > 1 or "\\" in text
+    if (path_like or text.lower().endswith(FILE_ENDINGS)) and not Path(text).exists():
+        raise fail(f"{what} {text} does not exist.", "Pass a file or folder that exists, or a hub id owner/name.")
 
 
 def download(repo_id: str, revision: str | None = None) -> Path:

@@ -7,14 +7,19 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
+import warnings
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from tokendrift._checks import fail
+from tokendrift.models.hub import check_local
 
+UNKNOWN = "\ufffd"  # what stands in a text for an id that the tokenizer does not have
 GPT2_VOCABULARY = 50257  # released models have one entry more: MDLM's mask, DUO's [PAD]
 UNUSED = ("truncation", "padding", "post_processor")  # parts of a serialised tokenizer that `encode` does not apply
 ENDS = ("<|endoftext|>", "<eos>", "</s>", "[SEP]")  # a lone tokenizer.json does not say which token ends a text
@@ -38,6 +43,7 @@ def load_tokenizer(name: str | Path, *, fetch: bool = True) -> Any:
         raise fail(
             f"{error}; it is needed to load a tokenizer.", "Install it with pip install 'tokendrift[hf]'."
         ) from None
+    check_local(name, "tokenizer")
     path = Path(name)
     if path.is_dir() and not any(_is_tokenizer_file(each) for each in path.iterdir()):
         raise fail(
@@ -110,15 +116,16 @@ def require_tokenizer(folder: Path, vocab_size: int, *, source: str | Path | Non
 # -------------------------------------------------------------------------------------------- text to ids and back
 
 
-def encode(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
+def encode(tokenizer: Any, texts: Sequence[str], *, special_tokens: bool = False) -> list[list[int]]:
     """Return the ids of each text, whole and without special tokens around it.
 
-    Special tokens written in the text ("<|endoftext|>") become their ids. A fast tokenizer uses as many threads as
-    there are.
+    A fast tokenizer uses as many threads as there are.
 
     Args:
         tokenizer: A transformers tokenizer or a ``tokenizers.Tokenizer``.
         texts: Any number of texts.
+        special_tokens: Whether special tokens that are written in a text, such as "<|endoftext|>", become their ids,
+            as `decode` wrote them. Otherwise they are text like any other. Default: False.
 
     Raises:
         TokenDriftError: If the tokenizer is of another kind, or a ``tokenizers.Tokenizer`` is set to truncate.
@@ -127,7 +134,7 @@ def encode(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
     if fast is not None:  # its file may say to truncate or to pad, which would lose text or add what is none
         fast.no_truncation()
         fast.no_padding()
-        return [one.ids for one in fast.encode_batch(list(texts), add_special_tokens=False)]
+        return [one.ids for one in _encode_batch(fast, texts, special_tokens)]
     if hasattr(tokenizer, "encode_batch"):
         if getattr(tokenizer, "truncation", None) is not None:
             raise fail(
@@ -135,18 +142,31 @@ def encode(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
                 "Call tokenizer.no_truncation().",
                 truncation=tokenizer.truncation,
             )
-        encoded = tokenizer.encode_batch(list(texts), add_special_tokens=False)
+        encoded = _encode_batch(tokenizer, texts, special_tokens)
         return [[i for i, kept in zip(one.ids, one.attention_mask, strict=True) if kept] for one in encoded]
     if tokenizer is None:
         raise fail("texts need a tokenizer, and none was given.", "Pass tokenizer=..., or ids instead of texts.")
     if not callable(tokenizer):
         raise fail("tokenizer must be a transformers tokenizer or a tokenizers.Tokenizer.", tokenizer=tokenizer)
-    found = tokenizer(list(texts), add_special_tokens=False, padding=False, truncation=False, verbose=False)
+    options = {"add_special_tokens": False, "padding": False, "truncation": False, "verbose": False}
+    found = tokenizer(list(texts), split_special_tokens=not special_tokens, **options)
     return [list(ids) for ids in found["input_ids"]]
+
+
+def _encode_batch(tokenizer: Any, texts: Sequence[str], special_tokens: bool) -> Any:
+    before = tokenizer.encode_special_tokens
+    tokenizer.encode_special_tokens = not special_tokens
+    try:
+        return tokenizer.encode_batch(list(texts), add_special_tokens=False)
+    finally:
+        tokenizer.encode_special_tokens = before
 
 
 def decode(tokenizer: Any, ids: Tensor | Sequence[Sequence[int]] | Sequence[Tensor]) -> list[str]:
     """Return the text of each sequence of ids: special tokens are written out, and spaces stay as generated.
+
+    An id that the tokenizer does not have, as a model may generate whose vocabulary is larger, is written as U+FFFD,
+    and a warning says how many there were.
 
     Args:
         tokenizer: A transformers tokenizer or a ``tokenizers.Tokenizer``.
@@ -157,10 +177,36 @@ def decode(tokenizer: Any, ids: Tensor | Sequence[Sequence[int]] | Sequence[Tens
     """
     rows = [list(map(int, sequence)) for sequence in (ids.tolist() if isinstance(ids, Tensor) else ids)]
     if hasattr(tokenizer, "batch_decode"):
-        return list(tokenizer.batch_decode(rows, skip_special_tokens=False, clean_up_tokenization_spaces=False))
-    if hasattr(tokenizer, "decode_batch"):
-        return list(tokenizer.decode_batch(rows, skip_special_tokens=False))
-    raise fail("tokenizer must be a transformers tokenizer or a tokenizers.Tokenizer.", tokenizer=tokenizer)
+        write = partial(tokenizer.batch_decode, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    elif hasattr(tokenizer, "decode_batch"):
+        write = partial(tokenizer.decode_batch, skip_special_tokens=False)
+    else:
+        raise fail("tokenizer must be a transformers tokenizer or a tokenizers.Tokenizer.", tokenizer=tokenizer)
+    size = tokenizer.get_vocab_size() if hasattr(tokenizer, "get_vocab_size") else _size(tokenizer)
+    unknown = [token for row in rows for token in row if token >= size]
+    if not unknown:
+        return list(write(rows))
+    warnings.warn(
+        f"{len(unknown)} of {sum(map(len, rows))} ids, such as {unknown[0]}, are not in the vocabulary of the "
+        f"tokenizer, which has {size} entries. They are written as {UNKNOWN!r}.",
+        stacklevel=2,
+    )
+    return [UNKNOWN.join(write(_split(row, size))) for row in rows]
+
+
+def _size(tokenizer: Any) -> float:
+    return len(tokenizer) if hasattr(tokenizer, "__len__") else math.inf
+
+
+def _split(row: Sequence[int], size: float) -> list[list[int]]:
+    """Return the runs of known ids in a row, between which the unknown ones stand."""
+    runs: list[list[int]] = [[]]
+    for token in row:
+        if token < size:
+            runs[-1].append(token)
+        else:
+            runs.append([])
+    return runs
 
 
 def end_of_text(tokenizer: Any) -> int | None:

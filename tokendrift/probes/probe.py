@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from tokendrift._checks import check_count, fail
+from tokendrift.devices import resolve_device
 from tokendrift.diffusion import Process
 from tokendrift.evaluation.bootstrap import Interval
 from tokendrift.evaluation.generative_perplexity import GenerativePerplexity
 from tokendrift.evaluation.judge import DEFAULT_JUDGE
-from tokendrift.files import read_text
 from tokendrift.models import DiT, build, load_denoiser, read_checkpoint
 from tokendrift.models.tokenizer import decode, encode, require_tokenizer
 from tokendrift.probes.information_decay import InformationDecay, decay_table, information_decay, unigram_law
@@ -28,6 +28,7 @@ from tokendrift.probes.marginal_trap import (
     trap_change,
     trap_table,
 )
+from tokendrift.text_files import read_documents
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -115,7 +116,7 @@ def probe_checkpoints(
     draws: int = 4,
     batch_size: int = 64,
     seed: int = 0,
-    device: torch.device | str | None = None,
+    device: torch.device | str | None = "auto",
     progress: Callable[[str], object] = lambda stage: None,
 ) -> ProbeReport:
     """Probe one checkpoint, or two side by side on the same prompts and random numbers.
@@ -136,14 +137,16 @@ def probe_checkpoints(
         draws: Noise patterns, and pairs of draws, for each prompt. Default: 4.
         batch_size: Sequences in a forward call. Default: 64.
         seed: Random seed of noise and draws. Default: 0.
-        device: Device of the denoisers and of a judge loaded by name. Default: the CPU.
+        device: Device of the denoisers and of a judge loaded by name. Default: ``"auto"``, CUDA if it is
+            available, else the CPU.
         progress: Called with a description of each stage. Default: a function that does nothing.
 
     Raises:
         TokenDriftError: If anything cannot be read, is too short, or does not fit together.
     """
     # 1. Load the denoisers and encode the text. The judge may be large: it is loaded last, when everything else fits.
-    written = read_text(text, argument="text")
+    device = resolve_device(device, needs_float64=True)
+    written = "\n\n".join(read_documents(text, argument="text"))
     progress("loading")
     denoisers, own_tokenizer = _load(checkpoint, compare, tokenizer, device)
     model, process = denoisers[BEFORE]
@@ -177,7 +180,7 @@ def probe_checkpoints(
     settings = {
         "checkpoint": str(checkpoint), "compare": None if compare is None else str(compare), "text": str(text),
         "judge": scorer.judge.name, "judge_reads_ids": judge_reads_ids, "prompts": prompts, "prompt_length": width,
-        "positions": k, "draws": draws, "seed": seed,
+        "positions": k, "draws": draws, "seed": seed, "device": str(device),
     }  # fmt: skip
     return ProbeReport(settings, decay, trap, change, matched_change, lambda token: decode(own_tokenizer, [[token]])[0])
 

@@ -8,7 +8,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from tokendrift._checks import check_count, check_tensor, fail
+from tokendrift._checks import check_count, check_denoiser, check_tensor, fail
 from tokendrift.diffusion.process import Denoiser, Mixture, Process
 from tokendrift.models.random_input import random_numbers
 from tokendrift.sampling.categorical import draw, not_finite
@@ -66,6 +66,7 @@ class Chain:
         self.process, self.ids, self.free, self.end = process, ids, free, end
         self.drawn_log_p = torch.zeros_like(ids, dtype=torch.float64)
         self.nfe, self.row_nfe = 0, torch.zeros(len(ids), dtype=torch.int64)
+        check_denoiser(denoiser)
         self._denoiser, self._noise, self._shaping = denoiser, noise, shaping
         self._numbers, self._moves = random_numbers(denoiser), 0
         self._sigma: Tensor | None = None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 
-from tokendrift._checks import fail
+from tokendrift._checks import fail, nearest
 from tokendrift.sampling.ancestral import Analytic, Ancestral
 from tokendrift.sampling.chain import Sampler
 from tokendrift.sampling.first_hitting import FirstHitting
@@ -73,7 +73,8 @@ def named_sampler(name: str, *, eta: float = 0.02) -> Sampler:
     except TypeError:
         raise fail(
             f"sampler must be one of {', '.join(sampler_names())}.",
-            "The arguments of a sampler follow its name, for example psi:pure-posterior,max-capped-0.02,pure-posterior",
+            ("" if build else nearest(key, SAMPLERS))
+            or "Arguments of a sampler follow its name, for example psi:pure-posterior,max-capped-0.02,pure-posterior",
             sampler=name,
         ) from None
     return build(*arguments)

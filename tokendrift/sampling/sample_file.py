@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from tokendrift._checks import fail
+from tokendrift.text_files import HEADER
 
-HEADER = "tokendrift"
 MEASURED = ("nfe", "complete")  # fields of the header that are filled in at the end; the others must not change
 
 

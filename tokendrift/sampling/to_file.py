@@ -187,7 +187,7 @@ class CheckpointSampler:
             return []
         if self.tokenizer is None:
             raise fail("prefix is text, but the checkpoint has no tokenizer.", "Pass one as tokenizer.")
-        (ids,) = encode(self.tokenizer, [self.config.prefix])
+        (ids,) = encode(self.tokenizer, [self.config.prefix], special_tokens=True)
         if len(ids) >= self.length:
             raise fail(
                 f"prefix has {len(ids)} tokens, but a sample has only {self.length}.",

@@ -1,5 +1,7 @@
 """Training: objectives, one optimiser step for all of them, and `refine`, which can be interrupted at any time."""
 
+import sys
+
 from tokendrift.models.tokenizer import TextTokenizer, text_tokenizer
 from tokendrift.training.card import evaluation_table
 from tokendrift.training.config import PRESETS, RefineConfig, make_config, parse_settings
@@ -21,6 +23,9 @@ from tokendrift.training.packing import PackedText
 from tokendrift.training.records import read_log
 from tokendrift.training.refinement import Refined, refine
 from tokendrift.training.text import DatasetRows, Documents, Piece, TextFiles
+
+# The name that the module had in earlier versions.
+sys.modules["tokendrift.training.tokenizer"] = sys.modules["tokendrift.models.tokenizer"]
 
 __all__ = [
     "OBJECTIVES",

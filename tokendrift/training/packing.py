@@ -35,6 +35,9 @@ class PackedText:
         vocab_size: Vocabulary size V of the model; ids beyond it are an error. Default: not checked.
         mask_id: Entry of the vocabulary that no text may contain. Default: none.
 
+    Attributes:
+        source_tokens: Number of tokens of the source, None until it has been read from beginning to end.
+
     Raises:
         TokenDriftError: While reading: if the source holds no text, or the tokenizer does not fit the model.
 
@@ -89,6 +92,8 @@ class PackedText:
         self._held: deque[_Ids] = deque()
         self._used: int = position["used"]  # tokens of the first held piece that are spent
         self._pieces: Iterator[Piece] = self.documents.read(position["start"])
+        self._read = 0 if position["start"] is None else None  # tokens since the beginning of the source
+        self.source_tokens: int | None = None
 
     def _next_block(self) -> Tensor:
         if self._block is not None:
@@ -136,6 +141,7 @@ class PackedText:
         lot = list(islice(self._pieces, LOT))
         if not lot:
             self._epoch += 1
+            self.source_tokens, self._read = self._read, None
             self._pieces = self.documents.read()
             lot = list(islice(self._pieces, LOT))
             if not lot:
@@ -143,6 +149,8 @@ class PackedText:
         for piece, ids in zip(lot, self.tokenizer.encode([piece.text for piece in lot]), strict=True):
             tail = [self.tokenizer.eos_id] if piece.ends else []
             self._held.append(_Ids(self._checked([*ids, *tail]), self._epoch, piece.start))
+            if self._read is not None:
+                self._read += len(ids) + len(tail)
 
     def _checked(self, ids: list[int]) -> Tensor:
         found = torch.tensor(ids, dtype=torch.int64)
@@ -155,7 +163,8 @@ class PackedText:
         if self.mask_id is not None and (found == self.mask_id).any():
             raise fail(
                 f"the tokenizer gives id {self.mask_id}, which is the mask token of the checkpoint.",
-                "Pass the tokenizer that the checkpoint was trained with.",
+                "Pass the tokenizer that the checkpoint was trained with. If its vocabulary has the mask as an "
+                "ordinary word, take that word out of the text.",
             )
         return found
 

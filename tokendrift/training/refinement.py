@@ -135,7 +135,7 @@ class Run:
         # 2. The text; its first sequences are also the real text of the evaluation.
         source = documents or open_text(config)
         self.data = self._packed(source)
-        real = self._packed(source).take(config.evaluate_samples)
+        real = self._first_sequences(source, config.evaluate_samples)
         # 3. The objective, around the checkpoint as it is, and the network that is trained.
         autocast = torch.bfloat16 if config.precision == "bf16" else None
         self.generator = torch.Generator(accelerator.device)
@@ -365,6 +365,18 @@ class Run:
         """Return all tensors of a checkpoint; every process must call."""
         state = {name: tensor.cpu().clone() for name, tensor in self.objective.state_dict().items()}
         return self.optimization.state() | ({"objective": state} if state else {})
+
+    def _first_sequences(self, source: Documents, count: int) -> Tensor:
+        """Return the first sequences of the text, which must be long enough for one."""
+        packed = self._packed(source)
+        first = packed.take(max(1, count))
+        least = self.length - 2 if self.config.wrap else self.length
+        if packed.source_tokens is not None and packed.source_tokens < least:
+            raise fail(
+                f"the text has {packed.source_tokens} tokens, too few for one sequence of {least}.",
+                "Pass more text, or a smaller length.",
+            )
+        return first[:count]
 
     def _packed(self, documents: Documents) -> PackedText:
         """Return the sequences of a source, from its beginning."""

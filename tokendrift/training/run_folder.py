@@ -128,8 +128,11 @@ class RunFolder:
         # 2. What the settings do not show: processes, weights, tokenizer and text.
         now = self.identity
         if state["together"] != now["together"]:
+            ranks = now["together"] // self.config.micro_batch
+            own, rest = divmod(state["together"], ranks)
+            advice = f"; pass micro_batch={own}" if not rest else "; choose a number of processes that divides it"
             differ.append(
-                f"a forward call of all processes had {state['together']} sequences and has {now['together']}"
+                f"a forward call of all processes had {state['together']} sequences and has {now['together']}{advice}"
             )
         changes = {
             "base": "the weights of the checkpoint to refine have changed",

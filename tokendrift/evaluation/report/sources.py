@@ -7,11 +7,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from tokendrift._checks import fail
+from tokendrift.evaluation.controls import control_sets
 from tokendrift.evaluation.sample_reader import has_header, read_samples
 from tokendrift.evaluation.samples import id_sequences
-from tokendrift.files import read_text
+from tokendrift.files import file_kind
 from tokendrift.models.tokenizer import decode, encode, load_tokenizer, same_tokenizer
 from tokendrift.sampling import SampleSet
+from tokendrift.text_files import JSON_KINDS, read_documents
 
 
 class NamedSamples(NamedTuple):
@@ -26,6 +28,11 @@ class NamedSamples(NamedTuple):
     model: str
     samples: SampleSet
     origin: str
+
+    @property
+    def control(self) -> bool:
+        """Whether the set was made from real text alone, see `tokendrift.evaluation.controls`."""
+        return bool(self.samples.metadata.get("control"))
 
     @property
     def steps(self) -> int | None:
@@ -44,13 +51,16 @@ def split_name(argument: str) -> tuple[str, str]:
     if equals and name.strip() and path_named and not Path(argument).exists():
         return name.strip(), path_named
     path = Path(argument)
-    return (path.stem if path.suffix in {".jsonl", ".json", ".txt", ".safetensors", ".ckpt"} else path.name), argument
+    known = file_kind(path) in {*JSON_KINDS, ".txt", ".safetensors", ".ckpt"}
+    unpacked = path.name[:-3] if path.suffix.lower() == ".gz" else path.name
+    return (Path(unpacked).stem if known else path.name), argument
 
 
-def read_sources(arguments: Sequence[str], *, skip_bad: bool = False) -> list[NamedSamples]:
-    """Return the sets of samples files, ``PATH`` or ``NAME=PATH`` each."""
+def read_sources(arguments: Sequence[str], *, skip_bad: bool = False, lines: bool = False) -> list[NamedSamples]:
+    """Return the sets of samples files, ``PATH`` or ``NAME=PATH`` each; options as in `read_samples`."""
     return [
-        NamedSamples(name, read_samples(path, skip_bad=skip_bad), path) for name, path in map(split_name, arguments)
+        NamedSamples(name, read_samples(path, skip_bad=skip_bad, lines=lines), path)
+        for name, path in map(split_name, arguments)
     ]
 
 
@@ -118,24 +128,34 @@ def common_tokenizer(sources: Sequence[NamedSamples], name: str | None) -> Any:
     return tokenizer
 
 
-def read_some_text(path: str) -> str:
-    """Return the content of a UTF-8 text file that is not empty.
-
-    Raises:
-        TokenDriftError: If it cannot be read, or holds no text.
-    """
-    text = read_text(path, argument="text file")
-    if not text.strip():
-        raise fail(f"text file {path} is empty.", "Pass a file with text.")
-    return text
-
-
 def read_real(path: str, *, skip_bad: bool = False) -> SampleSet | str:
-    """Return the samples of a samples file, or the whole text of any other file, which `real_windows` cuts."""
-    if Path(path).suffix == ".jsonl":
-        return read_samples(path, skip_bad=skip_bad)
-    text = read_some_text(path)
-    return read_samples(path, skip_bad=skip_bad) if has_header(text) else text
+    """Return the samples of JSON that are not blank, or the text of any other file, which `real_windows` cuts."""
+    if file_kind(path) not in JSON_KINDS:
+        (text,) = read_documents(path)
+        if not has_header(text):
+            return text
+    return read_samples(path, skip_bad=skip_bad, skip_blank=True)
+
+
+def read_controls(
+    real: SampleSet | str, real_set: SampleSet, tokenizer: Any, judge_tokenizer: Any, *, seed: int
+) -> list[NamedSamples]:
+    """Return the controls, as many samples of each as of real text, as long as the longest of them.
+
+    Args:
+        real: Real text as it was read.
+        real_set: The samples of real text.
+        tokenizer: Tokenizer of the denoisers, None if it is not known.
+        judge_tokenizer: Tokenizer of the judge, in whose tokens the controls are drawn if samples have no ids.
+        seed: Random seed.
+    """
+    own = tokenizer if real_set.ids is not None else judge_tokenizer
+    texts = real_set.texts if real_set.texts is not None else decode(own, real_set.ids or [])
+    text = real if isinstance(real, str) else "\n\n".join(texts)
+    rows = real_set.ids if real_set.ids is not None else encode(own, texts)
+    size: dict[str, Any] = {"count": len(rows), "length": max(map(len, rows))}
+    found = control_sets(text, own, **size, seed=seed, with_ids=real_set.ids is not None)
+    return [NamedSamples(f"control: {name}", samples, "real text") for name, samples in found.items()]
 
 
 def real_windows(text: str, sources: Sequence[NamedSamples], tokenizer: Any, judge_tokenizer: Any) -> SampleSet:
@@ -156,6 +176,12 @@ def real_windows(text: str, sources: Sequence[NamedSamples], tokenizer: Any, jud
     as_generated = tokenizer is not None and all(source.samples.ids is not None for source in sources)
     own = tokenizer if as_generated else judge_tokenizer
     count = max(len(source.samples) for source in sources)
+    if count < 2:
+        raise fail(
+            f"every set has {count} sample, and intervals need at least two.",
+            "Draw more samples; a file of running text has one sample a paragraph.",
+            origins=[source.origin for source in sources],
+        )
     width = 2
     for source in sources:
         sequences = source.samples.ids if as_generated else id_sequences(source.samples.scored(), None, own)[0]
@@ -175,3 +201,6 @@ def evenly_spaced_windows(stream: list[int], width: int, count: int) -> list[lis
     count = min(count, len(stream) // width)
     step = (len(stream) - width) // max(1, count - 1)
     return [stream[i * step : i * step + width] for i in range(count)]
+
+
+Source = NamedSamples  # the name of earlier versions

@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from tokendrift._checks import check_count, check_positive, fail
+from tokendrift._checks import check_count, check_positive, check_takes, fail
 from tokendrift.diffusion import Process
 from tokendrift.features import PooledFeatures
 from tokendrift.lift import LinearLogits
@@ -87,7 +87,8 @@ class Drift(StatefulObjective):
 
         # Without logits: the network calls the loss with its hidden states and its output layer.
         if not self.hold_logits:
-            loss, logs = model(corrupted.x_t, corrupted.sigma, head=drifted)
+            with check_takes("head", "Leave hold_logits at True, or pass a denoiser that takes head, as DiT does."):
+                loss, logs = model(corrupted.x_t, corrupted.sigma, head=drifted)
             return StepLoss(loss, {**logs, "drift": loss.detach()})
         # With logits: the drifting loss, and the NELBO where it has a weight.
         logits = corrupted.denoise(model)
