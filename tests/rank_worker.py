@@ -61,6 +61,26 @@ def numbered(rank, counts):
     return torch.arange(first, first + counts[rank]).float()[:, None].expand(-1, 2)
 
 
+def fail(rank):
+    """Call with a bad batch on rank 0; return what every call said, the loss of a good one last, and the queues."""
+    said = []
+    loss = TokenDriftLoss(torch.eye(V).double(), features, queue_size=8)
+    good, clean = torch.zeros(2, L, V, dtype=torch.float64), torch.arange(2 * L).view(2, L) % V
+    bad = [(good * torch.nan, clean), (good, clean + V), (good[:0], clean[:0])]
+    for logits, ids in [*bad, (good, clean)]:
+        try:
+            said.append(float(loss(*((logits, ids) if rank == 0 else (good, clean)))))
+        except TokenDriftError as error:
+            said.append(str(error))
+    queues = loss.queue_real.features()
+    loss._calls += rank == 1  # as after a call of the other ranks alone
+    try:
+        loss(good, clean)
+    except TokenDriftError as error:
+        said.append(str(error))
+    return said, queues
+
+
 def main(rank, ranks, store, out):
     torch.set_num_threads(1)
     found = {}
@@ -73,6 +93,7 @@ def main(rank, ranks, store, out):
                 gather(odd)
             except TokenDriftError as error:
                 found["error", kind] = str(error)
+        found["failures"] = fail(rank)
         found["alone"] = train(rank, ranks, "joint", SPLITS["uneven"], across_ranks=False)
     for name in LOSSES:
         for case, split in SPLITS.items():

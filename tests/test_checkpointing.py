@@ -16,6 +16,7 @@ from tokendrift.training.checkpointing import (
     load_checkpoint,
     prune_checkpoints,
     save_checkpoint,
+    update_state,
 )
 
 GROUPS = {"model": {"a": torch.arange(3.0), "b": torch.ones(2, 2)}, "optimizer": {}}
@@ -34,10 +35,21 @@ def test_what_is_saved_comes_back(tmp_path):
     assert all(torch.equal(stored.tensors["model"][name], tensor) for name, tensor in GROUPS["model"].items())
 
 
-@pytest.mark.parametrize("harm", ["cut", "flip", "remove", "state"])
+STATES = {
+    "state": b'{"step": 4',
+    "no keys": b"{}",
+    "no object": b"[1, 2]",
+    "another step": b'{"step": 3, "sha256": {}}',
+    "wrong types": b'{"step": "4", "sha256": [1]}',
+    "deep": b"[" * 100_000,
+    "no text": b"\xff\xfe\x00",
+}
+
+
+@pytest.mark.parametrize("harm", ["cut", "flip", "remove", "edited", *STATES])
 def test_the_newest_whole_one_is_found_and_a_broken_one_said(tmp_path, harm):
     for step in (2, 4):
-        save_checkpoint(tmp_path, step, GROUPS, {})
+        save_checkpoint(tmp_path, step, GROUPS, {"note": 1})
     file = tmp_path / "step-00000004" / "model.safetensors"
     content = file.read_bytes()
     if harm == "cut":
@@ -46,8 +58,11 @@ def test_the_newest_whole_one_is_found_and_a_broken_one_said(tmp_path, harm):
         file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
     elif harm == "remove":
         file.unlink()
+    elif harm == "edited":
+        state = file.with_name("state.json")
+        state.write_text(state.read_text().replace('"note": 1', '"note": 2'))
     else:
-        file.with_name("state.json").write_text('{"step": 4')
+        file.with_name("state.json").write_bytes(STATES[harm])
     told = []
     place, stored = latest_checkpoint(tmp_path, told.append)
     assert place.name == "step-00000002"
@@ -128,3 +143,50 @@ def test_a_text_is_replaced_as_a_whole(tmp_path):
         write_atomically(tmp_path / "a.txt", text)
         assert (tmp_path / "a.txt").read_text() == text
     assert [path.name for path in tmp_path.iterdir()] == ["a.txt"]
+
+
+def test_a_checkpoint_of_a_version_without_a_digest_of_the_state_still_loads(tmp_path):
+    place = save_checkpoint(tmp_path, 1, GROUPS, {"note": "old"})
+    state = json.loads((place / "state.json").read_text())
+    del state["state_sha256"]
+    (place / "state.json").write_text(json.dumps(state))
+    assert load_checkpoint(place).state["note"] == "old"
+    with pytest.raises(TokenDriftError, match="no valid entry 'note'"):
+        load_checkpoint(place, {"note": int})
+
+
+def test_entries_of_a_state_are_changed_as_a_whole(tmp_path):
+    place = save_checkpoint(tmp_path, 1, GROUPS, {"note": "old", "way": 3})
+    update_state(place, {"note": "new"})
+    stored = load_checkpoint(place)
+    assert (stored.state["note"], stored.state["way"]) == ("new", 3)
+    assert stored.tensors.keys() == GROUPS.keys()
+
+
+def test_nothing_is_removed_or_renamed_that_has_another_name_than_a_checkpoint(tmp_path):
+    for step in (2, 4):
+        save_checkpoint(tmp_path, step, GROUPS, {})
+    for name in ("step-final", "step-1", "step-00000009", ".saving-notes", "broken-mine"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "model.safetensors").write_text("mine")
+    prune_checkpoints(tmp_path, 1)
+    assert latest_checkpoint(tmp_path, pytest.fail)[0].name == "step-00000004"
+    names = ["step-final", "step-1", "step-00000009", ".saving-notes", "broken-mine", "step-00000004"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(names)
+
+
+def test_a_kill_while_a_step_is_saved_again_leaves_one_of_the_two(tmp_path, monkeypatch):
+    place = save_checkpoint(tmp_path, 1, GROUPS, {"note": "old"})
+    rename = type(place).rename
+
+    def killed(path, target):
+        if path.name.startswith(".saving-"):
+            raise KeyboardInterrupt
+        return rename(path, target)
+
+    monkeypatch.setattr(type(place), "rename", killed)
+    with pytest.raises(KeyboardInterrupt):
+        save_checkpoint(tmp_path, 1, GROUPS, {"note": "new"})
+    monkeypatch.undo()
+    assert latest_checkpoint(tmp_path, pytest.fail)[1].state["note"] == "old"
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]

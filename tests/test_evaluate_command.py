@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 
 from tokendrift import cli
 from tokendrift.demo import PRETRAINED
+from tokendrift.models.tokenizer import load_tokenizer
 from tokendrift.sampling.to_file import SampleConfig, sample_to_file
 
 pytest.importorskip("transformers")
@@ -217,6 +218,36 @@ def test_bad_input_ends_with_code_2_and_says_what_to_do(folder, arguments, said)
     assert result.exit_code == 2, result.output
     assert said in " ".join(result.output.split())
     assert "Traceback" not in result.output
+
+
+def test_several_judges_and_controls_stand_in_every_output(folder, tmp_path):
+    other = tmp_path / "other"
+    shutil.copytree(PRETRAINED / "judge", other)
+    load_tokenizer(TOKENIZER).save_pretrained(other)
+    outputs = [part for kind in ("json", "csv", "html") for part in (f"--{kind}", tmp_path / f"report.{kind}")]
+    result = run(
+        folder / "dull.jsonl", f"same={folder / 'dull.jsonl'}", "--real", folder / "real.txt", *JUDGE,
+        "--judge", other, "--controls", *outputs,
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    text = " ".join(result.output.split())
+    assert "control: unigram" in text and f"Beside it: {other}." in text
+    assert "The judges agree on bits per byte: dull does not differ beyond chance from same, 1.000" in text
+    last = result.output.strip().splitlines()[-1]
+    assert last.startswith("At 4 NFE, dull has 0.") and "times the bits per byte of real text" in last
+    assert "control" not in last
+    found = json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))
+    assert found["verdict"] == last and [(one["a"], one["b"]) for one in found["comparisons"]] == [("dull", "same")]
+    (beside,) = found["rows"][0]["panel"]
+    assert beside["bits_per_byte"]["estimate"] == pytest.approx(found["rows"][0]["bits_per_byte"]["estimate"])
+    with (tmp_path / "report.csv").open(encoding="utf-8", newline="") as file:
+        lines = {line["name"]: line for line in csv.DictReader(file)}
+    assert {"control: unigram draws", "control: 3-gram draws", "control: tiled text", "real text"} <= set(lines)
+    assert float(lines["dull"][f"bits_per_byte ({other})"]) == pytest.approx(float(lines["dull"]["bits_per_byte"]))
+    html = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "Whether the judges agree" in html and "bits/byte, other" in html
+    again = run(folder / "dull.jsonl", "--real", folder / "real.txt", *JUDGE, "--judge", PRETRAINED / "judge")
+    assert again.exit_code == 2 and "judge must name one or several different judges" in again.output
 
 
 def test_real_text_is_not_optional(folder):

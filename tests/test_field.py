@@ -23,7 +23,7 @@ from tokendrift.testing import (
     check_field,
     clouds,
 )
-from tokendrift.variants import ExtendedDriftField
+from tokendrift.variants import ExtendedDriftField, ImageDriftField
 
 KERNELS = ("gaussian", "laplace", "sharp_laplace")
 NORMALIZATIONS = ("joint", "separate", "two_sided", "sinkhorn")
@@ -828,3 +828,29 @@ def test_bad_clouds_are_refused_with_what_came(arguments, message):
     with pytest.raises(TokenDriftError, match=message) as caught:
         DriftField()(**(good | arguments))
     assert "got " in str(caught.value)
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+@pytest.mark.parametrize("side", ["positives", "negatives"])
+@pytest.mark.parametrize(
+    "field",
+    [
+        *(DriftField(normalization=each) for each in ("joint", "separate", "two_sided")),
+        ExtendedDriftField(normalization="sinkhorn"),
+        ExtendedDriftField(subtract_noise=True, feature_scaling=True),
+        ImageDriftField(),
+    ],
+)
+def test_a_reference_that_is_not_finite_never_looks_like_equilibrium(field, side, bad):
+    clouds = {name: torch.randn(5, 3) for name in ("positives", "negatives")}
+    clouds[side][2, 1] = bad
+    anchors = torch.randn(4, 3)
+    assert field(anchors, **clouds).isnan().all()
+    if isinstance(field, DriftField):
+        assert field.diagnose(anchors, **clouds)[1].rms.isnan().all()
+
+
+@pytest.mark.parametrize("size", [1e18, 1e30])
+def test_features_whose_squares_overflow_never_look_like_equilibrium(size):
+    anchors, positives, negatives = size * torch.randn(3, 4, 3)
+    assert DriftField()(anchors, positives, negatives).isnan().all()

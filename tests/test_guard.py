@@ -180,3 +180,52 @@ def test_real_text_beside_real_text_is_hardly_ever_flagged(world, cheap):
         alarms += not check_samples(*figures).passed
     # 13 one-sided figures beyond 3.5 standard errors: 0.3 % if they were normal and independent.
     assert alarms / trials <= 0.02
+
+
+def tiled(world):
+    """A short passage of each sample, over and over."""
+    return world.held_out[:, :4].repeat(1, LENGTH // 4)
+
+
+def shuffled(world):
+    """The tokens of each sample in random order."""
+    order = torch.rand(world.held_out.shape, generator=torch.Generator().manual_seed(0)).argsort(dim=1)
+    return world.held_out.gather(1, order)
+
+
+def repeated(world):
+    """A quarter of the samples, each four times."""
+    return world.held_out[: COUNT // 4].repeat(4, 1)
+
+
+def truncated(world):
+    """Rare tokens replaced: of the vocabulary the 200 most frequent tokens are left."""
+    likely = world.training.flatten().bincount(minlength=1024).topk(200).indices
+    rare = ~torch.isin(world.held_out, likely)
+    others = likely[torch.randint(200, rare.shape, generator=torch.Generator().manual_seed(0))]
+    return torch.where(rare, others, world.held_out)
+
+
+def mixed(world):
+    """The second half of each sample from another document."""
+    half = LENGTH // 2
+    return torch.cat([world.held_out[:, :half], world.held_out.roll(1, dims=0)[:, half:]], dim=1)
+
+
+DISTINCT = {f"distinct_{n}" for n in (1, 2, 3, 4)}
+REACTIONS = {  # the table in docs/results.md
+    tiled: {"sample_entropy", "repetition_4", "longest_repeat", "unigram_entropy", *DISTINCT},
+    shuffled: set(),
+    repeated: {"duplicate_share", "self_bleu", "unigram_entropy", *DISTINCT},
+    truncated: {"unigram_entropy", "distinct_1"},
+    mixed: set(),
+    copying: {"copied_share", "gen_ppl"},  # the judge knows the training text
+}
+
+
+@pytest.mark.parametrize("perturbation", REACTIONS, ids=[each.__name__ for each in REACTIONS])
+def test_which_figures_react_to_which_perturbation_of_real_text(world, cheap, perturbation):
+    """The perturbed text is compared with real text under a judge that knows pairs of neighbours alone."""
+    options = {"training": list(world.training), "resamples": 200}
+    verdict = check_samples(measure(perturbation(world), cheap, **options), measure(world.real, cheap, **options))
+    assert set(verdict.flags) == REACTIONS[perturbation]

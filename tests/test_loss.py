@@ -13,10 +13,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import tokendrift
-from tokendrift import DriftField, MirrorTeacherLoss, PooledFeatures, TokenDriftError, TokenDriftLoss
+from tokendrift import DriftField, MirrorTeacherLoss, PooledFeatures, TokenDriftError, TokenDriftLoss, _objective
 from tokendrift._objective import LIFTS
+from tokendrift.features import IdentityFeatures
 from tokendrift.loss import token_entropy
 from tokendrift.variants import ExtendedDriftField
 
@@ -1007,3 +1009,101 @@ def assert_same_state(loss, before):
     after = loss.state_dict()
     assert after.keys() == before.keys()
     assert all(torch.equal(after[name], before[name]) for name in before)
+
+
+# ------------------------------------------------------------------------------------------------ never silently wrong
+
+
+@pytest.mark.parametrize("side", ["real", "generated"])
+def test_a_batch_with_nan_gives_nan_where_it_cannot_be_read_and_costs_no_other_batch(monkeypatch, side):
+    monkeypatch.setattr(_objective, "can_be_read", lambda values: False)  # as on an accelerator
+    logits, clean, *_ = batch()
+    embedding = table()
+    if side == "real":
+        embedding[clean[0, 0]] = torch.nan
+    else:
+        logits[0] = torch.nan
+    loss = TokenDriftLoss(embedding, feature_map, queue_size=8)
+    assert loss(logits, clean).isnan()
+    assert not len(loss.queue_real) or loss.queue_real.features().isfinite().all()
+    loss._frozen._embedding = table()
+    value, found = gradient(loss, batch(1)[0], clean)
+    assert value > 0 and found.isfinite().all() and found.abs().sum() > 0
+    assert loss.queue_generated.features().isfinite().all()
+
+
+def test_clean_text_without_finite_features_is_refused_on_the_cpu():
+    logits, clean, *_ = batch()
+    loss = TokenDriftLoss(table(), lambda e: feature_map(e) if e.requires_grad else feature_map(e) * torch.inf)
+    with pytest.raises(TokenDriftError, match="the features of the clean text are not finite"):
+        loss(logits.requires_grad_(), clean)
+    assert len(loss.queue_real) == 0
+
+
+@pytest.mark.parametrize("power", [-100, 100])
+def test_the_scale_of_the_embedding_does_not_matter_to_unit_features(power):
+    logits, clean, *_ = batch(dtype=torch.float32)
+    small, large = (
+        gradient(TokenDriftLoss(table(torch.float32) * scale, IdentityFeatures()), logits, clean)
+        for scale in (1.0, 2.0**power)
+    )
+    assert all(torch.equal(*each) for each in zip(small, large, strict=True))
+
+
+def test_features_whose_squares_overflow_are_refused():
+    logits, clean, *_ = batch(dtype=torch.float32)
+    with pytest.raises(TokenDriftError, match="squares overflow"):
+        TokenDriftLoss(table(torch.float32) * 1e30, lambda e: e.mean(dim=1))(logits, clean)
+
+
+@pytest.mark.parametrize("scale", [1e38, 1e-38])
+def test_scales_that_overflow_or_vanish_are_refused(scale):
+    with pytest.raises(TokenDriftError, match=r"drift_scale \(alpha\) must lie between"):
+        build(drift_scale=scale)
+    with pytest.raises(TokenDriftError, match=r"step_size \(eta\) must lie between"):
+        build(MirrorTeacherLoss, step_size=scale)
+
+
+@pytest.mark.parametrize(
+    "options", [{"drift_scale": 1e-10}, {"cls": MirrorTeacherLoss, "distance": "mse", "step_size": 1e-10}]
+)
+def test_a_small_scale_is_not_lost_in_rounding(options):
+    logits, clean, *_ = batch(dtype=torch.float32)
+    whole = {name: 1.0 if isinstance(value, float) else value for name, value in options.items()}
+    small, large = (gradient(build(dtype=torch.float32, **each), logits, clean)[1] for each in (options, whole))
+    torch.testing.assert_close(small * 1e10, large, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("options", "rows", "learns"),
+    [
+        ({"queue_size": 0}, 1, False),
+        ({"queue_size": 8}, 1, True),  # its queues fill
+        ({"queue_size": 0, "exclude_paired_positive": True}, 1, False),
+        ({"queue_size": 0, "feature_map": lambda e: 1e-30 * feature_map(e)}, 3, False),
+        ({"queue_size": 0}, 3, True),
+    ],
+)
+def test_a_step_that_cannot_learn_says_so_once(options, rows, learns):
+    logits, clean, *_ = batch(dtype=torch.float32, rows=rows)
+    loss = TokenDriftLoss(table(torch.float32), **({"feature_map": feature_map} | options))
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        for _ in range(2):
+            loss(logits, clean)
+    assert [str(each.message)[:30] for each in said] == [] if learns else ["the drift of this call is zero"]
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("cls", [TokenDriftLoss, MirrorTeacherLoss])
+def test_checkpointing_the_loss_is_refused_unless_its_queues_are_frozen(cls, reentrant):
+    logits, clean, *_ = batch()
+    plain, loss, other = (build(cls) for _ in range(3))
+    expected = gradient(plain, logits, clean)
+    with pytest.raises(TokenDriftError, match="computed again during the backward pass"):
+        gradient(lambda *each: checkpoint(loss, *each, use_reentrant=reentrant), logits, clean)
+    with other.frozen_queues():
+        found = gradient(lambda *each: checkpoint(other, *each, use_reentrant=reentrant), logits, clean)
+    assert all(torch.equal(*each) for each in zip(found, expected, strict=True))
+    for name in ("queue_real", "queue_generated"):
+        assert torch.equal(getattr(other, name).features(), getattr(plain, name).features())

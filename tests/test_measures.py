@@ -18,6 +18,7 @@ from tokendrift.evaluation import (
     Interval,
     SampleSet,
     bootstrap_interval,
+    check_samples,
     compare,
     copied_share,
     distinct_n,
@@ -216,6 +217,32 @@ def test_a_set_does_not_differ_from_itself_and_differences_turn_round(judge):
     paired = perplexity_ratio_interval(a.perplexity, b.perplexity, paired=True, resamples=200)
     assert forth.gen_ppl_ratio == pytest.approx(paired, rel=1e-12)
     assert forth.paired
+
+
+class DoubleLetters(Letters):
+    """A denoiser's tokenizer of which the judge knows nothing: even ids are written with two letters of the judge."""
+
+    def decode_batch(self, rows, skip_special_tokens):
+        texts = super().decode_batch(rows, skip_special_tokens)
+        return ["".join(letter * (2 - ord(letter) % 2) for letter in text) for text in texts]
+
+
+def test_sets_compare_in_bits_per_byte_unless_the_judge_has_the_tokens_of_the_denoiser(judge):
+    ids = [random_ids(seed=seed, size=size) for seed, size in ((0, V), (1, 5))]
+    foreign = [measure(each, judge, tokenizer=DoubleLetters(), resamples=100) for each in ids]
+    found = compare(*foreign)
+    expected = foreign[0].bits_per_byte.estimate / foreign[1].bits_per_byte.estimate
+    assert found.headline == "bits_per_byte" and found.ratio == found.bits_per_byte_ratio != found.gen_ppl_ratio
+    assert found.ratio.estimate == pytest.approx(expected, rel=1e-12) and found.ratio.low < expected < found.ratio.high
+    assert compare(foreign[0], foreign[0]).ratio == (1, 1, 1)
+    assert found.to_dict()["bits_per_byte_ratio"]["verdict"] == found.verdict("bits_per_byte")
+    own = [measure(each, judge, tokenizer=judge.judge.tokenizer, resamples=100) for each in ids]
+    assert compare(*own).headline == "gen_ppl" and compare(*own).ratio == compare(*own).gen_ppl_ratio
+    assert measure(random_ids(), judge, resamples=10).headline == "gen_ppl"  # the judge read the ids as they came
+    for pair, figure in ((foreign, "bits_per_byte"), (own, "gen_ppl")):
+        low, high = sorted(pair, key=lambda m: m.figures[figure].estimate)
+        found = [finding.figure for finding in check_samples(low, high).findings]
+        assert [name for name in found if name in ("gen_ppl", "bits_per_byte")] == [figure]
 
 
 def test_a_gen_ppl_too_large_for_floats_still_has_a_ratio():

@@ -6,6 +6,7 @@ import ast
 import graphlib
 import json
 import os
+import re
 import subprocess
 import sys
 import sysconfig
@@ -159,3 +160,12 @@ def _imported(tree, modules):
                 yield from (full if full in modules else node.module,) if node.module in modules else ()
         elif isinstance(node, ast.Import):
             yield from (name.name for name in node.names if name.name in modules)
+
+
+def test_every_guarantee_names_a_test_that_exists():
+    named = re.findall(r"`(test_\w+\.py)::(test_\w+)`", (ROOT / "docs" / "guarantees.md").read_text(encoding="utf-8"))
+    assert len(named) > 25
+    missing = [
+        each for each in named if f"def {each[1]}(" not in (ROOT / "tests" / each[0]).read_text(encoding="utf-8")
+    ]
+    assert missing == []

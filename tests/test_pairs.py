@@ -11,6 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from live_bytes import LiveBytes
+from torch.utils.checkpoint import checkpoint
 
 from tokendrift import PairDriftLoss, TokenDriftError, _ngram_laws
 from tokendrift._ngram_laws import Corrupted, ExactPairs, HashedNgrams, expected_sums
@@ -328,6 +329,24 @@ def test_two_processes_have_the_laws_and_the_gradient_of_one(ranks, case, padded
     assert (single["gradient"].abs().amax(dim=(1, 2)) > 1e-4).all()
 
 
+def test_an_error_on_one_rank_is_one_on_all(ranks):
+    (first, weight, real), (second, other, others_real) = (each["failures"] for each in ranks[1])
+    assert "clean_ids has ids from 99" in first[0] and "another rank has failed" in second[0]
+    assert first[1] == second[1]
+    assert all("differ in stratum or number of calls" in said[2] for said in (first, second))
+    assert weight.tolist() == other.tolist() == [1, 0]
+    assert torch.equal(real, others_real)
+
+
+def test_where_nothing_waits_for_the_device_an_error_on_one_rank_is_nan_on_the_others(ranks):
+    (first, weight, real), (second, other, others_real) = (each["blind"] for each in ranks[1])
+    assert "clean_ids has ids from 99" in first[0]
+    assert all(math.isnan(value) for value in (second[0], first[2], second[2]))
+    assert first[1] == second[1] and math.isfinite(first[1])
+    assert weight.tolist() == other.tolist() == [1, 0]
+    assert torch.equal(real, others_real)
+
+
 @pytest.mark.parametrize("form", FORMS)
 def test_padding_is_no_text(form):
     short, long = PairDriftLoss(3, **FORMS[form]), PairDriftLoss(3, **FORMS[form])
@@ -395,3 +414,26 @@ def test_input_that_does_not_fit_changes_nothing(change, named):
     with pytest.raises(TokenDriftError, match=named):
         loss(given.pop("logits"), given.pop("clean_ids"), **given)
     assert (loss.real == 0).all() and (loss.generated == 0).all()
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"real": torch.full((1, 3, 3), torch.nan)}, "real must be finite"),
+        ({"generated_weight": torch.tensor([-1.0])}, "generated_weight must be finite and nowhere below zero"),
+        ({"generated": torch.zeros(2, 1, 3, 3)}, r"the stored generated has shape \(2, 1, 3, 3\)"),
+    ],
+)
+def test_a_state_that_no_loss_has_is_refused(changes, named):
+    loss = PairDriftLoss(3)
+    loss(torch.zeros(2, 4, 3), IDS)
+    with pytest.raises(TokenDriftError, match=named):
+        PairDriftLoss(3).load_state_dict(loss.state_dict() | changes)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_a_loss_that_is_computed_again_in_the_backward_pass_is_refused(reentrant):
+    loss, logits = PairDriftLoss(3), torch.randn(2, 4, 3, requires_grad=True)
+    value = checkpoint(loss, logits, IDS, use_reentrant=reentrant)
+    with pytest.raises(TokenDriftError, match="computed again during the backward pass"):
+        value.backward()

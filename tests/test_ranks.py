@@ -65,6 +65,17 @@ def test_ranks_that_disagree_all_hear_of_it(ranks, kind):
         assert "same feature map in the same precision" in found["error", kind]
 
 
+def test_an_error_on_one_rank_is_one_on_all_and_a_skipped_batch_leaves_them_in_step(ranks):
+    (first, queues), (second, others) = (each["failures"] for each in ranks[1])
+    own = ["logits contain NaN", "clean_ids has ids from", "logits is empty"]
+    for said, heard, part in zip(first, second, own, strict=False):
+        assert part in said
+        assert "rank 0 could not compute its features" in heard
+    assert first[3] == second[3] >= 0
+    assert torch.equal(queues, others) and len(queues) == 4  # the good batch of both, once
+    assert all("ranks are at different calls of the loss: [5, 6]" in said[4] for said in (first, second))
+
+
 def test_alone_the_features_come_back_as_they_are():
     features = torch.ones(2, 3, requires_grad=True)
     gathered, offset = gather(features)

@@ -177,6 +177,53 @@ def test_a_queue_is_frozen_once():
         pass
 
 
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+def test_rows_that_are_not_finite_never_enter(bad):
+    queue, expected = FeatureQueue(4), FeatureQueue(4)
+    for start in range(0, 12, 3):
+        features = numbered(start, 3).clone()
+        features[1, 0] = bad
+        queue.push(features)
+        expected.push(features[::2])
+        assert torch.equal(queue.features(), expected.features())
+        assert len(queue) == len(expected)
+
+
+def test_where_the_device_alone_counts_rows_the_oldest_stand_in_for_those_that_were_dropped():
+    queue = FeatureQueue(4)
+    queue.push(torch.full((2, 2), torch.nan))
+    queue._pushed = 2  # as an accelerator, which is not waited for, would leave it
+    assert queue.features().isnan().all()
+    queue.push(numbered(1, 1))
+    queue._pushed = 3
+    assert torch.equal(queue.features(), numbered(1, 1).expand(3, -1))
+    queue.push(numbered(2, 2))
+    queue._pushed = 5
+    assert queue.features()[:, 0].tolist() == [1, 2, 3, 1]
+    queue.push(numbered(4, 2))
+    queue._pushed = 7
+    assert torch.equal(queue.features(), numbered(2, 4))
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"buffer": torch.full((4, 2), torch.nan)}, "not finite"),
+        ({"pushed": torch.tensor(-1)}, "pushed"),
+        ({"pushed": torch.tensor([3])}, "pushed"),
+        ({"pushed": torch.tensor(2.5)}, "pushed"),
+        ({"buffer": torch.zeros(4, 0)}, "pushed"),
+        ({"buffer": torch.zeros(4)}, "floating point of shape"),
+        ({"buffer": torch.zeros(4, 2, dtype=torch.int64)}, "floating point of shape"),
+    ],
+)
+def test_a_state_that_no_queue_has_is_refused(changes, named):
+    queue = FeatureQueue(4)
+    queue.push(numbered(0, 3))
+    with pytest.raises(TokenDriftError, match=named):
+        FeatureQueue(4).load_state_dict(queue.state_dict() | changes)
+
+
 def test_pushing_features_of_another_width_is_refused_and_changes_nothing():
     queue = FeatureQueue(4)
     queue.push(numbered(0, 2))

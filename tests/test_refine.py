@@ -74,13 +74,16 @@ def test_an_interrupted_run_ends_with_the_bits_of_an_uninterrupted_one(inputs, w
     assert_same_model(whole, run(inputs, f"stopped{stop}").folder)
 
 
-def test_sigterm_costs_no_step(inputs, whole):
-    before = signal.getsignal(signal.SIGTERM)
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_to_stop_costs_no_step(inputs, whole, number):
+    before, name = signal.getsignal(number), f"ended{number}"
+    if before == signal.SIG_IGN:
+        pytest.skip("it is ignored here")
     with pytest.raises(KeyboardInterrupt):
-        run(inputs, "ended", on_step=lambda step: step == 3 and os.kill(os.getpid(), signal.SIGTERM))
-    assert (inputs / "ended" / "checkpoints" / "step-00000003").is_dir()
-    assert signal.getsignal(signal.SIGTERM) == before
-    assert_same_model(whole, run(inputs, "ended").folder)
+        run(inputs, name, on_step=lambda step: step == 3 and os.kill(os.getpid(), number))
+    assert (inputs / name / "checkpoints" / "step-00000003").is_dir()
+    assert signal.getsignal(number) == before
+    assert_same_model(whole, run(inputs, name).folder)
 
 
 def killed(tmp_path, kills, seed, *settings):

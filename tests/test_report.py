@@ -185,6 +185,31 @@ def test_a_lower_gen_ppl_at_a_lower_entropy_is_not_called_a_gain(tokenizer):
     assert sentence.endswith("so this is a gain only if it also holds at equal entropy.")
 
 
+def test_the_verdict_is_one_sentence_about_the_fewest_evaluations(tokenizer, report):
+    from tokendrift.evaluation import matched_entropy
+    from tokendrift.evaluation.report.evaluation_report import MatchedSet
+
+    assert report.verdict().startswith(f"At 4 NFE, {EVIL_NAME} has 0.")
+    assert "; dull has 0." in report.verdict() and "and the guard flags " in report.verdict()
+    assert report.verdict().endswith("without a baseline, nothing is compared at equal entropy.")
+    base, dull = (report.evaluation[f"{name}, 4 NFE"].measures for name in (EVIL_NAME, "dull"))
+    found = [matched_entropy(m, base, base, kind="sample", temperature=1.0) for m in (base, dull)]
+    matched = [MatchedSet(f"{EVIL_NAME}, 4 NFE", "base", found[0])]
+    sentence = dataclasses.replace(report, matched=tuple(matched)).verdict()
+    assert sentence == (
+        f"At 4 NFE and equal sample entropy, {EVIL_NAME} has 1.00 times the Gen.-PPL of base (1.00 to 1.00), "
+        "which is no difference beyond chance."
+    )
+    matched.append(MatchedSet("dull, 4 NFE", "base", found[1]))
+    sentence = dataclasses.replace(report, matched=tuple(matched)).verdict()
+    assert sentence.endswith("no temperature gives base the sample entropy of dull, so nothing is claimed of dull.")
+    in_bytes = matched[0].found._replace(comparison=found[0].comparison._replace(headline="bits_per_byte"))
+    report = dataclasses.replace(report, matched=(matched[0]._replace(found=in_bytes),))
+    assert "has 1.00 times the bits per byte of base (1.00 to 1.00)" in report.verdict()
+    assert report.verdict() == report.to_dict()["verdict"]
+    assert page(report).index("times the bits per byte of base") < page(report).index("A low Gen.-PPL alone")
+
+
 def test_json_holds_every_number_and_no_nan(report):
     plain = json.loads(json.dumps(as_json(report.to_dict()), allow_nan=False))
     assert len(plain["rows"]) == 4 and len(plain["comparisons"]) == 2

@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import refine_worker as worker
@@ -11,10 +16,13 @@ import torch
 
 from tokendrift import TokenDriftError
 from tokendrift.evaluation import GenerativePerplexity
+from tokendrift.files import exclusive
 from tokendrift.models import load_denoiser
 from tokendrift.training import read_log, refine
 from tokendrift.training.checkpointing import load_checkpoint
 from tokendrift.training.few_step import FewStepEvaluation
+from tokendrift.training.processes import termination
+from tokendrift.training.refinement import Run
 from tokendrift.training.run_folder import RunFolder
 
 
@@ -189,3 +197,113 @@ def test_an_accelerator_that_cannot_work_is_refused_before_any_work(run, tmp_pat
     with pytest.raises(TokenDriftError, match="gradient_accumulation_steps of accelerate must be 1"):
         run()
     assert not (tmp_path / "run").exists()
+
+
+def files(folder):
+    return {path.name: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("name", ["Cargo.toml", "config.toml", "step-00000001/model.safetensors"])
+@pytest.mark.parametrize("output", ["there", "."])
+def test_a_folder_of_someone_else_is_refused_before_any_work(run, tmp_path, monkeypatch, name, output):
+    folder = tmp_path / "there"
+    (folder / name).parent.mkdir(parents=True)
+    (folder / name).write_text("mine")
+    monkeypatch.chdir(tmp_path if output == "there" else folder)
+    monkeypatch.setattr("tokendrift.training.refinement.read_checkpoint", pytest.fail)
+    with pytest.raises(TokenDriftError, match="contains files that were not written by refine"):
+        run(output=output, baseline=True)
+    assert files(folder) == {Path(name).name: b"mine"}
+
+
+def test_an_output_without_a_name_is_refused(run):
+    with pytest.raises(TokenDriftError, match="output must name a folder"):
+        run(output=" ")
+
+
+@pytest.mark.parametrize("marked", [True, False])
+def test_an_empty_folder_and_one_that_a_run_has_made_are_written_to(run, tmp_path, marked):
+    (tmp_path / "run").mkdir()
+    run(steps=2)
+    assert not (tmp_path / "run" / ".tokendrift-lock").exists()
+    if not marked:  # as an earlier version left it
+        (tmp_path / "run" / ".tokendrift-run").unlink()
+    run(steps=3)
+
+
+def test_one_run_at_a_time_is_in_a_folder(run, tmp_path):
+    lock, said = tmp_path / "run" / ".tokendrift-lock", f"run is in use by process {os.getpid()} on"
+    with exclusive(lock, tmp_path / "run"), pytest.raises(TokenDriftError, match=said):
+        run(steps=1)
+    run(steps=1)
+
+
+def test_a_lock_survives_no_kill(run, tmp_path):
+    lock = tmp_path / "run" / ".tokendrift-lock"
+    code = f"import os, pathlib\nfrom tokendrift.files import exclusive\nplace = pathlib.Path({str(lock)!r})\n"
+    code += "with exclusive(place, place):\n    os._exit(9)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 9
+    assert lock.exists()
+    run(steps=1)
+
+
+@pytest.mark.parametrize("evaluate_every", [0, 2])
+def test_an_evaluation_that_fails_costs_its_row_and_not_the_run(run, tmp_path, monkeypatch, evaluate_every):
+    expected = run(output=str(tmp_path / "whole"), evaluate_every=evaluate_every).folder
+    measure, calls = FewStepEvaluation.measure, []
+
+    def fails(self, ids):
+        calls.append(len(calls))
+        if len(calls) > 2:  # after real text and the model before
+            raise RuntimeError("the judge is gone")
+        return measure(self, ids)
+
+    monkeypatch.setattr(FewStepEvaluation, "measure", fails)
+    with pytest.warns(UserWarning, match="the evaluation after 6 steps has failed, without figures: the judge is gone"):
+        refined = run(evaluate_every=evaluate_every)
+    assert [row["step"] for row in refined.evaluations] == [0, 0]
+    assert (refined.folder / "model.safetensors").read_bytes() == (expected / "model.safetensors").read_bytes()
+
+
+def test_a_kill_during_an_evaluation_loses_no_step_and_the_evaluation_is_made_at_the_next_start(
+    run, tmp_path, monkeypatch
+):
+    whole = run(output=str(tmp_path / "whole"), evaluate_every=2)
+    evaluate = Run._evaluate
+    for step in (2, 6):
+
+        def killed(self, finished, step=step):
+            if finished == step:
+                raise KeyboardInterrupt
+            return evaluate(self, finished)
+
+        monkeypatch.setattr(Run, "_evaluate", killed)
+        with pytest.raises(KeyboardInterrupt):
+            run(evaluate_every=2)
+        assert steps_of(tmp_path / "run")[-1] == f"step-{step:08d}"
+        assert (tmp_path / "run" / "model.safetensors").exists() == (step == 6)
+    monkeypatch.setattr(Run, "_evaluate", evaluate)
+    again = run(evaluate_every=2)
+    assert again.evaluations == whole.evaluations
+    for name in ("model.safetensors", "log.jsonl"):
+        assert (again.folder / name).read_bytes() == (whole.folder / name).read_bytes()
+    card = (again.folder / "README.md").read_text()
+    assert card.replace(str(tmp_path / "run"), str(tmp_path / "whole")) == (whole.folder / "README.md").read_text()
+
+
+def test_a_first_checkpoint_comes_by_the_clock(run, tmp_path):
+    run(steps=2, checkpoint_every=1000, checkpoint_minutes=1e-9, keep=9)
+    assert steps_of(tmp_path / "run") == ["step-00000002"]
+    run(steps=5, checkpoint_every=1000, checkpoint_minutes=1e-9, keep=9)
+    assert steps_of(tmp_path / "run") == [f"step-{step:08d}" for step in (2, 4, 5)]
+
+
+@pytest.mark.skipif(signal.getsignal(signal.SIGINT) == signal.SIG_IGN, reason="SIGINT is ignored here")
+def test_control_c_finishes_the_step_and_a_second_one_does_not(tmp_path):
+    before = signal.getsignal(signal.SIGINT)
+    with termination() as received:
+        signal.raise_signal(signal.SIGINT)
+        assert received()
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) == before

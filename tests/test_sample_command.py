@@ -19,10 +19,11 @@ from tokendrift import TokenDriftError, cli
 from tokendrift.demo import PRETRAINED
 from tokendrift.diffusion import MaskedDiffusion, UniformDiffusion
 from tokendrift.evaluation.sample_reader import read_samples
+from tokendrift.files import exclusive
 from tokendrift.models import DiT, save_denoiser
 from tokendrift.sampling import SAMPLERS, Ancestral, FirstHitting, Psi, ReMDM, named_sampler, remdm_loop, sample
 from tokendrift.sampling.sample_file import SampleFile
-from tokendrift.sampling.to_file import SampleConfig, sample_to_file
+from tokendrift.sampling.to_file import CheckpointSampler, SampleConfig, sample_to_file
 
 TOKENIZER = PRETRAINED / "tokenizer.json"
 KINDS = {"masked": MaskedDiffusion, "uniform": UniformDiffusion}
@@ -148,6 +149,46 @@ def test_a_finished_file_is_left_as_it_is(checkpoint, tmp_path):
     assert before == (path.stat().st_mtime_ns, path.read_bytes())
 
 
+@pytest.mark.parametrize("harm", ["a row is gone", "a row is no row", "a row is short", "a row too many"])
+def test_a_file_that_was_changed_is_not_complete_and_is_mended(checkpoint, tmp_path, harm):
+    config, path = SampleConfig(str(checkpoint), n=5, steps=2, batch_size=2), tmp_path / "s.jsonl"
+    sample_to_file(config, path)
+    whole = path.read_bytes()
+    lines = whole.splitlines(keepends=True)
+    if harm == "a row is gone":
+        del lines[-1]
+    elif harm == "a row is no row":
+        lines[2] = b"[3]\n"
+    elif harm == "a row is short":
+        lines[2] = b'{"ids": [1], "nfe": 2}\n'
+    else:
+        lines.append(lines[-1])
+    path.write_bytes(b"".join(lines))
+    assert not SampleFile(path, CheckpointSampler(config).settings).complete
+    assert not json.loads(path.read_bytes().splitlines()[0])["tokendrift"]["complete"]
+    sample_to_file(config, path)
+    assert path.read_bytes() == whole
+
+
+def test_a_file_is_complete_only_with_the_rows_that_it_announces(tmp_path):
+    file = SampleFile(tmp_path / "s.jsonl", {"n": 3})
+    file.append([{"ids": [1], "nfe": 1}])
+    with pytest.raises(TokenDriftError, match="holds 1 of 3 samples"):
+        file.finish()
+    assert not SampleFile(tmp_path / "s.jsonl", {"n": 3}).complete
+
+
+def test_one_process_at_a_time_writes_a_file(checkpoint, tmp_path):
+    config, path = SampleConfig(str(checkpoint), n=2, steps=2), tmp_path / "s.jsonl"
+    with (
+        exclusive(tmp_path / ".s.jsonl.lock", path),
+        pytest.raises(TokenDriftError, match=r"s\.jsonl is in use by process"),
+    ):
+        sample_to_file(config, path)
+    assert not path.exists()
+    assert sample_to_file(config, path).complete
+
+
 def test_other_settings_and_other_weights_are_refused(run, backbone, tmp_path):
     folder, path, process = tmp_path / "model", tmp_path / "s.jsonl", UniformDiffusion(9)
     save_denoiser(backbone(vocab_size=9, time_conditioning=True), folder, process)
@@ -182,7 +223,7 @@ def test_a_file_of_another_kind_is_not_touched(checkpoint, tmp_path, content):
         (["--steps", "2", "--device", "abacus"], "device 'abacus' cannot be used"),
         (["--steps", "2", "--temperature", "0"], "temperature must be a finite number above 0"),
         (["--steps", "2", "--prefix", "the"], "the checkpoint has no tokenizer"),
-        (["--steps", "2", "--prefix", "the " * 9, "--tokenizer", str(TOKENIZER)], "a sample 8"),
+        (["--steps", "2", "--prefix", "the " * 9, "--tokenizer", str(TOKENIZER)], "a sample has only 8"),
         (["--steps", "2", "--length", "20", "--stride", "8"], "stride must be below window"),
     ],
 )

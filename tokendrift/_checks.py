@@ -37,6 +37,11 @@ def fail(message: str, remedy: str = "", /, **got: object) -> TokenDriftError:
     return TokenDriftError("\n".join(lines))
 
 
+def can_be_read(values: Tensor) -> bool:
+    """Return whether values can be looked at here: an accelerator would have to be waited for, a graph has none."""
+    return values.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
 def check_options(function: F) -> F:
     """Decorate a function so that an unknown keyword argument raises an error that suggests the nearest option.
 
@@ -190,6 +195,13 @@ def check_positive(name: str, value: float, *, symbol: str = "") -> float:
     """Require a finite number above zero."""
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
         raise fail(f"{name}{f' ({symbol})' if symbol else ''} must be a finite number above 0.", **{name: value})
+    return float(value)
+
+
+def check_scale(name: str, value: float, *, symbol: str) -> float:
+    """Require a factor whose square is far from the limits of float32: beyond them a loss is infinite, or zero."""
+    if not 1e-12 <= check_positive(name, value, symbol=symbol) <= 1e12:
+        raise fail(f"{name} ({symbol}) must lie between 1e-12 and 1e12.", **{name: value})
     return float(value)
 
 

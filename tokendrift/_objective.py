@@ -7,12 +7,13 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from tokendrift._checks import (
+    can_be_read,
     check_choice,
     check_clean_ids,
     check_count,
@@ -39,8 +40,9 @@ from tokendrift.lift import (
     soft_token_lift,
     straight_through_lift,
 )
-from tokendrift.references import FeatureQueue, gather, rank_count
+from tokendrift.references import FeatureQueue, Gathered, gather, rank_count
 
+T = TypeVar("T")
 Reduction = Literal["mean", "sum", "none"]
 LIFTS = {"soft": soft_token_lift, "straight_through": straight_through_lift}
 
@@ -154,6 +156,8 @@ class DriftObjective(nn.Module):
     """Base of the drifting losses: input rules, lift, features, references and drift."""
 
     _called = False  # set by the first call
+    _calls = 0  # those that meet other ranks
+    _warned_of_zero = False
 
     def __init__(
         self,
@@ -238,6 +242,32 @@ class DriftObjective(nn.Module):
         attention_mask: Tensor | None,
     ) -> Inputs:
         """Apply the input rules."""
+        return self._failing_together(
+            lambda: self._checked_here(logits, clean_ids, noisy_ids, predicted, attention_mask)
+        )
+
+    def _failing_together(self, work: Callable[[], T]) -> T:
+        """Do what may fail on this rank alone; if it does, all ranks raise instead of waiting for each other."""
+        if self._ranks() == 1:
+            return work()
+        try:
+            return work()
+        except Exception as error:
+            self._gather(self.embedding.new_zeros(0, 0), error)
+            raise
+
+    def _gather(self, features: Tensor, error: Exception | None = None) -> Gathered:
+        self._calls += 1
+        return gather(features, call=self._calls, error=error)
+
+    def _checked_here(
+        self,
+        logits: Tensor | LinearLogits,
+        clean_ids: Tensor,
+        noisy_ids: Tensor | None,
+        predicted: Tensor | None,
+        attention_mask: Tensor | None,
+    ) -> Inputs:
         if isinstance(logits, LinearLogits):
             check_linear(logits, self.embedding)
             if self.lift != "soft":
@@ -303,7 +333,7 @@ class DriftObjective(nn.Module):
                 f"logits look like probabilities: they are not negative and rows sum to one. {type(self).__name__} "
                 "applies a softmax of its own, so that probabilities give a wrong loss; pass the raw output of the "
                 "denoiser, or probabilities.log().",
-                stacklevel=6,
+                stacklevel=9,
             )
 
     def extra_repr(self) -> str:
@@ -320,10 +350,8 @@ class DriftObjective(nn.Module):
     def _step(self, inputs: Inputs, diagnose: bool) -> Step:
         """Return features and drift of a checked batch. Nothing is pushed into the queues yet."""
         # 1. Features of generated text, with gradient, and of real text, without.
-        generated = self._generated(inputs)
+        generated, real = self._failing_together(lambda: (self._generated(inputs), self._real(inputs)))
         with torch.no_grad():
-            lookup = nn.functional.embedding(inputs.clean_ids.long(), self.embedding)
-            real = self._features(lookup, inputs.attention_mask).values
             # 2. The features of all ranks.
             all_generated, all_real, first, offset = self._of_all_ranks(generated, real)
             # 3. The drift of every anchor. Scales and column sums run over the anchors, so that each rank computes
@@ -341,7 +369,7 @@ class DriftObjective(nn.Module):
         own, first = generated.values.detach(), generated.first_of_sequence()
         if self._ranks() == 1:
             return own, real, first, 0
-        everything, offset = gather(torch.cat([own, real.to(own), first[:, None].to(own)], dim=1))
+        everything, offset = self._gather(torch.cat([own, real.to(own), first[:, None].to(own)], dim=1))
         width = own.shape[1]
         return everything[:, :width], everything[:, width : 2 * width], everything[:, -1], offset
 
@@ -387,7 +415,7 @@ class DriftObjective(nn.Module):
                 workspace_mib=self.workspace_mib,
             )
         features = self._features(lifted, inputs.attention_mask)
-        if lifted.device.type == "cpu" and not torch.compiler.is_compiling() and not features.values.isfinite().all():
+        if can_be_read(lifted) and not features.values.isfinite().all():
             raise fail(
                 f"{_not_finite(logits)}.",
                 "Look for an overflow in the denoiser (a too high learning rate, float16 without scaling); nothing "
@@ -396,9 +424,25 @@ class DriftObjective(nn.Module):
             )
         return features
 
+    @torch.no_grad()
+    def _real(self, inputs: Inputs) -> Tensor:
+        """Return the features of the clean text."""
+        lookup = nn.functional.embedding(inputs.clean_ids.long(), self.embedding)
+        features = self._features(lookup, inputs.attention_mask).values
+        if can_be_read(features) and not features.isfinite().all():
+            raise fail(
+                "the features of the clean text are not finite.",
+                "Look for an overflow in the feature map, or for NaN in the embedding; nothing was pushed into the "
+                "queues.",
+                features=features,
+            )
+        return features
+
     def _drift(self, generated: Tensor, real: Tensor, diagnose: bool) -> tuple[Tensor, FieldDiagnostics | None]:
         """Return the drift (N, M) of generated features, given real ones and both queues."""
         own = pair = None
+        for queue in (self.queue_real, self.queue_generated):
+            queue.check_width(generated)
         positives, negatives = (q.features().to(generated) for q in (self.queue_real, self.queue_generated))
         if self.batch_as_references:
             # The current batch stands first, so that anchor i is negative i and its clean sequence positive i.
@@ -406,13 +450,40 @@ class DriftObjective(nn.Module):
             negatives = torch.cat([generated, negatives]) if len(negatives) else generated
             own = torch.arange(len(generated), device=generated.device)
             pair = own if self.exclude_paired_positive else None
+        alone = self.batch_as_references and (len(negatives) < 2 or (pair is not None and len(positives) < 2))
         if not len(generated) or not len(positives):  # windows of padding alone; a first step with the queues alone
+            self._warn_of_zero(refills=self.training)
             return torch.zeros_like(generated), None
+        options = {"exclude_positive": pair, "exclude_negative": own}
+        field: FieldDiagnostics | None = None
         if diagnose and isinstance(self.field, DriftField):
-            return self.field.diagnose(
-                generated, positives, negatives, exclude_positive=pair, exclude_negative=own, pairs=own
-            )
-        return self.field(generated, positives, negatives, exclude_positive=pair, exclude_negative=own), None
+            drift, field = self.field.diagnose(generated, positives, negatives, **options, pairs=own)
+        else:
+            drift = self.field(generated, positives, negatives, **options)
+        if alone:
+            self._warn_of_zero(refills=self.training and self.queue_size > 0)
+        elif can_be_read(drift):
+            if not drift.isfinite().all():
+                raise fail(
+                    "the drift is not finite: features are so large that their squares overflow.",
+                    "Normalise the features, or scale the embedding down; nothing was pushed into the queues.",
+                    features=generated,
+                )
+            if not drift.any():
+                self._warn_of_zero()
+        return drift, field
+
+    def _warn_of_zero(self, *, refills: bool = False) -> None:
+        """Say once that a call gives no gradient, unless it fills the queues for those that follow."""
+        if refills or self._warned_of_zero or torch.compiler.is_compiling():
+            return
+        self._warned_of_zero = True
+        warnings.warn(
+            "the drift of this call is zero, and with it the gradient. An anchor needs a positive, and a negative "
+            "other than itself, that differ by more than rounding: pass more than one sequence, use queues in "
+            "training mode, or normalise features that are very small.",
+            stacklevel=7,
+        )
 
     def _finish(
         self, per_sequence: Tensor, step: Step, inputs: Inputs, return_diagnostics: bool

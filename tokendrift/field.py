@@ -179,7 +179,8 @@ class DriftField:
             negative_weights: The same for negatives, (Q,); see `tokendrift.references.guidance_weight`.
 
         Returns:
-            Shape (N, M), float32 or wider, without gradient. Zero for an anchor that sees nothing on one side.
+            Shape (N, M), float32 or wider, without gradient. Zero for an anchor that sees nothing on one side, NaN
+            where a reference is not finite or features are too large for their squares.
         """
         raw, sums = self.raw(
             anchors, positives, negatives, exclude_positive, exclude_negative, positive_weights, negative_weights
@@ -209,9 +210,7 @@ class DriftField:
             positive = sums.positives
             pair_weight = ((positive.own - positive.peak).exp() / positive.mass).mean(-1)
         seen, effective = self._seen(sums.positives, sums.negatives)
-        return self.combine(raw, sums), FieldDiagnostics(
-            rms, seen.nan_to_num(0.0).mean(-1), effective.nan_to_num(0.0).mean(-1), pair_weight
-        )
+        return self.combine(raw, sums), FieldDiagnostics(rms, seen.mean(-1), effective.mean(-1), pair_weight)
 
     @torch.no_grad()
     def raw(
@@ -290,25 +289,30 @@ class DriftField:
         return side.mean()
 
     def _drift(self, view: View, pos: Sums, neg: Sums) -> tuple[Tensor, FieldSums]:
-        """Return the raw drifts (T, N, M) from complete sums; zero where one side is empty."""
-        both = (pos.mass > 0) & (neg.mass > 0)
+        """Return the raw drifts (T, N, M) from complete sums; zero where one side is empty, NaN where it is NaN."""
+        empty = (pos.mass == 0) | (neg.mass == 0)
         mass_pos, mass_neg = self._masses(pos, neg)
         # Cross-weights: each side is scaled by the mass of the other, which makes the field anti-symmetric.
-        masses = torch.where(both, mass_pos * mass_neg, 0.0)
+        masses = torch.where(empty, 0.0, mass_pos * mass_neg)
         gap = self.attraction * self._aim(view, pos) - self.repulsion * self._aim(view, neg)
         if self.attraction != self.repulsion:  # pull and push are differences to the anchor
             gap = gap - (self.attraction - self.repulsion) * view.anchors
-        return masses[..., None] * torch.where(both[..., None], gap, 0.0), FieldSums(pos, neg, view)
+        return masses[..., None] * torch.where(empty[..., None], 0.0, gap), FieldSums(pos, neg, view)
 
     def _scale(self, mean_square: Tensor, sums: FieldSums) -> Tensor:
         """Return the factor on the raw drift of each temperature, (T,)."""
         if not self.rms_normalize:
             return torch.ones_like(mean_square)
-        return torch.where(mean_square > self.eps, (mean_square + self.eps).rsqrt(), 0.0)
+        return torch.where(mean_square <= self.eps, 0.0, (mean_square + self.eps).rsqrt())
 
     def _seen(self, pos: Sums, neg: Sums) -> tuple[Tensor, Tensor]:
-        """Return the share of the weight on positives and the effective number of references, (T, N) each."""
+        """Return the share of the weight on positives and the effective number of references, (T, N) each.
+
+        Both are zero for an anchor that sees nothing.
+        """
         peak = torch.maximum(pos.peak, neg.peak)
         pos, neg = pos.rescaled(peak), neg.rescaled(peak)
         total = pos.mass + neg.mass
-        return pos.mass / total, total.square() / (pos.square + neg.square)
+        nothing = total == 0
+        effective = total.square() / (pos.square + neg.square)
+        return torch.where(nothing, 0.0, pos.mass / total), torch.where(nothing, 0.0, effective)

@@ -1,15 +1,19 @@
-"""Reading text files, writing files atomically, and digests of files and weights."""
+"""Reading text files, writing files atomically, locks, and digests of files and weights."""
 
 from __future__ import annotations
 
 import gzip
 import hashlib
 import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, cast
 
 from torch import nn
 
+from tokendrift._checks import fail
 from tokendrift.errors import TokenDriftError
 
 BLOCK = 1 << 20  # bytes read at a time for a digest
@@ -113,6 +117,44 @@ def flush_to_disk(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+@contextmanager
+def exclusive(lock: Path, target: Path) -> Iterator[None]:
+    """Hold a lock inside the block. It ends with the process, however that ends, and leaves no file.
+
+    Args:
+        lock: File of the lock, on a file system that all contenders share.
+        target: What is locked, for the message of the error.
+
+    Raises:
+        TokenDriftError: If another process holds it, which the error names, or if the file cannot be made.
+    """
+    from filelock import FileLock, Timeout
+
+    holder, held = "", FileLock(lock)
+    try:
+        lock.parent.mkdir(parents=True, exist_ok=True)
+        if lock.exists():
+            holder = lock.read_text(encoding="utf-8", errors="replace")
+        held.acquire(timeout=0)
+    except Timeout:
+        raise fail(
+            f"{target} is in use by {holder or 'another process'}.",
+            "Wait until it has ended, or choose another output.",
+        ) from None
+    except OSError as error:
+        raise fail(
+            f"{target} cannot be written: {error.strerror or error}.", "Free some space, or write elsewhere."
+        ) from None
+    try:
+        with suppress(OSError):
+            lock.write_text(f"process {os.getpid()} on {socket.gethostname()}", encoding="utf-8")
+        yield
+    finally:
+        with suppress(OSError):
+            lock.unlink()  # while it is held: nobody else can have taken it
+        held.release()
 
 
 def file_digest(path: Path) -> str:

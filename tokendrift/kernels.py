@@ -30,11 +30,16 @@ KERNELS: dict[str, Kernel] = {"gaussian": gaussian, "laplace": laplace}
 def squared_distances(x: Tensor, y: Tensor, *, refine: bool = False) -> Tensor:
     """Return squared Euclidean distances (N, P) of centred clouds, never below zero.
 
+    They are NaN for a point whose squared norm is above 2^-24 of the largest number of its dtype: a sum of squares
+    over all coordinates and points would be infinite, and a point that is infinitely far away would not count.
+
     One matrix product; ``refine`` computes the pairs that nearly coincide from their difference, some at a time: in
     tight clusters these are nearly all pairs.
     """
     # Norms, unlike squares, need no second copy of the references.
-    size = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square() + torch.linalg.vector_norm(y, dim=-1).square()
+    sizes = [torch.linalg.vector_norm(cloud, dim=-1).square() for cloud in (x, y)]
+    own, other = (torch.where(size <= torch.finfo(size.dtype).max * 2.0**-24, size, torch.nan) for size in sizes)
+    size = own[:, None] + other
     squared = torch.addmm(size, x, y.T, alpha=-2).clamp_min_(0)
     if refine:
         for pairs in (squared < 1e-3 * size).nonzero().split(max(1, REFINED_NUMBERS // x.shape[1])):

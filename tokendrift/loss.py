@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from tokendrift._checks import check_choice, check_options, check_positive, fail
+from tokendrift._checks import check_choice, check_options, check_scale, fail
 from tokendrift._diagnostics import Diagnostics, LossOutput, token_entropy
 from tokendrift._objective import DriftObjective, Reduction
 from tokendrift.features import FeatureMap, PooledFeatures
@@ -39,6 +39,15 @@ class TokenDriftLoss(DriftObjective):
     differs from that of one large batch if anchors are compared with the features of their own call
     (``batch_as_references``, the default), or if the field computes a scale or a sum over the anchors of the call:
     ``rms_normalize``, ``"two_sided"``, and most of `tokendrift.variants`.
+
+    Anything else that calls the loss twice in a step, such as the closure of an optimiser, also fills the queues twice:
+    use ``frozen_queues`` there as well. Gradient checkpointing of the loss itself computes it again during the backward
+    pass and is an error in training mode, unless both passes are inside such a block. Checkpointing only the model is
+    always possible.
+
+    Features that are not finite never enter the queues. On a CPU they are an error. On an accelerator and in a compiled
+    loss, where reading them would have to wait for the device, the loss is NaN. If the drift is zero and the queues
+    will not change that, the loss warns once.
 
     To add a base loss, write ``loss(...) + weight * base``. The paper states no weight, and its Gen.-PPL is better
     without one (Table 4).
@@ -118,7 +127,7 @@ class TokenDriftLoss(DriftObjective):
             workspace_mib=workspace_mib,
             across_ranks=across_ranks,
         )
-        self.drift_scale = check_positive("drift_scale", drift_scale, symbol="alpha")
+        self.drift_scale = check_scale("drift_scale", drift_scale, symbol="alpha")
 
     @classmethod
     @check_options
@@ -214,8 +223,9 @@ class TokenDriftLoss(DriftObjective):
         inputs = self._checked(logits, clean_ids, noisy_ids, predicted, attention_mask)
         step = self._step(inputs, return_diagnostics)
         features = step.generated.values
-        target = (features + self.drift_scale * step.drift).detach()
-        squares = (features - target).square().sum(dim=-1)
+        # Feature minus target, without the rounding of their difference: a short drift would be lost in it.
+        gap = (features - features.detach()) - self.drift_scale * step.drift
+        squares = gap.square().sum(dim=-1)
         per_sequence = step.generated.mean_of_sequences(0.5 * squares)
         return self._finish(per_sequence, step, inputs, return_diagnostics)
 
@@ -276,7 +286,7 @@ class MirrorTeacherLoss(DriftObjective):
             across_ranks=across_ranks,
         )
         check_choice("distance", distance, ("kl", "mse"))
-        self.distance, self.step_size = distance, check_positive("step_size", step_size, symbol="eta")
+        self.distance, self.step_size = distance, check_scale("step_size", step_size, symbol="eta")
 
     def forward(
         self,
@@ -310,8 +320,9 @@ class MirrorTeacherLoss(DriftObjective):
             (direction,) = torch.autograd.grad(features, leaf, mean_drift)
         # 2. The distance between the logits and the teacher, which is one step along that direction.
         if self.distance == "mse":
-            # The teacher differs from the logits by eta * g, a constant: this form keeps the value and the gradient.
-            gap = wide - (wide.detach() + self.step_size * direction)
+            # The teacher differs from the logits by eta * g, a constant: this form keeps the value and the gradient,
+            # without the rounding of a difference.
+            gap = (wide - wide.detach()) - self.step_size * direction
             gap = gap.masked_fill(wide.isneginf(), 0.0)  # closed entries: -inf minus -inf would be NaN
             per_token = gap.square().sum(dim=-1)
         else:

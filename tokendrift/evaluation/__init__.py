@@ -36,6 +36,7 @@ from tokendrift.evaluation.matching import (
 from tokendrift.evaluation.measures import Measures, measure
 from tokendrift.evaluation.nelbo import nelbo_interval, sequence_nelbo, validation_nelbo
 from tokendrift.evaluation.overlap import copied_share, self_bleu
+from tokendrift.evaluation.panel import PanelComparison, compare_panels
 from tokendrift.evaluation.repetition import longest_repeat, sample_repetition
 from tokendrift.evaluation.sample_reader import read_samples
 from tokendrift.evaluation.two_sample import (
@@ -62,6 +63,7 @@ __all__ = [
     "MatchedEntropy",
     "MeasureSamples",
     "Measures",
+    "PanelComparison",
     "PerplexityResult",
     "Point",
     "SampleSet",
@@ -70,6 +72,7 @@ __all__ = [
     "bootstrap_interval",
     "check_samples",
     "compare",
+    "compare_panels",
     "copied_share",
     "distinct_n",
     "duplicate_share",

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+import torch
+from torch import Tensor
+
 from tokendrift._checks import fail
 from tokendrift.evaluation.bootstrap import Interval, interval_from
 from tokendrift.evaluation.measures import Measures
@@ -18,11 +21,23 @@ class Comparison(NamedTuple):
         gen_ppl_ratio: Gen.-PPL of a over that of b.
         differences: a minus b in every other figure that was measured for both.
         paired: Whether sample i of a and of b were redrawn together, which needs sets of the same size.
+        bits_per_byte_ratio: Bits per byte of a over those of b; None if they were not measured for both.
+        headline: Figure by which the likelihoods compare: ``"gen_ppl"`` if the judge shares the tokenizer of both
+            denoisers or the bytes are not known, else ``"bits_per_byte"``.
     """
 
     gen_ppl_ratio: Interval
     differences: dict[str, Interval]
     paired: bool
+    bits_per_byte_ratio: Interval | None = None
+    headline: str = "gen_ppl"
+
+    @property
+    def ratio(self) -> Interval:
+        """The ratio of the headline figure."""
+        if self.headline == "gen_ppl" or self.bits_per_byte_ratio is None:
+            return self.gen_ppl_ratio
+        return self.bits_per_byte_ratio
 
     def verdict(self, name: str = "gen_ppl") -> str:
         """Return ``"lower"``, ``"higher"``, or ``"not distinguishable"`` where the interval holds no difference."""
@@ -35,9 +50,11 @@ class Comparison(NamedTuple):
     def to_dict(self) -> dict[str, Any]:
         """Return plain numbers and texts for JSON, a verdict with each figure."""
         found = {"gen_ppl_ratio": (self.gen_ppl_ratio, "gen_ppl")}
+        if self.bits_per_byte_ratio is not None:
+            found["bits_per_byte_ratio"] = (self.bits_per_byte_ratio, "bits_per_byte")
         found |= {name: (value, name) for name, value in self.differences.items()}
         rows = {key: {**value._asdict(), "verdict": self.verdict(name)} for key, (value, name) in found.items()}
-        return {**rows, "paired": self.paired}
+        return {**rows, "paired": self.paired, "headline": self.headline}
 
 
 def compare(a: Measures, b: Measures) -> Comparison:
@@ -50,15 +67,38 @@ def compare(a: Measures, b: Measures) -> Comparison:
         TokenDriftError: If the two were not measured alike (judge, protocol, precision, vocabulary, resamples).
     """
     check_alike(a, b)
-    logs = a.replicates["gen_ppl"] - b.replicates["gen_ppl"]
-    ratio = interval_from(a.log_gen_ppl - b.log_gen_ppl, logs, a.level).exp()
+    headline = "gen_ppl" if a.headline == b.headline == "gen_ppl" else "bits_per_byte"
+    known = "bits_per_byte" in a.figures and "bits_per_byte" in b.figures
+    bits_per_byte = ratio_interval(log_ratio(a, b, "bits_per_byte"), a.level) if known else None
     theirs = b.intervals()
     differences = {
         name: interval_from(value.estimate - theirs[name].estimate, a.replicates[name] - b.replicates[name], a.level)
         for name, value in a.intervals().items()
         if name != "gen_ppl" and name in theirs and name in a.replicates
     }
-    return Comparison(ratio, differences, a.samples == b.samples)
+    ratio = ratio_interval(log_ratio(a, b, "gen_ppl"), a.level)
+    return Comparison(
+        ratio, differences, a.samples == b.samples, bits_per_byte, headline if bits_per_byte else "gen_ppl"
+    )
+
+
+def log_ratio(a: Measures, b: Measures, name: str) -> tuple[float, Tensor]:
+    """Return the logarithm of the ratio of a figure of two sets, and the same on every redraw, (R,).
+
+    Args:
+        a: Figures of the numerator.
+        b: Figures of the denominator.
+        name: ``"gen_ppl"`` or ``"bits_per_byte"``.
+    """
+    if name == "gen_ppl":  # its replicates are logarithms already
+        return a.log_gen_ppl - b.log_gen_ppl, a.replicates[name] - b.replicates[name]
+    estimates = torch.tensor([m.figures[name].estimate for m in (a, b)], dtype=torch.float64).log()
+    return float(estimates[0] - estimates[1]), a.replicates[name].log() - b.replicates[name].log()
+
+
+def ratio_interval(logs: tuple[float, Tensor], level: float) -> Interval:
+    """Return the interval of a ratio from its logarithm and the logarithms on every redraw."""
+    return interval_from(*logs, level).exp()
 
 
 def check_alike(a: Measures, b: Measures) -> None:
@@ -76,4 +116,5 @@ def check_alike(a: Measures, b: Measures) -> None:
 def _options(measures: Measures) -> dict[str, object]:
     judged = {name: getattr(measures.perplexity, name) for name in ("protocol", "precision", "judge", "revision")}
     own = {name: getattr(measures, name) for name in MUST_AGREE}
-    return {**judged, **own, "resamples": len(measures.replicates["gen_ppl"])}
+    judges = [one.perplexity.judge for one in measures.panel]
+    return {**judged, **own, "panel": judges, "resamples": len(measures.replicates["gen_ppl"])}

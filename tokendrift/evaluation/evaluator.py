@@ -105,6 +105,7 @@ def evaluate(
     level: float = 0.95,
     seed: int = 0,
     skip_bad: bool = False,
+    panel: Sequence[GenerativePerplexity] = (),
     progress: Callable[[int], object] | None = None,
 ) -> Evaluation:
     """Measure sets of samples and real text alike, and check each set with the guard.
@@ -125,6 +126,7 @@ def evaluate(
         level: Confidence of the intervals. Default: 0.95.
         seed: Seed of the redraws. Default: 0.
         skip_bad: As for `measure`. Default: False.
+        panel: Further judges, as for `measure`. Default: none.
         progress: As for `GenerativePerplexity.update`.
 
     Raises:
@@ -156,7 +158,7 @@ def evaluate(
         return measure(
             samples, judge, tokenizer=tokenizer, clean_up_spaces=clean_up_spaces, vocabulary=vocabulary,
             training=training, nelbo=bound, resamples=resamples, level=level, seed=seed, skip_bad=skip_bad,
-            progress=progress,
+            panel=panel, progress=progress,
         )  # fmt: skip
 
     # 2. Each set, and beside it real text of its lengths; sets of the same lengths share theirs.

@@ -239,3 +239,6 @@ FIGURES: dict[str, Figure] = {
     )
 }
 """The figures by name, in the order in which they are shown."""
+
+LIKELIHOODS = ("gen_ppl", "bits_per_byte", "nats_per_generated_token")
+"""The figures that depend on the judge."""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, distributed
 
 from tokendrift._checks import check_choice, check_count, fail
-from tokendrift.evaluation.judge import DEFAULT_JUDGE, Judge, check_range, token_nll
+from tokendrift.evaluation.judge import DEFAULT_JUDGE, Judge, check_range
 from tokendrift.evaluation.protocols import (
     NEED_EOS,
     PROTOCOLS,
@@ -25,6 +25,8 @@ from tokendrift.evaluation.samples import SampleInput, id_sequences
 from tokendrift.modes import evaluation_mode
 from tokendrift.references import rank_count
 from tokendrift.sampling import SampleSet
+
+USUAL_LENGTH = 1024  # tokens of a window; recent judges know so many positions that batches would not fit into memory
 
 
 class PerplexityResult(NamedTuple):
@@ -92,15 +94,17 @@ class GenerativePerplexity:
 
     Every sample is scored, and the result does not depend on batch size, order or padding beyond the rounding of the
     judge. Log-probabilities are float32 or wider, sums float64. Windows of similar length are read together, with up
-    to ``batch_size * max_length`` tokens in a forward call.
+    to ``batch_size * max_length`` tokens in a forward call, and no more than ``batch_size * 1024`` unless a single
+    window is longer.
 
     If a process group is initialised, every rank scores samples of its own; only `compute` communicates.
 
     Args:
         judge: A transformers causal LM; any callable (ids (B, L) int64, attention_mask (B, L) int64) -> logits
             (B, L, V); or the name or folder of a transformers model (safetensors; its own code is never run).
-        tokenizer: Tokenizer of the judge, for texts: one of transformers, or a ``tokenizers.Tokenizer``. Texts are
-            encoded without added special tokens. Default: that of a judge loaded by name, else None.
+        tokenizer: Tokenizer of the judge, for texts: one of transformers, or a ``tokenizers.Tokenizer``. No special
+            token is added, except the start token of a judge that has one, see `Judge`. Default: that of a judge
+            loaded by name, else None.
         protocol: ``"mdlm"`` (also DUO's and ReMDM's), ``"sedd"``, ``"sdtt"``, ``"bd3"``, or ``"all"``: every token
             but the first, with context across windows. See `tokendrift.evaluation.protocols`. Default: ``"mdlm"``.
         max_length: Tokens that the judge reads at once. Longer samples are split into windows, never cut;
@@ -223,9 +227,10 @@ class GenerativePerplexity:
     ) -> PerplexityResult:
         """Return Gen.-PPL of these samples alone; arguments as for `update`, whose state it leaves as it is."""
         sequences = self._prepare(samples, attention_mask)
+        read = self.judge.with_start(sequences)
         pieces = [
             (owner, window)
-            for owner, ids in enumerate(sequences)
+            for owner, ids in enumerate(read)
             for window in plan_windows(len(ids), self.max_length, self.stride)
         ]
         nll = torch.zeros(len(sequences), dtype=torch.float64)
@@ -234,10 +239,9 @@ class GenerativePerplexity:
         with evaluation_mode(self.judge.model):
             for batch in self._batches(pieces):
                 owners = torch.tensor([owner for owner, _ in batch])
-                ids, mask, counted = self._collate(sequences, batch)
-                logits = self.judge.logits(ids, mask)
-                precision = self.judge.precision(logits)
-                nll.index_add_(0, owners, torch.where(counted, token_nll(logits, ids), 0).sum(dim=1))
+                ids, mask, counted = self._collate(read, batch)
+                each, precision = self.judge.token_nll(ids, mask)
+                nll.index_add_(0, owners, torch.where(counted, each, 0).sum(dim=1))
                 tokens.index_add_(0, owners, counted.sum(dim=1))
                 if progress is not None:
                     progress(len(batch))
@@ -258,7 +262,7 @@ class GenerativePerplexity:
         first = 0
         while first < len(pieces):
             window = pieces[first][1]
-            count = max(1, self.batch_size * self.max_length // (window.end - window.start))
+            count = max(1, self.batch_size * min(self.max_length, USUAL_LENGTH) // (window.end - window.start))
             yield pieces[first : first + count]
             first += count
 
@@ -276,7 +280,7 @@ class GenerativePerplexity:
                     "those before it, so a sample needs at least 2.",
                     "Leave such samples out and report how many there were.",
                 )
-            if self.protocol in WHOLE and len(ids) > self.max_length:
+            if self.protocol in WHOLE and len(ids) + (self.judge.start_id is not None) > self.max_length:
                 raise fail(
                     f"sample {i} has {len(ids)} tokens, but protocol {self.protocol!r} scores each sample as a whole "
                     f"and the judge accepts max_length = {self.max_length}.",

@@ -9,6 +9,7 @@ samples:
 | figure | suspicious | margin | what it indicates |
 |---|---|---|---|
 | ``gen_ppl`` | below real text | none | more predictable than human text; commented on even without a flag |
+| ``bits_per_byte`` | below | none | the same, in place of ``gen_ppl`` if the judge has another tokenizer |
 | ``sample_entropy`` | below | 2 % | few different tokens within a sample |
 | ``unigram_entropy`` | below | 2 % | frequent words only; low temperature |
 | ``distinct_1`` to ``distinct_4`` | below | 10 % | few words or phrases over the whole set |
@@ -29,6 +30,7 @@ import math
 from typing import Any, NamedTuple
 
 from tokendrift.evaluation.comparison import check_alike
+from tokendrift.evaluation.figures import LIKELIHOODS
 from tokendrift.evaluation.measures import Measures
 
 DEVIATIONS = 3.5
@@ -57,6 +59,7 @@ class GuardRule(NamedTuple):
 
 RULES = (
     GuardRule("gen_ppl", -1, 0.0, True, False, "likelier under the judge than human text, so more predictable"),
+    GuardRule("bits_per_byte", -1, 0.0, True, False, "likelier under the judge than human text, so more predictable"),
     GuardRule("sample_entropy", -1, 0.02, True, False, "few different tokens within a sample"),
     GuardRule("unigram_entropy", -1, 0.02, True, True, "frequent tokens preferred, as at a low temperature"),
     *(
@@ -145,6 +148,8 @@ def check_samples(generated: Measures, real: Measures, *, deviations: float = DE
     values, expected = generated.intervals(), real.intervals()
     for rule in RULES:
         name = rule.figure
+        if name in LIKELIHOODS and name != generated.headline:
+            continue  # a figure per token of a judge with another tokenizer does not compare, and one of them is enough
         measured = (
             name in values and name in expected and math.isfinite(values[name].estimate + expected[name].estimate)
         )
@@ -154,14 +159,14 @@ def check_samples(generated: Measures, real: Measures, *, deviations: float = DE
         value, level = values[name].estimate, expected[name].estimate
         # The threshold lies on the suspicious side of real text's figure, beyond chance and beyond the margin.
         error = float((generated.replicates[name] - real.replicates[name]).std())
-        if name == "gen_ppl":  # compared as a ratio
+        if name == "gen_ppl":  # compared as a ratio: its replicates are logarithms
             threshold = level * math.exp(rule.side * deviations * error)
         else:
             allowed = max(deviations * error, rule.margin * (level if rule.relative else 1))
             threshold = level + rule.side * allowed
         if rule.side * (value - threshold) > 0:
             findings.append(Finding(name, "flag", value, level, threshold, rule.meaning))
-        elif name == "gen_ppl" and value < level:
+        elif name in LIKELIHOODS and value < level:
             findings.append(Finding(name, "comment", value, level, threshold, rule.meaning))
     return Verdict(tuple(findings), tuple(unchecked))
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import os
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,9 @@ from torch import Tensor, nn
 
 from tokendrift._checks import check_choice, check_device, fail
 from tokendrift.errors import TokenDriftError
+from tokendrift.evaluation.gguf_judge import folder_of_gguf, is_gguf
 from tokendrift.models.hub import check_local
+from tokendrift.models.tokenizer import same_tokenizer
 
 DEFAULT_JUDGE = "gpt2-large"  # that of the literature
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -25,7 +27,8 @@ class Judge:
 
     Args:
         model: A transformers causal LM; any callable (ids (B, L) int64, attention_mask (B, L) int64) -> logits
-            (B, L, V); or the name or folder of a transformers model.
+            (B, L, V); or the name or folder of a transformers model, a GGUF file, or ``package:NAME``, see
+            `load_judge`.
         tokenizer: A transformers tokenizer or a ``tokenizers.Tokenizer``; with a name or folder the model's own.
         device: Device to which ids are sent. A model loaded by name is moved there, any other model is not moved.
             Default: that of the model's parameters.
@@ -38,6 +41,8 @@ class Judge:
         revision: Commit of the loaded weights where the hub names one, else as given; None for a local folder.
         window: Positions that the model knows, None if it does not say.
         vocab_size: V, None if the model does not say.
+        start_id: Token that the tokenizer puts before every text, as those of Gemma and Llama do; None if it puts none.
+            Such a judge is lost without it, so `with_start` puts it before every sample.
         eos_id: End-of-text token of the tokenizer or else of the model, None if neither has exactly one.
     """
 
@@ -80,16 +85,39 @@ class Judge:
         config = getattr(model, "config", None)
         own_name = getattr(config, "_name_or_path", "") or getattr(model, "__name__", "") or type(model).__name__
         self.name = named_by if named_by is not None else str(own_name)
-        local = named_by is not None and Path(named_by).is_dir()  # has no branches, whatever was asked for
+        # What is local has no branches, whatever was asked for.
+        local = named_by is not None and (Path(named_by).exists() or is_gguf(named_by))
         self.revision: str | None = getattr(config, "_commit_hash", None) or (None if local else revision)
         self.window = _count(getattr(config, "max_position_embeddings", None))
         self.vocab_size = _count(getattr(config, "vocab_size", None))
         own = _count(getattr(tokenizer, "eos_token_id", None))
+        self.start_id = _start_of(tokenizer)
         self.eos_id = own if own is not None else _count(getattr(config, "eos_token_id", None))
         # 3. How the model is called.
         named = _parameters(model.forward if isinstance(model, nn.Module) else model)
         self._keywords = {"use_cache": False} if "use_cache" in named else {}
         self._by_name = "input_ids" in named and "attention_mask" in named
+        self._compared: list[tuple[Any, bool]] = []
+        self._heads: list[Callable[[Tensor], Tensor] | None] = []  # what `_head` found, once it is known
+
+    def shares_tokenizer(self, tokenizer: Any) -> bool:
+        """Return whether a tokenizer is known to read every text as the judge's does."""
+        if tokenizer is None or self.tokenizer is None:
+            return False
+        for known, same in self._compared:  # large tokenizers take seconds to compare
+            if known is tokenizer:
+                return same
+        comparable = all(hasattr(each, "get_vocab") for each in (tokenizer, self.tokenizer))
+        same = tokenizer is self.tokenizer or (comparable and same_tokenizer(tokenizer, self.tokenizer))
+        self._compared.append((tokenizer, same))
+        return same
+
+    def with_start(self, sequences: Sequence[Tensor]) -> list[Tensor]:
+        """Return ids with the judge's start token before each sequence that does not begin with it."""
+        if self.start_id is None:
+            return list(sequences)
+        start = torch.tensor([self.start_id])
+        return [ids if int(ids[0]) == self.start_id else torch.cat([start, ids]) for ids in sequences]
 
     def _call(self, ids: Tensor, attention_mask: Tensor, **more: Any) -> Any:
         ids, attention_mask = ids.to(self.device), attention_mask.to(self.device)
@@ -123,6 +151,46 @@ class Judge:
             )
         return logits
 
+    def token_nll(self, ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, str]:
+        """Return `token_nll` of ids (B, L), and the precision of the judge.
+
+        Logits of a transformers model that exceed one block are computed block by block from its hidden states, so
+        that a large vocabulary needs little memory. A model whose logits are more than its output layer, perhaps with
+        a soft cap, computes all of them at once.
+        """
+        head = None
+        if self.vocab_size is not None and ids.numel() * self.vocab_size > BLOCK:
+            if not self._heads:
+                self._heads.append(self._head(ids[:1, :8], attention_mask[:1, :8]))
+            head = self._heads[0]
+        if head is None:
+            logits = self.logits(ids, attention_mask)
+            return token_nll(logits, ids), self.precision(logits)
+        states = self._hidden_before_head(ids, attention_mask)
+        return token_nll(states, ids, head=head), self.precision(states)
+
+    def _hidden_before_head(self, ids: Tensor, attention_mask: Tensor) -> Tensor:
+        base: Any = self.model.base_model  # type: ignore[attr-defined]
+        states: Tensor = base(
+            input_ids=ids.to(self.device), attention_mask=attention_mask.to(self.device), **self._keywords
+        ).last_hidden_state
+        return states
+
+    def _head(self, ids: Tensor, attention_mask: Tensor) -> Callable[[Tensor], Tensor] | None:
+        """Return what makes logits of hidden states, None if that is not known to give the model's own logits."""
+        layer = getattr(self.model, "get_output_embeddings", lambda: None)()
+        if not self._by_name or layer is None or getattr(self.model, "base_model", self.model) is self.model:
+            return None
+        cap = getattr(getattr(self.model, "config", None), "final_logit_softcapping", None)
+
+        def head(states: Tensor) -> Tensor:
+            logits: Tensor = layer(states)
+            return logits if cap is None else cap * torch.tanh(logits / cap)
+
+        # A scale or a bias that is not known here shows on a short prefix.
+        found = head(self._hidden_before_head(ids, attention_mask)).float()
+        return head if torch.equal(found, self.logits(ids, attention_mask).float()) else None
+
     def precision(self, logits: Tensor) -> str:
         """Return the narrower dtype of weights and logits, and whether TF32 products were allowed."""
         dtypes = [logits.dtype] + ([self.weights.dtype] if self.weights is not None else [])
@@ -130,29 +198,31 @@ class Judge:
         return "tf32" if narrow == "float32" and logits.is_cuda and _relaxed() else narrow
 
 
-def token_nll(logits: Tensor, ids: Tensor) -> Tensor:
+def token_nll(logits: Tensor, ids: Tensor, *, head: Callable[[Tensor], Tensor] | None = None) -> Tensor:
     r"""Return :math:`-\log p(x_l \mid x_{<l})` at every position, float64 (B, L) on the CPU; 0 at the first.
 
     Log-probabilities are computed in float32 or wider by one fused log-softmax. The logarithm of a softmax would
     underflow for a token 104 nats below the likeliest.
 
     Args:
-        logits: (B, L, V), any float dtype; row l predicts position l + 1.
+        logits: (B, L, V), any float dtype; row l predicts position l + 1. With ``head`` hidden states (B, L, M).
         ids: (B, L).
+        head: Makes logits (n, V) of hidden states (n, M), so that only a block of logits exists at a time.
+            Default: None.
 
     Raises:
         TokenDriftError: If an id lies outside V, or the logits give NaN.
     """
-    vocab_size = logits.shape[-1]
+    rows = logits.flatten(0, 1)
+    vocab_size = (rows if head is None else head(rows[:1])).shape[-1]
     check_range(ids, vocab_size)
     wide = torch.promote_types(logits.dtype, torch.float32)
     targets = ids.to(logits.device).roll(-1, dims=1).flatten()
-    rows = logits.flatten(0, 1)
     step = max(1, BLOCK // vocab_size)
-    parts = [
-        nn.functional.cross_entropy(rows[i : i + step].to(wide), targets[i : i + step], reduction="none")
-        for i in range(0, len(rows), step)
-    ]
+    parts = []
+    for i in range(0, len(rows), step):
+        block = rows[i : i + step] if head is None else head(rows[i : i + step])
+        parts.append(nn.functional.cross_entropy(block.to(wide), targets[i : i + step], reduction="none"))
     nll = torch.cat(parts).view(ids.shape).cpu().double().roll(1, dims=1)
     nll[:, 0] = 0
     if nll.isnan().any():
@@ -184,12 +254,13 @@ def load_judge(
     precision: str = "float32",
     revision: str | None = None,
 ) -> tuple[nn.Module, Any]:
-    """Return a causal LM of transformers by hub name or folder, with its tokenizer.
+    """Return a causal LM of transformers by hub name, folder or GGUF file, with its tokenizer.
 
-    Weights come from safetensors files alone, and no code that ships with them is run.
+    Weights come from safetensors files alone, and no code that ships with them is run. A GGUF file is converted once,
+    see `tokendrift.evaluation.gguf_judge`.
 
     Args:
-        name: Hub name or folder.
+        name: Hub name, folder, ``.gguf`` file, or ``package:NAME`` for the only GGUF file of an installed package.
         tokenizer: Tokenizer to use instead of the model's own. Default: None.
         device: Device of the model. Default: None, for the CPU.
         precision: ``"float32"`` or ``"bfloat16"``. Default: ``"float32"``.
@@ -208,12 +279,13 @@ def load_judge(
             "  pip install 'tokendrift[eval]', or pass a model object or a callable as judge."
         ) from error
     source: dict[str, Any] = {"revision": revision} if revision is not None else {}
+    place = str(folder_of_gguf(name)) if is_gguf(name) else name
     try:
         model: nn.Module = AutoModelForCausalLM.from_pretrained(
-            name, use_safetensors=True, trust_remote_code=False, **source
+            place, use_safetensors=True, trust_remote_code=False, **source
         )
         if tokenizer is None:
-            tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False, **source)
+            tokenizer = AutoTokenizer.from_pretrained(place, trust_remote_code=False, **source)
     except (OSError, ValueError) as error:
         at = "" if revision is None else f" at revision {revision!r}"
         raise TokenDriftError(
@@ -237,6 +309,13 @@ def _parameters(function: Callable[..., Any]) -> Collection[str]:
         return inspect.signature(function).parameters
     except (TypeError, ValueError):  # built-in and scripted callables show no signature
         return ()
+
+
+def _start_of(tokenizer: Any) -> int | None:
+    start = _count(getattr(tokenizer, "bos_token_id", None))
+    if start is None or not callable(tokenizer):
+        return None
+    return start if list(tokenizer("a")["input_ids"])[:1] == [start] else None
 
 
 def _count(value: object) -> int | None:

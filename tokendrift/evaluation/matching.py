@@ -1,8 +1,9 @@
 """Two models at equal entropy: a comparison that a lower sampling temperature cannot win.
 
 Lowering the temperature lowers Gen.-PPL and entropy together and needs no training. The baseline is therefore sampled
-at the temperature that gives it the other model's entropy, and the ratio of Gen.-PPL is taken there. Compare at both
-kinds of entropy: a lower temperature lowers the entropy of the whole set long before that of a single sample.
+at the temperature that gives it the other model's entropy, and the ratios of Gen.-PPL and of bits per byte are taken
+there. Compare at both kinds of entropy: a lower temperature lowers the entropy of the whole set long before that of a
+single sample. Equal entropy is necessary for a comparison, but it does not make two sets equally good or bad.
 """
 
 from __future__ import annotations
@@ -13,7 +14,8 @@ from typing import Any, NamedTuple, TypeAlias
 
 from tokendrift._checks import check_choice, check_count, check_positive, fail
 from tokendrift.evaluation.bootstrap import Interval
-from tokendrift.evaluation.comparison import check_alike, compare
+from tokendrift.evaluation.comparison import Comparison, check_alike, compare
+from tokendrift.evaluation.figures import FIGURES
 from tokendrift.evaluation.measures import Measures
 from tokendrift.evaluation.samples import SampleInput
 from tokendrift.sampling import SamplingSetting
@@ -30,10 +32,10 @@ MeasureSamples: TypeAlias = Callable[[SampleInput], Measures]
 
 
 class MatchedEntropy(NamedTuple):
-    """Gen.-PPL of a model over that of a baseline sampled at the temperature that gives it the same entropy.
+    """A model compared with a baseline that is sampled at the temperature which gives it the same entropy.
 
     Attributes:
-        ratio: Gen.-PPL of the model over the baseline's; below 1 the model's text is likelier at the same entropy.
+        comparison: Every figure of the model against the baseline's.
         kind: Entropy that was matched, ``"sample"`` or ``"unigram"``.
         temperature: Sampling temperature of the baseline.
         entropy_difference: The model's entropy minus the baseline's, nats: the mismatch that remains.
@@ -43,7 +45,7 @@ class MatchedEntropy(NamedTuple):
         at_end: Whether the temperature is an end of the grid, with the model's entropy beyond it.
     """
 
-    ratio: Interval
+    comparison: Comparison
     kind: str
     temperature: float
     entropy_difference: Interval
@@ -51,6 +53,14 @@ class MatchedEntropy(NamedTuple):
     baseline: Measures
     real: Measures
     at_end: bool = False
+
+    @property
+    def ratio(self) -> Interval:
+        """The model's figure over the baseline's: below 1 the model's text is likelier at the same entropy.
+
+        The figure is the headline of the comparison: Gen.-PPL, or bits per byte if the judge has another tokenizer.
+        """
+        return self.comparison.ratio
 
     @property
     def matched(self) -> bool:
@@ -77,17 +87,25 @@ class MatchedEntropy(NamedTuple):
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain numbers and texts for JSON."""
-        plain = {name: value for name, value in self._asdict().items() if not isinstance(value, Measures)}
-        plain |= {"ratio": self.ratio._asdict(), "entropy_difference": self.entropy_difference._asdict()}
+        found = self.comparison
+        plain: dict[str, Any] = {name: getattr(self, name) for name in ("kind", "temperature", "at_end")}
+        plain |= {"headline": found.headline, "ratio": self.ratio._asdict()}
+        plain |= {"gen_ppl_ratio": found.gen_ppl_ratio._asdict()}
+        if found.bits_per_byte_ratio is not None:
+            plain["bits_per_byte_ratio"] = found.bits_per_byte_ratio._asdict()
+        plain["entropy_difference"] = self.entropy_difference._asdict()
         sets = {name: getattr(self, name).summary() for name in ("model", "baseline", "real")}
         return {**plain, **sets, "matched": self.matched, "verdict": self.verdict()}
 
     def __str__(self) -> str:
-        model, baseline, real = self.model, self.baseline, self.real
+        model, baseline, real, headline = self.model, self.baseline, self.real, self.comparison.headline
+        other = "bits_per_byte" if headline == "gen_ppl" else "gen_ppl"
+        second = getattr(self.comparison, f"{other}_ratio")
+        beside = "" if second is None else f" ({FIGURES[other].title} ratio {second:.3f})"
         return (
-            f"Gen.-PPL ratio at equal {self.kind} entropy {self.ratio:.3f}, {self.verdict()}: {_in_words(model)} "
-            f"against {_in_words(baseline)} at temperature {self.temperature:.2f}; real text {_in_words(real)}; "
-            "entropy differs by "
+            f"{FIGURES[headline].title} ratio at equal {self.kind} entropy {self.ratio:.3f}, {self.verdict()}{beside}: "
+            f"{_in_words(model)} against {_in_words(baseline)} at temperature {self.temperature:.2f}; "
+            f"real text {_in_words(real)}; entropy differs by "
             f"{self.entropy_difference.estimate:+.3f} nats; {model.samples} samples, {model.perplexity.precision}, "
             f"protocol {model.perplexity.protocol}"
         )
@@ -153,7 +171,7 @@ def matched_entropy(
     check_alike(model, real)
     found = compare(model, baseline)
     difference = found.differences[entropy_name(kind)]
-    return MatchedEntropy(found.gen_ppl_ratio, kind, temperature, difference, model, baseline, real, at_end)
+    return MatchedEntropy(found, kind, temperature, difference, model, baseline, real, at_end)
 
 
 def temperature_at(curve: Sequence[tuple[float, float]], entropy: float) -> float:
@@ -190,7 +208,8 @@ def entropy_name(kind: str) -> str:
 def _in_words(measures: Measures) -> str:
     """Return Gen.-PPL with the figures that always stand beside it."""
     nfe = "" if measures.nfe is None else f", {measures.nfe} NFE"
+    coded = "" if measures.bits_per_byte is None else f", {measures.bits_per_byte.estimate:.3f} bits per byte"
     return (
-        f"{measures.gen_ppl.estimate:.1f} (entropy {measures.sample_entropy.estimate:.3f} in a sample, "
+        f"Gen.-PPL {measures.gen_ppl.estimate:.1f}{coded} (entropy {measures.sample_entropy.estimate:.3f} in a sample, "
         f"{measures.unigram_entropy.estimate:.3f} over all{nfe})"
     )

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from torch import Tensor
@@ -12,7 +12,7 @@ from torch import Tensor
 from tokendrift._checks import check_choice, check_count, fail
 from tokendrift.evaluation._resampling import Resampling
 from tokendrift.evaluation.bootstrap import Interval, check_resampling, interval_from
-from tokendrift.evaluation.figures import FIGURES, ScoredSamples
+from tokendrift.evaluation.figures import FIGURES, LIKELIHOODS, FigureValue, ScoredSamples
 from tokendrift.evaluation.generative_perplexity import GenerativePerplexity, PerplexityResult
 from tokendrift.evaluation.protocols import log_perplexity
 from tokendrift.evaluation.samples import SampleInput, cleaned, id_sequences
@@ -52,6 +52,8 @@ class Measures:
         nfe: Forward calls of the denoiser that a sample cost; None for real text.
         vocabulary: What entropy, diversity and repetition are counted in: ``"generated"``, the ids as they came, or
             ``"judge"``, the judge's tokens of the texts.
+        shared_tokenizer: Whether the judge reads text in the tokens of the denoiser. If it does not, or the denoiser's
+            tokenizer is not known, figures per token of the judge do not compare between denoisers.
         retokenised: Whether the judge read texts in tokens of its own, rather than the ids as they came.
         clean_up_spaces: Whether gaps before punctuation were closed in what the judge read; None if it read ids.
         skipped: Samples left out because they give the judge nothing to predict.
@@ -60,6 +62,7 @@ class Measures:
         per_sample: What each sample contributes to the figures that are means over samples, (n,) each.
         replicates: Each figure on resampled samples; that of Gen.-PPL is its logarithm. Sets of one size are
             resampled alike, so that differences of replicates are paired.
+        panel: The figures of `LIKELIHOODS` under each further judge.
     """
 
     figures: Mapping[str, Interval]
@@ -67,6 +70,7 @@ class Measures:
     tokens: int
     nfe: int | None
     vocabulary: str
+    shared_tokenizer: bool
     retokenised: bool
     clean_up_spaces: bool | None
     skipped: int
@@ -74,6 +78,7 @@ class Measures:
     perplexity: PerplexityResult
     per_sample: dict[str, Tensor]
     replicates: dict[str, Tensor]
+    panel: tuple[Measures, ...] = ()
 
     def __getattr__(self, name: str) -> Any:
         """Return a figure by its name, None if it was not measured."""
@@ -87,6 +92,15 @@ class Measures:
         """Logarithm of Gen.-PPL, finite where Gen.-PPL itself is too large for a float."""
         judged = self.perplexity
         return float(log_perplexity(judged.sample_nll, judged.sample_tokens, judged.protocol))
+
+    @property
+    def headline(self) -> str:
+        """Name of the figure by which likelihoods compare.
+
+        It is ``"gen_ppl"`` if the judge shares the denoiser's tokenizer or the bytes are not known, else
+        ``"bits_per_byte"``.
+        """
+        return "gen_ppl" if self.shared_tokenizer or "bits_per_byte" not in self.figures else "bits_per_byte"
 
     @property
     def counted_in(self) -> str:
@@ -107,10 +121,13 @@ class Measures:
         for name, interval in self.figures.items():
             plain[name] = {end: x if math.isfinite(x) else None for end, x in interval._asdict().items()}
         for field in fields(self)[1:]:
-            if field.name not in {"perplexity", "per_sample", "replicates"}:
+            if field.name not in {"perplexity", "per_sample", "replicates", "panel"}:
                 plain[field.name] = getattr(self, field.name)
         judged = self.perplexity
         plain |= {name: getattr(judged, name) for name in ("nll", "protocol", "precision", "judge", "revision")}
+        if self.panel:
+            kept = (*LIKELIHOODS, "shared_tokenizer", "judge", "revision", "precision", "scored_tokens")
+            plain["panel"] = [{name: one.summary()[name] for name in kept} for one in self.panel]
         return plain | {"scored_tokens": judged.tokens}
 
     def to_dict(self) -> dict[str, Any]:
@@ -134,6 +151,7 @@ def measure(
     level: float = 0.95,
     seed: int = 0,
     skip_bad: bool = False,
+    panel: Sequence[GenerativePerplexity] = (),
     progress: Callable[[int], object] | None = None,
 ) -> Measures:
     """Measure one set of samples: Gen.-PPL, entropies, diversity and repetition, each with its interval.
@@ -158,6 +176,7 @@ def measure(
         seed: Seed of the redraws. Default: 0.
         skip_bad: Leave out samples of fewer than two of the judge's tokens and count them in ``skipped``; otherwise
             such a sample is an error. Default: False.
+        panel: Further judges, which read the same texts. Their figures are in ``Measures.panel``. Default: none.
         progress: As for `GenerativePerplexity.update`.
 
     Raises:
@@ -177,39 +196,56 @@ def measure(
     texts = given.texts if given.texts is not None or tokenizer is None else decode(tokenizer, given.ids or [])
     if texts is not None and clean_up_spaces:
         texts = [cleaned(text) for text in texts]
-    read = id_sequences(texts if texts is not None else given.scored(), None, judge.judge.tokenizer)[0]
+    if panel and texts is None:
+        raise fail("several judges read texts, and ids came without a tokenizer.", "Pass tokenizer=..., or texts.")
+    judges, sources = (judge, *panel), given.scored() if texts is None else texts
+    reads = [id_sequences(sources, None, each.judge.tokenizer)[0] for each in judges]
     # 2. What the other figures are counted in.
     vocabulary = _vocabulary(vocabulary, given, texts)
-    counted = read if vocabulary == "judge" else id_sequences(given.ids or [])[0]
-    kept = [i for i, ids in enumerate(read) if not skip_bad or (len(ids) > 1 and len(counted[i]) > 0)]
+    counted = reads[0] if vocabulary == "judge" else id_sequences(given.ids or [])[0]
+    short = [min(len(ids) for ids in each) < 2 or not len(own) for *each, own in zip(*reads, counted, strict=True)]
+    kept = [i for i, bad in enumerate(short) if not (skip_bad and bad)]
     if len(kept) < 2:
         raise fail(f"measures need at least 2 samples, and there are {len(kept)} to score.", "Draw more samples.")
-    counted = [counted[i] for i in kept]
     if training is not None:
         training = training_ids(training, judge.judge.tokenizer if vocabulary == "judge" else tokenizer)
-    # 3. Every figure of the table, on the same redraws of the samples.
-    judged = judge.score([read[i] for i in kept], progress=progress)
-    if judge.truncate is None:
-        known = given.only(kept)
-        judged = judged.with_sizes(None if texts is None else [texts[i] for i in kept], known.ids)
-    scored = ScoredSamples(counted, judged, training, Resampling(len(kept), resamples, seed))
-    values = {name: value for name, f in FIGURES.items() if f.compute is not None and (value := f.compute(scored))}
+    # 3. Every figure of the table, on the same redraws of the samples for every judge.
+    known, resampling, counted = given.only(kept), Resampling(len(kept), resamples, seed), [counted[i] for i in kept]
+    of_judges: list[Measures] = []
+    for each, read in zip(judges, reads, strict=True):
+        judged = each.score([read[i] for i in kept], progress=progress)
+        if each.truncate is None:
+            judged = judged.with_sizes(None if texts is None else [texts[i] for i in kept], known.ids)
+        values = _values(ScoredSamples(counted, judged, training, resampling), LIKELIHOODS if of_judges else FIGURES)
+        of_judges.append(
+            Measures(
+                figures=_intervals(values, level) | ({} if nelbo is None or of_judges else {"nelbo": nelbo}),
+                samples=len(kept),
+                tokens=sum(map(len, counted)),
+                nfe=nfe,
+                vocabulary=vocabulary,
+                shared_tokenizer=texts is None or each.judge.shares_tokenizer(tokenizer),
+                retokenised=texts is not None,
+                clean_up_spaces=clean_up_spaces if texts is not None else None,
+                skipped=len(short) - len(kept),
+                level=level,
+                perplexity=judged,
+                per_sample={name: value.per_sample for name, value in values.items() if value.per_sample is not None},
+                replicates={name: value.replicates for name, value in values.items()},
+            )
+        )
+    return replace(of_judges[0], panel=tuple(of_judges[1:]))
+
+
+def _values(scored: ScoredSamples, names: Iterable[str]) -> dict[str, FigureValue]:
+    """Return the figures of these names that can be computed."""
+    computed = ((name, FIGURES[name].compute) for name in names)
+    return {name: value for name, compute in computed if compute is not None and (value := compute(scored))}
+
+
+def _intervals(values: Mapping[str, FigureValue], level: float) -> dict[str, Interval]:
     figures = {name: interval_from(value.estimate, value.replicates, level) for name, value in values.items()}
-    figures["gen_ppl"] = figures["gen_ppl"].exp()
-    return Measures(
-        figures=figures if nelbo is None else figures | {"nelbo": nelbo},
-        samples=len(kept),
-        tokens=sum(map(len, counted)),
-        nfe=nfe,
-        vocabulary=vocabulary,
-        retokenised=texts is not None,
-        clean_up_spaces=clean_up_spaces if texts is not None else None,
-        skipped=len(read) - len(kept),
-        level=level,
-        perplexity=judged,
-        per_sample={name: value.per_sample for name, value in values.items() if value.per_sample is not None},
-        replicates={name: value.replicates for name, value in values.items()},
-    )
+    return figures | {"gen_ppl": figures["gen_ppl"].exp()}
 
 
 def as_sample_set(samples: SampleInput) -> SampleSet:

@@ -242,6 +242,7 @@ def judge_features(samples: SampleInput, judge: Judge, *, batch_size: int = 64, 
     for i, ids in enumerate(sequences):
         if len(ids) == 0:
             raise fail(f"sample {i} is empty and has no features.", "Leave empty samples out.")
+    sequences = judge.with_start(sequences)
     check_range(torch.cat(sequences), judge.vocab_size)
     order = sorted(range(len(sequences)), key=lambda i: -len(sequences[i]))
     rows: dict[int, Tensor] = {}

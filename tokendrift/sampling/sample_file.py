@@ -18,8 +18,9 @@ class SampleFile:
     """A file of samples: a header line, then one JSON object for each sample.
 
     The header is ``{"tokendrift": {...}}`` with everything that the samples depend on. At the end their NFE is added;
-    until then, ``complete`` is false. A sample has ``ids``, ``text`` if there is a tokenizer, and ``nfe``. An
-    incomplete last line, as a crash may leave it, is dropped when the file is opened again.
+    until then, ``complete`` is false. A sample has ``ids``, ``text`` if there is a tokenizer, and ``nfe``. When the
+    file is opened again, lines from the first that is no such sample on are dropped, and a file that has lost samples
+    since it was complete is incomplete again.
 
     Args:
         path: The file; folders above it are made.
@@ -61,9 +62,23 @@ class SampleFile:
         self.count += len(samples)
 
     def finish(self) -> None:
-        """Put the measured NFE into the header. The file is replaced as a whole or not at all."""
+        """Put the measured NFE into the header, which says from then on that the file is complete.
+
+        Raises:
+            TokenDriftError: If the file does not hold the samples that its header announces.
+        """
         nfe = [sample["nfe"] for sample in self._samples()]
+        if len(nfe) != self.settings.get("n", self.count) or not nfe:
+            raise fail(
+                f"{self.path} holds {len(nfe)} of {self.settings.get('n', self.count)} samples: it was changed while "
+                "it was written.",
+                "Run the same command again to draw the others.",
+            )
         self.nfe, self.complete = {"mean": sum(nfe) / len(nfe), "max": max(nfe)}, True
+        self._replace_header()
+
+    def _replace_header(self) -> None:
+        """Write the header anew. The file is replaced as a whole or not at all."""
         part = self.path.with_name(f".{self.path.name}.part")
         try:
             with _plain_errors(self.path), self.path.open("rb") as file, part.open("wb") as new:
@@ -78,23 +93,27 @@ class SampleFile:
         return {HEADER: self.settings | {"nfe": self.nfe or None, "complete": self.complete}}
 
     def _samples(self) -> Iterator[dict[str, Any]]:
-        """Yield the samples of whole lines."""
+        """Yield the samples, up to the first line that is none."""
+        length = self.settings.get("length")
         with self.path.open("rb") as file:
             file.readline()
             for line in file:
                 if not line.endswith(b"\n"):
                     return
                 try:
-                    yield json.loads(line)
-                except ValueError:
+                    sample = json.loads(line)
+                    if not isinstance(sample["nfe"], int) or len(sample["ids"]) != (length or len(sample["ids"])):
+                        return
+                except (ValueError, KeyError, TypeError, RecursionError):
                     return
+                yield sample
 
     def _read(self) -> None:
         try:
             with self.path.open("rb") as file:
                 header = json.loads(file.readline())[HEADER]
             before = {name: value for name, value in header.items() if name not in MEASURED}
-        except (ValueError, KeyError, TypeError, AttributeError):
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             raise fail(
                 f"{self.path} exists and is not a file of samples of this command.", "Choose another output."
             ) from None
@@ -106,7 +125,12 @@ class SampleFile:
                 "Resume with the same settings, or choose another output.",
             )
         self.count = sum(1 for _ in self._samples())
+        with self.path.open("rb") as file:
+            lines = sum(1 for _ in file) - 1
         self.complete, self.nfe = header.get("complete") is True, header.get("nfe") or {}
+        if self.complete and not self.settings.get("n", lines) == lines == self.count:
+            self.complete, self.nfe = False, {}
+            self._replace_header()
 
 
 def _line(value: Mapping[str, Any]) -> bytes:

@@ -13,7 +13,7 @@ import torch
 import tokendrift
 from tokendrift._checks import check_choice, check_count, fail
 from tokendrift.devices import resolve_device
-from tokendrift.files import weight_digest
+from tokendrift.files import exclusive, weight_digest
 from tokendrift.models import build, read_checkpoint
 from tokendrift.models.tokenizer import decode, encode, find_tokenizer
 from tokendrift.sampling.loop import NOISE_REMOVAL, Samples, sample, window_views
@@ -210,15 +210,22 @@ def sample_to_file(
         progress: Called with the number of samples drawn, which includes fractions of samples within a batch.
 
     Raises:
-        TokenDriftError: If the checkpoint cannot be read, the configuration does not fit it, or the file belongs to
-            other settings.
+        TokenDriftError: If the checkpoint cannot be read, the configuration does not fit it, the file belongs to
+            other settings, or another process is writing it.
     """
-    source = CheckpointSampler(config)
-    file = SampleFile(Path(path), source.settings)
-    if file.complete:
-        return file
+    source, place = CheckpointSampler(config), Path(path)
+    with exclusive(place.with_name(f".{place.name}.lock"), place):
+        file = SampleFile(place, source.settings)
+        if not file.complete:
+            _fill(file, source, progress)
+    return file
+
+
+def _fill(file: SampleFile, source: CheckpointSampler, progress: Callable[[float], object] | None) -> None:
+    """Draw the samples that a file lacks."""
+    config = source.config
     # The last batch may be short; any other that is not whole is drawn again.
-    file.keep(file.count if file.count >= config.n else file.count - file.count % config.batch_size)
+    file.keep(config.n if file.count >= config.n else file.count - file.count % config.batch_size)
     taken = 0
 
     def step_taken(steps: int) -> None:
@@ -235,4 +242,3 @@ def sample_to_file(
     if file.count < config.n:
         source.draw(file.count, config.n - file.count, progress=step_taken, on_batch=batch_drawn)
     file.finish()
-    return file

@@ -1,25 +1,34 @@
 """Checkpoints of a run: written completely or not at all, verified when read, with a fallback to the one before.
 
-A checkpoint is a folder with named tensors as safetensors and with ``state.json``, which holds everything else and the
-SHA-256 of each tensor file. It is written under another name, flushed to the disk and then renamed. Nothing is pickled.
+A checkpoint is a folder with named tensors as safetensors and with ``state.json``, which holds everything else, the
+SHA-256 of each tensor file and its own. It is written under another name, flushed to the disk and then renamed. Nothing
+is pickled. What has another name than a checkpoint gets is never read, renamed or removed.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
+import re
 import shutil
 from collections.abc import Callable, Collection, Mapping
+from contextlib import suppress
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from tokendrift._checks import fail
 from tokendrift.errors import TokenDriftError
-from tokendrift.files import file_digest, flush_to_disk
+from tokendrift.files import file_digest, flush_to_disk, write_atomically
 
 STATE = "state.json"
-NAME, UNFINISHED, BROKEN = "step-", ".saving-", "broken-"
+NAME, UNFINISHED, REMOVED, BROKEN = "step-", ".saving-", ".removing-", "broken-"
+OWN = "state_sha256"  # the digest of the state itself
+
+# What reading a state of any other content may raise.
+_UNREADABLE = (FileNotFoundError, ValueError, KeyError, AttributeError, TypeError, RecursionError)
 
 
 class Stored(NamedTuple):
@@ -65,21 +74,57 @@ def save_checkpoint(
                 raise OSError(str(error)) from error
             digests[group] = file_digest(file)
             flush_to_disk(file)
-        content = json.dumps({**state, "step": step, "sha256": digests}, indent=1)
-        (made / STATE).write_text(content + "\n", encoding="utf-8")
+        (made / STATE).write_text(_with_digest({**state, "step": step, "sha256": digests}), encoding="utf-8")
         for path in (made / STATE, made):
             flush_to_disk(path)
-        remove_checkpoint(place)  # of the same step, from a run that was cut off before
+        old = _put_aside(place)  # of the same step
         made.rename(place)
         flush_to_disk(folder)
+        shutil.rmtree(old, ignore_errors=True)
     except OSError:
         shutil.rmtree(made, ignore_errors=True)
         raise
     return place
 
 
-def load_checkpoint(place: Path) -> Stored:
+def _with_digest(state: Mapping[str, Any]) -> str:
+    """Return a state as JSON with its own SHA-256."""
+    plain = json.loads(json.dumps(state))
+    digest = hashlib.sha256(json.dumps(plain).encode()).hexdigest()
+    return json.dumps({**plain, OWN: digest}, indent=1) + "\n"
+
+
+def update_state(place: Path, changes: Mapping[str, Any]) -> None:
+    """Change entries of the state of a checkpoint.
+
+    Raises:
+        TokenDriftError: If it cannot be read.
+        OSError: If it cannot be written; it is as before then.
+    """
+    try:
+        state = _read_state(place)
+    except _UNREADABLE as error:
+        raise fail(f"the checkpoint {place} cannot be read: {error}.") from None
+    write_atomically(place / STATE, _with_digest({**state, **changes}))
+
+
+def _read_state(place: Path) -> dict[str, Any]:
+    """Return the state of a checkpoint, which must be what was written."""
+    state: dict[str, Any] = json.loads((place / STATE).read_text(encoding="utf-8"))
+    own = state.pop(OWN, None)  # versions before 0.1 wrote none
+    if own is not None and json.loads(_with_digest(state))[OWN] != own:
+        raise fail(f"{place / STATE} was changed after it was written: its SHA-256 differs.")
+    if checkpoint_place(place.parent, state["step"]) != place:
+        raise fail(f"{place / STATE} belongs to step {state['step']}.")
+    return state
+
+
+def load_checkpoint(place: Path, needs: Mapping[str, type | tuple[type, ...]] = MappingProxyType({})) -> Stored:
     """Read a checkpoint.
+
+    Args:
+        place: Its folder.
+        needs: Entries that the state must have, with their types. Default: none.
 
     Raises:
         TokenDriftError: If a file is missing, or is not what was written.
@@ -89,19 +134,26 @@ def load_checkpoint(place: Path) -> Stored:
     from safetensors.torch import load_file
 
     try:
-        state = json.loads((place / STATE).read_text(encoding="utf-8"))
+        state = _read_state(place)
         tensors = {}
         for group, digest in state["sha256"].items():
             file = place / f"{group}.safetensors"
             if file_digest(file) != digest:
                 raise fail(f"{file} was changed after it was written: its SHA-256 differs.")
             tensors[group] = load_file(file)
-    except (FileNotFoundError, ValueError, KeyError, AttributeError, TypeError, SafetensorError) as error:
+        for name, kind in needs.items():
+            if not isinstance(state[name], kind):
+                raise fail(f"{place / STATE} has no valid entry {name!r}.")
+    except (*_UNREADABLE, SafetensorError) as error:
         raise fail(f"the checkpoint {place} cannot be read: {error}.") from None
     return Stored(tensors, state)
 
 
-def latest_checkpoint(folder: Path, warn: Callable[[str], object]) -> tuple[Path, Stored] | None:
+def latest_checkpoint(
+    folder: Path,
+    warn: Callable[[str], object],
+    needs: Mapping[str, type | tuple[type, ...]] = MappingProxyType({}),
+) -> tuple[Path, Stored] | None:
     """Return the newest complete checkpoint, or None if there is none.
 
     Damaged checkpoints that are newer are reported to ``warn`` and renamed to ``broken-...``, so that they no longer
@@ -114,7 +166,7 @@ def latest_checkpoint(folder: Path, warn: Callable[[str], object]) -> tuple[Path
     damaged, reasons = list[Path](), list[str]()
     for place in reversed(places):
         try:
-            found = load_checkpoint(place)
+            found = load_checkpoint(place, needs)
         except TokenDriftError as error:
             damaged.append(place)
             reasons.append(str(error).splitlines()[0])
@@ -142,12 +194,24 @@ def checkpoint_place(folder: Path, step: int) -> Path:
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
-    """Return the checkpoints of a run, oldest first; remove what an interruption left half written."""
+    """Return the checkpoints of a run, oldest first; tidy up what an interruption left half written or half removed."""
     if not folder.is_dir():
         return []
-    for left in [*folder.glob(f"{UNFINISHED}*"), *(p for p in folder.glob(f"{NAME}*") if not (p / STATE).exists())]:
-        shutil.rmtree(left, ignore_errors=True)
-    return sorted(folder.glob(f"{NAME}*"))
+    found = {}
+    for path in sorted(folder.iterdir(), reverse=True):  # what has its name before what was put aside
+        parts = re.fullmatch(rf"({NAME}|\{UNFINISHED}|\{REMOVED})(\d{{8,}})", path.name)
+        kind, step = (parts[1], int(parts[2])) if parts else ("", 0)
+        if kind == NAME and (path / STATE).exists():
+            found[step] = path
+        elif kind == NAME:
+            with suppress(OSError):
+                path.rmdir()  # without its files; with any, it may belong to someone else
+        elif kind == REMOVED and (path / STATE).exists() and step not in found:
+            # The one that was to take its place had not come yet.
+            found[step] = path.rename(checkpoint_place(folder, step))
+        elif kind:
+            shutil.rmtree(path, ignore_errors=True)
+    return [found[step] for step in sorted(found)]
 
 
 def prune_checkpoints(folder: Path, keep: int, spare: Collection[int] = ()) -> None:
@@ -155,10 +219,13 @@ def prune_checkpoints(folder: Path, keep: int, spare: Collection[int] = ()) -> N
     spared = {f"{NAME}{step:08d}" for step in spare}
     for place in list_checkpoints(folder)[:-keep]:
         if place.name not in spared:
-            remove_checkpoint(place)
+            shutil.rmtree(_put_aside(place), ignore_errors=True)
 
 
-def remove_checkpoint(place: Path) -> None:
-    """Remove a checkpoint, its state first, so that an interruption leaves nothing that looks complete."""
-    (place / STATE).unlink(missing_ok=True)
-    shutil.rmtree(place, ignore_errors=True)
+def _put_aside(place: Path) -> Path:
+    """Give a checkpoint, if there is one, the name of one that is being removed; return that."""
+    aside = place.with_name(place.name.replace(NAME, REMOVED))
+    shutil.rmtree(aside, ignore_errors=True)
+    if place.exists():
+        place.rename(aside)
+    return aside

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from tokendrift._checks import check_choice, check_count, fail
+from tokendrift._checks import check_choice, check_count, check_positive, fail
 from tokendrift.errors import TokenDriftError
 from tokendrift.files import read_text
 from tokendrift.training.objectives import OBJECTIVES
@@ -76,6 +76,7 @@ class RefineConfig(Settings):
         seed: Random seed of data order, noise, dropout and evaluation.
         log_every: Number of optimiser steps between lines of the log.
         checkpoint_every: Number of optimiser steps between checkpoints.
+        checkpoint_minutes: Longest time between checkpoints, in minutes.
         keep: Number of latest checkpoints that are kept; the best one is kept as well.
         evaluate_every: Number of optimiser steps between evaluations; 0 evaluates only before the first and after the
             last step.
@@ -120,6 +121,7 @@ class RefineConfig(Settings):
     seed: int = 0
     log_every: int = 10
     checkpoint_every: int = 500
+    checkpoint_minutes: float = 10.0
     keep: int = 2
     evaluate_every: int = 0
     evaluate_samples: int = 64
@@ -138,6 +140,9 @@ class RefineConfig(Settings):
             check_count(name, getattr(self, name), least=1)
         for name in ("evaluate_every", "seed"):
             check_count(name, getattr(self, name))
+        check_positive("checkpoint_minutes", self.checkpoint_minutes)
+        if not self.output.strip():
+            raise fail("output must name a folder.", "Choose a new folder, or that of the run to resume.")
         check_count("evaluate_samples", self.evaluate_samples, least=2)
         for nfe in self.evaluate_nfe:
             check_count("evaluate_nfe", nfe, least=1)

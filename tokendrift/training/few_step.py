@@ -11,10 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tokendrift._checks import fail
 from tokendrift.diffusion import Process
 from tokendrift.models.tokenizer import TextTokenizer
 from tokendrift.training.optimization import Optimization
 from tokendrift.training.packing import mix
+from tokendrift.training.processes import any_rank
 
 Row = dict[str, Any]
 
@@ -63,17 +65,25 @@ class FewStepEvaluation:
 
         Returns:
             Ids (n, L) on the CPU for each number of function evaluations, on every process.
+
+        Raises:
+            TokenDriftError: On every process, if one of them could not sample its share.
         """
         rank, ranks = accelerator.process_index, accelerator.num_processes
         sharded = any(hasattr(parameter, "full_tensor") for parameter in optimization.parameters)
-        alone = sharded or ranks == 1
-        found = {}
-        with optimization.evaluating():
-            for nfe in self.nfes:
-                network = optimization.network if sharded else optimization.bare_network
-                ids = self.sample(network, nfe, share=(0, 1) if alone else (rank, ranks))
-                found[nfe] = ids if alone else accelerator.reduce(ids.to(self.device), "sum").cpu()
-        return found
+        network, share = (optimization.network, (0, 1)) if sharded else (optimization.bare_network, (rank, ranks))
+        found: dict[int, Tensor] = {}
+        error: Exception | None = None
+        try:
+            with optimization.evaluating():
+                found = {nfe: self.sample(network, nfe, share=share) for nfe in self.nfes}
+        except Exception as caught:
+            error = caught
+        if any_rank(accelerator, error is not None)[0]:  # all processes stop, instead of waiting for one
+            raise error or fail("another process could not sample its share.")
+        if sharded or ranks == 1:
+            return found
+        return {nfe: accelerator.reduce(ids.to(self.device), "sum").cpu() for nfe, ids in found.items()}
 
     @torch.no_grad()
     def sample(self, network: Callable[..., Tensor], nfe: int, *, share: tuple[int, int] = (0, 1)) -> Tensor:

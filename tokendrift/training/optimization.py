@@ -140,14 +140,16 @@ class Optimization:
     def evaluating(self) -> Iterator[None]:
         """Give the model its averaged weights, in evaluation mode, inside the block; later steps are not affected."""
         self.model.eval()
-        with self.average.applied():
-            yield
-        # FSDP2 keeps the root's parameters gathered after a call without gradients: the next step would train with
-        # the average instead of the weights.
-        for module in self.model.modules():
-            reshard: Any = getattr(module, "reshard", None)
-            if reshard is not None:
-                reshard()
+        try:
+            with self.average.applied():
+                yield
+        finally:
+            # FSDP2 keeps the root's parameters gathered after a call without gradients: the next step would train with
+            # the average instead of the weights.
+            for module in self.model.modules():
+                reshard: Any = getattr(module, "reshard", None)
+                if reshard is not None:
+                    reshard()
 
     def step(
         self, step: int, objective: Objective, batches: Iterable[Tensor], *, count: int = 1, log: bool = False

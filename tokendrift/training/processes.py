@@ -7,11 +7,14 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 
 from tokendrift._checks import fail
+from tokendrift.errors import TokenDriftError
+
+T = TypeVar("T")
 
 
 def make_accelerator() -> Any:
@@ -51,11 +54,12 @@ def check_accelerator(accelerator: Any) -> None:
         )
 
 
-def any_rank(accelerator: Any, here: bool) -> bool:
-    """Return whether something is true on at least one process; every process must call."""
+def any_rank(accelerator: Any, *here: bool) -> list[bool]:
+    """Return for each statement whether it is true on at least one process; every process must call."""
     if accelerator.num_processes == 1:
-        return here
-    return bool(accelerator.reduce(torch.tensor(float(here), device=accelerator.device), "sum"))
+        return list(here)
+    found = accelerator.reduce(torch.tensor(here, dtype=torch.float32, device=accelerator.device), "sum")
+    return [bool(count) for count in found.tolist()]
 
 
 def broadcast_from_main(accelerator: Any, value: Any) -> Any:
@@ -67,19 +71,46 @@ def broadcast_from_main(accelerator: Any, value: Any) -> Any:
     return broadcast_object_list([value])[0]
 
 
+def done_by_main(accelerator: Any, work: Callable[[], T]) -> T:
+    """Do some work on the main process; return its result on all processes, or raise its error on all.
+
+    Every process must call.
+    """
+    result: T | None = None
+    error: TokenDriftError | None = None
+    if accelerator.is_main_process:
+        try:
+            result = work()
+        except TokenDriftError as found:
+            error = found
+    result, message = broadcast_from_main(accelerator, (result, None if error is None else str(error)))
+    if message is not None:
+        raise error or TokenDriftError(message)
+    return cast(T, result)
+
+
 @contextmanager
 def termination() -> Iterator[Callable[[], bool]]:
-    """Catch SIGTERM inside the block, and yield a function that returns whether it has come.
+    """Catch SIGTERM and SIGINT inside the block, and yield a function that returns whether one has come.
 
-    Clusters send SIGTERM before they kill a process. Outside the main thread signals cannot be caught, and the function
+    Clusters send SIGTERM before they kill a process, and Ctrl-C sends SIGINT; a second SIGINT raises KeyboardInterrupt
+    at once. A signal that is ignored stays ignored. Outside the main thread signals cannot be caught, and the function
     always returns False.
     """
     received: list[int] = []
+
+    def receive(number: int, frame: object) -> None:
+        if received and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        received.append(number)
+
     if threading.current_thread() is not threading.main_thread():
         yield lambda: False
         return
-    before = signal.signal(signal.SIGTERM, lambda number, frame: received.append(number))
+    numbers = [each for each in (signal.SIGTERM, signal.SIGINT) if signal.getsignal(each) != signal.SIG_IGN]
+    before = {number: signal.signal(number, receive) for number in numbers}
     try:
         yield lambda: bool(received)
     finally:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL if before is None else before)
+        for number, handler in before.items():
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)

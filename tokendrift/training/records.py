@@ -23,7 +23,7 @@ class Records:
 
     Every line of ``log.jsonl`` is an object with ``kind`` (``"train"``, ``"evaluation"``, ``"real_text"`` or
     ``"message"``) and ``step``, the number of finished steps. A resumed run first removes the lines of steps that it
-    takes again.
+    takes again, and those of an evaluation that it makes again.
 
     Args:
         folder: Folder of the run.
@@ -34,6 +34,7 @@ class Records:
         wandb: Project of Weights & Biases. Default: none.
         config: Settings of the run, for Weights & Biases. Default: none.
         progress: Whether to show a progress bar, if rich is installed. Default: True.
+        evaluation_due: Whether the evaluation after ``step`` is still to be made. Default: False.
     """
 
     def __init__(
@@ -47,13 +48,14 @@ class Records:
         wandb: str | None = None,
         config: Mapping[str, Any] | None = None,
         progress: bool = True,
+        evaluation_due: bool = False,
     ) -> None:
         self.path, self.main, self._failed = folder / LOG, main, False
         self.curves = _tensorboard(folder / CURVES, step) if main and tensorboard else None
         self.wandb = _wandb(wandb, folder, dict(config or {})) if main and wandb else None
         self.bar = _bar(step, steps) if main and progress else None
         if main:
-            self._cut(step)
+            self._cut(step, evaluation_due)
 
     def __enter__(self) -> Records:
         return self
@@ -117,18 +119,22 @@ class Records:
                 warnings.warn(f"{self.path} cannot be written ({error}); training continues.", stacklevel=3)
             self._failed = True
 
-    def _cut(self, step: int) -> None:
-        """Remove lines beyond the step (all of them at step 0), and a line that was cut off in the middle."""
+    def _cut(self, step: int, evaluation_due: bool) -> None:
+        """Remove lines beyond the step (all of them at step 0), and what is no line of a log, as a crash may leave it.
+
+        Where the evaluation is still to be made, the step itself has no lines but those of training.
+        """
         if not self.path.exists():
             return
         kept = []
-        for line in self.path.read_text(encoding="utf-8").splitlines():
+        for line in self.path.read_text(encoding="utf-8", errors="replace").splitlines():
             try:
                 entry = json.loads(line)
-            except ValueError:
+                last = step - 1 if evaluation_due and entry["kind"] != "train" else step
+                if step > 0 and entry["step"] <= last:
+                    kept.append(line)
+            except (ValueError, KeyError, TypeError, RecursionError):
                 continue
-            if 0 < step >= entry["step"]:
-                kept.append(line)
         write_atomically(self.path, "".join(f"{line}\n" for line in kept))
 
 

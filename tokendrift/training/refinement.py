@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,14 +29,14 @@ from tokendrift.training.processes import (
     any_rank,
     broadcast_from_main,
     check_accelerator,
+    done_by_main,
     make_accelerator,
     termination,
 )
 from tokendrift.training.records import Records
-from tokendrift.training.run_folder import RunFolder
+from tokendrift.training.run_folder import BASELINE, RunFolder, check_output
 from tokendrift.training.text import Documents, TextFiles, open_text
 
-BASELINE = "continuation"  # folder of the matched continuation
 NOISE, DROPOUT, ORDER, SAMPLES, BUILDING = range(5)  # purposes of random numbers; each has a stream of its own
 NOT_SHOWN = ("step", "learning_rate", "grad_norm", "queue")  # left out beside the progress bar
 
@@ -72,8 +73,9 @@ def refine(
     the step, and everything else is in the checkpoint. Under ``accelerate launch`` it runs on several devices; the
     batch, its order and its noise do not depend on their number. All processes must see the output folder.
 
-    On SIGTERM the step is finished, a checkpoint is written, and KeyboardInterrupt is raised. PyTorch's global
-    generator is seeded anew at every step.
+    On SIGTERM and SIGINT the step is finished, a checkpoint is written, and KeyboardInterrupt is raised; a second
+    SIGINT raises it at once. An evaluation that fails after the first step costs a warning and its figures, not the
+    run. PyTorch's global generator is seeded anew at every step.
 
     Args:
         config: The settings.
@@ -86,10 +88,12 @@ def refine(
 
     Raises:
         TokenDriftError: For a configuration that cannot work, before any work is done; if training diverges; if the
-            output folder belongs to another run; if the refined model cannot be written.
+            output folder belongs to another run, is in use by another process, or holds anything that no run has
+            written; if the refined model cannot be written.
     """
     accelerator = accelerator or make_accelerator()
     check_accelerator(accelerator)
+    check_output(Path(config.output))
     baseline_rows: list[Row] = []
     # The matched continuation first: the same run with the backbone's own objective, in a folder of its own.
     if config.baseline and objective_name(config.objective) != BASELINE:
@@ -111,6 +115,9 @@ class Run:
         accelerator: Devices and processes.
         baseline_rows: Figures of the matched continuation.
     """
+
+    saved: int | None = None  # step of the newest checkpoint that this process has written or read
+    late = False  # whether a checkpoint is due by the clock
 
     def __init__(
         self,
@@ -181,13 +188,20 @@ class Run:
 
     def run(self, progress: bool, on_step: Callable[[int], object] | None) -> list[Row]:
         """Train from the newest checkpoint to the end; return the evaluations, on the main process alone."""
+        with ExitStack() as held:
+            done_by_main(self.accelerator, lambda: held.enter_context(self.folder.claimed()))
+            self._run(progress, on_step)
+        return [*self.evaluations, *self.baseline_rows] if self.main else []
+
+    def _run(self, progress: bool, on_step: Callable[[int], object] | None) -> None:
         config, messages = self.config, list[str]()
+        self.saved_at = time.monotonic()
         # 1. Find out where the run stands, before anything is written.
         stored = self._newest(messages.append)
         finished = 0 if stored is None else int(stored.state["step"])
-        if self.main:
-            self.folder.open()
-        options: dict[str, Any] = {"tensorboard": config.tensorboard, "wandb": config.wandb}
+        due = stored is not None and bool(stored.state.get("evaluation_due"))
+        done_by_main(self.accelerator, self.folder.open)
+        options: dict[str, Any] = {"tensorboard": config.tensorboard, "wandb": config.wandb, "evaluation_due": due}
         options |= {"config": config.settings(), "main": self.main, "progress": progress}
         with Records(self.folder.path, finished, config.steps, **options) as records:
             self.records = records
@@ -198,26 +212,35 @@ class Run:
                 self.objective.before_training(self._packed(self.data.documents).take)
                 self._evaluate(0)
             else:
-                self._resume(stored)
-            # 3. Take the remaining steps; SIGTERM on any process stops all of them after a checkpoint.
+                due = self._resume(stored) and due
+            if due and finished < config.steps:
+                self._evaluate_saved(finished)
+            # 3. Take the remaining steps; a signal on any process stops all of them after a checkpoint.
             with termination() as received:
                 while finished < config.steps:
-                    finished = self._step(finished)
+                    finished, due = self._step(finished)
                     if on_step is not None:
                         on_step(finished)
-                    if finished < config.steps and any_rank(self.accelerator, received()):
+                    late = time.monotonic() - self.saved_at > 60 * config.checkpoint_minutes
+                    stop, self.late = any_rank(self.accelerator, received(), late)
+                    if finished < config.steps and stop:
                         self._save(finished)
                         raise KeyboardInterrupt
-            # 4. Write the refined model.
-            self._finish()
-        return [*self.evaluations, *self.baseline_rows] if self.main else []
+            # 4. Write the refined model, then measure it.
+            self._finish(due)
 
-    def _step(self, step: int) -> int:
-        """Take a step with all that is due after it; return the number of finished steps."""
+    def _step(self, step: int) -> tuple[int, bool]:
+        """Take a step with all that is due after it.
+
+        Returns:
+            The number of finished steps, and whether they are still to be evaluated: the last step is, once its
+            checkpoint and its model have been written.
+        """
         config, finished = self.config, step + 1
         last = finished == config.steps
         evaluate = last or (config.evaluate_every > 0 and finished % config.evaluate_every == 0)
-        save = last or finished % config.checkpoint_every == 0
+        evaluate = evaluate and bool(config.evaluate_nfe)
+        save = last or self.late or finished % config.checkpoint_every == 0
         log = save or step == 0 or finished % config.log_every == 0  # before saving: a diverged state is not kept
         torch.manual_seed(mix(config.seed, DROPOUT, step, self.rank))
         batches = self._batches(step)
@@ -226,10 +249,12 @@ class Run:
         self.records.advance(finished, shown or None)
         if record is not None:
             self.records.figures("train", finished, {**record, "step": finished})
-        better = self._evaluate(finished) if evaluate else None
-        if save or better:
-            self._save(finished, better)
-        return finished
+        # The checkpoint comes before the evaluation, which may fail.
+        if save:
+            self._save(finished, evaluation_due=evaluate)
+        if evaluate and not last:
+            self._evaluate_saved(finished)
+        return finished, evaluate and last
 
     def _batches(self, step: int) -> Iterator[Tensor]:
         """Yield this process's rows of each micro-batch of a step, with the generator seeded for it."""
@@ -240,38 +265,78 @@ class Run:
             yield rows[self.rank * size : (self.rank + 1) * size]
 
     def _evaluate(self, finished: int) -> Best | None:
-        """Sample and measure the averaged model; return its step and score if it is the best so far."""
+        """Sample and measure the averaged model; return its step and score if it is the best so far.
+
+        If that fails after training has begun, warn: the figures are lost, and the run goes on.
+        """
         if not self.config.evaluate_nfe:
             return None
-        with nullcontext() if finished else self.as_it_was(self.optimization.model):
-            drawn = self.evaluator.sample_all(self.optimization, self.accelerator)
         better: Best | None = None
-        if self.main:
-            # 1. Measure; the first evaluation also measures real text.
-            rows = [{"step": finished, "nfe": nfe, **self.evaluator.measure(ids)} for nfe, ids in drawn.items()]
-            if finished == 0:
-                self.evaluations.append({"step": 0, "nfe": None, **self.evaluator.real_row()})
-                self.records.figures("real_text", 0, self.evaluations[0])
-            # 2. Log, and warn of collapse.
-            self.evaluations += rows
-            for row in rows:
-                self.records.figures("evaluation", finished, row)
-            for message in self.evaluator.warnings(rows):
-                self.records.warn(finished, f"after {finished} steps, {message}")
-            # 3. Compare with the best so far.
-            score = self.evaluator.score(rows)
-            if finished and score is not None and (self.best is None or score < self.best["score"]):
-                better = {"step": finished, "score": score}
+        try:
+            with nullcontext() if finished else self.as_it_was(self.optimization.model):
+                drawn = self.evaluator.sample_all(self.optimization, self.accelerator)
+            if self.main:
+                better = self._measure(finished, drawn)
+        except Exception as error:
+            if not finished:
+                raise
+            self.records.warn(finished, f"the evaluation after {finished} steps has failed, without figures: {error}")
         found: Best | None = broadcast_from_main(self.accelerator, better)
         return found
 
-    def _save(self, finished: int, better: Best | None = None) -> None:
-        """Write a checkpoint; if that fails, warn and go on, since the checkpoint before is complete."""
-        groups = self._groups()
+    def _measure(self, finished: int, drawn: Mapping[int, Tensor]) -> Best | None:
+        # 1. Measure; the first evaluation also measures real text.
+        rows = [{"step": finished, "nfe": nfe, **self.evaluator.measure(ids)} for nfe, ids in drawn.items()]
+        messages, score = self.evaluator.warnings(rows), self.evaluator.score(rows)
+        if finished == 0:
+            self.evaluations.append({"step": 0, "nfe": None, **self.evaluator.real_row()})
+            self.records.figures("real_text", 0, self.evaluations[0])
+        # 2. Log, and warn of collapse.
+        self.evaluations += rows
+        for row in rows:
+            self.records.figures("evaluation", finished, row)
+        for message in messages:
+            self.records.warn(finished, f"after {finished} steps, {message}")
+        # 3. Compare with the best so far.
+        if finished and score is not None and (self.best is None or score < self.best["score"]):
+            return {"step": finished, "score": score}
+        return None
+
+    def _evaluate_saved(self, finished: int) -> None:
+        """Evaluate, and enter the figures into the checkpoint of the step; the best model needs one."""
+        better = self._evaluate(finished)
+        groups = self._groups() if better else {}
         if not self.main:
             return
+        if self.saved != finished:
+            if better:
+                self._write(finished, groups, better)
+            return
         best = better or self.best
-        state = {"data": self.data.position(), "evaluations": self.evaluations, "way": self.conditions, "best": best}
+        changes = {"evaluations": self.evaluations, "best": best, "evaluation_due": False}
+        try:
+            self.folder.update(finished, changes, keep=[int(best["step"])] if best else [])
+        except (TokenDriftError, OSError) as error:
+            self.records.warn(finished, f"the figures of step {finished} could not be written ({error}).")
+            return
+        self.best = best
+        if better:
+            self._export_best(finished, groups)
+
+    def _save(self, finished: int, better: Best | None = None, *, evaluation_due: bool = False) -> None:
+        """Write a checkpoint; every process must call."""
+        groups = self._groups()
+        self.saved_at = time.monotonic()
+        if self.main:
+            self._write(finished, groups, better, evaluation_due)
+
+    def _write(
+        self, finished: int, groups: Mapping[str, Tensors], better: Best | None, evaluation_due: bool = False
+    ) -> None:
+        """Write a checkpoint; if that fails, warn and go on, since the checkpoint before is complete."""
+        best = better or self.best
+        state: dict[str, Any] = {"data": self.data.position(), "evaluations": self.evaluations, "way": self.conditions}
+        state |= {"best": best, "evaluation_due": evaluation_due}
         try:
             self.folder.save(finished, groups, state, keep=[int(best["step"])] if best else [])
         except OSError as error:
@@ -281,6 +346,7 @@ class Run:
                 "interrupted run would resume from the previous one.",
             )
             return
+        self.saved = finished
         self.best = best  # not before: the checkpoint of the old best is kept until that of the new one is complete
         if better:
             self._export_best(finished, groups)
@@ -294,18 +360,29 @@ class Run:
 
     def _newest(self, warn: Callable[[str], object]) -> Stored | None:
         """Read the newest complete checkpoint, which must be of this run; return None if there is none."""
-        found = self.folder.newest(warn) if self.main else None
-        place = broadcast_from_main(self.accelerator, str(found[0]) if found else None)
+        read: list[Stored] = []
+
+        def newest() -> str | None:
+            found = self.folder.newest(warn)
+            read.extend([found[1]] if found else [])
+            return str(found[0]) if found else None
+
+        place = done_by_main(self.accelerator, newest)
         if place is None:
             return None
-        stored = found[1] if found else load_checkpoint(Path(place))
+        stored = read[0] if read else load_checkpoint(Path(place))
         self.folder.check_same_run(stored.state)
         return stored
 
-    def _resume(self, stored: Stored) -> None:
-        """Restore a checkpoint; if evaluations are made under other conditions now, begin them anew."""
+    def _resume(self, stored: Stored) -> bool:
+        """Restore a checkpoint; if evaluations are made under other conditions now, begin them anew.
+
+        Returns:
+            Whether the evaluations of the checkpoint still count.
+        """
         state = stored.state
         finished, before = int(state["step"]), state.get("way", self.conditions)
+        self.saved = finished
         anew = before != self.conditions and bool(self.config.evaluate_nfe)
         if anew:
             self.records.warn(
@@ -330,6 +407,7 @@ class Run:
         elif self.main:
             self.evaluations, self.best, self.conditions = state["evaluations"], state["best"], before
             self._restore_best()
+        return not anew
 
     def _restore_best(self) -> None:
         """Write the best model again from its checkpoint: the run may have been killed before it was written."""
@@ -343,10 +421,11 @@ class Run:
         else:
             self._export_best(step, groups)
 
-    def _finish(self) -> None:
-        """Write the refined model, its tokenizer and its card."""
+    def _finish(self, evaluation_due: bool) -> None:
+        """Write the refined model, its tokenizer and its card; then evaluate it, and write the card anew."""
         groups, steps = self._groups(), self.config.steps
-        if self.main:
+
+        def export() -> None:
             try:
                 self.folder.export(groups, self._rows(steps), steps)
             except OSError as error:
@@ -355,6 +434,15 @@ class Run:
                     "Free some space and run the same command again: training is finished, and its last checkpoint "
                     "is kept.",
                 ) from None
+
+        done_by_main(self.accelerator, export)
+        if evaluation_due:
+            self._evaluate_saved(steps)
+            try:
+                if self.main:
+                    self.folder.write_card(self.folder.path, self._rows(steps), steps)
+            except OSError as error:
+                self.records.warn(steps, f"the model card could not be written ({error}).")
         self.accelerator.wait_for_everyone()
 
     def _rows(self, steps: int) -> list[Row]:

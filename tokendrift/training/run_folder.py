@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from torch import Tensor
 from tokendrift import __version__
 from tokendrift._checks import fail
 from tokendrift.diffusion import Process
-from tokendrift.files import write_atomically
+from tokendrift.files import exclusive, write_atomically
 from tokendrift.models import DiT, DiTConfig, save_denoiser
 from tokendrift.models.tokenizer import TextTokenizer
 from tokendrift.training.card import model_card
@@ -24,19 +25,61 @@ from tokendrift.training.checkpointing import (
     load_checkpoint,
     prune_checkpoints,
     save_checkpoint,
+    update_state,
 )
 from tokendrift.training.config import RefineConfig, all_setting_types
+from tokendrift.training.records import LOG
 
 CONFIG, CARD = "config.toml", "README.md"
-CHECKPOINTS, BEST = "checkpoints", "best"
+CHECKPOINTS, BEST, BASELINE = "checkpoints", "best", "continuation"
+MARKER, LOCK = ".tokendrift-run", ".tokendrift-lock"
+
+# What a state must have to be resumed from; checkpoints of versions that wrote no digest of it may lack anything.
+NEEDED: Mapping[str, type | tuple[type, ...]] = {
+    "config": dict,
+    "together": int,
+    "data": dict,
+    "evaluations": list,
+    "best": (dict, type(None)),
+}
 
 # Settings that may differ when a run is resumed: they change what is logged and kept, or are compared in another way.
 BOOKKEEPING = {
-    *("output", "log_every", "checkpoint_every", "keep", "tensorboard", "wandb", "judge", "entropy_tolerance"),
+    *(
+        "output",
+        "log_every",
+        "checkpoint_every",
+        "checkpoint_minutes",
+        "keep",
+        "tensorboard",
+        "wandb",
+        "judge",
+        "entropy_tolerance",
+    ),
     *("baseline", "micro_batch", "evaluate_every", "evaluate_samples", "evaluate_nfe", "evaluate_batch"),
 }
 
 Groups = Mapping[str, Mapping[str, Tensor]]
+
+
+def check_output(folder: Path) -> None:
+    """Require a folder that a run may write to: a new or empty one, or one that a run has made.
+
+    Raises:
+        TokenDriftError: If it holds anything else.
+    """
+    if not folder.is_dir() or _is_ours(folder):
+        return
+    what = "a model that was" if (folder / "config.json").exists() else "files that were"
+    raise fail(f"output {folder} contains {what} not written by refine.", "Choose a new or an empty folder.")
+
+
+def _is_ours(folder: Path) -> bool:
+    """Return whether nothing is in a folder but what runs have written."""
+    names = {path.name for path in folder.iterdir()}
+    # Versions before 0.1 wrote no marker. The matched continuation comes before the run that it stands beside.
+    earlier = CONFIG in names and bool(names & {CHECKPOINTS, LOG})
+    return MARKER in names or earlier or not names - {LOCK} or (names == {BASELINE} and _is_ours(folder / BASELINE))
 
 
 @dataclass(eq=False)
@@ -53,8 +96,6 @@ class RunFolder:
         text: Identity of the text, fit for JSON.
         judge: Name of the judge, for the model card.
 
-    Raises:
-        TokenDriftError: If the folder contains a model that was not written by refine.
     """
 
     config: RefineConfig
@@ -68,20 +109,31 @@ class RunFolder:
 
     def __post_init__(self) -> None:
         self.path = Path(self.config.output)
-        if (self.path / "config.json").exists() and not (self.path / CONFIG).exists():
-            raise fail(f"output {self.path} contains a model that was not written by refine.", "Choose a new folder.")
         identity = self.tokenizer.identity()
         self.identity = {"together": self.together, "base": self.base, "tokenizer": identity, "text": self.text}
 
+    @contextmanager
+    def claimed(self) -> Iterator[None]:
+        """Make the folder and keep other processes out of it inside the block.
+
+        Raises:
+            TokenDriftError: If that is not possible, or another process is in it, which the error names.
+        """
+        with exclusive(self.path / LOCK, Path(f"output {self.path}")):
+            self._write(MARKER, "This folder was made by `tokendrift refine`, which may replace files in it.\n")
+            yield
+
     def open(self) -> None:
-        """Make the folder and write the configuration into it.
+        """Write the configuration into the folder.
 
         Raises:
             TokenDriftError: If that is not possible.
         """
+        self._write(CONFIG, self.config.as_toml())
+
+    def _write(self, name: str, text: str) -> None:
         try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            write_atomically(self.path / CONFIG, self.config.as_toml())
+            write_atomically(self.path / name, text)
         except OSError as error:
             raise fail(
                 f"output {self.path} cannot be written: {error}.", "Free some space, or choose another folder."
@@ -89,7 +141,16 @@ class RunFolder:
 
     def newest(self, warn: Callable[[str], object]) -> tuple[Path, Stored] | None:
         """Return the newest complete checkpoint, or None if there is none; warn of damaged ones."""
-        return latest_checkpoint(self.path / CHECKPOINTS, warn)
+        return latest_checkpoint(self.path / CHECKPOINTS, warn, NEEDED)
+
+    def update(self, step: int, changes: Mapping[str, Any], *, keep: Sequence[int] = ()) -> None:
+        """Change entries of the state of a checkpoint, and remove those that need not be kept any longer.
+
+        Raises:
+            OSError: If it cannot be written; it is as before then.
+        """
+        update_state(checkpoint_place(self.path / CHECKPOINTS, step), changes)
+        prune_checkpoints(self.path / CHECKPOINTS, self.config.keep, keep)
 
     def load_step(self, step: int) -> Stored:
         """Read the checkpoint of a step."""
@@ -168,6 +229,14 @@ class RunFolder:
         except SafetensorError as error:
             raise OSError(str(error)) from error
         self.tokenizer.save(folder)
+        self.write_card(folder, rows, steps)
+
+    def write_card(self, folder: Path, rows: Sequence[dict[str, Any]], steps: int) -> None:
+        """Write the card of a model, with its figures.
+
+        Raises:
+            OSError: If it cannot be written.
+        """
         kind = "masked" if self.process.mask_id is not None else "uniform-state"
         about = {"judge": self.judge, "random_input": self.model.random_input}
         card = model_card(self.config, rows, steps=steps, process=kind, **about)  # type: ignore[arg-type]

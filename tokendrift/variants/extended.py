@@ -138,7 +138,7 @@ class ExtendedDriftField(DriftField):
         unit = sums.view.unit if isinstance(sums.view, _ExtendedView) else None
         scale = super()._scale(mean_square if unit is None else mean_square / unit.square(), sums)
         if self.subtract_noise:
-            scale = scale * torch.where(mean_square > 0, 1 - self._noise(sums) / mean_square, 0.0).clamp_min(0)
+            scale = scale * torch.where(mean_square == 0, 0.0, 1 - self._noise(sums) / mean_square).clamp_min(0)
         return scale
 
     def _seen(self, pos: Sums, neg: Sums) -> tuple[Tensor, Tensor]:
@@ -146,8 +146,9 @@ class ExtendedDriftField(DriftField):
             return super()._seen(pos, neg)
         # Each side has a plan of its own, whose rows have the same mass: the kernel itself says what is seen.
         pos, neg = (side.rescaled(side.peak + side.mass.log()) for side in (pos, neg))
-        effective = (pos.mass + neg.mass).square() / (pos.square + neg.square)
-        return (pos.row - torch.logaddexp(pos.row, neg.row)).exp(), effective
+        total, row = pos.mass + neg.mass, torch.logaddexp(pos.row, neg.row)
+        effective = torch.where(total == 0, 0.0, total.square() / (pos.square + neg.square))
+        return torch.where(row.isneginf(), 0.0, (pos.row - row).exp()), effective
 
     def _noise(self, sums: FieldSums) -> Tensor:
         r"""Return the part of the mean square that comes from pairing a reference with itself, (T,).
@@ -247,7 +248,7 @@ def _mean_distance(view: View, *sides: Side) -> Tensor:
             if block.hidden is not None:
                 weights = weights.masked_fill(block.hidden, 0.0)
             total, count = total + (weights * block.squared.sqrt()).sum(), count + weights.sum()
-    return torch.where(total > 0, total / count, 1.0)
+    return torch.where(total == 0, 1.0, total / count)
 
 
 def _dot(x: Tensor, y: Tensor) -> Tensor:

@@ -8,15 +8,18 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import combinations
+from pathlib import PurePath
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from tokendrift.evaluation.bootstrap import Interval
 from tokendrift.evaluation.comparison import Comparison
 from tokendrift.evaluation.evaluator import EvaluatedSet, Evaluation
-from tokendrift.evaluation.figures import FIGURES, main_figures
+from tokendrift.evaluation.figures import FIGURES, LIKELIHOODS, main_figures
 from tokendrift.evaluation.guard import SAME_SIZE
 from tokendrift.evaluation.matching import MatchedEntropy
 from tokendrift.evaluation.measures import Measures
+from tokendrift.evaluation.panel import PanelComparison, compare_panels
+from tokendrift.evaluation.report.cards import judge_notes
 from tokendrift.evaluation.report.sources import NamedSamples
 
 if TYPE_CHECKING:
@@ -24,6 +27,11 @@ if TYPE_CHECKING:
 
 REAL = "real text"
 ENTROPIES = ("sample_entropy", "unigram_entropy")
+ENDS = ("", "_low", "_high")
+PER_TOKEN = (
+    "The judge is not known to share a tokenizer with the denoisers, so Gen.-PPL, which is per token of the judge, "
+    "does not compare between them: compare bits per byte."
+)
 
 
 class MatchedSet(NamedTuple):
@@ -63,6 +71,50 @@ class EvaluationReport:
         """The confidence of the intervals in words."""
         return f"{self.evaluation.rows[0].measures.level:.0%}"
 
+    @property
+    def panel(self) -> tuple[str, ...]:
+        """Names of the judges beside the first."""
+        return tuple(one.perplexity.judge for one in self.evaluation.rows[0].measures.panel)
+
+    @property
+    def headline(self) -> str:
+        """Name of the figure by which likelihoods compare: ``"gen_ppl"`` or ``"bits_per_byte"``."""
+        known = {row.measures.headline for row in self.evaluation.rows}
+        return "bits_per_byte" if "bits_per_byte" in known else "gen_ppl"
+
+    def verdict(self) -> str:
+        """Return the result in one sentence, with its figure and interval.
+
+        It is about the sets of the fewest function evaluations: against the baseline at equal sample entropy if there
+        is a baseline, else against real text.
+        """
+        matched = [one for one in self.matched if one.found.kind == "sample"]
+        rows = [self.evaluation[one.name] for one in matched] or self._rows_without_controls()
+        fewest = min((row.measures.nfe for row in rows if row.measures.nfe is not None), default=None)
+        parts = []
+        for i, row in enumerate(rows):
+            if row.measures.nfe != fewest:
+                continue
+            name, baseline = self.model(row.name), matched[i].baseline if matched else REAL
+            found = matched[i].found.comparison if matched else row.comparison
+            if matched and not matched[i].found.matched:
+                parts.append(
+                    f"no temperature gives {baseline} the sample entropy of {name}, so nothing is claimed of {name}"
+                )
+                continue
+            said = f"{name} has {found.ratio.estimate:.2f} times the {FIGURES[found.headline].title} of {baseline} "
+            said += f"({found.ratio.ends('.2f')})"
+            if not found.ratio.excludes(1.0):
+                said += ", which is no difference beyond chance"
+            if flags := row.verdict.flags:
+                titles = [FIGURES[flag].title for flag in flags]
+                said += f", and the guard flags {' and '.join(titles) if len(flags) < 3 else f'{len(flags)} figures'}"
+            parts.append(said)
+        at = "" if fewest is None else f"At {fewest} NFE"
+        at += ((" and" if at else "At") + " equal sample entropy") if matched else ""
+        sentence = f"{at}, {'; '.join(parts)}" if at else "; ".join(parts)
+        return f"{sentence}." if matched else f"{sentence}; without a baseline, nothing is compared at equal entropy."
+
     def entries(self) -> Iterator[tuple[str, Measures, EvaluatedSet | None]]:
         """Yield name, figures and set of every line of the table: the sets, then real text.
 
@@ -93,6 +145,8 @@ class EvaluationReport:
         for heading in ("NFE", "n", "precision"):
             view.add_column(heading, justify="right", no_wrap=True)
         figures = main_figures(*(measures.figures for _, measures, _ in self.entries()))
+        for judge in self.panel:
+            view.add_column(f"bits/byte, {short_name(judge)}", justify="right", min_width=8)
         for figure in figures:  # an interval may break into two lines where the terminal is narrow
             view.add_column(figure.heading, justify="right", min_width=8)
         view.add_column("guard", no_wrap=True)
@@ -103,6 +157,7 @@ class EvaluationReport:
                 "" if measures.nfe is None else str(measures.nfe),
                 str(measures.samples),
                 measures.perplexity.precision,
+                *("\n".join(FIGURES["bits_per_byte"].cell(one.figures)) for one in measures.panel),
                 *cells,
                 "" if row is None else guard_summary(row),
                 style="italic" if row is None else None,
@@ -114,9 +169,11 @@ class EvaluationReport:
         measures = self.evaluation.rows[0].measures
         judged = measures.perplexity
         revision = "" if judged.revision is None else f" at {judged.revision}"
+        note = "" if self.headline == "gen_ppl" else f" {PER_TOKEN}"
+        beside = f" Beside it: {', '.join(self.panel)}." if self.panel else ""
         return (
-            f"Judge {judged.judge}{revision}, {judged.precision}, protocol {judged.protocol}. H: entropy in nats, of "
-            f"the tokens of a sample and of all tokens together, counted in {measures.counted_in}. "
+            f"Judge {judged.judge}{revision}, {judged.precision}, protocol {judged.protocol}.{beside}{note} H: entropy "
+            f"in nats, of the tokens of a sample and of all tokens together, counted in {measures.counted_in}. "
             f"{self.level} intervals by resampling."
         )
 
@@ -140,30 +197,62 @@ class EvaluationReport:
             if bad := source.samples.bad_lines:
                 first = f"the first is line {bad[0].number} ({bad[0].reason})"
                 lines.append(f"{row.name}: {len(bad)} line{'s' * (len(bad) > 1)} of {source.origin} left out: {first}.")
-        return lines
+        for a, b, found in self.panels():
+            if found.alone is not None:
+                lines.append(f"{a}: warning: the gain over {b} is seen by the judge {found.alone} alone.")
+        judges = (self.evaluation.rows[0].measures.perplexity.judge, *self.panel)
+        checkpoints = {(one.model, str(one.samples.metadata.get("checkpoint", one.origin))) for one in self.sources}
+        return lines + judge_notes(judges, sorted(checkpoints))
+
+    def panels(self) -> list[tuple[str, str, PanelComparison]]:
+        """Return what all judges say of each set against the baseline at equal entropy, or of each two sets."""
+        if not self.panel:
+            return []
+        if self.matched:
+            return [
+                (name, f"{baseline} at equal {found.kind} entropy", compare_panels(found.model, found.baseline))
+                for name, baseline, found in self.matched
+                if found.matched
+            ]
+        pairs = [(self.evaluation[a], self.evaluation[b]) for a, b, _ in self.comparisons()]
+        return [(a.name, b.name, compare_panels(a.measures, b.measures)) for a, b in pairs]
+
+    def agreement(self) -> list[str]:
+        """Return a sentence for each comparison on whether the judges agree; none if there is one judge."""
+        return [found.agreement(a, b) for a, b, found in self.panels()]
 
     def comparisons(self) -> list[tuple[str, str, Comparison]]:
         """Return the comparisons of sets with equal numbers of steps, or of all sets if no two numbers are equal."""
         steps = dict(zip((row.name for row in self.evaluation.rows), (s.steps for s in self.sources), strict=True))
-        pairs = list(combinations(self.evaluation.rows, 2))
+        pairs = list(combinations(self._rows_without_controls(), 2))
         alike = [(a, b) for a, b in pairs if steps[a.name] == steps[b.name]]
         return [(a.name, b.name, self.evaluation.compare(a.name, b.name)) for a, b in alike or pairs]
 
+    def _rows_without_controls(self) -> list[EvaluatedSet]:
+        rows = zip(self.evaluation.rows, self.sources, strict=True)
+        return [row for row, source in rows if not source.control]
+
     def differences(self) -> list[str]:
-        """Return a sentence for each pair of sets that differ beyond chance in Gen.-PPL or an entropy."""
+        """Return a sentence for each pair of sets that differ beyond chance in the headline figure or an entropy."""
         compared = self.comparisons()
         lines = [text for a, b, found in compared if (text := _difference(a, b, found))]
         rest = len(compared) - len(lines)
         if rest:
             are = "1 pair is" if rest == 1 else f"{rest} pairs are"
+            title = FIGURES[self.headline].title
             lines.append(
-                f"{are} not distinguishable in Gen.-PPL and both entropies: their intervals contain no difference."
+                f"{are} not distinguishable in {title} and both entropies: their intervals contain no difference."
             )
         return lines
 
     def at_equal_entropy(self) -> list[str]:
-        """Return a sentence for each set and kind of entropy: the ratio of Gen.-PPL to the baseline's."""
+        """Return a sentence for each set and kind of entropy: the ratio of the headline figure to the baseline's."""
         return [f"{name} against {baseline}: {found}." for name, baseline, found in self.matched]
+
+    def sentences(self) -> list[str]:
+        """Return all that is said below the table, the verdict last."""
+        said = [*self.guard(), *self.differences(), *self.at_equal_entropy(), *self.agreement()]
+        return [*said, self.verdict()]
 
     def to_dict(self) -> dict[str, Any]:
         """Return everything for JSON: settings, every figure, verdicts, comparisons; what is not finite is None."""
@@ -175,24 +264,34 @@ class EvaluationReport:
         compared = [{"a": a, "b": b, **found.to_dict()} for a, b, found in self.comparisons()]
         matched = [{"name": name, "against": baseline, **found.to_dict()} for name, baseline, found in self.matched]
         plain = {"settings": dict(self.settings), "rows": rows, "comparisons": compared, "at_equal_entropy": matched}
-        return {**plain, "guard": self.guard(), "differences": self.differences()}
+        plain["judges"] = [{"a": a, "b": b, **found.to_dict()} for a, b, found in self.panels()]
+        return {**plain, "guard": self.guard(), "differences": self.differences(), "verdict": self.verdict()}
 
     def to_csv(self) -> str:
         """Return the table as CSV, a line for each set and for real text, every figure with its interval."""
         out = io.StringIO()
-        names = [f"{name}{end}" for name in FIGURES for end in ("", "_low", "_high")]
+        names = [f"{name}{end}" for name in FIGURES for end in ENDS]
         general = ("name", "model", "nfe", "samples", "protocol", "precision", "judge", "revision", "vocabulary")
-        writer = csv.DictWriter(out, [*general, *names, "flags"], lineterminator="\n")
+        beside = [f"{name}{end} ({judge})" for judge in self.panel for name in LIKELIHOODS for end in ENDS]
+        writer = csv.DictWriter(out, [*general, *names, "flags", *beside], lineterminator="\n")
         writer.writeheader()
         for name, measures, row in self.entries():
             judged = measures.perplexity
             line: dict[str, Any] = {"name": name, "model": self.model(name), "nfe": measures.nfe}
             line |= {"samples": measures.samples, "vocabulary": measures.vocabulary}
             line |= {key: getattr(judged, key) for key in ("protocol", "precision", "judge", "revision")}
-            for figure, value in measures.figures.items():
-                line |= dict(zip((figure, f"{figure}_low", f"{figure}_high"), map(_finite, value), strict=True))
+            for i, one in enumerate((measures, *measures.panel)):
+                by = f" ({one.perplexity.judge})" if i else ""
+                for figure, value in one.figures.items():
+                    columns = (f"{figure}{end}{by}" for end in ENDS)
+                    line |= dict(zip(columns, map(_finite, value), strict=True))
             writer.writerow({**line, "flags": "" if row is None else " ".join(row.verdict.flags)})
         return out.getvalue()
+
+
+def short_name(judge: str) -> str:
+    """Return the last part of the name of a judge."""
+    return PurePath(judge).name or judge
 
 
 def guard_summary(row: EvaluatedSet) -> str:
@@ -218,25 +317,26 @@ def _same_size(a: Measures, b: Measures) -> bool:
 
 
 def _difference(a: str, b: str, found: Comparison) -> str | None:
-    """Return how two sets differ, or None if neither Gen.-PPL nor an entropy differs beyond chance."""
-    verdicts = {name: found.verdict(name) for name in ("gen_ppl", *ENTROPIES)}
+    """Return how two sets differ, or None if neither the headline figure nor an entropy does beyond chance."""
+    headline = found.headline
+    verdicts = {name: found.verdict(name) for name in (headline, *ENTROPIES)}
     if set(verdicts.values()) == {"not distinguishable"}:
         return None
     parts = [_in_words(name, verdict, found) for name, verdict in verdicts.items()]
     sentence = f"{a} against {b}: {'; '.join(parts)}."
-    if verdicts["gen_ppl"] == "lower" and "lower" in (verdicts[name] for name in ENTROPIES):
-        sentence += " A lower entropy alone lowers Gen.-PPL, so this is a gain only if it also holds at equal entropy."
+    if verdicts[headline] == "lower" and "lower" in (verdicts[name] for name in ENTROPIES):
+        sentence += f" A lower entropy alone lowers {FIGURES[headline].title}, "
+        sentence += "so this is a gain only if it also holds at equal entropy."
     return sentence
 
 
 def _in_words(name: str, verdict: str, found: Comparison) -> str:
-    """Return a verdict on a figure with the ratio of Gen.-PPL, or with the size of the difference in an entropy."""
+    """Return a verdict on a figure with the ratio of the headline figure, or the size of a difference in entropy."""
     title = FIGURES[name].title
     if verdict == "not distinguishable":
         return f"{title} {verdict}"
-    if name == "gen_ppl":
-        ratio = found.gen_ppl_ratio
-        return f"{title} {verdict}, {ratio.estimate:.3f} times ({ratio.ends('.3f')})"
+    if name == found.headline:
+        return f"{title} {verdict}, {found.ratio.estimate:.3f} times ({found.ratio.ends('.3f')})"
     value = found.differences[name]
     size = Interval(abs(value.estimate), *sorted((abs(value.low), abs(value.high))))
     return f"{title} {verdict} by {size:.3f} nats"

@@ -8,16 +8,19 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from tokendrift._checks import fail
 from tokendrift.diffusion import Process
 from tokendrift.evaluation.bootstrap import Interval
+from tokendrift.evaluation.diversity import sample_entropy, unigram_entropy
 from tokendrift.evaluation.evaluator import Evaluation
-from tokendrift.evaluation.matching import KINDS, TEMPERATURES, DrawSamples, MeasureSamples, at_matched_entropy, entropy
+from tokendrift.evaluation.matching import KINDS, TEMPERATURES, DrawSamples, MeasureSamples, at_matched_entropy
 from tokendrift.evaluation.nelbo import nelbo_interval
 from tokendrift.evaluation.report.evaluation_report import MatchedSet
 from tokendrift.evaluation.report.sources import NamedSamples, common_tokenizer, evenly_spaced_windows, split_name
 from tokendrift.evaluation.sample_reader import read_samples
+from tokendrift.evaluation.samples import SampleInput
 from tokendrift.models import DiT, load_denoiser
 from tokendrift.models.tokenizer import encode
 from tokendrift.sampling import SampleSet, SamplingSetting
@@ -123,7 +126,12 @@ def held_out_nelbo(
 
 
 def match_entropies(
-    evaluation: Evaluation, sources: Sequence[NamedSamples], baseline: str, draw: DrawSamples, measure: MeasureSamples
+    evaluation: Evaluation,
+    sources: Sequence[NamedSamples],
+    baseline: str,
+    draw: DrawSamples,
+    measure: MeasureSamples,
+    counted: Callable[[SampleInput], list[Tensor]],
 ) -> tuple[MatchedSet, ...]:
     """Compare every set with a baseline sampled at the temperature that gives the baseline the set's entropy.
 
@@ -136,6 +144,8 @@ def match_entropies(
         baseline: Name of the baseline.
         draw: Draws samples from the baseline.
         measure: Measures a set of samples as the sets were measured.
+        counted: Returns the ids of a set in which its entropies are counted. The sets of the grid of temperatures need
+            no judge, and may hold samples that are too short for one.
     """
     sampled_steps = {source.steps for source in sources if source.model == baseline}
     curves: dict[tuple[int, int], list[tuple[float, list[float]]]] = {}
@@ -146,8 +156,11 @@ def match_entropies(
             continue
         # 1. Both entropies of the baseline over temperature, once for sets of one size.
         if (steps, count) not in curves:
-            drawn = ((t, measure(draw(SamplingSetting(steps, t), count))) for t in TEMPERATURES)
-            curves[steps, count] = [(t, [entropy(m, kind).estimate for kind in KINDS]) for t, m in drawn]
+            curves[steps, count] = []
+            for temperature in TEMPERATURES:
+                ids = [row for row in counted(draw(SamplingSetting(steps, temperature), count)) if len(row)]
+                entropies = [float(sample_entropy(ids).mean()), unigram_entropy(ids)]  # in the order of KINDS
+                curves[steps, count].append((temperature, entropies))
         # 2. The ratio of Gen.-PPL where the baseline has the set's entropy.
         for i, kind in enumerate(KINDS):
             curve = [(t, entropies[i]) for t, entropies in curves[steps, count]]

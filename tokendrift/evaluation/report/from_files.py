@@ -19,7 +19,7 @@ from tokendrift.evaluation.bootstrap import Interval
 from tokendrift.evaluation.evaluator import cut_to_lengths, evaluate
 from tokendrift.evaluation.generative_perplexity import GenerativePerplexity
 from tokendrift.evaluation.judge import DEFAULT_JUDGE, PRECISIONS
-from tokendrift.evaluation.measures import Measures, measure
+from tokendrift.evaluation.measures import Measures, as_sample_set, measure
 from tokendrift.evaluation.protocols import PROTOCOLS
 from tokendrift.evaluation.report.evaluation_report import REAL, EvaluationReport, MatchedSet
 from tokendrift.evaluation.report.from_checkpoints import (
@@ -31,12 +31,14 @@ from tokendrift.evaluation.report.from_checkpoints import (
 from tokendrift.evaluation.report.sources import (
     NamedSamples,
     common_tokenizer,
+    read_controls,
     read_real,
     read_sources,
     real_windows,
     split_name,
     unique_names,
 )
+from tokendrift.evaluation.samples import SampleInput, id_sequences
 from tokendrift.models.tokenizer import decode
 from tokendrift.sampling import SampleSet, denoiser_samples
 from tokendrift.sampling.to_file import SampleConfig
@@ -52,20 +54,24 @@ class EvaluateConfig:
             paragraphs are the samples. Default: none.
         checkpoint: Checkpoints to sample, PATH or NAME=PATH each; repeatable. Default: none.
         nfe: Numbers of function evaluations at which each checkpoint is sampled; repeatable. Default: none.
-        n: Number of samples of each checkpoint at each number of function evaluations. Default: 256.
+        n: Number of samples of each checkpoint at each number of function evaluations. Default: 1024.
         temperature: Sampling temperature of the checkpoints. Default: 1.
         baseline: Name of a checkpoint with which every set with the same number of steps is compared at equal entropy.
             Default: none.
         keep: Folder in which the samples of checkpoints are kept and reused. Default: a temporary folder.
         real: Real text that neither denoiser nor judge was trained on: a samples file, or any other UTF-8 file, which
             is cut into windows as long as the longest sample.
+        controls: Measure sets made from real text alone beside the samples, such as unigram draws, to show what each
+            figure can be deceived by. Default: no.
         training_text: UTF-8 file of training text, in which copied passages are looked for. Default: none.
         tokenizer: Tokenizer of the denoisers: a tokenizer.json, a folder or a hub id. Default: the one that the samples
             files or checkpoints state.
-        judge: Causal language model that scores the samples: hub id or folder. Default: gpt2-large.
-        judge_tokenizer: Tokenizer of the judge: a tokenizer.json, a folder or a hub id. Default: the judge's own.
-        revision: Branch, tag or commit of the judge. Default: the main branch.
-        dtype: Precision of the judge: float32 or bfloat16. Default: float32.
+        judge: Causal language model that scores the samples: hub id, folder, .gguf file, or package:NAME for the only
+            GGUF file of an installed package; repeatable. The first judge makes the table, and the figures of the
+            others stand beside it. Default: gpt2-large.
+        judge_tokenizer: Tokenizer of the first judge: a tokenizer.json, a folder or a hub id. Default: the judge's own.
+        revision: Branch, tag or commit of the first judge. Default: the main branch.
+        dtype: Precision of the judges: float32 or bfloat16. Default: float32.
         protocol: Protocol of Gen.-PPL: mdlm, sedd, sdtt, bd3 or all. Default: mdlm.
         skip_bad: Leave out lines and samples that cannot be read or scored, and report their number. Default: an error.
         lines: Whether each line of a samples file of plain text is a sample, instead of each paragraph. Default: no.
@@ -82,14 +88,15 @@ class EvaluateConfig:
     samples: tuple[str, ...] = ()
     checkpoint: tuple[str, ...] = ()
     nfe: tuple[int, ...] = ()
-    n: int = 256
+    n: int = 1024
     temperature: float = 1.0
     baseline: str | None = None
     keep: str | None = None
     real: str = ""
+    controls: bool = False
     training_text: str | None = None
     tokenizer: str | None = None
-    judge: str = DEFAULT_JUDGE
+    judge: tuple[str, ...] = (DEFAULT_JUDGE,)
     judge_tokenizer: str | None = None
     revision: str | None = None
     dtype: str = "float32"
@@ -117,6 +124,10 @@ class EvaluateConfig:
             raise fail("two checkpoints have the same name.", "Give them different names: NAME=PATH.", names=names)
         if self.baseline is not None and self.baseline not in names:
             raise fail("baseline must be the name of a checkpoint.", baseline=self.baseline, names=names)
+        if isinstance(self.judge, str):  # one judge
+            object.__setattr__(self, "judge", (self.judge,))
+        if not self.judge or len(set(self.judge)) < len(self.judge):
+            raise fail("judge must name one or several different judges.", judge=self.judge)
         for nfe in self.nfe:
             check_count("nfe", nfe, least=1)
         check_count("n", self.n, least=2)
@@ -143,17 +154,18 @@ def evaluate_files(
     sources = read_sources(config.samples, skip_bad=config.skip_bad, lines=config.lines)
     real = read_real(config.real, skip_bad=config.skip_bad)
     training = None if config.training_text is None else SampleSet(texts=read_documents(config.training_text))
-    progress(f"loading the judge {config.judge}")
-    judge = _load_judge(config)
+    judge, *panel = _load_judges(config, progress)
     sources += _sample_checkpoints(config, progress)
-    names = unique_names(sources)
-    if REAL in names:
-        raise fail(f"a set of samples is called {REAL!r}, as real text is.", "Give it another name: NAME=FILE.")
     # 2. Find the tokenizer that all sets share, and cut real text in its tokens.
     tokenizer = common_tokenizer(sources, config.tokenizer)
     real_set = real_windows(real, sources, tokenizer, judge.judge.tokenizer) if isinstance(real, str) else real
     if tokenizer is None and real_set.texts is not None:
         real_set = dataclasses.replace(real_set, ids=None)  # ids of an unknown vocabulary compare with nothing
+    if config.controls:
+        sources += read_controls(real, real_set, tokenizer, judge.judge.tokenizer, seed=config.seed)
+    names = unique_names(sources)
+    if REAL in names:
+        raise fail(f"a set of samples is called {REAL!r}, as real text is.", "Give it another name: NAME=FILE.")
     # 3. Measure the checkpoints, then every set beside real text.
     denoisers = load_denoisers(config.checkpoint, sources, config.tokenizer, device=config.device)
     if config.baseline is not None and denoisers[config.baseline].tokenizer is None:
@@ -169,34 +181,41 @@ def evaluate_files(
     sets = {name: source.samples for name, source in zip(names, sources, strict=True)}
     options: dict[str, Any] = {"training": training, "resamples": config.resamples, "seed": config.seed}
     options |= {"skip_bad": config.skip_bad, "progress": _count_samples(progress)}
-    evaluation = evaluate(sets, judge, real=real_set, tokenizer=tokenizer, nelbo=nelbo, **options)
+    evaluation = evaluate(sets, judge, real=real_set, tokenizer=tokenizer, nelbo=nelbo, panel=panel, **options)
     # 4. Compare every set with the baseline at equal entropy.
     matched: tuple[MatchedSet, ...] = ()
     if config.baseline is not None:
         baseline = denoisers[config.baseline]
         options |= {"tokenizer": baseline.tokenizer, "vocabulary": evaluation.rows[0].measures.vocabulary}
         draw = denoiser_samples(baseline.model, baseline.process, baseline.model.config.model_length, seed=config.seed)
-        measured = partial(measure, judge=judge, **options)
-        matched = match_entropies(evaluation, sources, config.baseline, draw, measured)
+        measured = partial(measure, judge=judge, panel=panel, **options)
+
+        def counted(samples: SampleInput) -> list[torch.Tensor]:
+            ids = as_sample_set(samples).ids or []
+            if options["vocabulary"] == "generated":
+                return id_sequences(ids)[0]
+            return id_sequences(decode(baseline.tokenizer, ids), None, judge.judge.tokenizer)[0]
+
+        matched = match_entropies(evaluation, sources, config.baseline, draw, measured, counted)
     # 5. The report, with the texts that its page shows.
     texts = {name: _texts(samples, tokenizer) for name, samples in sets.items()}
     texts[REAL] = _real_texts(evaluation.rows[0].measures, real_set, judge, tokenizer)
     settings = {"tokendrift": tokendrift.__version__, "torch": torch.__version__, **dataclasses.asdict(config)}
+    settings |= {"judge": config.judge[0], "panel": tuple(config.judge[1:])}
     return EvaluationReport(evaluation, tuple(sources), texts, settings, matched)
 
 
-def _load_judge(config: EvaluateConfig) -> GenerativePerplexity:
+def _load_judges(config: EvaluateConfig, progress: Callable[[str], object]) -> list[GenerativePerplexity]:
     from tokendrift.models.tokenizer import load_tokenizer
 
-    return GenerativePerplexity(
-        config.judge,
-        None if config.judge_tokenizer is None else load_tokenizer(config.judge_tokenizer),
-        protocol=config.protocol,
-        precision=config.dtype,
-        revision=config.revision,
-        batch_size=config.batch_size,
-        device=config.device,
-    )
+    tokenizer = None if config.judge_tokenizer is None else load_tokenizer(config.judge_tokenizer)
+    found: list[GenerativePerplexity] = []
+    for name in config.judge:
+        progress(f"loading the judge {name}")
+        own: dict[str, Any] = {} if found else {"tokenizer": tokenizer, "revision": config.revision}
+        own |= {"protocol": config.protocol, "precision": config.dtype, "batch_size": config.batch_size}
+        found.append(GenerativePerplexity(name, device=config.device, **own))
+    return found
 
 
 def _sample_checkpoints(config: EvaluateConfig, progress: Callable[[str], object]) -> list[NamedSamples]:

@@ -10,7 +10,13 @@ from tokendrift.evaluation.bootstrap import Interval
 from tokendrift.evaluation.figures import FIGURES, Figure
 from tokendrift.evaluation.measures import Measures
 from tokendrift.evaluation.plots import error_bar_lengths, estimates
-from tokendrift.evaluation.report.evaluation_report import ENTROPIES, EvaluationReport, MatchedSet, guard_summary
+from tokendrift.evaluation.report.evaluation_report import (
+    ENTROPIES,
+    EvaluationReport,
+    MatchedSet,
+    guard_summary,
+    short_name,
+)
 from tokendrift.evaluation.report.html import as_label, inline_svg, render
 from tokendrift.evaluation.report.phrases import WORDS, marked, most_repeated
 
@@ -21,6 +27,7 @@ if TYPE_CHECKING:
 COLOURS = ("#3b7dd8", "#d9652b", "#9467bd", "#b8860b", "#17a2b8", "#c2418d", "#8a8f98")
 MARKERS = "osD^vPX"
 REAL_COLOUR = "#2f9e62"
+OF_A_JUDGE = ("gen_ppl", "bits_per_byte")  # columns of each further judge
 SAMPLES = 50  # of each set in the browser
 
 
@@ -44,10 +51,12 @@ def page(report: EvaluationReport) -> str:
     """Return the report as one HTML file that refers to no other."""
     measured = {name for _, measures, _ in report.entries() for name in measures.figures}
     figures = [figure for name, figure in FIGURES.items() if name in measured]
+    beside = [f"{FIGURES[name].heading}, {short_name(judge)}" for judge in report.panel for name in OF_A_JUDGE]
     lines = []
     for name, measures, row in report.entries():
         cells = [Cell("" if measures.nfe is None else str(measures.nfe)), Cell(str(measures.samples))]
         cells += [Cell(measures.perplexity.precision), Cell("" if row is None else guard_summary(row))]
+        cells += [Cell(*FIGURES[figure].cell(one.figures)) for one in measures.panel for figure in OF_A_JUDGE]
         cells += [Cell(*figure.cell(measures.figures)) for figure in figures]
         lines.append({"name": report.model(name) if row else name, "cells": cells, "real": row is None})
     columns = [_column(name, texts) for name, texts in report.texts.items()]
@@ -55,14 +64,17 @@ def page(report: EvaluationReport) -> str:
         "evaluation.html.j2",
         script=(files("tokendrift.evaluation.report") / "templates" / "browser.js").read_text(encoding="utf-8"),
         names=list(dict.fromkeys(source.model for source in report.sources)),
+        verdict=report.verdict(),
         caption=report.caption(),
         level=report.level,
-        headings=["samples", "NFE", "n", "precision", "guard", *(figure.heading for figure in figures)],
+        headings=["samples", "NFE", "n", "precision", "guard", *beside, *(figure.heading for figure in figures)],
         lines=lines,
         guard=report.guard(),
+        agreement=report.agreement(),
         differences=report.differences() or ["There is one set alone: nothing to compare but real text."],
         matched=[_matched(one) for one in report.matched],
         baseline=report.settings.get("baseline"),
+        headline=FIGURES[report.headline].title,
         plots=plots(report),
         count=max(len(column["samples"]) for column in columns),
         words=WORDS,
@@ -72,20 +84,20 @@ def page(report: EvaluationReport) -> str:
 
 
 def plots(report: EvaluationReport) -> list[Plot]:
-    """Return the plots of Gen.-PPL against each entropy, and of all three over NFE if there are several NFE."""
-    gen_ppl, *entropies = (FIGURES[name] for name in ("gen_ppl", *ENTROPIES))
-    found = [_against_entropy(report, gen_ppl, entropy) for entropy in entropies]
+    """Return the plots of the headline figure against each entropy, and of all three over NFE if there are several."""
+    headline, *entropies = (FIGURES[name] for name in (report.headline, *ENTROPIES))
+    found = [_against_entropy(report, headline, entropy) for entropy in entropies]
     if len({row.measures.nfe for row in report.evaluation.rows} - {None}) > 1:
-        found += [_over_nfe(report, figure) for figure in (gen_ppl, *entropies)]
+        found += [_over_nfe(report, figure) for figure in (headline, *entropies)]
     return found
 
 
-def _against_entropy(report: EvaluationReport, gen_ppl: Figure, entropy: Figure) -> Plot:
-    """Plot Gen.-PPL against an entropy: a line through the NFE of each model, a star for real text."""
+def _against_entropy(report: EvaluationReport, headline: Figure, entropy: Figure) -> Plot:
+    """Plot the headline figure against an entropy: a line through the NFE of each model, a star for real text."""
 
     def draw(axes: Axes) -> None:
         for number, (model, points) in enumerate(_curves(report).items()):
-            across, up = _intervals(points, entropy), _intervals(points, gen_ppl)
+            across, up = _intervals(points, entropy), _intervals(points, headline)
             bars: dict[str, Any] = {"xerr": error_bar_lengths(across), "yerr": error_bar_lengths(up)}
             axes.errorbar(estimates(across), estimates(up), **bars, **_style(number, model))
             for m, x, y in zip(points, estimates(across), estimates(up), strict=True) if len(points) > 1 else ():
@@ -93,13 +105,13 @@ def _against_entropy(report: EvaluationReport, gen_ppl: Figure, entropy: Figure)
         for number, (name, m) in enumerate(_real(report)):
             star: dict[str, Any] = {"color": REAL_COLOUR, "markersize": 14, "label": as_label(name)}
             star |= {"markerfacecolor": "none"} if number else {}
-            axes.plot(m.figures[entropy.name].estimate, m.gen_ppl.estimate, "*", **star)
+            axes.plot(m.figures[entropy.name].estimate, m.figures[headline.name].estimate, "*", **star)
         axes.margins(x=0.12)  # room for the NFE beside the points
         axes.set_xlabel(entropy.label)
-        _value_axis(axes, gen_ppl)
+        _value_axis(axes, headline)
 
     what = "Lower and further right is better; lower and further left is what a lower temperature does."
-    return _plot(report, f"Gen.-PPL against {entropy.title}", what, (gen_ppl, entropy), draw)
+    return _plot(report, f"{_capital(headline.title)} against {entropy.title}", what, (headline, entropy), draw)
 
 
 def _over_nfe(report: EvaluationReport, figure: Figure) -> Plot:
@@ -122,8 +134,11 @@ def _over_nfe(report: EvaluationReport, figure: Figure) -> Plot:
         axes.set_xlabel("function evaluations (NFE)")
         _value_axis(axes, figure)
 
-    title = f"{figure.title[0].upper()}{figure.title[1:]} over NFE"
-    return _plot(report, title, "Real text is the dashed line.", (figure,), draw)
+    return _plot(report, f"{_capital(figure.title)} over NFE", "Real text is the dashed line.", (figure,), draw)
+
+
+def _capital(title: str) -> str:
+    return f"{title[0].upper()}{title[1:]}"
 
 
 def _plot(
@@ -174,14 +189,15 @@ def _value_axis(axes: Axes, figure: Figure) -> None:
 def _matched(one: MatchedSet) -> list[Any]:
     """Return a row of the table of sets compared with the baseline at equal entropy."""
     found = one.found
-    ratio, difference, gen_ppl = found.ratio, found.entropy_difference, FIGURES["gen_ppl"]
+    difference, headline = found.entropy_difference, FIGURES[found.comparison.headline]
+    ratios = found.comparison.gen_ppl_ratio, found.comparison.bits_per_byte_ratio
     return [
         one.name,
         Cell("" if found.model.nfe is None else str(found.model.nfe)),
         Cell(found.kind),
-        Cell(f"{ratio.estimate:.3f}", ratio.ends(".3f")),
+        *(Cell("") if ratio is None else Cell(f"{ratio.estimate:.3f}", ratio.ends(".3f")) for ratio in ratios),
         Cell(found.verdict()),
-        *(Cell(*gen_ppl.cell(measures.figures)) for measures in (found.model, found.baseline)),
+        *(Cell(*headline.cell(measures.figures)) for measures in (found.model, found.baseline)),
         Cell(f"{found.temperature:.2f}"),
         Cell(f"{difference.estimate:+.3f}", difference.ends("+.3f")),
     ]

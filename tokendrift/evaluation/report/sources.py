@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from tokendrift._checks import fail
+from tokendrift.evaluation.controls import control_sets
 from tokendrift.evaluation.sample_reader import has_header, read_samples
 from tokendrift.evaluation.samples import id_sequences
 from tokendrift.files import file_kind
@@ -27,6 +28,11 @@ class NamedSamples(NamedTuple):
     model: str
     samples: SampleSet
     origin: str
+
+    @property
+    def control(self) -> bool:
+        """Whether the set was made from real text alone, see `tokendrift.evaluation.controls`."""
+        return bool(self.samples.metadata.get("control"))
 
     @property
     def steps(self) -> int | None:
@@ -129,6 +135,27 @@ def read_real(path: str, *, skip_bad: bool = False) -> SampleSet | str:
         if not has_header(text):
             return text
     return read_samples(path, skip_bad=skip_bad, skip_blank=True)
+
+
+def read_controls(
+    real: SampleSet | str, real_set: SampleSet, tokenizer: Any, judge_tokenizer: Any, *, seed: int
+) -> list[NamedSamples]:
+    """Return the controls, as many samples of each as of real text, as long as the longest of them.
+
+    Args:
+        real: Real text as it was read.
+        real_set: The samples of real text.
+        tokenizer: Tokenizer of the denoisers, None if it is not known.
+        judge_tokenizer: Tokenizer of the judge, in whose tokens the controls are drawn if samples have no ids.
+        seed: Random seed.
+    """
+    own = tokenizer if real_set.ids is not None else judge_tokenizer
+    texts = real_set.texts if real_set.texts is not None else decode(own, real_set.ids or [])
+    text = real if isinstance(real, str) else "\n\n".join(texts)
+    rows = real_set.ids if real_set.ids is not None else encode(own, texts)
+    size: dict[str, Any] = {"count": len(rows), "length": max(map(len, rows))}
+    found = control_sets(text, own, **size, seed=seed, with_ids=real_set.ids is not None)
+    return [NamedSamples(f"control: {name}", samples, "real text") for name, samples in found.items()]
 
 
 def real_windows(text: str, sources: Sequence[NamedSamples], tokenizer: Any, judge_tokenizer: Any) -> SampleSet:
