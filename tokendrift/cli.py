@@ -108,19 +108,11 @@ def demo(
         console = Console()
         # The table needs more than the 80 columns that rich assumes for a pipe.
         console.width = min(console.width, 100) if console.is_terminal else 100
+        options = sizes if steps is None else sizes | {"steps": steps}
+        options |= {"text": tuple(text or ()), "models": models or PRETRAINED, "judges": tuple(judge or ())}
         for number in range(seed, seed + seeds):
-            options = sizes if steps is None else sizes | {"steps": steps}
-            config = DemoConfig(
-                process=process,
-                objective=objective,
-                text=tuple(text or ()),
-                models=models or PRETRAINED,
-                judges=tuple(judge or ()),
-                output=output if seeds == 1 else output / f"seed-{number}",
-                window=window,
-                seed=number,
-                **options,
-            )
+            place = output if seeds == 1 else output / f"seed-{number}"
+            config = DemoConfig(process, objective, output=place, window=window, seed=number, **options)
             show(run_demo(config, Console(stderr=True)), config, console)
 
 
