@@ -399,10 +399,12 @@ def evaluate(
 
 
 def _write_report(report: Any, json_file: Path | None, csv_file: Path | None, html_file: Path | None) -> None:
-    """Write a report to the files that were named, and print it; the verdict comes last."""
+    """Print a report and write it to the given files. The table comes first, so that a full disk does not lose it."""
     from tokendrift.evaluation.report import as_json, page
     from tokendrift.files import write_atomically
 
+    console = _console(160)
+    console.print(report.table())
     if json_file is not None:
         write_atomically(json_file, json.dumps(as_json(report.to_dict()), indent=2, allow_nan=False) + "\n")
     if csv_file is not None:
@@ -410,8 +412,6 @@ def _write_report(report: Any, json_file: Path | None, csv_file: Path | None, ht
     if html_file is not None:
         write_atomically(html_file, page(report))
     written = [str(file) for file in (json_file, csv_file, html_file) if file is not None]
-    console = _console(160)
-    console.print(report.table())
     note = f"measured on {report.settings['device']}" + (f"; written to {', '.join(written)}" if written else "")
     for sentence in (note, *report.sentences()):
         console.print(sentence, highlight=False, markup=False, soft_wrap=True)

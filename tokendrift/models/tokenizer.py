@@ -43,7 +43,6 @@ def load_tokenizer(name: str | Path, *, fetch: bool = True) -> Any:
         raise fail(
             f"{error}; it is needed to load a tokenizer.", "Install it with pip install 'tokendrift[hf]'."
         ) from None
-    check_local(name, "tokenizer")
     path = Path(name)
     if path.is_dir() and not any(_is_tokenizer_file(each) for each in path.iterdir()):
         raise fail(
@@ -51,6 +50,7 @@ def load_tokenizer(name: str | Path, *, fetch: bool = True) -> Any:
         )
     lone = path if path.is_file() else path / "tokenizer.json"
     try:
+        check_local(name, "tokenizer")
         # A lone tokenizer.json is complete in itself; with a tokenizer_config.json beside it goes by its class.
         if path.is_file() or (lone.is_file() and not (path / "tokenizer_config.json").is_file()):
             fast: Any = PreTrainedTokenizerFast

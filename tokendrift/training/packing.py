@@ -141,7 +141,7 @@ class PackedText:
         lot = list(islice(self._pieces, LOT))
         if not lot:
             self._epoch += 1
-            self.source_tokens, self._read = self._read, None
+            self.source_tokens, self._read = self.source_tokens or self._read, None
             self._pieces = self.documents.read()
             lot = list(islice(self._pieces, LOT))
             if not lot:
