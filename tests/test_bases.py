@@ -80,6 +80,10 @@ def test_bits_per_byte_are_those_of_the_tokens(study):
     assert row["even bpb error"] == 0
     assert row["even perplexity"] == 16
     assert abs(row["entropy"] - 0.5 * math.log(2)) < 1e-4
+    rows = [{"text": "masked", "nfe": 4, "temperature": 1.0, **row}, {"text": "real", **row}]
+    *_, real, sampled = study["curve"].table(rows).splitlines()
+    assert "real" in real
+    assert "| 1.00 |" in sampled
 
 
 def test_no_chapter_is_trained_on_and_held_out(study):

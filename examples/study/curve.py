@@ -4,7 +4,7 @@ python examples/study/curve.py BASES masked --judges JUDGES/smol JUDGES/gemma --
 
 BASES/masked is a folder that `bases.py` wrote; a judge is a folder with a causal language model and its tokenizer, as
 transformers saves them. Each row is written as soon as it is known, and a row that the file already has is not measured
-again. Sampling and judging run in float32.
+again; with ``--table`` the whole file is written as a Markdown table too. Sampling and judging run in float32.
 """
 
 from __future__ import annotations
@@ -137,6 +137,36 @@ def curve(folder: Path, judges: Sequence[Judge], settings: Sequence[tuple[int, f
             add({**row, **measured(ids, tokenizer, judges)})
 
 
+def table(rows: Sequence[dict[str, Any]]) -> str:
+    """Return the rows as a Markdown table: real text first, then each base by temperature and NFE.
+
+    What a judge has not seen stays empty.
+    """
+    real = next(row for row in rows if row["text"] == "real")
+    judges = [name.removesuffix(" bpb") for name in real if name.endswith(" bpb")]
+    heads = ["text", "NFE", "T", "H", "U", "samples"]
+    for judge in judges:
+        heads += [f"{judge} bpb", "over real", f"{judge} PPL"]
+    lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
+
+    def place(row: dict[str, Any]) -> tuple[bool, str, float, int]:
+        return row["text"] != "real", row["text"], -row.get("temperature", 1.0), row.get("nfe", 0)
+
+    for row in sorted(rows, key=place):
+        cells = [row["text"], str(row.get("nfe", "")), str(row.get("temperature", ""))]
+        cells += [f"{row['entropy']:.3f}", f"{row['unigram_entropy']:.3f}", str(row["samples"])]
+        for judge in judges:
+            bpb = row.get(f"{judge} bpb")
+            if bpb is None:
+                cells += [""] * 3
+                continue
+            cells.append(f"{bpb:.3f} ± {row[f'{judge} bpb error']:.3f}")
+            cells.append("" if row is real else f"{bpb / real[f'{judge} bpb']:.2f}")
+            cells.append(f"{row[f'{judge} perplexity']:.0f}")
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("bases", type=Path, help="Folder of the bases.")
@@ -145,7 +175,10 @@ if __name__ == "__main__":
     parser.add_argument("--samples", type=int, default=256, help="Sequences a row. Default: 256.")
     parser.add_argument("--nfe", type=int, nargs="*", help="Function evaluations; temperature 1 alone. Default: all.")
     parser.add_argument("--out", type=Path, required=True, help="JSON file; rows are added to it.")
+    parser.add_argument("--table", type=Path, help="Markdown file for all rows of the JSON file.")
     options = parser.parse_args()
     torch.set_num_threads(1)
     places = tuple((nfe, 1.0) for nfe in options.nfe) if options.nfe else PLAIN + COOLED
     curve(options.bases / options.kind, list(map(Judge.load, options.judges)), places, options.samples, options.out)
+    if options.table:
+        options.table.write_text(table(json.loads(options.out.read_text(encoding="utf-8"))), encoding="utf-8")
