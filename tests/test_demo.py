@@ -38,7 +38,7 @@ def test_a_folder_without_the_models_is_refused(tmp_path):
 @pytest.mark.parametrize("objective", ["drift", "pairs"])
 def test_every_refinement_has_a_valid_configuration(process, objective, tmp_path):
     made = DemoConfig(process=process, objective=objective).refinement(tmp_path / "text.txt", tmp_path)
-    assert made.objective == objective and made.baseline and made.steps == 150
+    assert made.settings()["objective"] == objective and made.baseline and made.steps == 120
 
 
 @pytest.fixture(scope="module", params=[("uniform", "drift"), ("masked", "pairs")], ids="-".join)
@@ -46,14 +46,15 @@ def small_run(request, tmp_path_factory):
     """Configuration and report of a whole run with two training steps and few samples, and a call that repeats it."""
     folder = tmp_path_factory.mktemp("demo")
     process, objective = request.param
-    config = DemoConfig(process, objective, output=folder, steps=2, samples=12, nfes=(1, 2))
+    config = DemoConfig(
+        process, objective, output=folder, steps=2, samples=12, nfes=(1, 2), judges=(str(pretrained_path("judge")),)
+    )
     splits = Splits(*(part[:400] for part in read_splits()))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(demonstration, "read_splits", lambda files: splits)
 
         def run():
-            (report,) = run_demo(config, Console(file=io.StringIO()))
-            return report
+            return run_demo(config, Console(file=io.StringIO()))
 
         yield config, run(), run
 
@@ -61,7 +62,7 @@ def small_run(request, tmp_path_factory):
 def printed(report, config):
     """Return what the demo prints."""
     console = Console(width=100, file=io.StringIO())
-    show([report], config, console)
+    show(report, config, console)
     return console.file.getvalue()
 
 
@@ -78,7 +79,7 @@ def test_the_demo_measures_both_models_beside_real_text(small_run):
     page = (config.output / "report.html").read_text(encoding="utf-8")
     assert "<svg" in page and "src=" not in page and "@import" not in page
     assert all(part in page for part in ("real text", "Gen.-PPL", "At equal entropy with continuation", "float32"))
-    (stored,) = json.loads((config.output / "results.json").read_text(encoding="utf-8"))
+    stored = json.loads((config.output / "results.json").read_text(encoding="utf-8"))
     assert {row["model"] for row in stored["rows"]} == {"TokenDrift", "continuation"}
 
 
@@ -88,8 +89,7 @@ def test_what_is_printed_fits_100_columns_and_ends_with_the_verdict(small_run):
     assert max(len(line) for line in lines[:-1] if str(config.output) not in line) <= 100
     assert not any("…" in line for line in lines[:20])  # no cell of the table is cut
     assert len([line for line in lines if re.match(r" *continuation = (sample|unigram) ", line)]) == 4
-    assert lines[-1].startswith("Verdict at 1 NFE (judge: judge): ")
-    assert "sample entropy" in lines[-1] and "unigram entropy" in lines[-1] and "Gen.-PPL ratio" in lines[-1]
+    assert lines[-1] == report.verdict() and lines[-1].startswith("At 1 NFE and equal sample entropy, ")
 
 
 def test_a_second_run_reuses_models_and_samples_and_gives_the_same_figures(small_run):

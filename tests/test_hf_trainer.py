@@ -104,7 +104,7 @@ def test_evaluations_repeat_and_leave_training_as_it_is(make, kind, own):
 def test_a_checkpoint_without_queues_is_said(make, tmp_path):
     make()[0].train()
     (tmp_path / "checkpoint-2" / QUEUES).unlink()
-    with pytest.warns(UserWarning, match=r"checkpoint-2 has no tokendrift_loss.pt: the queues start empty"):
+    with pytest.warns(UserWarning, match=r"checkpoint-2 has no tokendrift_loss.pt, so the queues start empty"):
         make()[0].train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
 
 

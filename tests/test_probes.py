@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import json
 import math
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -413,6 +415,8 @@ def test_the_command_says_in_one_message_what_does_not_fit(arguments, says, text
     assert "Traceback" not in done.output
 
 
-def test_a_checkpoint_without_a_tokenizer_asks_for_one(text):
+def test_a_checkpoint_without_a_tokenizer_asks_for_one(text, tmp_path):
+    for name in ("config.json", "model.safetensors"):
+        shutil.copy(Path(UNIFORM_BASE) / name, tmp_path)
     with pytest.raises(TokenDriftError, match="has no tokenizer"):
-        probe_checkpoints(UNIFORM_BASE, text, judge=two_words_judge)
+        probe_checkpoints(tmp_path, text, judge=two_words_judge)

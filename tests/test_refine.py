@@ -147,7 +147,7 @@ def test_a_full_disk_costs_checkpoints_and_no_more(inputs, whole):
 
     with (
         disk() as limit,
-        pytest.warns(UserWarning, match="checkpoint of step 4 could not be written.*goes on"),
+        pytest.warns(UserWarning, match="checkpoint of step 4 could not be written.*continues"),
         pytest.raises(KeyboardInterrupt),
     ):
         run(inputs, "full", on_step=fill)

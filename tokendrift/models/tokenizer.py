@@ -154,7 +154,9 @@ def encode(tokenizer: Any, texts: Sequence[str], *, special_tokens: bool = False
 
 
 def _encode_batch(tokenizer: Any, texts: Sequence[str], special_tokens: bool) -> Any:
-    before = tokenizer.encode_special_tokens
+    before = getattr(tokenizer, "encode_special_tokens", None)
+    if before is None:  # a tokenizer of another library with the same interface
+        return tokenizer.encode_batch(list(texts), add_special_tokens=False)
     tokenizer.encode_special_tokens = not special_tokens
     try:
         return tokenizer.encode_batch(list(texts), add_special_tokens=False)
