@@ -91,3 +91,4 @@ def test_no_chapter_is_trained_on_and_held_out(study):
     text = study["corpora"].world_english_bible()
     assert not set(text.train) & set(text.held_out)
     assert (len(text.train), len(text.held_out)) == (1130, 59)
+    assert study["corpora"].held_out_chapters() == text.held_out

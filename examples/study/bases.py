@@ -1,7 +1,7 @@
 """Train the bases of the study: a masked and a uniform-state model of about 3.6 million parameters.
 
 torchrun --nproc-per-node 2 examples/study/bases.py OUT masked --minutes 65
-torchrun --nproc-per-node 2 examples/study/bases.py OUT uniform --minutes 40 --start OUT/masked
+torchrun --nproc-per-node 2 examples/study/bases.py OUT uniform --minutes 40 --init OUT/masked
 
 Each process runs on one CPU thread; plain ``python`` in place of torchrun trains in one process. A training ends after
 the minutes given, however fast the machine is: the learning rate follows the clock. A run that was stopped resumes from
@@ -348,9 +348,9 @@ if __name__ == "__main__":
     parser.add_argument("out", type=Path, help="Folder for the bases.")
     parser.add_argument("kind", choices=("masked", "uniform"), help="Which base to train.")
     parser.add_argument("--minutes", type=float, default=Settings.minutes, help="Length of the training by the clock.")
-    parser.add_argument("--start", type=Path, help="Masked base that a uniform-state one starts from.")
+    parser.add_argument("--init", type=Path, help="Masked base that a uniform-state one starts from.")
     options = parser.parse_args()
     torch.set_num_threads(1)
     if "WORLD_SIZE" in os.environ:  # under torchrun
         dist.init_process_group("gloo")
-    train_base(options.kind, world_english_bible(), options.out, Settings(options.minutes), options.start)
+    train_base(options.kind, world_english_bible(), options.out, Settings(options.minutes), options.init)

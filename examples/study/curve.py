@@ -20,7 +20,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from bases import LENGTH, encode
-from corpora import world_english_bible
+from corpora import held_out_chapters
 from tokenizers import Tokenizer
 from torch import Tensor
 
@@ -111,7 +111,7 @@ def measured(ids: Tensor, tokenizer: Tokenizer, judges: Sequence[Judge]) -> dict
 
 def held_out(tokenizer: Tokenizer, count: int) -> Tensor:
     """Return windows of text that no base was trained on, (count, L)."""
-    return next(windows(encode(world_english_bible().held_out, tokenizer), LENGTH, count, seed=0))
+    return next(windows(encode(held_out_chapters(), tokenizer), LENGTH, count, seed=0))
 
 
 def curve(folder: Path, judges: Sequence[Judge], settings: Sequence[tuple[int, float]], count: int, out: Path) -> None:
