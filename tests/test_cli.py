@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from commands import invoke
 from typer.main import get_command
-from typer.testing import CliRunner
 
 import tokendrift
 from tokendrift import TokenDriftError, cli
@@ -19,8 +19,8 @@ from tokendrift.models.tokenizer import load_tokenizer
 
 @pytest.fixture
 def run():
-    """Call the command with arguments; returns exit code, standard output and standard error."""
-    return lambda *arguments: CliRunner().invoke(cli.app, list(arguments), env={"COLUMNS": "200", "TERM": "dumb"})
+    """Call the command with arguments; return exit code, standard output and standard error."""
+    return invoke
 
 
 def test_help_names_the_options(run):

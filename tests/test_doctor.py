@@ -5,15 +5,16 @@ import itertools
 import json
 import math
 import shutil
+from functools import partial
 from pydoc_data import topics
 
 import pytest
 import torch
+from commands import invoke
 from safetensors.torch import load_file, save_file
 from torch import nn
-from typer.testing import CliRunner
 
-from tokendrift import TokenDriftError, cli
+from tokendrift import TokenDriftError
 from tokendrift.corpus import prose
 from tokendrift.demo import PRETRAINED
 from tokendrift.diffusion import MaskedDiffusion, UniformDiffusion
@@ -272,9 +273,7 @@ def test_the_error_of_a_stratified_mean_leaves_out_the_trend():
 
 @pytest.fixture
 def run():
-    return lambda *arguments: CliRunner().invoke(
-        cli.app, ["doctor", *map(str, arguments)], env={"COLUMNS": "200", "TERM": "dumb"}
-    )
+    return partial(invoke, "doctor")
 
 
 def test_the_command_prints_tables_and_leaves_with_zero(checkpoint, run, tmp_path):

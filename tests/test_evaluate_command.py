@@ -7,11 +7,11 @@ import errno
 import json
 import os
 import shutil
+from functools import partial
 
 import pytest
-from typer.testing import CliRunner
+from commands import invoke
 
-from tokendrift import cli
 from tokendrift.demo import PRETRAINED
 from tokendrift.models.tokenizer import load_tokenizer
 from tokendrift.sampling.to_file import SampleConfig, sample_to_file
@@ -31,9 +31,7 @@ SENTENCES = [
 ]
 
 
-def run(*arguments):
-    """Call the command; returns exit code and output."""
-    return CliRunner().invoke(cli.app, ["evaluate", *map(str, arguments)], env={"COLUMNS": "150", "TERM": "dumb"})
+run = partial(invoke, "evaluate", columns=150)
 
 
 @pytest.fixture(scope="module")

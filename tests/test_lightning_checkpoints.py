@@ -6,7 +6,6 @@ import sys
 from collections import OrderedDict
 from types import SimpleNamespace
 
-import omegaconf
 import pytest
 import torch
 from tokenizers import Tokenizer, models
@@ -16,6 +15,8 @@ from tokendrift import TokenDriftError
 from tokendrift.diffusion import Cosine, DuoCosine, Linear, LogLinear, MaskedDiffusion, UniformDiffusion
 from tokendrift.models import load_denoiser, read_checkpoint
 from tokendrift.models.lightning import StandIn, read_pickle
+
+omegaconf = pytest.importorskip("omegaconf", reason="the official checkpoints hold its containers")
 
 SIZES = {"hidden_size": 32, "cond_dim": 8, "length": 12, "n_blocks": 2, "n_heads": 4, "dropout": 0.2}
 

@@ -68,7 +68,7 @@ def gradient(loss, logits, *arguments, **options):
 # ------------------------------------------------------------------------------------------------ parity
 
 
-class Golden:
+class GoldenStep:
     """The fixture's step, built through the public interface."""
 
     def __init__(self, numbers, case):
@@ -111,7 +111,7 @@ class Recorder:
 
 @pytest.mark.parametrize("case", CASES)
 def test_one_training_step_has_the_golden_values(golden, case):
-    step = Golden(golden("tokendrift_step"), case)
+    step = GoldenStep(golden("tokendrift_step"), case)
     numbers, loss = step.numbers, step.loss(TokenDriftLoss)
     logits = numbers["logits"].clone().requires_grad_()
     out = loss(logits, numbers["x0"], return_diagnostics=True, **step.arguments)
@@ -128,7 +128,7 @@ def test_one_training_step_has_the_golden_values(golden, case):
 
 @pytest.mark.parametrize("case", CASES)
 def test_features_drift_and_target_have_the_golden_values(golden, case):
-    step = Golden(golden("tokendrift_step"), case)
+    step = GoldenStep(golden("tokendrift_step"), case)
     numbers, loss = step.numbers, step.loss(TokenDriftLoss)
     loss.field = recorder = Recorder(loss.field)
     value = loss(numbers["logits"], numbers["x0"], **step.arguments)
@@ -143,7 +143,7 @@ def test_features_drift_and_target_have_the_golden_values(golden, case):
 
 @pytest.mark.parametrize("case", CASES)
 def test_the_queues_after_the_push_have_the_golden_values(golden, case):
-    step = Golden(golden("tokendrift_step"), case)
+    step = GoldenStep(golden("tokendrift_step"), case)
     numbers, loss = step.numbers, step.loss(TokenDriftLoss)
     loss(numbers["logits"], numbers["x0"], **step.arguments)
     numbers.assert_matches(loss.queue_real.features(), f"{case}.queue_real_after")
@@ -154,7 +154,7 @@ def test_the_queues_after_the_push_have_the_golden_values(golden, case):
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("distance", ["kl", "mse"])
 def test_the_mirror_teacher_has_the_golden_values(golden, case, distance):
-    step = Golden(golden("tokendrift_step"), case)
+    step = GoldenStep(golden("tokendrift_step"), case)
     numbers = step.numbers
     loss = step.loss(MirrorTeacherLoss, distance=distance, step_size=numbers.params["eta"])
     value, grad = gradient(loss, numbers["logits"], numbers["x0"], **step.arguments)

@@ -8,14 +8,15 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
-from typer.testing import CliRunner
+from commands import invoke
 
 import tokendrift
-from tokendrift import TokenDriftError, cli
+from tokendrift import TokenDriftError
 from tokendrift.demo import PRETRAINED
 from tokendrift.diffusion import MaskedDiffusion, UniformDiffusion
 from tokendrift.evaluation.sample_reader import read_samples
@@ -41,10 +42,8 @@ def checkpoint(request, backbone, tmp_path_factory):
 
 @pytest.fixture
 def run():
-    """Call the command; returns exit code and both outputs."""
-    return lambda *arguments: CliRunner().invoke(
-        cli.app, ["sample", *map(str, arguments)], env={"COLUMNS": "200", "TERM": "dumb"}
-    )
+    """Call the command; return exit code and both outputs."""
+    return partial(invoke, "sample")
 
 
 def test_the_file_holds_what_sample_draws_and_says_how(run, checkpoint, tmp_path):
