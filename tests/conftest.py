@@ -25,6 +25,11 @@ settings.register_profile("explore", deadline=None, max_examples=500)
 settings.load_profile("fixed")
 
 
+def pytest_runtest_setup() -> None:
+    """Seed the global generator, so that a test draws the same numbers alone, in any order and in any process."""
+    torch.manual_seed(0)
+
+
 class Golden:
     """One fixture file: numbers of the official code, and the tolerance that index.json grants."""
 
