@@ -104,7 +104,7 @@ def update_state(place: Path, changes: Mapping[str, Any]) -> None:
     try:
         state = _read_state(place)
     except _UNREADABLE as error:
-        raise fail(f"the checkpoint {place} cannot be read: {error}.") from None
+        raise fail(f"the checkpoint {place} cannot be read: {str(error).rstrip('.')}.") from None
     write_atomically(place / STATE, _with_digest({**state, **changes}))
 
 
@@ -145,7 +145,7 @@ def load_checkpoint(place: Path, needs: Mapping[str, type | tuple[type, ...]] = 
             if not isinstance(state[name], kind):
                 raise fail(f"{place / STATE} has no valid entry {name!r}.")
     except (*_UNREADABLE, SafetensorError) as error:
-        raise fail(f"the checkpoint {place} cannot be read: {error}.") from None
+        raise fail(f"the checkpoint {place} cannot be read: {str(error).rstrip('.')}.") from None
     return Stored(tensors, state)
 
 
