@@ -310,9 +310,13 @@ def test_an_unfinished_file_is_said_to_be(tokenizer):
     sets = [
         ("part", as_samples(tokenizer, language(20), metadata=header)),
         ("whole", as_samples(tokenizer, language(20))),
+        ("longer", as_samples(tokenizer, language(20), metadata={"n": 12, "complete": False})),
     ]
-    said = [line for line in make_report(tokenizer, sets).guard() if "unfinished" in line]
-    assert said == ["part: part.jsonl is unfinished: 20 samples of 256."]
+    said = [line for line in make_report(tokenizer, sets).guard() if "samples of" in line or "instead of" in line]
+    assert said == [
+        "part: part.jsonl is unfinished: 20 samples of 256.",
+        "longer: longer.jsonl was changed: 20 samples instead of 12.",
+    ]
 
 
 def test_sets_of_as_many_steps_are_compared_whatever_their_measured_nfe(tokenizer):

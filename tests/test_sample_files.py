@@ -110,6 +110,10 @@ BAD = [
     ('{"ids": [true]}', '"ids" must be a list of integers of at least 0'),
     ('{"text": "a", "nfe": "4"}', '"nfe" must be an integer of at least 0'),
     ("[" * 100_000, "no JSON"),
+    ('{"ids": [1e400]}', '"ids" must be a list of integers'),
+    ('{"ids": [2147483648]}', "each below 2^31"),
+    ('{"ids": [1], "nfe": 9223372036854775808}', '"nfe" must be an integer of at least 0, below 2^31'),
+    ('{"ids": [' + "1" * 5000 + "]}", "Exceeds the limit"),
 ]
 
 
@@ -130,6 +134,37 @@ def test_a_header_counts_as_such_in_the_first_line_only(jsonl):
         read_samples(jsonl({"text": "a"}, {"tokendrift": {}}))
     with pytest.raises(TokenDriftError, match=r'line 1 .* the value of "tokendrift" must be an object, not list'):
         read_samples(jsonl({"tokendrift": []}))
+
+
+def test_a_complete_file_holds_what_its_header_announces(jsonl):
+    header, row = {"tokendrift": {"n": 2, "complete": True}}, {"text": "a"}
+    assert len(read_samples(jsonl(header, row, row))) == 2
+    for count in (1, 3):
+        path = jsonl(header, *[row] * count)
+        with pytest.raises(
+            TokenDriftError, match=f"holds {count} samples, but its header announces 2[\\s\\S]*--skip-bad"
+        ):
+            read_samples(path)
+        found = read_samples(path, skip_bad=True)
+        assert (len(found), found.metadata["complete"]) == (count, False)
+
+
+def test_bad_and_blank_lines_count_among_those_that_a_header_announces(jsonl):
+    path = jsonl({"tokendrift": {"n": 3, "complete": True}}, {"text": "a"}, {"text": " "}, "{broken")
+    assert read_samples(path, skip_bad=True, skip_blank=True).metadata["complete"]
+
+
+def test_an_unfinished_file_may_hold_fewer_samples_than_it_announces_and_never_more(jsonl):
+    header, row = {"tokendrift": {"n": 2, "complete": False}}, {"text": "a"}
+    assert len(read_samples(jsonl(header, row))) == 1
+    with pytest.raises(TokenDriftError, match="holds 3 samples, but its header announces 2"):
+        read_samples(jsonl(header, row, row, row))
+
+
+@pytest.mark.parametrize("entry", [{"n": "2"}, {"n": True}, {"complete": 1}, {"tokenizer": ["a"]}, {"steps": 2.5}])
+def test_a_header_with_values_of_other_types_is_refused(jsonl, entry):
+    with pytest.raises(TokenDriftError, match=rf'line 1 of .*"{next(iter(entry))}" in "tokendrift" must be'):
+        read_samples(jsonl({"tokendrift": entry}, {"text": "a"}))
 
 
 def test_files_without_samples_are_named(jsonl, tmp_path):

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from tokendrift.errors import TokenDriftError, UnknownOptionError
 
 F = TypeVar("F", bound=Callable[..., Any])
+TYPES = {str: "a text", int: "an integer", float: "a number", bool: "true or false"}  # of values, in messages
 INTEGER_DTYPES = (torch.int64, torch.int32, torch.int16, torch.uint8)
 
 

@@ -10,11 +10,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from tokendrift._checks import fail
+from tokendrift._checks import TYPES, fail
 from tokendrift.errors import TokenDriftError
 from tokendrift.files import file_kind, read_text
 from tokendrift.sampling import BadLine, SampleSet
 from tokendrift.text_files import HEADER, JSON_KINDS, is_blank, json_list
+
+LARGEST_ID = 2**31 - 1  # of a token, which every tokenizer and every model can hold
+STATED = {"n": int, "complete": bool, "steps": int, "length": int, "tokenizer": str, "checkpoint": str}  # in a header
 
 
 class _SampleLine(NamedTuple):
@@ -46,8 +49,9 @@ def read_samples(
             model has generated is a sample. Default: False.
 
     Raises:
-        TokenDriftError: If the file cannot be read, holds no sample, has a bad line, or mixes lines with and without
-            ids or text, or lines of several NFE.
+        TokenDriftError: If the file cannot be read, holds no sample, has a bad line, mixes lines with and without ids
+            or text, or lines of several NFE, or if its header calls it complete with another number of samples. With
+            ``skip_bad``, such a file is read, and its metadata say that it is not complete.
     """
     place = Path(path)
     content = read_text(place, argument="samples file")
@@ -59,10 +63,12 @@ def read_samples(
     metadata: dict[str, Any] = {}
     found: list[_SampleLine] = []
     bad: list[BadLine] = []
+    blank = 0
     for number, parse in _entries(content, place):
         try:
             entry = parse()
             if skip_blank and is_blank(entry):
+                blank += 1
                 continue
             entry = _as_object(entry)
             if HEADER in entry and not found and not bad:
@@ -78,7 +84,22 @@ def read_samples(
             bad.append(BadLine(number, str(error)))
     if not found:
         raise _empty(place, tuple(bad))
+    metadata = _checked_count(place, len(found) + len(bad) + blank, metadata, skip_bad=skip_bad)
     return _together(place, found, metadata, tuple(bad))
+
+
+def _checked_count(place: Path, count: int, metadata: dict[str, Any], *, skip_bad: bool) -> dict[str, Any]:
+    """Return the metadata of a file with so many samples; require those that a complete file announces."""
+    announced = metadata.get("n")
+    if announced is None or count == announced or (count < announced and not metadata.get("complete")):
+        return metadata
+    if not skip_bad:
+        raise fail(
+            f"{place} holds {count} samples, but its header announces {announced}: the file was changed.",
+            "Run the tokendrift sample command that made it again, which completes it; or pass skip_bad (--skip-bad) "
+            "to read the samples that are there.",
+        )
+    return metadata | {"complete": False}
 
 
 def _entries(content: str, place: Path) -> Iterator[tuple[int, Callable[[], Any]]]:
@@ -123,6 +144,10 @@ def _as_object(entry: Any) -> dict[str, Any]:
 def _header(metadata: object) -> dict[str, Any]:
     if not isinstance(metadata, dict):
         raise ValueError(f'the value of "{HEADER}" must be an object, not {type(metadata).__name__}')
+    for name, kind in STATED.items():
+        value = metadata.get(name)
+        if value is not None and type(value) is not kind:
+            raise ValueError(f'"{name}" in "{HEADER}" must be {TYPES[kind]}, not {value!r:.80}')
     return metadata
 
 
@@ -134,10 +159,10 @@ def _sample(entry: dict[str, Any]) -> _SampleLine:
         raise ValueError('"text" must be a string')
     if text is not None and any("\ud800" <= character <= "\udfff" for character in text):
         raise ValueError('"text" contains half of a surrogate pair, which is not a character')
-    if ids is not None and not (isinstance(ids, list) and all(type(token) is int and token >= 0 for token in ids)):
-        raise ValueError('"ids" must be a list of integers of at least 0')
-    if nfe is not None and (type(nfe) is not int or nfe < 0):
-        raise ValueError('"nfe" must be an integer of at least 0')
+    if ids is not None and not (isinstance(ids, list) and all(type(i) is int and 0 <= i <= LARGEST_ID for i in ids)):
+        raise ValueError('"ids" must be a list of integers of at least 0, each below 2^31')
+    if nfe is not None and (type(nfe) is not int or not 0 <= nfe <= LARGEST_ID):
+        raise ValueError('"nfe" must be an integer of at least 0, below 2^31')
     return _SampleLine(ids, text, nfe)
 
 

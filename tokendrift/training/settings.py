@@ -12,9 +12,8 @@ import typing
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from tokendrift._checks import check_choice, fail
+from tokendrift._checks import TYPES, check_choice, fail
 
-WORDS = {str: "a text", int: "an integer", float: "a number", bool: "true or false"}
 TRUTH = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
 
 
@@ -51,7 +50,7 @@ def setting_types(settings: type[Settings]) -> dict[str, SettingType]:
     """Return the type of each setting of a dataclass, in the order of its fields."""
     hints = typing.get_type_hints(settings)
     found = {field.name: _setting_type(hints[field.name]) for field in dataclasses.fields(settings)}
-    return {name: kind for name, kind in found.items() if kind.base in WORDS}
+    return {name: kind for name, kind in found.items() if kind.base in TYPES}
 
 
 def _setting_type(annotation: Any) -> SettingType:
@@ -75,7 +74,7 @@ def converted(name: str, value: Any, kind: SettingType) -> Any:
         return None
     if kind.many:
         if not isinstance(value, (list, tuple)):
-            raise fail(f"{name} must be a list in which each entry is {WORDS[kind.base]}.", **{name: value})
+            raise fail(f"{name} must be a list in which each entry is {TYPES[kind.base]}.", **{name: value})
         return tuple(converted(name, each, kind._replace(many=False)) for each in value)
     if kind.choices:
         check_choice(name, value, kind.choices)
@@ -83,7 +82,7 @@ def converted(name: str, value: Any, kind: SettingType) -> Any:
         return os.fspath(value)
     fits = isinstance(value, (int, float) if kind.base is float else kind.base)
     if not fits or (isinstance(value, bool) and kind.base is not bool):
-        raise fail(f"{name} must be {WORDS[kind.base]}.", **{name: value})
+        raise fail(f"{name} must be {TYPES[kind.base]}.", **{name: value})
     return float(value) if kind.base is float else value
 
 
@@ -108,7 +107,7 @@ def from_text(name: str, text: str, kind: SettingType) -> Any:
     try:
         return TRUTH[text.lower()] if kind.base is bool else kind.base(text)
     except (KeyError, ValueError):
-        raise fail(f"{name} must be {WORDS[kind.base]}.", **{name: text}) from None
+        raise fail(f"{name} must be {TYPES[kind.base]}.", **{name: text}) from None
 
 
 def to_toml(value: Any) -> str:

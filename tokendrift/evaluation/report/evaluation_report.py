@@ -192,8 +192,10 @@ class EvaluationReport:
                     f"{row.name}: samples left out because they are too short to be scored: {row.measures.skipped}."
                 )
             if source.samples.metadata.get("complete") is False:
-                asked = source.samples.metadata.get("n", "all")
-                lines.append(f"{row.name}: {source.origin} is unfinished: {len(source.samples)} samples of {asked}.")
+                count, asked = len(source.samples), source.samples.metadata.get("n", "all")
+                more = isinstance(asked, int) and count > asked
+                state = f"was changed: {count} samples instead of" if more else f"is unfinished: {count} samples of"
+                lines.append(f"{row.name}: {source.origin} {state} {asked}.")
             if bad := source.samples.bad_lines:
                 first = f"the first is line {bad[0].number} ({bad[0].reason})"
                 lines.append(f"{row.name}: {len(bad)} line{'s' * (len(bad) > 1)} of {source.origin} left out: {first}.")
