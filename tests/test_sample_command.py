@@ -226,6 +226,10 @@ def test_a_file_of_another_kind_is_not_touched(checkpoint, tmp_path, content):
         (["--steps", "2", "--prefix", "the"], "the checkpoint has no tokenizer"),
         (["--steps", "2", "--prefix", "the " * 9, "--tokenizer", str(TOKENIZER)], "a sample has only 8"),
         (["--steps", "2", "--length", "20", "--stride", "8"], "stride must be below window"),
+        (["--steps", "2", "--length", "100000000"], "length must be at most 1,000,000"),
+        (["--steps", "2", "-n", "10000000", "--length", "1000000"], "more than the 4,294,967,296 tokens of a file"),
+        (["--steps", "1000000000"], "steps must be at most 1,000,000"),
+        (["--steps", "2", "--seed", str(2**64)], "seed must be at most"),
     ],
 )
 def test_bad_options_are_one_message_and_no_file(run, checkpoint, tmp_path, options, message):

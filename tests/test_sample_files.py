@@ -167,6 +167,33 @@ def test_a_header_with_values_of_other_types_is_refused(jsonl, entry):
         read_samples(jsonl({"tokendrift": entry}, {"text": "a"}))
 
 
+def test_limits_of_a_samples_file_are_named(jsonl, tmp_path, monkeypatch):
+    with pytest.raises(TokenDriftError, match=r'line 1 .*"tokendrift" is nested too deeply'):
+        read_samples(jsonl('{"tokendrift": {"a": ' + "[" * 300 + "]" * 300 + "}}", {"text": "a"}))
+    monkeypatch.setattr("tokendrift.evaluation.sample_reader.LONGEST", 5)
+    monkeypatch.setattr("tokendrift.evaluation.sample_reader.MOST", 2)
+    assert read_samples(jsonl({"text": "12345"}, {"text": "a", "ids": [1] * 6}), skip_bad=True).texts == ["12345"]
+    with pytest.raises(TokenDriftError, match=r"line 1 .*longer than 5 characters"):
+        read_samples(jsonl({"text": "123456"}))
+    (tmp_path / "a.txt").write_text("123456")
+    (tmp_path / "b.txt").write_text("a\n\nb\n\nc")
+    for path, said in (("a.txt", "a sample of more than 5 characters"), ("b.txt", "holds more than 2 samples")):
+        with pytest.raises(TokenDriftError, match=said):
+            read_samples(tmp_path / path)
+    with pytest.raises(TokenDriftError, match="holds more than 2 samples"):
+        read_samples(jsonl({"text": "a"}, "{broken", {"text": "a"}), skip_bad=True)
+
+
+def test_a_packed_file_that_was_cut_is_refused(jsonl):
+    whole = gzip.compress(jsonl({"text": "a" * 1000}).read_bytes())
+    path = jsonl().with_name("cut.jsonl.gz")
+    for content in (whole[:-9], whole[: len(whole) // 2], b"no gzip", whole[:20] + b"xxxx" + whole[24:]):
+        path.write_bytes(content)
+        for read in (read_samples, read_documents):
+            with pytest.raises(TokenDriftError, match=r"cut\.jsonl\.gz cannot be read"):
+                read(path)
+
+
 def test_files_without_samples_are_named(jsonl, tmp_path):
     with pytest.raises(TokenDriftError, match=r"samples.jsonl holds no sample\."):
         read_samples(jsonl())

@@ -201,12 +201,12 @@ def show(report: EvaluationReport, config: DemoConfig, console: Console) -> None
         )
     console.print(f"\nThe first {EXAMPLES} samples of each model at the most function evaluations, beside real text:")
     for name, texts in examples(report).items():
-        console.print(f"\n{name}", style="bold", highlight=False, markup=False)
+        console.print(f"\n{name}", style="bold", highlight=False)
         for text in texts:
             console.print(Padding(Text(text), (0, 0, 0, 2)))
     console.print(f"\nReport: {config.output / 'report.html'}", highlight=False, soft_wrap=True)
     for sentence in (*report.agreement(), report.verdict()):
-        console.print(sentence, highlight=False, markup=False, soft_wrap=True)
+        console.print(sentence, highlight=False, soft_wrap=True)
 
 
 def table(report: EvaluationReport) -> Table:

@@ -83,13 +83,10 @@ def converted(name: str, value: Any, kind: SettingType) -> Any:
     fits = isinstance(value, (int, float) if kind.base is float else kind.base)
     if not fits or (isinstance(value, bool) and kind.base is not bool):
         raise fail(f"{name} must be {TYPES[kind.base]}.", **{name: value})
-    return float(value) if kind.base is float else value
-
-
-def check_fraction(name: str, value: float, remark: str = "") -> None:
-    """Require a number in [0, 1); the remark ends the message."""
-    if not 0 <= value < 1:
-        raise fail(f"{name} must lie in [0, 1){remark}.", **{name: value})
+    try:
+        return float(value) if kind.base is float else value
+    except OverflowError:
+        raise fail(f"{name} is too large.", **{name: value}) from None
 
 
 def from_text(name: str, text: str, kind: SettingType) -> Any:
@@ -114,7 +111,9 @@ def to_toml(value: Any) -> str:
     """Return a value as it is written in a TOML file."""
     if isinstance(value, (list, tuple)):
         return "[" + ", ".join(map(to_toml, value)) + "]"
-    return json.dumps(value, ensure_ascii=False) if isinstance(value, (str, bool)) else repr(value)
+    if isinstance(value, (str, bool)):
+        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")  # which TOML allows no more than others
+    return repr(value)
 
 
 def describe_setting(settings: type[Settings], name: str) -> str:
