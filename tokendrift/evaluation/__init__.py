@@ -18,7 +18,7 @@ from tokendrift.evaluation.diversity import (
 )
 from tokendrift.evaluation.evaluator import EvaluatedSet, Evaluation, evaluate
 from tokendrift.evaluation.figures import FIGURES, Figure, per_sample, register_figure
-from tokendrift.evaluation.frontier import Frontier, Point, sweep
+from tokendrift.evaluation.frontier import Frontier, Point, ratio_at_entropy, sweep
 from tokendrift.evaluation.generative_perplexity import (
     GenerativePerplexity,
     PerplexityResult,
@@ -90,6 +90,7 @@ __all__ = [
     "per_sample",
     "perplexity_interval",
     "perplexity_ratio_interval",
+    "ratio_at_entropy",
     "read_samples",
     "register_figure",
     "sample_entropy",
