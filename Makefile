@@ -74,6 +74,8 @@ lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# The tests' tensors are small: threads of one process would wait for one another, and for those of the others.
+test test-slow: export OMP_NUM_THREADS = 1
 test: lint
 	$(BIN)/python -m pytest --numprocesses $(JOBS) --maxprocesses 8 --dist loadfile $(PYTEST_ARGS)
 

@@ -41,7 +41,10 @@ def test_every_refinement_has_a_valid_configuration(process, objective, tmp_path
     assert made.settings()["objective"] == objective and made.baseline and made.steps == 120
 
 
-@pytest.fixture(scope="module", params=[("uniform", "drift"), ("masked", "pairs")], ids="-".join)
+MASKED = pytest.param(("masked", "pairs"), marks=pytest.mark.slow)
+
+
+@pytest.fixture(scope="module", params=[("uniform", "drift"), MASKED], ids="-".join)
 def small_run(request, tmp_path_factory):
     """Configuration and report of a whole run with two training steps and few samples, and a call that repeats it."""
     folder = tmp_path_factory.mktemp("demo")

@@ -100,6 +100,7 @@ def test_a_killed_run_ends_with_the_bits_of_an_uninterrupted_one(tmp_path):
     assert killed(tmp_path, 2, 0) == 2
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="forks its runs, to start them quickly")
 def test_kills_change_no_law_and_no_chain(tmp_path):
     assert killed(tmp_path, 2, 0, "objective=pairs", "pair_sequences=40") == 2
@@ -469,7 +470,8 @@ def chains(inputs):
     return run(inputs, "chains", **CHAINS).folder
 
 
-@pytest.mark.parametrize("mode", ["run", pytest.param("shard", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["run", "shard"])
 def test_two_processes_draw_the_chains_and_keep_the_laws_of_one(inputs, chains, mode):
     launched(inputs, 2, mode=mode, output=str(inputs / f"chains-{mode}"), micro_batch=2, **CHAINS)
     for one, two in zip(read_log(chains), read_log(inputs / f"chains-{mode}"), strict=True):

@@ -59,6 +59,7 @@ def test_no_two_arms_have_one_name_or_one_setting(study):
     assert study["arms"].PAPER.key() == {}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["masked", "uniform"])
 def test_every_arm_trains(study, kind):
     tool = study["markov"].Markov(Path("unused"))

@@ -15,7 +15,8 @@ import os
 import pickle
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from functools import cached_property
+from dataclasses import replace
+from functools import cache, cached_property
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple, cast
@@ -28,12 +29,10 @@ from cache import cached, place_of
 from tokendrift.corpus import read_splits
 from tokendrift.demo import pretrained_path
 from tokendrift.evaluation import GenerativePerplexity, Measures, measure
-from tokendrift.evaluation.measures import as_sample_set
-from tokendrift.evaluation.samples import SampleInput
 from tokendrift.files import write_atomically
 from tokendrift.models import load_denoiser
 from tokendrift.models.tokenizer import decode, load_tokenizer
-from tokendrift.sampling import SamplingSetting, denoiser_samples
+from tokendrift.sampling import SampleSet, SamplingSetting, denoiser_samples
 from tokendrift.training import make_config, refine, windows
 
 KINDS = ("masked", "uniform")
@@ -115,10 +114,15 @@ class English:
         self.splits = read_splits()
         self.tokenizer = load_tokenizer(pretrained_path("tokenizer.json"))
 
+    @cache  # noqa: B019  # one object a process
+    def judge(self, number: int) -> GenerativePerplexity:
+        """Return a judge, loaded once a process."""
+        return GenerativePerplexity(self.names[number])
+
     @cached_property
-    def judges(self) -> list[GenerativePerplexity]:
-        """The judges, loaded once a process."""
-        return [GenerativePerplexity(name) for name in self.names]
+    def training(self) -> SampleSet:
+        """The text that models are trained on, in which copies are looked for."""
+        return SampleSet(ids=[self.tokenizer(text).input_ids for text in self.splits.denoiser])
 
     def settings(self, cell: Cell) -> dict[str, Any]:
         """Return the settings of an arm's refinement, without the paths."""
@@ -144,31 +148,37 @@ class English:
     def row(self, cell: Cell | None, setting: SamplingSetting, *, make: bool = True) -> Measures | None:
         """Return the figures of a cell at a setting, or of held-out text for no cell; sample and judge what is missing.
 
-        With ``make=False`` return None for what is missing.
+        With ``make=False`` return None for what is missing, and no panel for judges that have not read the row.
         """
-        key: dict[str, Any] = {"judges": self.names, "samples": self.samples}
+        read_by = range(len(self.names) if setting.steps in JUDGED_BY_ALL else 1)
+        first, *others = (self._judged(cell, setting, number, make) for number in read_by)
+        return None if first is None else replace(first, panel=tuple(each for each in others if each is not None))
+
+    def _judged(self, cell: Cell | None, setting: SamplingSetting, number: int, make: bool) -> Measures | None:
+        key: dict[str, Any] = {"judge": self.names[number], "samples": self.samples}
         if cell is not None:
             key |= {"setting": setting, "arm": {} if cell.arm == BASE else self.settings(cell)}
         name = "real" if cell is None else f"{cell.kind}-{cell.arm.replace(' ', '-')}-{setting.steps}"
         if not make and not place_of(self.output / "rows", name, key).exists():
             return None
-        place, _ = cached(self.output / "rows", name, key, lambda folder: self._measure(folder, cell, setting))
+
+        def measured(folder: Path) -> None:
+            drawn = self._drawn(cell, setting)
+            found = measure(drawn, self.judge(number), tokenizer=self.tokenizer, training=self.training)
+            (folder / "measures.pickle").write_bytes(pickle.dumps(found))
+            texts = decode(self.tokenizer, (drawn.ids or [])[:5])
+            write_atomically(folder / "texts.json", json.dumps(texts, indent=1))
+
+        place, _ = cached(self.output / "rows", name, key, measured)
         return cast(Measures, pickle.loads((place / "measures.pickle").read_bytes()))
 
-    def _measure(self, folder: Path, cell: Cell | None, setting: SamplingSetting) -> None:
+    def _drawn(self, cell: Cell | None, setting: SamplingSetting) -> SampleSet:
         model, process = load_denoiser(pretrained_path(KINDS[0]) if cell is None else self.model(cell))
-        drawn: SampleInput
-        if cell is None:
-            stream = torch.tensor(self.tokenizer(END_OF_TEXT.join(self.splits.held_out)).input_ids)
-            drawn = next(windows(stream, model.config.model_length, self.samples, seed=0))
-        else:
-            drawn = denoiser_samples(model, process, model.config.model_length, seed=cell.seed)(setting, self.samples)
-        panel = self.judges[1:] if setting.steps in JUDGED_BY_ALL else []
-        training = self.splits.denoiser
-        found = measure(drawn, self.judges[0], tokenizer=self.tokenizer, training=training, panel=panel)
-        (folder / "measures.pickle").write_bytes(pickle.dumps(found))
-        texts = decode(self.tokenizer, as_sample_set(drawn).ids or [])
-        write_atomically(folder / "texts.json", json.dumps(texts[:5], indent=1))
+        length = model.config.model_length
+        if cell is not None:
+            return denoiser_samples(model, process, length, seed=cell.seed)(setting, self.samples)
+        stream = torch.tensor(self.tokenizer(END_OF_TEXT.join(self.splits.held_out)).input_ids)
+        return SampleSet(ids=next(windows(stream, length, self.samples, seed=0)).tolist())
 
     def rows(self, cell: Cell, *, make: bool = True) -> dict[SamplingSetting, Measures]:
         """Return the rows of a cell, all of them or those that are there."""
