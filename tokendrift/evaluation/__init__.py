@@ -40,6 +40,7 @@ from tokendrift.evaluation.panel import PanelComparison, compare_panels
 from tokendrift.evaluation.repetition import longest_repeat, sample_repetition
 from tokendrift.evaluation.sample_reader import read_samples
 from tokendrift.evaluation.two_sample import (
+    character_features,
     encoder_features,
     judge_features,
     kernel_distance,
@@ -70,6 +71,7 @@ __all__ = [
     "Verdict",
     "at_matched_entropy",
     "bootstrap_interval",
+    "character_features",
     "check_samples",
     "compare",
     "compare_panels",
