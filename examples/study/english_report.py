@@ -14,7 +14,7 @@ from tokendrift.evaluation import Interval, Measures, ratio_at_entropy
 from tokendrift.files import write_atomically
 from tokendrift.sampling import SamplingSetting
 
-BASE = "base"
+BASE, CONTROLS = "base", "controls"
 NAMES = {"masked": "Masked (MDLM)", "uniform": "Uniform-state (DUO)"}
 Rows: TypeAlias = Mapping[SamplingSetting, Measures]
 Cells: TypeAlias = Mapping[Any, Rows]
@@ -22,10 +22,11 @@ Cells: TypeAlias = Mapping[Any, Rows]
 
 def write(output: Path, real: Measures, cells: Cells) -> None:
     """Write the tables and the plot into the output folder; each file appears whole or not at all."""
+    controls = {cell: rows for cell, rows in cells.items() if cell.kind == CONTROLS}
     for kind in NAMES:
         own = {cell: rows for cell, rows in cells.items() if cell.kind == kind}
         if own:
-            write_atomically(output / f"judged-{kind}.md", rows_table(real, own))
+            write_atomically(output / f"judged-{kind}.md", rows_table(real, controls | own))
         if any(cell.arm == BASE for cell in own):
             write_atomically(output / f"judged-{kind}-matched.md", matched_table(own))
     plot(real, cells).savefig(output / "judged.svg", bbox_inches="tight", metadata={"Date": None})
@@ -53,8 +54,9 @@ def rows_table(real: Measures, cells: Cells) -> str:
         seeds = [rows for cell, rows in cells.items() if cell.arm == arm]
         for setting in sorted({setting for rows in seeds for setting in rows}, key=_by_steps):
             sets = [rows[setting] for rows in seeds if setting in rows]
-            own = [arm, str(sets[0].nfe), _sampling(setting), *_figures(sets, len(names)), str(len(sets))]
-            lines.append(own)
+            nfe = sets[0].nfe
+            how = ["", ""] if nfe is None else [str(nfe), _sampling(setting)]
+            lines.append([arm, *how, *_figures(sets, len(names)), str(len(sets))])
     return "".join("| " + " | ".join(line) + " |\n" for line in lines)
 
 
