@@ -530,6 +530,18 @@ def test_the_command_shows_its_settings_and_names_the_nearest_key():
     assert "unknown key 'stepz'; the nearest is 'steps'" in wrong.stderr
 
 
+def test_the_command_takes_the_best_preset_unless_something_else_is_named():
+    def shown(*flags):
+        return CliRunner().invoke(app, ["refine", "base", "--show", *flags])
+
+    assert 'objective = "matching"' in shown().stdout and "steps = 1500" in shown("--set", "wrap=no").stdout
+    assert 'objective = "drift"' in shown("--objective", "drift", "--set", "window=2").stdout
+    assert 'objective = "pairs"' in shown("--preset", "pairs").stdout
+    foreign = shown("--set", "window=2")
+    assert foreign.exit_code == 2 and "window is a setting of the objective drift, " in foreign.stderr
+    assert "Pass --objective drift" in foreign.stderr
+
+
 def test_the_command_refines_and_tells_where(inputs):
     flags = ["--text", str(inputs / "text.txt"), "--output", str(inputs / "by_command"), "--steps", "1"]
     flags += ["--batch-size", "2", "--micro-batch", "2"]
