@@ -78,7 +78,7 @@ BEST = "distribution matching"
 ROWS: dict[str, tuple[SamplingSetting, ...]] = {
     BASE: (
         *CURVE,
-        *(SamplingSetting(64, temperature) for temperature in (1.0, 0.9, 0.85, 0.8)),
+        *(SamplingSetting(64, temperature) for temperature in (1.0, 0.9, 0.8, 0.7)),
         *(SamplingSetting(steps) for steps in (2, 8, 16, 32, 128)),
     ),
     BEST: (

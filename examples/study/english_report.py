@@ -83,7 +83,7 @@ def matched_table(cells: Cells) -> str:
     lines = [head, ["---"] * len(head)]
     for arm in dict.fromkeys(cell.arm for cell in cells if cell.arm != BASE):
         seeds = [rows for cell, rows in cells.items() if cell.arm == arm]
-        for setting in sorted({s for rows in seeds for s in rows if s.steps <= 4}, key=_by_steps):
+        for setting in sorted({s for rows in seeds for s in rows}, key=_by_steps):
             sets = [rows[setting] for rows in seeds if setting in rows]
             entropies = (
                 _mean((getattr(m, n).estimate for m in sets), ".3f") for n in ("sample_entropy", "unigram_entropy")
