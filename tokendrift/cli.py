@@ -188,10 +188,8 @@ def refine(
     preset: Annotated[
         str | None,
         typer.Option(
-            help="Settings to start from: tokendrift (the paper's, for any checkpoint), mdlm-owt or duo-owt (the same "
-            "with its checkpoint), pairs (the objective of token pairs), or matching (distribution matching, which "
-            "chooses chains, weights and a random input by the process of the checkpoint). Default: matching, unless "
-            "--objective or --config is given."
+            help="Settings to start from: matching (distribution matching), tokendrift (the paper's), mdlm-owt or duo-owt "
+            "(the same with its checkpoint), or pairs. Default: matching, unless --objective or --config is given."
         ),
     ] = None,
     config: Annotated[
@@ -232,14 +230,11 @@ def refine(
         if value is not None and name not in ("preset", "config", "settings", "show")
     }
     with plain_errors("run the same command again to resume from the last checkpoint"):
-        from tokendrift.training import evaluation_table, make_config, parse_settings
+        from tokendrift.training import evaluation_table, parse_settings
         from tokendrift.training import refine as train
-        from tokendrift.training.config import default_preset
+        from tokendrift.training.config import command_config
 
-        values = flags | parse_settings(settings or [])
-        if preset is None and config is None and "objective" not in values:
-            preset = default_preset(values)
-        made = make_config(preset=preset, file=config, values=values)
+        made = command_config(preset=preset, file=config, values=flags | parse_settings(settings or []))
         if show:
             typer.echo(made.as_toml(), nl=False)
             return

@@ -381,26 +381,24 @@ def make_config(
     return RefineConfig.from_settings(chosen)
 
 
-def default_preset(values: Iterable[str]) -> str:
-    """Return the preset of a run that names no preset, file or objective.
-
-    Args:
-        values: Names of the settings that the run gives.
+def command_config(*, preset: str | None, file: str | Path | None, values: Mapping[str, Any]) -> RefineConfig:
+    """Return `make_config`, from the preset `DEFAULT_PRESET` if neither a preset, a file nor an objective is named.
 
     Raises:
-        TokenDriftError: If a setting belongs to other objectives than that of the preset.
+        TokenDriftError: As `make_config`, and for a setting of other objectives than that of the default preset.
     """
-    own = {**setting_types(RefineConfig), **setting_types(objective_class(PRESETS[DEFAULT_PRESET]["objective"]))}
-    known = all_setting_types()
-    for name in values:
-        if name in known and name not in own:
+    if preset is None and file is None and "objective" not in values:
+        preset = DEFAULT_PRESET
+        own = setting_types(objective_class(PRESETS[preset]["objective"]))
+        for name in values:
             others = [key for key, objective in OBJECTIVES.items() if name in setting_types(objective)]
-            raise fail(
-                f"{name} is a setting of the objective {', '.join(others)}, and a run without --objective, --preset "
-                f"and --config takes the preset {DEFAULT_PRESET}, which has no such setting.",
-                f"Pass --objective {others[0]}, or leave {name} out.",
-            )
-    return DEFAULT_PRESET
+            if others and name not in own and name not in setting_types(RefineConfig):
+                raise fail(
+                    f"{name} is a setting of the objective {', '.join(others)}, and a run without --objective, "
+                    f"--preset and --config takes the preset {preset}, which has no such setting.",
+                    f"Pass --objective {others[0]}, or leave {name} out.",
+                )
+    return make_config(preset=preset, file=file, values=values)
 
 
 def _read_toml(path: Path) -> dict[str, Any]:
