@@ -188,9 +188,8 @@ def refine(
     preset: Annotated[
         str | None,
         typer.Option(
-            help="Settings to start from: matching (distribution matching), tokendrift (the paper's), mdlm-owt or "
-            "duo-owt (the same with its checkpoint), or pairs. Default: matching, unless --objective or --config is "
-            "given."
+            help="Settings to start from: matching (distribution matching), tokendrift (the paper's), mdlm-owt, "
+            "duo-owt, or pairs. Default: matching, unless --objective or --config is given."
         ),
     ] = None,
     config: Annotated[
