@@ -350,7 +350,7 @@ class DistributionMatching(StatefulObjective):
             )
 
     def _position(self) -> tuple[int, tuple[int, int]]:
-        """Draw a position of a chain; return its number and (N, k)."""
+        """Draw a position of a chain; return its number and (N, k). Reading it waits for an accelerator."""
         chance = self._rand(1)[0].item()
         positions = list(self.shares)
         edges = torch.tensor(list(self.shares.values()), dtype=torch.float64).cumsum(0)
@@ -363,6 +363,7 @@ class DistributionMatching(StatefulObjective):
 
     def _drawn(self, logits: Tensor, x_t: Tensor, predicted: Tensor) -> Tensor:
         """Return the completion (B, L): tokens drawn at predicted positions, a few rows of V at a time."""
+        # This waits for an accelerator, as drawing from a part of the rows has to.
         rows, index = logits.flatten(0, 1), predicted.flatten().nonzero()[:, 0]
         uniform, found = self.chains.noise(x_t).uniform(x_t.shape[1]).flatten()[index], x_t.flatten().clone()
         step = max(1, ELEMENTS.get(logits.device.type, ELEMENTS["cpu"]) // logits.shape[-1])
@@ -383,6 +384,7 @@ class DistributionMatching(StatefulObjective):
         """Return logits of the teacher or the auxiliary model at the positions read, (K, V)."""
         with self._autocast():
             head: Network | None = getattr(network, "logits_at", None)
+            # Reading whether any position is wanted waits for an accelerator, as taking the positions would anyway.
             if head is not None and read.any():
                 found: Tensor = head(noised.x_t, noised.sigma, read, **options)
             else:
@@ -393,7 +395,7 @@ class DistributionMatching(StatefulObjective):
     def _watched(self, completion: Tensor, noised: Corruption, options: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return how far the auxiliary model is from the teacher on the student's samples, and their entropy.
 
-        It draws no random number: what is logged changes no result.
+        It draws no random number: what is logged changes no result. Counting tokens waits for an accelerator.
         """
         found = {}
         for name, network in (("auxiliary_nelbo", self.auxiliary.network), ("teacher_nelbo", self.teacher)):
@@ -420,7 +422,7 @@ class DistributionMatching(StatefulObjective):
 
     def _over_ranks(self, count: int, device: torch.device) -> Tensor:
         """Return a count added up over all processes, at least 1."""
-        total = torch.tensor(count, device=device)
+        total = torch.full((), count, device=device)
         if self.share[1] > 1:
             distributed.all_reduce(total)
         return total.clamp_min(1)
