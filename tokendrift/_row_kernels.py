@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import functools
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, no_type_check
 
 import torch
 from torch import Tensor
@@ -30,12 +30,14 @@ def load() -> None:
         globals()[function.__name__] = triton.jit(function, do_not_specialize=["start"])
 
 
+@no_type_check
 def _logits(row, columns, size, closed):
     """Return some logits of a row in float32, minus infinity at the closed column and beyond the end."""
     x = tl.load(row + columns, mask=columns < size, other=float("-inf")).to(tl.float32)
     return tl.where(columns == closed, float("-inf"), x)
 
 
+@no_type_check
 def _softmax(out, rows, index, start, stride, size, closed, BLOCK: tl.constexpr):
     """Write the softmax of row index[start + i] into row i of out."""
     number = tl.program_id(0).to(tl.int64)
@@ -59,6 +61,7 @@ def _softmax(out, rows, index, start, stride, size, closed, BLOCK: tl.constexpr)
         tl.store(out + number * size + columns, p.to(out.dtype.element_ty), mask=columns < size)
 
 
+@no_type_check
 def _slopes(out, slopes, rows, index, start, stride, size, closed, BLOCK: tl.constexpr):
     """Write p (s - <p, s>) into row i of out: p the softmax of row index[start + i], s row i of slopes."""
     number = tl.program_id(0).to(tl.int64)
