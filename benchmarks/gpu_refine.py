@@ -107,6 +107,7 @@ def read_text(bench: Bench, sizes: Sizes, folder: Path) -> tuple[Tokenizer, Tens
         total += len(document)
         if total > sizes.characters:
             break
+    held_out = held_out or [train.pop()]
     tokenizer = train_tokenizer(train, sizes.vocabulary)
     tokenizer.save(str(folder / "tokenizer.json"))
     for name, part in (("train", train), ("real", held_out)):
