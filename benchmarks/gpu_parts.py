@@ -36,7 +36,6 @@ from tokendrift.training import OBJECTIVES, LoopConfig, Objective, ObjectiveSetu
 
 QUEUE = 1024
 Form = Callable[[], object]
-OUT_OF_MEMORY = "does not fit into memory"
 NO_TIME = "left out: no time"
 
 
@@ -101,9 +100,10 @@ def measure(bench: Bench, case: str, forms: dict[str, Form], *, runs: int = 7) -
         try:
             form()  # compiles, and fills the caches of the allocator
             peaks[name] = peak_mib(form, bench.device)
-        except torch.OutOfMemoryError:
-            bench.add(case=case, note=f"{name} {OUT_OF_MEMORY}")
-            torch.cuda.empty_cache()
+        except Exception as error:  # the others are still worth their time
+            bench.add(case=case, note=f"{name} {reason(error)}")
+    if not peaks:
+        return
     took = interleaved({name: forms[name] for name in peaks}, runs, bench.device)
     first = next(iter(took), "")
     for name, seconds in took.items():
@@ -116,6 +116,15 @@ def measure(bench: Bench, case: str, forms: dict[str, Form], *, runs: int = 7) -
             range=f"{min(ratios):.2f}-{max(ratios):.2f}",
             peak_mib=peaks[name],
         )
+
+
+def reason(error: Exception) -> str:
+    """Return why a form has no figures; memory that it leaves behind is given back."""
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    if isinstance(error, torch.OutOfMemoryError):
+        return "does not fit into memory"
+    return f"failed: {type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"
 
 
 def peak_mib(form: Form, device: str) -> float | str:
@@ -336,9 +345,8 @@ def one_step(bench: Bench, base: DiT, process: Process, name: str, batch: int, c
                 took.append(time.perf_counter() - start)
                 if repetition > 2 and bench.left() < 2:
                     break
-    except torch.OutOfMemoryError:
-        bench.add(**case, note=OUT_OF_MEMORY)
-        torch.cuda.empty_cache()
+    except Exception as error:
+        bench.add(**case, note=reason(error))
         return
     median = statistics.median(took[2:])
     peak = torch.cuda.max_memory_allocated() / 2**20 if bench.device.startswith("cuda") else "-"

@@ -63,7 +63,7 @@ class Sizes:
     length: int = 256
     network: tuple[int, int, int] = (512, 10, 8)
     batch: int = 128
-    characters: int = 60_000_000
+    characters: int = 40_000_000
     samples: int = 128
     nfes: tuple[int, ...] = (4, 8, 16, 128)
     probe: int = 20
@@ -108,7 +108,7 @@ def read_text(bench: Bench, sizes: Sizes, folder: Path) -> tuple[Tokenizer, Tens
         if total > sizes.characters:
             break
     held_out = held_out or [train.pop()]
-    tokenizer = train_tokenizer(train, sizes.vocabulary)
+    tokenizer = train_tokenizer(train[:: 1 + total // 10_000_000], sizes.vocabulary)
     tokenizer.save(str(folder / "tokenizer.json"))
     for name, part in (("train", train), ("real", held_out)):
         (folder / f"{name}.txt").write_text("\n".join(" ".join(each.split()) for each in part), encoding="utf-8")
