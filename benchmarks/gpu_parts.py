@@ -84,7 +84,10 @@ def main() -> None:
     parser.add_argument("--text", nargs="+", type=Path, default=[])
     options = parser.parse_args()
     end = time.monotonic() + options.seconds
-    PARTS[options.part](Bench(options.file, options.device, end, options.dry, options.text))
+    bench = Bench(options.file, options.device, end, options.dry, options.text)
+    PARTS[options.part](bench)
+    if any("failed" in row.get("note", "") for row in bench.rows):
+        raise SystemExit("some forms have failed; their rows say why")
 
 
 # ---------------------------------------------------------------------------------------------- time and memory
