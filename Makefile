@@ -7,6 +7,7 @@
 #   make docs        build the documentation into site/
 #   make examples    run the examples
 #   make study       four hours on two cores: the study of docs/study.md, into study-output/; continues where it stopped
+#   make gpu         ten minutes on one GPU: its tests, timings and a refinement, into gpu-output/, see docs/gpu.md
 #   make clean       remove .venv and everything that was built
 #
 # Variables, each set on the command line as in `make demo PYTHON=python3.12`:
@@ -17,7 +18,7 @@
 #   TORCH_FLAGS  pip options for that step alone. Where your index serves torch with CUDA and you want the smaller
 #                CPU build, put here the --index-url that the install page of PyTorch names for CPU
 #   PIP_FLAGS    pip options for every other step
-#   ARGS         arguments of `tokendrift demo` or of the study, such as ARGS=--quick
+#   ARGS         arguments of `tokendrift demo`, of the study or of benchmarks/gpu.py, such as ARGS=--quick
 #   PYTEST_ARGS  arguments of pytest
 #   JUDGE        package of the pretrained judge of the demo and of the study
 #   JOBS         processes that run the tests: a number, or auto (the default) for one for each core
@@ -37,10 +38,10 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 EXAMPLES := $(wildcard examples/*.py)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo study test test-slow lint docs examples clean
+.PHONY: help setup demo study gpu test test-slow lint docs examples clean
 
 help:
-	@sed -n '3,10s/^# \{0,1\}//p' Makefile
+	@sed -n '3,11s/^# \{0,1\}//p' Makefile
 
 # One stamp a stage: a second call installs nothing, a changed pyproject.toml only what follows from it.
 setup: $(VENV)/.installed
@@ -69,6 +70,9 @@ study: setup
 	$(BIN)/python examples/study/english.py --output study-output/english $(ARGS)
 	$(BIN)/python examples/study/run.py --output study-output/markov $(ARGS)
 
+gpu: setup
+	$(BIN)/python benchmarks/gpu.py --output gpu-output $(ARGS)
+
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -89,5 +93,5 @@ examples: setup
 	@set -e; for script in $(EXAMPLES); do echo "== $$script"; $(BIN)/python $$script; done
 
 clean:
-	rm -rf $(VENV) build dist site demo-output study-output report.html .pytest_cache .hypothesis .mypy_cache .ruff_cache
+	rm -rf $(VENV) build dist site demo-output study-output gpu-output report.html .pytest_cache .hypothesis .mypy_cache .ruff_cache
 	find . -name __pycache__ -type d -not -path './.git/*' -prune -exec rm -rf {} +

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import subprocess
 import sys
@@ -24,6 +25,11 @@ FIXTURES = Path(__file__).parent / "fixtures"
 settings.register_profile("fixed", derandomize=True, deadline=None, max_examples=30, database=None)
 settings.register_profile("explore", deadline=None, max_examples=500)
 settings.load_profile("fixed")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Add the device of the tests that are marked ``cuda``; a CPU, to check these tests themselves."""
+    parser.addoption("--cuda-device", default="cuda", help=argparse.SUPPRESS)
 
 
 def pytest_runtest_setup() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -107,3 +108,15 @@ def test_the_step_benchmark_names_its_baselines_its_spread_and_its_machine():
     for what in ("x continuation (", "x plain port (", "3 runs", " ms ", "peak ", "MiB"):
         assert all(what in row for row in rows)
     assert "torch" in machine
+
+
+@pytest.mark.slow
+def test_the_gpu_benchmark_runs_without_a_gpu_on_tiny_sizes(tmp_path):
+    parts = ("losses", "step", "sampling", "equality", "refine")
+    texts = map(str, sorted((BENCHMARKS.parent / "docs").glob("*.md")))
+    command = [sys.executable, str(BENCHMARKS / "gpu.py"), "--dry", "--output", str(tmp_path), "--text", *texts]
+    done = subprocess.run([*command, "--parts", *parts], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = json.loads((tmp_path / "gpu.json").read_text())["parts"]
+    assert {name: part["state"] for name, part in found.items()} == dict.fromkeys(parts, "complete")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["gpu.json", "gpu.md", "samples.zip"]

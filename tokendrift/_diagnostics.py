@@ -56,6 +56,7 @@ def token_entropy(logits: Tensor | LinearLogits, predicted: Tensor | None = None
     0.6931471824645996
     """
     rows = of_positions(logits).flatten(0, 1)
+    # With ``predicted``, this waits for an accelerator: diagnostics cost a wait, the loss alone does not need it.
     index = torch.arange(len(rows), device=rows.device) if predicted is None else predicted.flatten().nonzero()[:, 0]
     total = rows.new_zeros((), dtype=wide_dtype(rows.dtype))
     for part in index.split(LEAST_ROWS):

@@ -7,9 +7,15 @@ tile or two is held.
 
 from __future__ import annotations
 
+import functools
+import importlib.util
+import warnings
+from typing import Any
+
 import torch
 from torch import Tensor
 
+from tokendrift import _row_kernels
 from tokendrift._operators import register, wide_dtype
 
 LEAST_ROWS = 64  # below this the matrix products of a chunk are too thin to be efficient
@@ -21,8 +27,31 @@ def product_dtype(*dtypes: torch.dtype) -> torch.dtype:
     return torch.bfloat16 if set(dtypes) == {torch.bfloat16} else wide_dtype(dtypes[0])
 
 
-def _tile(count: int, chunk: int) -> int:
-    return max(LEAST_TILE, min(chunk, count // 128))
+def _tile(rows: Tensor, count: int, chunk: int) -> int:
+    # On a GPU a tile has to be worth its launches, on a CPU it should stay in the cache.
+    return max(LEAST_TILE, min(chunk, count // (32 if rows.is_cuda else 128)))
+
+
+def _kernels(rows: Tensor) -> Any:
+    """Return the module of kernels for rows of logits, or None where the operators of PyTorch do the work."""
+    narrow = rows.dtype in (torch.float32, torch.bfloat16, torch.float16)
+    if not rows.is_cuda or not narrow or rows.stride(1) != 1 or not _kernels_work(rows.device):
+        return None
+    return _row_kernels
+
+
+@functools.cache
+def _kernels_work(device: torch.device) -> bool:
+    """Return whether Triton is there, compiles for a device, and gives what PyTorch gives. This waits for it, once."""
+    if importlib.util.find_spec("triton") is None:
+        return False
+    rows, p = torch.arange(6.0, device=device).view(2, 3), torch.zeros(2, 3, device=device)
+    try:
+        _row_kernels.softmax_into(p, rows, None, 0, -1)
+        return bool(torch.allclose(p, rows.softmax(dim=1), atol=1e-5))
+    except Exception as error:  # whatever a compiler on this machine may lack, the result is the same without it
+        warnings.warn(f"the Triton kernels do not run here, and PyTorch's operators are used: {error}", stacklevel=2)
+        return False
 
 
 def _scratch(rows: Tensor, index: Tensor | None, mask_column: int, dtype: torch.dtype, tile: int) -> Tensor | None:
@@ -36,6 +65,10 @@ def _softmax_into(
     p: Tensor, rows: Tensor, index: Tensor | None, start: int, mask_column: int, tile: int, scratch: Tensor | None
 ) -> None:
     """Write the softmax of ``len(p)`` rows from ``start`` on into p, with the mask column closed."""
+    kernels = _kernels(rows)
+    if kernels is not None:
+        kernels.softmax_into(p, rows, index, start, mask_column)
+        return
     for low in range(0, len(p), tile):
         high = min(low + tile, len(p))
         span = slice(start + low, start + high)
@@ -59,7 +92,7 @@ def lift_rows(rows: Tensor, table: Tensor, index: Tensor | None, mask_column: in
     chunk = min(chunk, max(1, count if table.dtype == rows.dtype else max(LEAST_ROWS, count // 2)))
     chunk = max(1, -(-count // max(1, -(-count // chunk))))  # equal chunks: a short last product is slow
     out = rows.new_empty(count, table.shape[1], dtype=wide_dtype(rows.dtype))
-    tile = _tile(count, chunk)
+    tile = _tile(rows, count, chunk)
     buffer = table.new_empty(chunk, table.shape[0])
     scratch = _scratch(rows, index, mask_column, table.dtype, tile)
     for start in range(0, count, chunk):
@@ -92,8 +125,9 @@ def lift_rows_backward(
     grad_rows = rows.new_empty(rows.shape if need_rows or in_place else 0)
     grad_table = torch.zeros_like(table) if need_table else table.new_empty(0)
     buffer = grad_rows[:count] if in_place else table.new_empty(min(step, count), table.shape[0])
-    tile = _tile(count, chunk)
-    p_tile = table.new_empty(tile, table.shape[0]) if need_rows else None
+    tile = _tile(rows, count, chunk)
+    kernels = _kernels(rows)
+    p_tile = table.new_empty(tile if need_rows and kernels is None else 0, table.shape[0])
     scratch = _scratch(rows, index, mask_column, table.dtype, tile)
     # Downwards: product i lies in row i until it moves to row index[i] >= i, over products that are done with.
     for start in reversed(range(0, count, step)):
@@ -103,18 +137,21 @@ def lift_rows_backward(
         if need_table:
             _softmax_into(product, rows, index, start, mask_column, tile, scratch)
             grad_table.addmm_(product.T, upstream)
-        if p_tile is None:
+        if not need_rows:
             continue
         # The gradient to the logits: E de, then p times what it exceeds its mean by, a tile at a time.
         torch.mm(upstream, table.T, out=product)
         for low in reversed(range(start, stop, tile)):
             high = min(low + tile, stop)
             p, dp = p_tile[: high - low], product[low - start : high - start]
-            _softmax_into(p, rows, index, low, mask_column, tile, scratch)
             # In the cache, with sums in float32: the row term costs no pass over the vocabulary in memory. Rows that
             # move go through scratch, whose logits are done with: their new place may overlap this tile.
             gradient = dp if index is None or scratch is None else scratch[: high - low]
-            torch._softmax_backward_data(dp, p, -1, p.dtype, grad_input=gradient)
+            if kernels is None:
+                _softmax_into(p, rows, index, low, mask_column, tile, scratch)
+                torch._softmax_backward_data(dp, p, -1, p.dtype, grad_input=gradient)
+            else:
+                kernels.slopes_into(gradient, dp, rows, index, low, mask_column)
             if index is not None:
                 grad_rows.index_copy_(0, index[low:high], gradient.to(rows.dtype))
             elif not in_place:

@@ -396,6 +396,7 @@ class DriftObjective(nn.Module):
         here = present(attention_mask)
         if here.shape != features.shape[:2]:
             raise fail("feature_map.present(attention_mask) must be bool (B, W).", present=here, features=features)
+        # This waits for an accelerator: without padding, or a feature map with ``present``, it does not run.
         sequence, window = here.nonzero(as_tuple=True)
         return Features(features[sequence, window], sequence, rows)
 

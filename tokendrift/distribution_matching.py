@@ -21,6 +21,7 @@ from tokendrift._checks import (
     fail,
 )
 from tokendrift.errors import TokenDriftError
+from tokendrift.lift import close_entry
 
 __all__ = [
     "ConditionalField",
@@ -92,7 +93,8 @@ class ConditionalField:
 def log_ratio(teacher_logits: Tensor, auxiliary_logits: Tensor, mask_id: int | None = None) -> Tensor:
     """Return log T - log f in nats, (..., V), in float32 or wider; 0 where neither gives any probability."""
     dtype = torch.promote_types(torch.promote_types(teacher_logits.dtype, auxiliary_logits.dtype), torch.float32)
-    teacher, auxiliary = (_closed(x, dtype, mask_id).log_softmax(dim=-1) for x in (teacher_logits, auxiliary_logits))
+    sides = (close_entry(x.to(dtype), mask_id) for x in (teacher_logits, auxiliary_logits))
+    teacher, auxiliary = (side.log_softmax(dim=-1) for side in sides)
     # Entries that both have closed would be -inf minus -inf. NaN is unlike itself and stays.
     return torch.where(teacher == auxiliary, 0.0, teacher - auxiliary)
 
@@ -208,6 +210,7 @@ def distribution_matching_loss(
     read = _checked(logits, teacher_logits, auxiliary_logits, read, mask_id)
     check_choice("reduction", reduction, ("mean", "sum", "none"))
     rows = logits.flatten(0, 1)
+    # With ``read``, this waits for an accelerator: K is the size of what is computed.
     index = torch.arange(len(rows), device=rows.device) if read is None else read.flatten().nonzero()[:, 0]
     sides = [_rows(name, x, len(index)) for name, x in _named(teacher_logits, auxiliary_logits)]
     closed = -1 if mask_id is None else mask_id
@@ -329,7 +332,7 @@ def _tiles(
     step = max(1, TILE.get(rows.device.type, TILE["cpu"]) // rows.shape[1])
     for start in range(0, len(index), step):
         span = slice(start, min(start + step, len(index)))
-        p = _closed(rows.index_select(0, index[span]), dtype, mask_id).softmax(dim=-1)
+        p = close_entry(rows.index_select(0, index[span]).to(dtype), mask_id).softmax(dim=-1)
         # Rows of (K, V) are those of the positions; of (B L, V) they are looked up.
         real, own = (x[span] if len(x) == len(index) else x.index_select(0, index[span]) for x in (teacher, auxiliary))
         yield span, p, log_ratio(real, own, mask_id).to(dtype)
@@ -339,14 +342,6 @@ def _field_under(p: Tensor, field: ConditionalField, ratio: Tensor) -> Tensor:
     """Return the field for log-ratios; an infinite one counts for nothing where p is 0."""
     found = field.of_ratio(ratio)
     return found if field.form == "bounded" or field.clip < torch.inf else found.masked_fill_(p == 0, 0.0)
-
-
-def _closed(logits: Tensor, dtype: torch.dtype, mask_id: int | None) -> Tensor:
-    """Return logits in a wide dtype, with the entry of the mask at minus infinity."""
-    wide = logits.to(dtype)
-    if mask_id is None:
-        return wide
-    return wide.index_fill(-1, torch.tensor(mask_id, device=logits.device), -torch.inf)
 
 
 def _named(teacher_logits: Tensor, auxiliary_logits: Tensor) -> tuple[tuple[str, Tensor], tuple[str, Tensor]]:

@@ -42,6 +42,7 @@ def squared_distances(x: Tensor, y: Tensor, *, refine: bool = False) -> Tensor:
     size = own[:, None] + other
     squared = torch.addmm(size, x, y.T, alpha=-2).clamp_min_(0)
     if refine:
+        # This waits for an accelerator, once a block: how many pairs there are decides the sizes of what follows.
         for pairs in (squared < 1e-3 * size).nonzero().split(max(1, REFINED_NUMBERS // x.shape[1])):
             row, column = pairs.unbind(dim=1)
             squared[row, column] = (x[row] - y[column]).square().sum(-1)

@@ -234,6 +234,7 @@ def _predicted_rows(
         )
     noisy_ids = check_ids("noisy_ids", noisy_ids, embedding.shape[0], like=data)
     check_same_device(name, data, predicted=predicted, noisy_ids=noisy_ids)
+    # This waits for an accelerator, once a call: the number of predicted rows is the size of the products.
     return predicted.reshape(-1).nonzero()[:, 0], noisy_ids
 
 
@@ -249,7 +250,10 @@ def _among_observed(
 
 def close_entry(logits: Tensor, entry: int | None) -> Tensor:
     """Return logits (..., V) with one vocabulary entry at minus infinity; the logits themselves for None."""
-    return logits if entry is None else logits.index_fill(-1, torch.tensor(entry, device=logits.device), -torch.inf)
+    if entry is None:
+        return logits
+    # Filled on the device: a tensor of a number of the host would be copied, and an accelerator waited for.
+    return logits.index_fill(-1, torch.full((1,), entry, device=logits.device), -torch.inf)
 
 
 def of_positions(logits: Tensor | LinearLogits) -> Tensor:

@@ -147,6 +147,7 @@ class Process(ABC):
             TokenDriftError: If the shapes do not belong together or ids are out of range.
         """
         check_objective(self.vocab_size, logits, x0, x_t)
+        # This waits for an accelerator, once a call: the rows that are left out are half of the work.
         index = self.predicted(x_t).flatten().nonzero()[:, 0]
         closed = -1 if self.mask_id is None else self.mask_id
         log_p = log_prob_at(logits.flatten(0, 1), x0.long().flatten()[index], index, closed)

@@ -265,7 +265,8 @@ class DiT(nn.Module):
         Returns:
             ``n_blocks + 1`` tensors (B, L, D).
         """
-        condition = self.condition(len(embeds), torch.zeros(len(embeds)) if sigma is None else sigma)
+        sigma = torch.zeros(len(embeds), device=embeds.device) if sigma is None else sigma
+        condition = self.condition(len(embeds), sigma)
         return self._blocks(embeds, condition, attention_mask)
 
     def _blocks(self, embeds: Tensor, condition: Tensor, attention_mask: Tensor | None) -> list[Tensor]:

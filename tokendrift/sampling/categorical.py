@@ -70,6 +70,7 @@ def draw(logits: Tensor, *, uniform: Tensor | None = None, generator: torch.Gene
         sums = torch.cat([sums, weights[:, whole:].sum(dim=-1, keepdim=True, dtype=torch.float64)], dim=1)
     edges = sums.cumsum(dim=-1)
     total = edges[:, -1]
+    # Reading this waits for an accelerator: a chain of draws from NaN would end without an error.
     if not total.isfinite().all():  # NaN, +inf, or a row of -inf alone; compared with NaN every u would be below
         raise not_finite(logits)
     # 2. The block in which the distribution function passes u.

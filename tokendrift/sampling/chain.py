@@ -42,6 +42,9 @@ class Sampler(Protocol):
 class Chain:
     """The state of a batch that is being sampled: what a sampler reads.
 
+    On an accelerator every step waits for the device a few times: which rows the network is called with, and whether
+    it is called at all, depends on what was drawn. That takes a fraction of a millisecond, a call of the network many.
+
     Attributes:
         process: The corruption process.
         ids: Current tokens, int64 (B, L).

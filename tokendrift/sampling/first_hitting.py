@@ -39,6 +39,7 @@ class FirstHitting:
             left = masked.sum(dim=1)
             if not left.any():
                 return
+            # The clocks are kept on the CPU, in float64, where noise levels are: this waits for an accelerator.
             clock, place = chain.uniform(2).unbind(1)
             noise = noise * clock.cpu() ** (1 / left.cpu().clamp_min(1))
             chain.at_sigma(-torch.log1p(-noise))

@@ -265,6 +265,7 @@ class Optimization:
         return whole
 
     def _record(self, step: int, norm: Tensor, logs: dict[str, Tensor]) -> Record:
+        """Return the figures of a step as numbers. Reading them waits for an accelerator."""
         if self.accelerator is not None and self.accelerator.num_processes > 1 and logs:
             stacked = torch.stack([value.double().to(self.device) for value in logs.values()])
             means = self.accelerator.reduce(stacked, "mean")

@@ -115,7 +115,7 @@ def diagnostic_logs(diagnostics: Diagnostics, temperatures: Sequence[float]) -> 
     for each temperature ``raw_drift_rms/0.02``, ``positive_mass/0.02`` and so on.
     """
     entropy = diagnostics.token_entropy
-    logs = {"token_entropy": entropy, "queue": entropy.new_tensor(float(diagnostics.queue_generated))}
+    logs = {"token_entropy": entropy, "queue": entropy.new_full((), diagnostics.queue_generated)}
     if diagnostics.field is not None:
         of_field = diagnostics.field
         logs["raw_drift_rms"] = of_field.rms.mean()

@@ -418,7 +418,7 @@ class DistributionMatching(StatefulObjective):
             )
 
     def _position(self) -> tuple[int, tuple[int, int]]:
-        """Draw a position of a chain; return its number and (N, k)."""
+        """Draw a position of a chain; return its number and (N, k). Reading it waits for an accelerator."""
         chance = self._rand(1)[0].item()
         positions = list(self.shares)
         edges = torch.tensor(list(self.shares.values()), dtype=torch.float64).cumsum(0)
@@ -431,6 +431,7 @@ class DistributionMatching(StatefulObjective):
 
     def _drawn(self, logits: Tensor, x_t: Tensor, predicted: Tensor) -> Tensor:
         """Return the completion (B, L): tokens drawn at predicted positions, a few rows of V at a time."""
+        # This waits for an accelerator, as drawing from a part of the rows has to.
         rows, index = logits.flatten(0, 1), predicted.flatten().nonzero()[:, 0]
         uniform, found = self.chains.noise(x_t).uniform(x_t.shape[1]).flatten()[index], x_t.flatten().clone()
         step = max(1, ELEMENTS.get(logits.device.type, ELEMENTS["cpu"]) // logits.shape[-1])
@@ -451,6 +452,7 @@ class DistributionMatching(StatefulObjective):
         """Return logits of the teacher or the auxiliary model at the positions read, (K, V)."""
         with self._autocast():
             head: Network | None = getattr(network, "logits_at", None)
+            # Reading whether any position is wanted waits for an accelerator, as taking the positions would anyway.
             if head is not None and read.any():
                 found: Tensor = head(noised.x_t, noised.sigma, read, **options)
             else:
@@ -461,7 +463,7 @@ class DistributionMatching(StatefulObjective):
     def _watched(self, completion: Tensor, noised: Corruption, options: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return how far the auxiliary model is from the teacher on the student's samples, and their entropy.
 
-        It draws no random number: what is logged changes no result.
+        It draws no random number: what is logged changes no result. Counting tokens waits for an accelerator.
         """
         found = {}
         for name, network in (("auxiliary_nelbo", self.auxiliary.network), ("teacher_nelbo", self.teacher)):
@@ -490,4 +492,4 @@ class DistributionMatching(StatefulObjective):
         """Return a count added up over all processes, at least 1; if one has an error, all raise one."""
         call = self._calls * len(self.shares) + number
         total = add_over_ranks(count, ranks=self.share[1], device=device, call=call, error=error)
-        return torch.tensor(total, device=device).clamp_min(1)
+        return torch.full((), total, device=device).clamp_min(1)

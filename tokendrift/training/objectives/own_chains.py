@@ -88,7 +88,7 @@ class OwnChains:
         return random_input(model, self.noise, ids)
 
     def random(self, count: int) -> int:
-        """Draw a number from 0 to count - 1."""
+        """Draw a number from 0 to count - 1. This waits for an accelerator: the host decides by it what to call."""
         device = None if self.generator is None else self.generator.device
         return int(torch.randint(count, (), generator=self.generator, device=device))
 
@@ -141,6 +141,7 @@ def count_pairs(pairs: PairDriftLoss, rows: Tensor, share: tuple[int, int]) -> N
 def pair_logs(pairs: PairDriftLoss) -> dict[str, Tensor]:
     """Return how far the laws of generated pairs are from that of real ones, averaged over the laws in use."""
     met = pairs.generated_weight > 0  # a law without any text yet has no distance
+    # A mask as an index waits for an accelerator; this runs at steps that are logged alone.
     return {name: getattr(pairs, name)()[met].mean() for name in ("total_variation", "divergence")}
 
 
