@@ -31,6 +31,10 @@ def test_help_names_the_options(run):
         assert option in result.stdout
 
 
+def test_the_command_offers_completion_to_the_shell(run):
+    assert "--install-completion" in run("--help").stdout
+
+
 def test_an_unknown_process_is_one_message(run, tmp_path):
     result = run("demo", "--process", "gaussian", "--output", str(tmp_path))
     assert result.exit_code == 2 and list(tmp_path.iterdir()) == []

@@ -195,9 +195,9 @@ class Frontier:
                 label=f"{model}, {cost}{nucleus}",
             )
         across, up = [entropy(self.real, kind)], [self.real.gen_ppl]
-        bars = {"xerr": error_bar_lengths(across), "yerr": error_bar_lengths(up), "elinewidth": 0.7}
-        star = {"fmt": "*", "color": "black", "markersize": 13, "label": "real text"}
-        axes.errorbar(estimates(across), estimates(up), **bars, **star)
+        star: dict[str, Any] = {"fmt": "*", "color": "black", "markersize": 13, "label": "real text"}
+        star |= {"xerr": error_bar_lengths(across), "yerr": error_bar_lengths(up), "elinewidth": 0.7}
+        axes.errorbar(estimates(across), estimates(up), **star)
         axes.set_yscale("log")
         axes.set_xlabel(f"{kind} entropy (nats); temperature falls to the left")
         axes.set_ylabel("Gen.-PPL")
