@@ -71,7 +71,7 @@ def draw_entropy(entropies: dict[int, float], of_real: float) -> None:
     save(figure, "entropy")
 
 
-folder = Path(sys.argv[1] if len(sys.argv) > 1 else "gallery")
+folder = Path(sys.argv[1] if len(sys.argv) > 1 else "demo-output/gallery")
 folder.mkdir(parents=True, exist_ok=True)
 torch.set_num_threads(1)  # at this size, threads would only wait for one another
 torch.manual_seed(0)

@@ -301,13 +301,15 @@ def load_judge(
 @contextmanager
 def _without_loading_bars() -> Iterator[None]:
     """Hide the bars that transformers shows while it loads weights, which break those of a command; not downloads."""
-    from huggingface_hub.utils import are_progress_bars_disabled, enable_progress_bars
-    from transformers.utils import logging
+    import huggingface_hub.utils
+    import transformers.utils.logging
 
-    shown, downloads = logging.is_progress_bar_enabled(), not are_progress_bars_disabled()
+    hub: Any = huggingface_hub.utils
+    logging: Any = transformers.utils.logging
+    shown, downloads = logging.is_progress_bar_enabled(), not hub.are_progress_bars_disabled()
     logging.disable_progress_bar()
     if downloads:
-        enable_progress_bars()
+        hub.enable_progress_bars()
     try:
         yield
     finally:

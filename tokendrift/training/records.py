@@ -112,14 +112,15 @@ class Records:
     @contextmanager
     def phase(self, label: str, parts: int) -> Iterator[Callable[[], object]]:
         """Show a progress bar of a phase inside the block; call what is yielded after each of its parts."""
-        if self.bar is None:
+        bar = self.bar
+        if bar is None:
             yield lambda: None
             return
-        task = self.bar.add_task(f"{self.label}{label}", total=parts, shown="")
+        task = bar.add_task(f"{self.label}{label}", total=parts, shown="")
         try:
-            yield lambda: self.bar.advance(task)
+            yield lambda: bar.advance(task)
         finally:
-            self.bar.remove_task(task)
+            bar.remove_task(task)
 
     def _lose_curves(self, error: OSError) -> None:
         """Continue without curves: after an error, TensorBoard's writer raises it again at every call."""
