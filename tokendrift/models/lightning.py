@@ -101,7 +101,7 @@ def weights(checkpoint: dict[str, Any], *, ema: bool) -> tuple[dict[str, Tensor]
     stored = {
         name.removeprefix(PREFIX).replace("_orig_mod.", ""): value
         for name, value in _section(checkpoint, "state_dict").items()
-        if name.startswith(PREFIX) and isinstance(value, Tensor)
+        if isinstance(name, str) and name.startswith(PREFIX) and isinstance(value, Tensor)
     }
     if not stored:
         raise fail(
@@ -113,6 +113,8 @@ def weights(checkpoint: dict[str, Any], *, ema: bool) -> tuple[dict[str, Tensor]
     shadows = _section(checkpoint, "ema").get("shadow_params")
     if not ema or not shadows:
         return stored, f"raw weights of step {step}"
+    if not isinstance(shadows, (list, tuple)) or not all(isinstance(shadow, Tensor) for shadow in shadows):
+        raise fail("the averaged weights are not a list of tensors.", "Pass ema=False to load the raw weights.")
     names = [name for name in stored if name != BUFFER]
     apart = [
         f"{name} {tuple(stored[name].shape)} against {tuple(shadow.shape)}"
@@ -142,7 +144,7 @@ def hub_config(checkpoint: dict[str, Any]) -> dict[str, Any]:
     backbone = algo.get("backbone", config.get("backbone", "dit"))
     if not config:
         return {}
-    if name not in ALGORITHMS or backbone != "dit":
+    if not isinstance(name, str) or name not in ALGORITHMS or backbone != "dit":
         raise fail(
             f"the checkpoint holds a {backbone!r} network trained as {name!r}; "
             f"supported are 'dit' networks trained as {', '.join(sorted(ALGORITHMS))}.",
