@@ -31,6 +31,10 @@ def test_help_names_the_options(run):
         assert option in result.stdout
 
 
+def test_the_command_offers_completion_to_the_shell(run):
+    assert "--install-completion" in run("--help").stdout
+
+
 def test_an_unknown_process_is_one_message(run, tmp_path):
     result = run("demo", "--process", "gaussian", "--output", str(tmp_path))
     assert result.exit_code == 2 and list(tmp_path.iterdir()) == []
@@ -114,7 +118,7 @@ def test_commands_choose_their_device_alike():
         for option in command.params
         if option.name == "device"
     }
-    assert defaults == dict.fromkeys(("sample", "doctor", "probe", "evaluate"), "auto")
+    assert defaults == dict.fromkeys(("refine", "sample", "doctor", "probe", "evaluate"), "auto")
 
 
 def test_names_reach_the_terminal_without_control_characters_and_their_markup_means_nothing(run, capsys):

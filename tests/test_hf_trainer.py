@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -12,9 +14,59 @@ from tokendrift import TokenDriftError, TokenDriftLoss
 from tokendrift.diffusion import MaskedDiffusion
 from tokendrift.integrations.hf_trainer import QUEUES, ObjectiveTrainer
 from tokendrift.models import DiT, DiTConfig, MaskedLMDenoiser, load_denoiser
-from tokendrift.training import Continuation, Drift
+from tokendrift.training import Continuation, DistributionMatching, Drift, MatchingConfig, StatefulObjective, StepLoss
 
 VOCAB = 12
+
+
+def drifting(model, process, generator):
+    return Drift(
+        process, TokenDriftLoss.from_encoder(model, queue_size=6, mask_id=process.mask_id), 0.0, generator=generator
+    )
+
+
+def matching(model, process, generator):
+    teacher = copy.deepcopy(model).eval().requires_grad_(False)
+    config = MatchingConfig(random_input=0, pair_sequences=8)
+    return DistributionMatching(process, teacher, config=config, generator=generator)
+
+
+OBJECTIVES = {
+    "drift": drifting,
+    "continuation": lambda model, process, generator: Continuation(process, generator),
+    "matching": matching,
+    "recorder": lambda model, process, generator: Recorder(),
+}
+
+
+class Recorder(StatefulObjective):
+    """Writes down when it is called."""
+
+    def __init__(self):
+        self.calls = []
+
+    def __call__(self, model, x0, *, log=False):
+        self.calls.append("loss")
+        return StepLoss(model(x0, torch.ones(len(x0))).square().mean(), {})
+
+    def before_training(self, take):
+        self.calls.append(take(20))
+
+    @contextmanager
+    def step_context(self):
+        self.calls.append("enter")
+        yield
+        self.calls.append("leave")
+
+    def after_step(self, finished, optimization):
+        assert optimization.optimizer.state and not optimization.average.values
+        self.calls.append(finished)
+
+    def state_dict(self):
+        return {"calls": torch.tensor(len(self.calls))}
+
+    def load_state_dict(self, state):
+        self.calls.append(f"loaded {int(state['calls'])}")
 
 
 @pytest.fixture
@@ -30,8 +82,7 @@ def make(tmp_path):
             for parameter in model.parameters():
                 parameter.add_(0.1 * torch.randn_like(parameter))
         process, generator = MaskedDiffusion(VOCAB), torch.Generator().manual_seed(1)
-        drift = TokenDriftLoss.from_encoder(model, queue_size=6, mask_id=process.mask_id)
-        objective = Drift(process, drift, 0.0, generator) if kind == "drift" else Continuation(process, generator)
+        objective = OBJECTIVES[kind](model, process, generator)
         options = {
             "output_dir": str(tmp_path), "max_steps": 4, "per_device_train_batch_size": 4, "logging_steps": 1,
             "save_steps": 2, "report_to": [], "use_cpu": True, "disable_tqdm": True, "learning_rate": 1e-2,
@@ -83,13 +134,14 @@ def test_diagnostics_are_the_means_over_accumulated_micro_batches(make):
     assert logged == pytest.approx([(drifts[0] + drifts[1]) / 2, (drifts[2] + drifts[3]) / 2])
 
 
-@pytest.mark.parametrize("kind", ["drift", "continuation"])
+@pytest.mark.parametrize("kind", ["drift", "continuation", "matching"])
 @pytest.mark.parametrize("own", [True, False], ids=["generator", "global numbers"])
 def test_evaluations_repeat_and_leave_training_as_it_is(make, kind, own):
     ends = []
     for evaluations in ({}, {"eval_strategy": "steps", "eval_steps": 1}):
         trainer, model = make(kind, save_steps=100, **evaluations)
-        trainer.objective.generator = trainer.objective.generator if own else None
+        if kind != "matching":  # its chains have the generator, too
+            trainer.objective.generator = trainer.objective.generator if own else None
         trainer.train()
         pushed = None if trainer.drift is None else trainer.drift.queue_real.features().clone()
         first, again = (trainer.evaluate()["eval_loss"] for _ in range(2))
@@ -133,6 +185,35 @@ def test_the_folder_of_a_checkpoint_is_one_that_load_denoiser_reads(make, tmp_pa
     resumed, again = make()
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
     assert torch.equal(again.vocab_embed.embedding, model.vocab_embed.embedding)
+
+
+def test_the_hooks_of_an_objective_are_called_as_refine_calls_them(make, tmp_path):
+    micro = {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 2, "max_steps": 2, "save_steps": 1}
+    trainer, _ = make("recorder", **micro)
+    trainer.train()
+    (first, *calls), data = trainer.objective.calls, [row["input_ids"] for row in trainer.train_dataset]
+    assert torch.equal(first, torch.stack(data + data[:4]))  # as many as were asked for: the data begin again
+    step = ["enter", "loss", "loss", "leave"]
+    assert calls == [*step, 1, *step, 2]
+    resumed, _ = make("recorder", **micro)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    assert resumed.objective.calls == ["loaded 6", *step, 2]
+
+
+def test_matching_trains_its_auxiliary_model_and_resumes_to_the_bit(make, tmp_path):
+    ends = []
+    for begin in (None, str(tmp_path / "checkpoint-2")):
+        trainer, model = make("matching")
+        matching = trainer.objective
+        assert not matching.pair_loss.real_weight.any()
+        trainer.train(resume_from_checkpoint=begin)
+        for name, weight in matching.teacher.state_dict().items():
+            assert "vocab_embed" not in name or not torch.equal(weight, matching.auxiliary.network.state_dict()[name])
+        assert not matching.teacher.training and not matching.completions
+        ends.append({**model.state_dict(), **matching.state_dict()})
+    assert ends[0].keys() == ends[1].keys()
+    for name, tensor in ends[0].items():
+        assert torch.equal(tensor, ends[1][name]), name
 
 
 @pytest.fixture

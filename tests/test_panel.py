@@ -12,7 +12,7 @@ from tokendrift import TokenDriftError
 from tokendrift.demo import PRETRAINED
 from tokendrift.evaluation import GenerativePerplexity, compare_panels, evaluate, gguf_judge, measure
 from tokendrift.evaluation import judge as judge_module
-from tokendrift.evaluation.judge import Judge
+from tokendrift.evaluation.judge import Judge, load_judge
 from tokendrift.evaluation.panel import PanelComparison
 from tokendrift.evaluation.report.cards import judge_notes
 
@@ -188,6 +188,14 @@ def test_a_judge_that_is_no_stranger_to_the_denoiser_is_named(tmp_path):
     assert judge_notes(shipped[:1], [("uniform", shipped[1])])[0].endswith(
         "Python documentation as well, and flatters such text."
     )
+
+
+def test_loading_a_judge_shows_no_bar_and_leaves_those_of_others_on(capfd):
+    from transformers.utils import logging
+
+    load_judge(str(PRETRAINED / "judge"))
+    assert "it/s" not in capfd.readouterr().err
+    assert logging.is_progress_bar_enabled()
 
 
 def test_a_gguf_file_is_converted_once_and_a_package_needs_exactly_one(tmp_path, monkeypatch):

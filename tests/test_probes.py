@@ -404,6 +404,7 @@ def test_the_command_prints_both_probes_and_writes_all_numbers(text, tmp_path):
         (["--prompts", "100000"], "too few for 100000 prompts of 16"),
         (["--positions", "20", "--prompt-length", "20"], "exceed the length of the model, 32"),
         (["--tokenizer", __file__], "no tokenizer can be read from"),
+        (["--judge-tokenizer", JUDGE_FOLDER], "judge_tokenizer was given, but the judge reads ids"),
     ],
 )
 def test_the_command_says_in_one_message_what_does_not_fit(arguments, says, text):

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from types import SimpleNamespace
 
 import pytest
 from accelerate import DistributedType
 
 from tokendrift import TokenDriftError
-from tokendrift.training.processes import check_accelerator
+from tokendrift.training.processes import check_accelerator, make_accelerator
 
 
 def accelerator(kind, *, fsdp2=False, accumulation=1):
@@ -30,6 +31,17 @@ def test_fsdp2_is_fine_and_fsdp1_is_refused():
 def test_what_shards_in_other_ways_is_refused(kind):
     with pytest.raises(TokenDriftError, match=rf"(?s)launched for {kind.value}\..*--fsdp_version 2"):
         check_accelerator(accelerator(kind))
+
+
+def test_a_device_is_chosen_for_this_call_alone(monkeypatch):
+    before = dict(os.environ)
+    assert make_accelerator("cpu").device.type == "cpu"
+    assert dict(os.environ) == before
+    with pytest.raises(TokenDriftError, match="device 'abacus' cannot be used"):
+        make_accelerator("abacus")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(TokenDriftError, match="several processes were launched"):
+        make_accelerator("cpu")
 
 
 def test_an_accelerator_that_divides_gradients_is_refused():

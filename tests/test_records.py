@@ -51,6 +51,16 @@ def test_curves_that_cannot_be_begun_do_not_fail_the_run(tmp_path):
     assert records.curves is None
 
 
+def test_every_phase_has_a_bar_with_its_name(tmp_path):
+    with Records(tmp_path, 1, 3, label="baseline: ") as records:
+        with records.phase("initial evaluation", 2) as part:
+            part()
+            training, evaluation = records.bar.tasks
+            assert (training.description, training.completed, training.total) == ("baseline: training", 1, 3)
+            assert (evaluation.description, evaluation.completed) == ("baseline: initial evaluation", 1)
+        assert len(records.bar.tasks) == 1
+
+
 def test_weights_and_biases_knows_folders_of_one_name_apart_and_a_resumed_run_again(tmp_path, monkeypatch):
     seen = []
     fake = types.ModuleType("wandb")

@@ -111,7 +111,7 @@ def test_the_table_shows_every_set_and_real_text(opened):
     assert names == [EVIL_NAME, EVIL_NAME, "dull", "dull", "real text"]
     assert all(row.is_displayed() and len(row.find_elements(By.TAG_NAME, "td")) > 10 for row in rows)
     headings = [cell.text for cell in opened.find_elements(By.CSS_SELECTOR, "table.wide thead th")]
-    assert headings[:8] == ["samples", "NFE", "n", "precision", "guard", "Gen.-PPL", "H sample", "H unigram"]
+    assert headings[:8] == ["samples", "NFE", "Gen.-PPL", "H sample", "H unigram", "guard", "n", "precision"]
 
 
 def test_plots_have_axes_labels_and_a_legend_all_within_view(opened):
@@ -207,6 +207,9 @@ def test_on_a_narrow_screen_the_page_does_not_scroll_sideways(opened):
     opened.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
     try:
         assert opened.execute_script("return document.scrollingElement.scrollWidth <= window.innerWidth")
+        headline = opened.find_elements(By.CSS_SELECTOR, "table.wide")[0].find_elements(By.CSS_SELECTOR, "tr > *")[:5]
+        assert [cell.text for cell in headline][-3:] == ["Gen.-PPL", "H sample", "H unigram"]
+        assert headline[-1].rect["x"] + headline[-1].rect["width"] <= size["width"]
     finally:
         opened.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
 

@@ -38,6 +38,17 @@ DeviceOption = Annotated[
     str, typer.Option(help="Device such as cpu or cuda:0; auto takes cuda if it is available, else cpu.")
 ]
 
+TrainingDeviceOption = Annotated[
+    str, typer.Option(help="Device such as cpu or cuda:0; auto takes cuda if it is available, else mps, else cpu.")
+]
+PresetOption = Annotated[
+    str | None,
+    typer.Option(
+        help="Settings to start from: matching (distribution matching), tokendrift (the paper's), mdlm-owt or duo-owt "
+        "(the same with its checkpoint), or pairs. Default: matching, unless --objective or --config is given."
+    ),
+]
+
 
 class PlainConsole(Console):
     """A terminal on which names and samples show as they are: their markup means nothing, control characters are gone.
@@ -65,7 +76,7 @@ def _status(stage: str) -> Iterator[Callable[[str], None]]:
         yield lambda stage: status.update(Text(stage))
 
 
-app = typer.Typer(add_completion=False, no_args_is_help=True, help="Refine discrete diffusion language models.")
+app = typer.Typer(no_args_is_help=True, help="Refine discrete diffusion language models.")
 
 
 def _print_version(wanted: bool) -> None:
@@ -185,13 +196,7 @@ def refine(
     dataset: Annotated[str | None, _setting("dataset")] = None,
     tokenizer: Annotated[str | None, _setting("tokenizer")] = None,
     output: Annotated[str | None, _setting("output")] = None,
-    preset: Annotated[
-        str | None,
-        typer.Option(
-            help="Settings to start from: matching (distribution matching), tokendrift (the paper's), mdlm-owt, "
-            "duo-owt, or pairs. Default: matching, unless --objective or --config is given."
-        ),
-    ] = None,
+    preset: PresetOption = None,
     config: Annotated[
         Path | None, typer.Option(help="TOML file of settings, such as config.toml of an earlier run. Default: none.")
     ] = None,
@@ -201,7 +206,9 @@ def refine(
     micro_batch: Annotated[int | None, _setting("micro_batch")] = None,
     learning_rate: Annotated[float | None, _setting("learning_rate")] = None,
     judge: Annotated[str | None, _setting("judge")] = None,
+    judge_tokenizer: Annotated[str | None, _setting("judge_tokenizer")] = None,
     seed: Annotated[int | None, _setting("seed")] = None,
+    device: TrainingDeviceOption = "auto",
     baseline: Annotated[bool | None, _setting("baseline", "--baseline")] = None,
     settings: Annotated[
         list[str] | None,
@@ -220,25 +227,24 @@ def refine(
     Run the same command again to resume after an interruption. Flags and --set override the settings of --config,
     which override those of --preset.
 
-    The device is chosen by Accelerate: cuda if available, else mps, else cpu. Set ACCELERATE_USE_CPU=true to use the
-    CPU, and CUDA_VISIBLE_DEVICES to choose among GPUs. For several devices: accelerate launch -m tokendrift.cli
-    refine ...
+    For several devices, leave --device out: accelerate launch -m tokendrift.cli refine ...
     """
     flags = {
         name: value
         for name, value in locals().items()
-        if value is not None and name not in ("preset", "config", "settings", "show")
+        if value is not None and name not in ("preset", "config", "settings", "show", "device")
     }
     with plain_errors("run the same command again to resume from the last checkpoint"):
         from tokendrift.training import evaluation_table, parse_settings
         from tokendrift.training import refine as train
         from tokendrift.training.config import command_config
+        from tokendrift.training.processes import make_accelerator
 
         made = command_config(preset=preset, file=config, values=flags | parse_settings(settings or []))
         if show:
             typer.echo(made.as_toml(), nl=False)
             return
-        refined = train(made)
+        refined = train(made, accelerator=make_accelerator(device))
         from accelerate import PartialState
 
         if PartialState().is_main_process:
@@ -361,6 +367,10 @@ def probe(
             "or that of GPT-2 if the vocabulary has its size."
         ),
     ] = None,
+    judge_tokenizer: Annotated[
+        str | None,
+        typer.Option(help="Tokenizer of the judge: a tokenizer.json, a folder or a hub id. Default: the judge's own."),
+    ] = None,
     prompts: Annotated[int, typer.Option(min=2, help="Number of prompts, evenly spread over the text.")] = 64,
     prompt_length: Annotated[
         int | None, typer.Option(min=1, help="Tokens of a prompt. Default: 64, or less if the model is too short.")
@@ -373,7 +383,7 @@ def probe(
     seed: Annotated[int, typer.Option(min=0, help="Random seed of the noise and the draws.")] = 0,
     device: DeviceOption = "auto",
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="JSON file for all numbers. Default: none.")
+        Path | None, typer.Option("--output", "-o", "--json", help="JSON file for all numbers. Default: none.")
     ] = None,
 ) -> None:
     """Probe what a denoiser predicts far from its context, and what is lost when tokens are drawn in parallel.

@@ -128,7 +128,8 @@ def unwrapped(module: nn.Module) -> nn.Module:
 def as_encoder(module: nn.Module) -> nn.Module:
     """Return the module as one with ``hidden_states``: itself, or in an `InputsEmbedsEncoder`.
 
-    A module that ``torch.compile`` or peft has wrapped is taken out of its wrapper first.
+    A module that ``torch.compile``, peft or `tokendrift.models.MaskedLMDenoiser` has wrapped is taken out of its
+    wrapper first.
 
     Raises:
         TokenDriftError: If it is neither, or wrapped for training on several devices.
@@ -140,6 +141,7 @@ def as_encoder(module: nn.Module) -> nn.Module:
             encoder=type(module).__name__,
         )
     module = unwrapped(module)
+    module = unwrapped(getattr(module, "adapted", module))
     if callable(getattr(module, "hidden_states", None)):
         return module
     if "inputs_embeds" in _arguments(module):

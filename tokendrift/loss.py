@@ -162,7 +162,7 @@ class TokenDriftLoss(DriftObjective):
             sigma: Noise level ``-log alpha_t`` that a time-conditioned encoder receives. Default: 0, clean text.
             normalize: Divide features by their Euclidean norm. Default: True.
             mask_id: As in `TokenDriftLoss`. Default: the ``mask_id`` of the encoder where it has one, as a masked `DiT`
-                does.
+                and a `MaskedLMDenoiser` do.
 
         The other options are those of `TokenDriftLoss`.
 
@@ -171,7 +171,7 @@ class TokenDriftLoss(DriftObjective):
         """
         features = PooledFeatures(encoder, layers=layers, window=window, sigma=sigma, normalize=normalize)
         if mask_id is None:
-            mask_id = getattr(features.encoder, "mask_id", None)
+            mask_id = getattr(encoder, "mask_id", getattr(features.encoder, "mask_id", None))
         return cls(
             features.embedding,
             features,

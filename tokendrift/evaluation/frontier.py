@@ -194,8 +194,10 @@ class Frontier:
                 elinewidth=0.7,
                 label=f"{model}, {cost}{nucleus}",
             )
-        real = entropy(self.real, kind).estimate, self.real.gen_ppl.estimate
-        axes.plot(*real, "*", color="black", markersize=13, label="real text")
+        across, up = [entropy(self.real, kind)], [self.real.gen_ppl]
+        star: dict[str, Any] = {"fmt": "*", "color": "black", "markersize": 13, "label": "real text"}
+        star |= {"xerr": error_bar_lengths(across), "yerr": error_bar_lengths(up), "elinewidth": 0.7}
+        axes.errorbar(estimates(across), estimates(up), **star)
         axes.set_yscale("log")
         axes.set_xlabel(f"{kind} entropy (nats); temperature falls to the left")
         axes.set_ylabel("Gen.-PPL")

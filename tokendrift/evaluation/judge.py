@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import inspect
 import os
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -281,9 +282,10 @@ def load_judge(
     source: dict[str, Any] = {"revision": revision} if revision is not None else {}
     place = str(folder_of_gguf(name)) if is_gguf(name) else name
     try:
-        model: nn.Module = AutoModelForCausalLM.from_pretrained(
-            place, use_safetensors=True, trust_remote_code=False, **source
-        )
+        with _without_loading_bars():
+            model: nn.Module = AutoModelForCausalLM.from_pretrained(
+                place, use_safetensors=True, trust_remote_code=False, **source
+            )
         if tokenizer is None:
             tokenizer = AutoTokenizer.from_pretrained(place, trust_remote_code=False, **source)
     except (OSError, ValueError) as error:
@@ -294,6 +296,25 @@ def load_judge(
         ) from error
     # The dtype is set after loading: releases of transformers differ in the dtype in which they load a checkpoint.
     return model.to(device=device, dtype=PRECISIONS[precision]).eval(), tokenizer
+
+
+@contextmanager
+def _without_loading_bars() -> Iterator[None]:
+    """Hide the bars that transformers shows while it loads weights, which break those of a command; not downloads."""
+    import huggingface_hub.utils
+    import transformers.utils.logging
+
+    hub: Any = huggingface_hub.utils
+    logging: Any = transformers.utils.logging
+    shown, downloads = logging.is_progress_bar_enabled(), not hub.are_progress_bars_disabled()
+    logging.disable_progress_bar()
+    if downloads:
+        hub.enable_progress_bars()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def _relaxed() -> bool:

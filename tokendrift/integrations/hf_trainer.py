@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
+from itertools import islice
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel, Trainer
+from transformers import PreTrainedModel, Trainer, TrainerCallback
 
 from tokendrift._checks import fail
 from tokendrift.encoders import unwrapped
@@ -20,9 +21,11 @@ from tokendrift.files import write_atomically
 from tokendrift.models.checkpoints import config_json
 from tokendrift.models.dit import DiT
 from tokendrift.models.weight_files import CONFIG
-from tokendrift.training.objectives.objective import Objective
+from tokendrift.modes import evaluation_mode
+from tokendrift.training.objectives.objective import Objective, StatefulObjective
+from tokendrift.training.optimization import LoopConfig, Optimization
 
-QUEUES = "tokendrift_loss.pt"
+QUEUES = "tokendrift_loss.pt"  # the state of the objective; that of a drifting loss is its queues
 
 
 class Backbone(nn.Module):
@@ -92,13 +95,53 @@ def _first_names(state: Mapping[str, Tensor]) -> dict[str, str]:
     }
 
 
+class StepHooks(TrainerCallback):  # type: ignore[misc, unused-ignore]
+    """Calls the hooks of a `StatefulObjective` where the Trainer's loop begins and where it takes its steps.
+
+    Args:
+        objective: The objective.
+        trainer: The Trainer, whose dataset is the training text.
+    """
+
+    def __init__(self, objective: StatefulObjective, trainer: ObjectiveTrainer) -> None:
+        self.objective, self.trainer, self.step = objective, trainer, ExitStack()
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **options: Any) -> None:
+        """Prepare a run that starts from step 0."""
+        # The view of the training that hooks get: the Trainer keeps no average, so its decay is 0.
+        network = cast(Backbone, unwrapped(cast(nn.Module, self.trainer.model))).backbone
+        self.optimization = Optimization(network, LoopConfig(max(1, state.max_steps), ema=0.0))
+        self.optimization.optimizer = self.trainer.optimizer
+        if state.global_step == 0:
+            self.objective.before_training(self._first_sequences)
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **options: Any) -> None:
+        """Enter the context of an optimiser step."""
+        self.step.enter_context(self.objective.step_context())
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **options: Any) -> None:
+        """Leave the context, after the last micro-batch."""
+        self.step.close()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **options: Any) -> None:
+        """Let the objective act after the step."""
+        self.step.close()  # transformers before 4.47 does not announce the optimiser step
+        self.objective.after_step(state.global_step, self.optimization)
+
+    def _first_sequences(self, count: int) -> Tensor:
+        rows = [torch.as_tensor(row["input_ids"]) for row in islice(cast(Any, self.trainer.train_dataset), count)]
+        return torch.stack((rows * -(-count // len(rows)))[:count])
+
+
 class ObjectiveTrainer(Trainer):
     """A Trainer whose loss is an `Objective`.
 
-    The dataset gives ``input_ids``, clean ids of one length L. Diagnostics are part of the Trainer's logs. The drifting
-    loss of the objective, if it has one, moves to the Trainer's device; its queues are written into every checkpoint
-    and read when training resumes from one. Each micro-batch is a call of its own; gradients and diagnostics of
-    accumulated micro-batches are averaged. Of the hooks of a `StatefulObjective`, none is called.
+    The dataset gives ``input_ids``, clean ids of one length L. Diagnostics are part of the Trainer's logs. Each
+    micro-batch is a call of its own; gradients and diagnostics of accumulated micro-batches are averaged.
+
+    The hooks of a `StatefulObjective` are called as `refine` calls them, so that `DistributionMatching` trains its
+    auxiliary model. Its modules, such as a drifting loss, move to the Trainer's device. Its state, such as the queues,
+    is written into every checkpoint and read when training resumes from one.
 
     What it saves can be loaded: `load_denoiser` reads the folder of a `DiT`, and ``from_pretrained`` that of a model of
     transformers inside a `MaskedLMDenoiser`.
@@ -128,8 +171,24 @@ class ObjectiveTrainer(Trainer):
         self.objective: Objective = objective
         self.drift: nn.Module | None = getattr(objective, "drift", None)
         self._found: list[dict[str, float]] = []  # one for each micro-batch since the last log
+        # What moves and is stored: that of the objective, or else its drifting loss.
+        stateful = objective if isinstance(objective, StatefulObjective) else None
+        self._module = self.drift if stateful is None else stateful.module
+        self._state: Any = stateful or self.drift
+        if self._module is not None:
+            self._module.to(self.args.device)
+        self._step: Any = nullcontext()  # of the step in progress
+        if stateful is not None:
+            hooks = StepHooks(stateful, self)
+            self._step = hooks.step
+            self.add_callback(hooks)
+
+    def train(self, *args: Any, **options: Any) -> Any:
+        """Train as the Trainer does."""
         if self.drift is not None:
-            self.drift.to(self.args.device)
+            self.drift.train()
+        with self._step:  # where training fails within a step, the context of the step learns of it
+            return super().train(*args, **options)
 
     def compute_loss(
         self,
@@ -139,8 +198,6 @@ class ObjectiveTrainer(Trainer):
         num_items_in_batch: Any = None,
     ) -> Any:
         """Return the objective's loss of a batch."""
-        if self.drift is not None:
-            self.drift.train(model.training)  # it is no part of the model: what is evaluated stays out of its queues
         due = self.args.logging_steps > 0 and (self.state.global_step + 1) % max(1, int(self.args.logging_steps)) == 0
         loss, logs = self.objective(model, inputs["input_ids"], log=due and model.training)
         if due and model.training:
@@ -160,8 +217,8 @@ class ObjectiveTrainer(Trainer):
         return loss.detach(), None, None
 
     def evaluation_loop(self, *args: Any, **options: Any) -> Any:
-        """Evaluate as the Trainer does, with noise of its own."""
-        with self._own_noise():
+        """Evaluate as the Trainer does, with noise of its own; what is evaluated stays out of the queues."""
+        with self._own_noise(), evaluation_mode(self._module):
             return super().evaluation_loop(*args, **options)
 
     @contextmanager
@@ -207,15 +264,19 @@ class ObjectiveTrainer(Trainer):
     def _save_checkpoint(self, model: nn.Module, trial: Any, *args: Any, **options: Any) -> None:
         super()._save_checkpoint(model, trial, *args, **options)
         folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
-        if self.drift is not None and self.args.should_save:
-            torch.save(self.drift.state_dict(), folder / QUEUES)
+        state = {} if self._state is None else self._state.state_dict()
+        if state and self.args.should_save:
+            torch.save(state, folder / QUEUES)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
-        if self.drift is None or checkpoint is None:
+        if checkpoint is None or self._state is None or not self._state.state_dict():
             return
         file = Path(checkpoint) / QUEUES
         if file.is_file():
-            self.drift.load_state_dict(torch.load(file, map_location=self.args.device, weights_only=True))
+            self._state.load_state_dict(torch.load(file, map_location="cpu", weights_only=True))
         else:
-            warnings.warn(f"{checkpoint} has no {QUEUES}, so the queues start empty.", stacklevel=2)
+            warnings.warn(
+                f"{checkpoint} has no {QUEUES}, so the queues start empty and the objective begins as it was built.",
+                stacklevel=2,
+            )

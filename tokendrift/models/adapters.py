@@ -60,6 +60,11 @@ class MaskedLMDenoiser(nn.Module):
         self.mask_id: int | None = _given("mask_id", mask_id, config, "mask_token_id")
         check_mask_id(self.mask_id, self.vocab_size)
 
+    @property
+    def adapted(self) -> nn.Module:
+        """The model inside, from which `TokenDriftLoss.from_encoder` builds its encoder."""
+        return self.module
+
     def forward(self, x_t: Tensor, sigma: Tensor | None = None) -> Tensor:
         """Return logits (B, L, V) for noisy ids (B, L); sigma does not matter."""
         output = self.module(check_ids("x_t", x_t, self.vocab_size))

@@ -171,12 +171,15 @@ def _remedy(checkpoint: Checkpoint) -> str:
     if "bd3" in str(stated.get("model_type")).lower():
         return "Block diffusion (BD3-LM) is not supported: its network also reads the blocks before. Load an MDLM."
     if "architectures" in stated or "transformers_version" in stated:
-        named = stated.get("architectures")
+        named, automatic = stated.get("architectures"), stated.get("auto_map")
         names = [name for name in named if isinstance(name, str)] if isinstance(named, list) else []
-        owner = next((name for name in names if "MaskedLM" in name), "AutoModelForMaskedLM")
+        own_code = [name for name in automatic if name.startswith("AutoModel")] if isinstance(automatic, dict) else []
+        owner = next((name for name in (*names, *own_code) if "MaskedLM" in name or name in own_code), None)
+        trust = ", trust_remote_code=True" if owner in own_code else ""
+        call = f"{owner or 'AutoModelForMaskedLM'}.from_pretrained({str(checkpoint.source)!r}{trust})"
         return (
-            f"It is a model of transformers: MaskedLMDenoiser({owner}.from_pretrained({str(checkpoint.source)!r}), "
-            "mask_id=...) makes a masked language model a denoiser."
+            f"It is a model of transformers: MaskedLMDenoiser({call}, mask_id=...) makes a masked language model a "
+            "denoiser, for sample and for a training loop of your own."
         )
     return "State it in config.json or pass config={'model_type': 'mdlm'}."
 
@@ -235,7 +238,10 @@ def save_denoiser(
 def config_json(model: DiT, process: Process | None) -> dict[str, Any]:
     """Return the content of ``config.json``; arguments and errors as in `save_denoiser`."""
     if not isinstance(getattr(model, "config", None), DiTConfig):
-        raise fail("model must be a DiT.", "Pass the network inside the wrapper: model.module.", model=type(model))
+        of_transformers = hasattr(getattr(model, "module", None), "save_pretrained")
+        remedy = "Save the model of transformers itself: model.module.save_pretrained(folder)."
+        remedy = remedy if of_transformers else "Pass the network inside the wrapper: model.module."
+        raise fail("model must be a DiT.", remedy, model=type(model))
     process = process_of(model.config) if process is None else process
     if not isinstance(process, (MaskedDiffusion, UniformDiffusion)):
         raise fail("process must be MaskedDiffusion or UniformDiffusion to be written.", process=process)

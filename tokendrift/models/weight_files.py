@@ -47,7 +47,11 @@ def read_weights(path: Path, *, ema: bool) -> WeightFile:
     if path.is_dir():
         expected = f"Pass a folder with {CONFIG} and {WEIGHTS}, or a weight file."
         if not (folder / CONFIG).is_file():
-            raise fail(f"{folder} has no {CONFIG}.", expected)
+            adapters = (folder / "adapter_config.json").is_file()
+            remedy = (
+                f"It holds adapters of peft: load their base model, and PeftModel.from_pretrained(base, '{folder}')."
+            )
+            raise fail(f"{folder} has no {CONFIG}.", remedy if adapters else expected)
         names = [name for name in FOLDER_WEIGHTS if (folder / name).is_file()]
         if not names:
             raise fail(f"{folder} has no {WEIGHTS}.", expected)

@@ -18,7 +18,7 @@ from tokendrift.evaluation.bootstrap import Interval
 from tokendrift.evaluation.generative_perplexity import GenerativePerplexity
 from tokendrift.evaluation.judge import DEFAULT_JUDGE
 from tokendrift.models import DiT, build, load_denoiser, read_checkpoint
-from tokendrift.models.tokenizer import decode, encode, require_tokenizer
+from tokendrift.models.tokenizer import decode, encode, load_tokenizer, require_tokenizer
 from tokendrift.probes.information_decay import InformationDecay, decay_table, information_decay, unigram_law
 from tokendrift.probes.marginal_trap import (
     PROTOCOL,
@@ -109,6 +109,7 @@ def probe_checkpoints(
     compare: str | Path | None = None,
     judge: object = DEFAULT_JUDGE,
     judge_reads_ids: bool = False,
+    judge_tokenizer: str | Path | None = None,
     tokenizer: str | Path | None = None,
     prompts: int = 64,
     prompt_length: int | None = None,
@@ -128,6 +129,7 @@ def probe_checkpoints(
         judge: As for `GenerativePerplexity`. Default: ``"gpt2-large"``.
         judge_reads_ids: Whether the judge has the denoiser's vocabulary, so that nothing is decoded and retokenised.
             Default: False.
+        judge_tokenizer: Tokenizer of the judge: ``tokenizer.json``, folder or hub name. Default: the judge's own.
         tokenizer: ``tokenizer.json``, folder or hub name. Default: the tokenizer in the first checkpoint's folder, or
             GPT-2's for a vocabulary of its size.
         prompts: Number of prompts n. Default: 64.
@@ -154,7 +156,12 @@ def probe_checkpoints(
     shortest = min(network.config.model_length for network, _ in denoisers.values())
     k, width = _sizes(positions, prompt_length, shortest)
     starts = _prompts(stream, check_count("prompts", prompts, least=2), width)
-    scorer = GenerativePerplexity(judge, own_tokenizer if judge_reads_ids else None, protocol=PROTOCOL, device=device)
+    of_judge = own_tokenizer if judge_reads_ids else None
+    if judge_tokenizer is not None:
+        if judge_reads_ids:
+            raise fail("judge_tokenizer was given, but the judge reads ids.", "Leave one of the two out.")
+        of_judge = load_tokenizer(judge_tokenizer)
+    scorer = GenerativePerplexity(judge, of_judge, protocol=PROTOCOL, device=device)
     # 2. Both probes on every denoiser, with the same random numbers.
     options: dict[str, Any] = {"draws": draws, "batch_size": batch_size, "seed": seed}
     sizes = tuple(size for size in SIZES if size <= k)

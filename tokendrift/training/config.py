@@ -84,6 +84,7 @@ class RefineConfig(Settings):
         evaluate_batch: Number of samples that are drawn together.
         judge: Causal language model that measures Gen.-PPL: hub id or folder. Default: none; only entropy and diversity
             are measured.
+        judge_tokenizer: Tokenizer of the judge: a ``tokenizer.json``, a folder or a hub id. Default: the judge's own.
         entropy_tolerance: Share, in [0, 1), by which the sample entropy may fall below that of real text without a
             warning.
         tensorboard: Whether to write curves for TensorBoard, if it is installed.
@@ -127,6 +128,7 @@ class RefineConfig(Settings):
     evaluate_nfe: tuple[int, ...] = (4, 8)
     evaluate_batch: int = 16
     judge: str | None = None
+    judge_tokenizer: str | None = None
     entropy_tolerance: float = 0.02
     tensorboard: bool = True
     wandb: str | None = None

@@ -36,6 +36,8 @@ class FewStepEvaluation:
         seed: Random seed of the samples.
         device: Device for sampling and for the judge.
         tolerance: Share by which the sample entropy may fall below that of real text without a warning.
+        judge_tokenizer: Tokenizer of a judge that is loaded by name, instead of its own: a ``tokenizer.json``, a folder
+            or a hub id.
     """
 
     process: Process
@@ -47,6 +49,7 @@ class FewStepEvaluation:
     seed: int = 0
     device: torch.device | str = "cpu"
     tolerance: float = 0.02
+    judge_tokenizer: str | None = None
 
     def __post_init__(self) -> None:
         self._metric: Any = None
@@ -55,10 +58,15 @@ class FewStepEvaluation:
     @property
     def conditions(self) -> dict[str, Any]:
         """Everything except the model that the figures depend on, for JSON; required to be equal for a comparison."""
-        return {"judge": judge_name(self.judge), "nfes": list(self.nfes), "samples": len(self.real)}
+        found = {"judge": judge_name(self.judge), "nfes": list(self.nfes), "samples": len(self.real)}
+        return found if self.judge_tokenizer is None else found | {"judge_tokenizer": self.judge_tokenizer}
 
-    def sample_all(self, optimization: Optimization, accelerator: Any) -> dict[int, Tensor]:
+    def sample_all(
+        self, optimization: Optimization, accelerator: Any, progress: Callable[[], object] = lambda: None
+    ) -> dict[int, Tensor]:
         """Sample the averaged model at every number of function evaluations; every process must call.
+
+        ``progress`` is called after each of the numbers.
 
         A sharded network needs all processes at every call: each of them then draws all samples, in step. Otherwise
         the processes share the samples, and call the network without its wrapper, which would wait for the others.
@@ -76,7 +84,9 @@ class FewStepEvaluation:
         error: Exception | None = None
         try:
             with optimization.evaluating():
-                found = {nfe: self.sample(network, nfe, share=share) for nfe in self.nfes}
+                for nfe in self.nfes:
+                    found[nfe] = self.sample(network, nfe, share=share)
+                    progress()
         except Exception as caught:
             error = caught
         if any_rank(accelerator, error is not None)[0]:  # all processes stop, instead of waiting for one
@@ -115,6 +125,7 @@ class FewStepEvaluation:
     def measure(self, ids: Tensor) -> Row:
         """Return the figures of ids (n, L)."""
         from tokendrift.evaluation import GenerativePerplexity, distinct_n, measure, sample_entropy, unigram_entropy
+        from tokendrift.models.tokenizer import load_tokenizer
 
         if self.judge is None:
             return {
@@ -125,7 +136,8 @@ class FewStepEvaluation:
         if self._metric is None:
             own = isinstance(self.judge, GenerativePerplexity)
             options: dict[str, Any] = {"device": self.device, "batch_size": self.batch}
-            self._metric = self.judge if own else GenerativePerplexity(self.judge, **options)
+            named = None if self.judge_tokenizer is None else load_tokenizer(self.judge_tokenizer)
+            self._metric = self.judge if own else GenerativePerplexity(self.judge, named, **options)
         # A judge without a tokenizer reads the ids as they are: it shares their vocabulary.
         tokenizer = None if self._metric.judge.tokenizer is None else self.tokenizer.tokenizer
         found = measure(ids, self._metric, tokenizer=tokenizer, skip_bad=True)

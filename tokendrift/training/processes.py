@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -11,16 +12,31 @@ from typing import Any, TypeVar, cast
 
 import torch
 
-from tokendrift._checks import fail
+from tokendrift._checks import check_device, fail
 from tokendrift.errors import TokenDriftError
 
 T = TypeVar("T")
 
 
-def make_accelerator() -> Any:
-    """Return an accelerator for what this process was launched as: alone, DDP or FSDP."""
+def make_accelerator(device: str = "auto") -> Any:
+    """Return an accelerator for what this process was launched as: alone, DDP or FSDP.
+
+    Args:
+        device: ``"auto"`` for the device that Accelerate chooses, or a device for a process that was launched alone.
+
+    Raises:
+        TokenDriftError: If this machine does not have the device, or Accelerate is missing.
+    """
+    if device != "auto" and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise fail(
+            "device was given, but several processes were launched, which need a device each.",
+            "Leave it out: Accelerate chooses the devices.",
+            device=device,
+        )
+    chosen = {} if device == "auto" else {"ACCELERATE_TORCH_DEVICE": str(check_device(device))}
     try:
         from accelerate import Accelerator, InitProcessGroupKwargs
+        from accelerate.utils import patch_environment
     except ImportError as error:
         raise fail(
             f"{error}; it is needed for refinement.", "Install it with pip install 'tokendrift[train]'."
@@ -28,7 +44,8 @@ def make_accelerator() -> Any:
     # The other processes wait while the main one measures samples, which may take longer than the usual limit.
     patience = InitProcessGroupKwargs(timeout=timedelta(hours=4))
     # Optimization runs autocast itself: that of accelerate would widen the logits, the largest tensor, to float32.
-    return Accelerator(mixed_precision="no", kwargs_handlers=[patience])
+    with patch_environment(**chosen):
+        return Accelerator(cpu=device == "cpu", mixed_precision="no", kwargs_handlers=[patience])
 
 
 def check_accelerator(accelerator: Any) -> None:

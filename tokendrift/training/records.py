@@ -6,7 +6,8 @@ import json
 import math
 import uuid
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -33,7 +34,8 @@ class Records:
         tensorboard: Whether to write curves, if TensorBoard is installed. Default: False.
         wandb: Project of Weights & Biases. Default: none.
         config: Settings of the run, for Weights & Biases. Default: none.
-        progress: Whether to show a progress bar, if rich is installed. Default: True.
+        progress: Whether to show progress bars, if rich is installed. Default: True.
+        label: What the labels of the progress bars begin with. Default: nothing.
         evaluation_due: Whether the evaluation after ``step`` is still to be made. Default: False.
     """
 
@@ -48,12 +50,14 @@ class Records:
         wandb: str | None = None,
         config: Mapping[str, Any] | None = None,
         progress: bool = True,
+        label: str = "",
         evaluation_due: bool = False,
     ) -> None:
         self.path, self.main, self._failed = folder / LOG, main, False
         self.curves = _tensorboard(folder / CURVES, step) if main and tensorboard else None
         self.wandb = _wandb(wandb, folder, dict(config or {})) if main and wandb else None
-        self.bar = _bar(step, steps) if main and progress else None
+        self.label = label
+        self.bar = _bar(f"{label}training", step, steps) if main and progress else None
         if main:
             self._cut(step, evaluation_due)
 
@@ -104,6 +108,19 @@ class Records:
         if self.bar is not None:
             text = "" if shown is None else "  ".join(f"{name} {value:.4g}" for name, value in shown.items())
             self.bar.update(self.bar.task_ids[0], completed=step, **({"shown": text} if text else {}))
+
+    @contextmanager
+    def phase(self, label: str, parts: int) -> Iterator[Callable[[], object]]:
+        """Show a progress bar of a phase inside the block; call what is yielded after each of its parts."""
+        bar = self.bar
+        if bar is None:
+            yield lambda: None
+            return
+        task = bar.add_task(f"{self.label}{label}", total=parts, shown="")
+        try:
+            yield lambda: bar.advance(task)
+        finally:
+            bar.remove_task(task)
 
     def _lose_curves(self, error: OSError) -> None:
         """Continue without curves: after an error, TensorBoard's writer raises it again at every call."""
@@ -183,18 +200,18 @@ def _wandb(project: str, folder: Path, config: dict[str, Any]) -> Any:
     return wandb.init(project=project, dir=str(folder), resume="allow", config=config, **identity)
 
 
-def _bar(step: int, steps: int) -> Any:
+def _bar(label: str, step: int, steps: int) -> Any:
     try:
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
     except ImportError:
         return None
     bar = Progress(
-        TextColumn("refine"),
+        TextColumn("{task.description}"),
         BarColumn(),
         MofNCompleteColumn(),
         TimeRemainingColumn(),
         TextColumn("{task.fields[shown]}"),
     )
-    bar.add_task("", total=steps, completed=step, shown="")
+    bar.add_task(label, total=steps, completed=step, shown="")
     bar.start()
     return bar

@@ -98,7 +98,7 @@ def refine(
     # The matched continuation first: the same run with the backbone's own objective, in a folder of its own.
     if config.baseline and objective_name(config.objective) != BASELINE:
         matched = config.replace(objective=BASELINE, output=str(Path(config.output) / BASELINE), baseline=False)
-        rows = Run(matched, documents, judge, accelerator).run(progress, None)
+        rows = Run(matched, documents, judge, accelerator).run(progress, None, "baseline: ")
         baseline_rows = [{"model": BASELINE, **row} for row in rows if row["step"]]
         accelerator.free_memory()
     evaluations = Run(config, documents, judge, accelerator, baseline_rows).run(progress, on_step)
@@ -117,6 +117,7 @@ class Run:
     """
 
     saved: int | None = None  # step of the newest checkpoint that this process has written or read
+    best: Best | None = None
     late = False  # whether a checkpoint is due by the clock
 
     def __init__(
@@ -166,6 +167,7 @@ class Run:
             real,
             nfes=config.evaluate_nfe,
             judge=judge,
+            judge_tokenizer=config.judge_tokenizer,
             batch=config.evaluate_batch,
             seed=mix(config.seed, SAMPLES),
             device=accelerator.device,
@@ -173,7 +175,6 @@ class Run:
         )
         self.evaluations: list[Row] = []
         self.conditions = self.evaluator.conditions
-        self.best: Best | None = None
         self.folder = RunFolder(
             config,
             together=config.micro_batch * self.ranks,
@@ -186,14 +187,14 @@ class Run:
             judge=judge_name(judge),
         )
 
-    def run(self, progress: bool, on_step: Callable[[int], object] | None) -> list[Row]:
+    def run(self, progress: bool, on_step: Callable[[int], object] | None, label: str = "") -> list[Row]:
         """Train from the newest checkpoint to the end; return the evaluations, on the main process alone."""
         with ExitStack() as held:
             done_by_main(self.accelerator, lambda: held.enter_context(self.folder.claimed()))
-            self._run(progress, on_step)
+            self._run(progress, on_step, label)
         return [*self.evaluations, *self.baseline_rows] if self.main else []
 
-    def _run(self, progress: bool, on_step: Callable[[int], object] | None) -> None:
+    def _run(self, progress: bool, on_step: Callable[[int], object] | None, label: str) -> None:
         config, messages = self.config, list[str]()
         self.saved_at = time.monotonic()
         # 1. Find out where the run stands, before anything is written.
@@ -202,7 +203,7 @@ class Run:
         due = stored is not None and bool(stored.state.get("evaluation_due"))
         done_by_main(self.accelerator, self.folder.open)
         options: dict[str, Any] = {"tensorboard": config.tensorboard, "wandb": config.wandb, "evaluation_due": due}
-        options |= {"config": config.settings(), "main": self.main, "progress": progress}
+        options |= {"config": config.settings(), "main": self.main, "progress": progress, "label": label}
         with Records(self.folder.path, finished, config.steps, **options) as records:
             self.records = records
             for message in messages:
@@ -272,11 +273,13 @@ class Run:
         if not self.config.evaluate_nfe:
             return None
         better: Best | None = None
+        label = f"evaluation after {finished} steps" if finished else "initial evaluation"
         try:
-            with nullcontext() if finished else self.as_it_was(self.optimization.model):
-                drawn = self.evaluator.sample_all(self.optimization, self.accelerator)
-            if self.main:
-                better = self._measure(finished, drawn)
+            with self.records.phase(label, 2 * len(self.config.evaluate_nfe)) as progress:
+                with nullcontext() if finished else self.as_it_was(self.optimization.model):
+                    drawn = self.evaluator.sample_all(self.optimization, self.accelerator, progress)
+                if self.main:
+                    better = self._measure(finished, drawn, progress)
         except Exception as error:
             if not finished:
                 raise
@@ -284,9 +287,12 @@ class Run:
         found: Best | None = broadcast_from_main(self.accelerator, better)
         return found
 
-    def _measure(self, finished: int, drawn: Mapping[int, Tensor]) -> Best | None:
+    def _measure(self, finished: int, drawn: Mapping[int, Tensor], progress: Callable[[], object]) -> Best | None:
         # 1. Measure; the first evaluation also measures real text.
-        rows = [{"step": finished, "nfe": nfe, **self.evaluator.measure(ids)} for nfe, ids in drawn.items()]
+        rows = []
+        for nfe, ids in drawn.items():
+            rows.append({"step": finished, "nfe": nfe, **self.evaluator.measure(ids)})
+            progress()
         messages, score = self.evaluator.warnings(rows), self.evaluator.score(rows)
         if finished == 0:
             self.evaluations.append({"step": 0, "nfe": None, **self.evaluator.real_row()})

@@ -54,6 +54,7 @@ BOOKKEEPING = {
         "tensorboard",
         "wandb",
         "judge",
+        "judge_tokenizer",
         "entropy_tolerance",
     ),
     *("baseline", "micro_batch", "evaluate_every", "evaluate_samples", "evaluate_nfe", "evaluate_batch"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from importlib.resources import files
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -50,12 +51,16 @@ class Plot(NamedTuple):
 def page(report: EvaluationReport) -> str:
     """Return the report as one HTML file that refers to no other."""
     measured = {name for _, measures, _ in report.entries() for name in measures.figures}
-    figures = [figure for name, figure in FIGURES.items() if name in measured]
+    # What a narrow screen shows without scrolling: the headline beside the entropies, without which it says little.
+    first = [FIGURES[name] for name in (report.headline, *ENTROPIES)]
+    figures = [figure for name, figure in FIGURES.items() if name in measured and figure not in first]
     beside = [f"{FIGURES[name].heading}, {short_name(judge)}" for judge in report.panel for name in OF_A_JUDGE]
     lines = []
     for name, measures, row in report.entries():
-        cells = [Cell("" if measures.nfe is None else str(measures.nfe)), Cell(str(measures.samples))]
-        cells += [Cell(measures.perplexity.precision), Cell("" if row is None else guard_summary(row))]
+        cells = [Cell("" if measures.nfe is None else str(measures.nfe))]
+        cells += [Cell(*figure.cell(measures.figures)) for figure in first]
+        cells += [Cell("" if row is None else guard_summary(row)), Cell(str(measures.samples))]
+        cells += [Cell(measures.perplexity.precision)]
         cells += [Cell(*FIGURES[figure].cell(one.figures)) for one in measures.panel for figure in OF_A_JUDGE]
         cells += [Cell(*figure.cell(measures.figures)) for figure in figures]
         lines.append({"name": report.model(name) if row else name, "cells": cells, "real": row is None})
@@ -67,9 +72,12 @@ def page(report: EvaluationReport) -> str:
         verdict=report.verdict(),
         caption=report.caption(),
         level=report.level,
-        headings=["samples", "NFE", "n", "precision", "guard", *beside, *(figure.heading for figure in figures)],
+        headings=[
+            *("samples", "NFE", *(figure.heading for figure in first), "guard", "n", "precision"),
+            *(*beside, *(figure.heading for figure in figures)),
+        ],
         lines=lines,
-        guard=report.guard(),
+        guard=[_with_titles(sentence) for sentence in report.guard()],
         agreement=report.agreement(),
         differences=report.differences() or ["There is one set alone: nothing to compare but real text."],
         matched=[_matched(one) for one in report.matched],
@@ -79,7 +87,11 @@ def page(report: EvaluationReport) -> str:
         count=max(len(column["samples"]) for column in columns),
         words=WORDS,
         columns=columns,
-        settings={name: _setting(value) for name, value in report.settings.items() if value not in (None, ())},
+        settings={
+            name.replace("_", " "): _setting(value)
+            for name, value in report.settings.items()
+            if value not in (None, ())
+        },
     )
 
 
@@ -103,9 +115,11 @@ def _against_entropy(report: EvaluationReport, headline: Figure, entropy: Figure
             for m, x, y in zip(points, estimates(across), estimates(up), strict=True) if len(points) > 1 else ():
                 axes.annotate(f"{m.nfe} NFE", (x, y), xytext=(4, 4), textcoords="offset points", fontsize=8)
         for number, (name, m) in enumerate(_real(report)):
-            star: dict[str, Any] = {"color": REAL_COLOUR, "markersize": 14, "label": as_label(name)}
+            across, up = _intervals([m], entropy), _intervals([m], headline)
+            star: dict[str, Any] = {"color": REAL_COLOUR, "fmt": "*", "markersize": 14, "label": as_label(name)}
+            star |= {"xerr": error_bar_lengths(across), "yerr": error_bar_lengths(up), "capsize": 2}
             star |= {"markerfacecolor": "none"} if number else {}
-            axes.plot(m.figures[entropy.name].estimate, m.figures[headline.name].estimate, "*", **star)
+            axes.errorbar(estimates(across), estimates(up), **star)
         axes.margins(x=0.12)  # room for the NFE beside the points
         axes.set_xlabel(entropy.label)
         _value_axis(axes, headline)
@@ -126,15 +140,22 @@ def _over_nfe(report: EvaluationReport, figure: Figure) -> Plot:
                 axes.errorbar(list(by_nfe), estimates(up), yerr=error_bar_lengths(up), **_style(number, model))
             nfes |= set(by_nfe)
         for number, (name, m) in enumerate(_real(report)):
-            style = "--" if number == 0 else ":"
-            axes.axhline(m.figures[figure.name].estimate, color=REAL_COLOUR, linestyle=style, label=as_label(name))
+            style, (interval,) = "--" if number == 0 else ":", _intervals([m], figure)
+            axes.axhline(interval.estimate, color=REAL_COLOUR, linestyle=style, label=as_label(name))
+            axes.axhspan(interval.low, interval.high, color=REAL_COLOUR, alpha=0.15, linewidth=0)
         axes.set_xscale("log", base=2)
         axes.set_xticks(sorted(nfes), [str(nfe) for nfe in sorted(nfes)])
         axes.minorticks_off()
         axes.set_xlabel("function evaluations (NFE)")
         _value_axis(axes, figure)
 
-    return _plot(report, f"{_capital(figure.title)} over NFE", "Real text is the dashed line.", (figure,), draw)
+    return _plot(
+        report,
+        f"{_capital(figure.title)} over NFE",
+        "Real text is the dashed line, with its interval as a band.",
+        (figure,),
+        draw,
+    )
 
 
 def _capital(title: str) -> str:
@@ -203,7 +224,16 @@ def _matched(one: MatchedSet) -> list[Any]:
     ]
 
 
+def _with_titles(sentence: str) -> str:
+    """Return a sentence of the guard with the titles of the figures in place of their names."""
+    for name, figure in FIGURES.items():
+        sentence = re.sub(rf"\b{name}\b", figure.title, sentence) if "_" in name else sentence
+    return sentence
+
+
 def _setting(value: Any) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
     return ", ".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 

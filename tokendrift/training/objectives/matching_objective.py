@@ -243,7 +243,7 @@ class DistributionMatching(StatefulObjective):
         if self.pair_loss is not None and self.config.pair_sequences:
             count_pairs(self.pair_loss, take(self.config.pair_sequences), self.share)
 
-    def after_step(self, finished: int, optimization: Optimization) -> None:
+    def after_step(self, finished: int, optimization: Optimization | None = None) -> None:
         self.update_auxiliary()
 
     def __call__(self, model: Network, x0: Tensor, *, log: bool = False) -> StepLoss:
@@ -295,7 +295,8 @@ class DistributionMatching(StatefulObjective):
         # 2. The law that the step to time 0 draws from, and a completion drawn from it.
         logits = self.chains.logits(model, x_t, time)
         completion = self._drawn(logits.detach(), x_t, predicted)
-        self.completions.append(completion)
+        if torch.is_grad_enabled():  # an evaluation trains nobody
+            self.completions.append(completion)
         # 3. The completion corrupted to an earlier time, and both networks there.
         noised = self._earlier(completion, time)
         options = self.chains.random_input(self.teacher, noised.x_t)
@@ -405,7 +406,8 @@ class DistributionMatching(StatefulObjective):
 
     def _check_call(self, model: Network) -> None:
         refuse_recomputation("the generator and the completions")
-        if self.micro_batches is not None and len(self.completions) >= self.micro_batches:
+        waiting = len(self.completions) if torch.is_grad_enabled() else 0
+        if self.micro_batches is not None and waiting >= self.micro_batches:
             raise fail(
                 f"the auxiliary model was not trained after {len(self.completions)} calls.",
                 "Call update_auxiliary() after each optimiser step, or set micro_batches to the calls of a step.",

@@ -69,13 +69,14 @@ class StatefulObjective:
         """Return a context for one optimiser step with all its micro-batches."""
         return nullcontext()
 
-    def after_step(self, finished: int, optimization: Optimization) -> None:
+    def after_step(self, finished: int, optimization: Optimization | None = None) -> None:
         """Act after an optimiser step, for instance to copy the network into a teacher.
 
         Args:
             finished: Number of finished optimiser steps.
             optimization: The network with its optimiser and average. ``optimization.average.applied()`` is a context
-                in which the network has its averaged weights.
+                in which the network has its averaged weights. `refine`, `train` and `ObjectiveTrainer` always pass it;
+                a loop of your own need not, unless the objective reads it.
         """
 
     def state_dict(self) -> dict[str, Tensor]:
