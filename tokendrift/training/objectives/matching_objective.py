@@ -3,24 +3,36 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
-from torch import Tensor, distributed, nn
+from torch import Tensor, nn
 
 from tokendrift._checks import check_count, check_frozen, check_positive, fail
 from tokendrift.diffusion import Corruption, Process
-from tokendrift.distribution_matching import ConditionalField, distribution_matching_loss, positions_to_match
+from tokendrift.distribution_matching import (
+    ConditionalField,
+    MatchingOutput,
+    distribution_matching_loss,
+    positions_to_match,
+)
 from tokendrift.models import DiT
 from tokendrift.models.low_rank import low_rank_copy
 from tokendrift.models.random_input import add_random_input, random_numbers
 from tokendrift.pairs import PairDriftLoss
 from tokendrift.sampling import draw
 from tokendrift.training.objectives.auxiliary import AuxiliaryModel
-from tokendrift.training.objectives.objective import Network, ObjectiveSetup, StatefulObjective, StepLoss
+from tokendrift.training.objectives.objective import (
+    Network,
+    ObjectiveSetup,
+    StatefulObjective,
+    StepLoss,
+    count_over_ranks,
+)
 from tokendrift.training.objectives.own_chains import (
     ChainsConfig,
     OwnChains,
@@ -29,6 +41,7 @@ from tokendrift.training.objectives.own_chains import (
     count_pairs,
     pair_logs,
 )
+from tokendrift.training.objectives.rounds import total_divergence
 
 if TYPE_CHECKING:
     from tokendrift.training.optimization import Optimization
@@ -50,7 +63,14 @@ class MatchingConfig(ChainsConfig):
             2 and 4) for masked models with a random input, 0 for masked models without, whose start is the same input
             for every text, and as often as any other position for uniform-state models.
         field_form: Form of the field, ``"log_ratio"`` or ``"bounded"``, see `ConditionalField`.
-        field_clip: Largest absolute value of the log-ratio, in nats.
+        field_clip: Largest absolute value of the log-ratio, in nats; ``inf`` clips nothing.
+        student_inputs: What the student reads: ``"chains"``, states of its own few-step chains, or ``"text"``, text
+            that is corrupted to random times, as D-MMD and IDLM have it; the settings of the chains do not matter then.
+        renoising: Times to which completions are corrupted again: ``"earlier"`` than that of the student's input, or
+            ``"any"`` time, as IDLM has it.
+        renoising_reach: Largest distance, in (0, 1], of an earlier time. D-MMD has 1/k for a student of k steps.
+        position_weight: ``"mean"`` over the positions that are read, or ``"nelbo"``: the mean over all positions of
+            the field times the weight of the masked NELBO at the time of re-noising, as IDLM has it.
         replaced_only: Whether to read the field of a uniform-state model only where corruption has replaced the token
             of the completion.
         pair_weight: Weight of the law of pairs, a `PairDriftLoss`, beside the field; 0 leaves it out. Default: 0.2 for
@@ -61,6 +81,10 @@ class MatchingConfig(ChainsConfig):
         auxiliary_rank: Rank of low-rank adapters on the teacher's weights as the auxiliary model; 0 for a full copy of
             the teacher.
         auxiliary_steps: Optimiser steps of the auxiliary model for each of the refined model's.
+        auxiliary_loss: Loss of the auxiliary model on the student's completions: ``"nelbo"``, or ``"cross_entropy"`` at
+            the times of re-noising, as D-MMD has it.
+        auxiliary_teacher_weight: Weight of the cross-entropy between the laws of the teacher and the auxiliary model,
+            which D-MMD adds to ``"cross_entropy"`` with weight 1.
         auxiliary_rate: Learning rate of the auxiliary model's AdamW, constant.
         auxiliary_betas: Decay rates of the moments of the auxiliary model's AdamW.
         auxiliary_clip: Largest norm of the auxiliary model's gradient.
@@ -69,32 +93,41 @@ class MatchingConfig(ChainsConfig):
         TokenDriftError: For a setting out of range.
     """
 
-    description: ClassVar[str] = (
-        "distribution matching on its own few-step chains (`DistributionMatching`), beside its own denoising objective"
-    )
+    description: ClassVar[str] = "distribution matching at its own samples (`DistributionMatching`)"
     chains: tuple[int, ...] | None = None
     start_share: float | None = None
     field_form: Literal["log_ratio", "bounded"] = "log_ratio"
     field_clip: float = 5.0
+    student_inputs: Literal["chains", "text"] = "chains"
+    renoising: Literal["earlier", "any"] = "earlier"
+    renoising_reach: float = 1.0
+    position_weight: Literal["mean", "nelbo"] = "mean"
     replaced_only: bool = False
     pair_weight: float | None = None
     random_input: int | None = None
     auxiliary_rank: int = 0
     auxiliary_steps: int = 1
+    auxiliary_loss: Literal["nelbo", "cross_entropy"] = "nelbo"
+    auxiliary_teacher_weight: float = 0.0
     auxiliary_rate: float = 1e-3
     auxiliary_betas: tuple[float, ...] = (0.9, 0.98)
     auxiliary_clip: float = 1.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("field_clip", "auxiliary_rate", "auxiliary_clip"):
+        for name in ("auxiliary_rate", "auxiliary_clip", "renoising_reach"):
             check_positive(name, getattr(self, name))
+        for name in ("pair_weight", "auxiliary_teacher_weight"):
+            if getattr(self, name):
+                check_positive(name, getattr(self, name))
+        if self.field_clip != math.inf:
+            check_positive("field_clip", self.field_clip)
+        if self.renoising_reach > 1:
+            raise fail("renoising_reach must lie in (0, 1].", renoising_reach=self.renoising_reach)
         check_count("auxiliary_rank", self.auxiliary_rank)
         check_count("auxiliary_steps", self.auxiliary_steps, least=1)
         if self.random_input is not None:
             check_count("random_input", self.random_input)
-        if self.pair_weight:
-            check_positive("pair_weight", self.pair_weight)
         if self.start_share is not None and not 0 <= self.start_share <= 1:
             raise fail("start_share must lie in [0, 1], or be left out.", start_share=self.start_share)
         if len(self.auxiliary_betas) != 2 or not all(0 <= beta < 1 for beta in self.auxiliary_betas):
@@ -202,7 +235,10 @@ class DistributionMatching(StatefulObjective):
             raise fail("pair_loss was given, but pair_weight is 0.", "Leave one of the two out.", pair_loss=pair_loss)
         self.pair_loss = pair_loss or (config.pair_loss(process, strata=1) if config.pair_weight else None)
         if self.pair_loss is not None:
-            check_strata(self.pair_loss, len(self.shares))
+            check_strata(self.pair_loss, 1 if config.student_inputs == "text" else len(self.shares))
+        if config.auxiliary_teacher_weight and config.auxiliary_loss == "nelbo":
+            remedy = "Set auxiliary_loss to cross_entropy, or leave auxiliary_teacher_weight out."
+            raise fail("auxiliary_teacher_weight was given, but auxiliary_loss is nelbo.", remedy)
         if auxiliary is None:
             rank = config.auxiliary_rank
             auxiliary = low_rank_copy(teacher, rank) if rank else copy.deepcopy(teacher).requires_grad_(True)
@@ -210,6 +246,7 @@ class DistributionMatching(StatefulObjective):
         options: dict[str, Any] = {"rate": config.auxiliary_rate, "clip": config.auxiliary_clip, "ranks": share[1]}
         self.auxiliary = AuxiliaryModel(auxiliary, betas=(first, second), **options)
         self.completions: list[Tensor] = []
+        self.times: list[Tensor] = []
 
     @property
     def module(self) -> nn.ModuleList:
@@ -234,17 +271,16 @@ class DistributionMatching(StatefulObjective):
                 random input of the configuration.
         """
         self._check_call(model)
-        # 1. A position of a chain, and the input to which the model's own steps lead.
-        number, (total, taken) = self._position()
-        time = 1 - taken / total
-        x_t = self.chains.inputs(model, x0, total, taken)
+        # 1. What the student reads: a state of one of its own chains, or corrupted text.
+        number, x_t, times = self._input(model, x0)
         predicted = self.process.predicted(x_t)
         # 2. The law that the step to time 0 draws from, and a completion drawn from it.
-        logits = self.chains.logits(model, x_t, time)
+        logits = self.chains.logits(model, x_t, times)
         completion = self._drawn(logits.detach(), x_t, predicted)
         self.completions.append(completion)
-        # 3. The completion corrupted to an earlier time, and both networks there.
-        noised = self._earlier(completion, time)
+        self.times.append(times)
+        # 3. The completion corrupted again, and both networks there.
+        noised = self._renoised(completion, times)
         options = self.chains.random_input(self.teacher, noised.x_t)
         mask_id, replaced = self.process.mask_id, self.config.replaced_only
         read = positions_to_match(noised.x_t, completion, predicted, mask_id=mask_id, replaced_only=replaced)
@@ -252,15 +288,14 @@ class DistributionMatching(StatefulObjective):
             teacher = self._logits(self.teacher, noised, read, options)
             auxiliary = self._logits(self.auxiliary.network, noised, read, options)
         # 4. The field moves the law: a mean over the positions that all processes read.
-        how: dict[str, Any] = {"field": self.field, "mask_id": mask_id, "reduction": "sum", "return_diagnostics": True}
-        loss, diagnostics = distribution_matching_loss(logits, teacher, auxiliary, read, **how)
+        loss, diagnostics = self._matched(logits, teacher, auxiliary, read, noised)
         del teacher, auxiliary  # the graph of the loss holds them as long as it needs to
         weight = self.share[1] / self._over_ranks(diagnostics.positions, x0.device)
-        loss = loss * weight
+        if self.config.position_weight == "mean":
+            loss = loss * weight
         logs = {"matching": loss.detach()}
         if log:
-            logs["mean_field"] = -logs["matching"]
-            for name in ("clipped_share", "token_entropy"):
+            for name in ("mean_field", "clipped_share", "token_entropy"):
                 logs[name] = getattr(diagnostics, name) * diagnostics.positions * weight
             logs |= self._watched(completion, noised, options)
         # 5. What stands beside it.
@@ -293,6 +328,7 @@ class DistributionMatching(StatefulObjective):
         for _ in range(self.config.auxiliary_steps):
             nelbo = self.auxiliary.step(self._auxiliary_losses())
         self.completions.clear()
+        self.times.clear()
         return nelbo
 
     # ------------------------------------------------------------------------------------------ state
@@ -309,7 +345,8 @@ class DistributionMatching(StatefulObjective):
             found |= {f"pairs/{name}": value for name, value in self.pair_loss.state_dict().items()}
         if self.generator is not None:
             found["generator"] = self.generator.get_state()
-        found |= {f"completions/{number}": ids for number, ids in enumerate(self.completions)}
+        for name in ("completions", "times"):
+            found |= {f"{name}/{number}": values for number, values in enumerate(getattr(self, name))}
         return {name: value.detach().cpu().clone() for name, value in found.items()}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
@@ -331,8 +368,9 @@ class DistributionMatching(StatefulObjective):
             self.pair_loss.load_state_dict(groups["pairs"])
         if self.generator is not None:
             self.generator.set_state(groups["generator"][""].cpu())
-        pending = sorted(groups.get("completions", {}).items(), key=lambda item: int(item[0]))
-        self.completions = [ids.to(self._device) for _, ids in pending]
+        for name in ("completions", "times"):
+            pending = sorted(groups.get(name, {}).items(), key=lambda item: int(item[0]))
+            setattr(self, name, [values.to(self._device) for _, values in pending])
 
     # ------------------------------------------------------------------------------------------ parts
 
@@ -348,6 +386,26 @@ class DistributionMatching(StatefulObjective):
                 "but the model has no random input.",
                 "Call add_random_input(model, numbers) first, or set random_input=0.",
             )
+
+    def _input(self, model: Network, x0: Tensor) -> tuple[int, Tensor, Tensor]:
+        """Return the number of the position, the noisy ids x_t (B, L) and their times (B,)."""
+        if self.config.student_inputs == "text":
+            corrupted = self.chains.corrupt(x0)
+            return 0, corrupted.x_t, corrupted.t
+        number, (total, taken) = self._position()
+        x_t = self.chains.inputs(model, x0, total, taken)
+        return number, x_t, torch.full((len(x_t),), 1 - taken / total, device=x_t.device)
+
+    def _matched(
+        self, logits: Tensor, teacher: Tensor, auxiliary: Tensor, read: Tensor, noised: Corruption
+    ) -> MatchingOutput:
+        """Return the loss at z: the sum over the positions read, or with weights the mean over all positions."""
+        how: dict[str, Any] = {"field": self.field, "mask_id": self.process.mask_id, "return_diagnostics": True}
+        if self.config.position_weight == "mean":
+            return distribution_matching_loss(logits, teacher, auxiliary, read, reduction="sum", **how)
+        values, diagnostics = distribution_matching_loss(logits, teacher, auxiliary, read, reduction="none", **how)
+        weights = -self.process.schedule.dalpha(noised.t) / self.process.schedule.noise(noised.t)
+        return MatchingOutput((weights.to(values)[:, None] * values).mean(), diagnostics)
 
     def _position(self) -> tuple[int, tuple[int, int]]:
         """Draw a position of a chain; return its number and (N, k)."""
@@ -373,11 +431,14 @@ class DistributionMatching(StatefulObjective):
             found[positions] = draw(part, uniform=numbers).ids
         return found.view_as(x_t)
 
-    def _earlier(self, ids: Tensor, time: float) -> Corruption:
-        """Corrupt the rows of this process to times that are uniform in (0, time], as one process would."""
+    def _renoised(self, ids: Tensor, times: Tensor) -> Corruption:
+        """Corrupt completions of the rows of this process again, as one process would: to earlier times, or to any."""
+        if self.config.renoising == "any":
+            return self.chains.corrupt(ids)
         (rank, ranks), rows = self.share, len(ids)
-        drawn = self._rand(ranks * rows)[rank * rows : (rank + 1) * rows]
-        return self.chains.corrupt(ids, (1 - drawn.to(ids.device)) * time)
+        drawn = self._rand(ranks * rows)[rank * rows : (rank + 1) * rows].to(ids.device)
+        span = times.clamp_max(self.config.renoising_reach)
+        return self.chains.corrupt(ids, (times - span) + (1 - drawn) * span)
 
     def _logits(self, network: nn.Module, noised: Corruption, read: Tensor, options: Mapping[str, Tensor]) -> Tensor:
         """Return logits of the teacher or the auxiliary model at the positions read, (K, V)."""
@@ -405,11 +466,28 @@ class DistributionMatching(StatefulObjective):
         return found
 
     def _auxiliary_losses(self) -> Iterator[Tensor]:
-        """Yield the NELBO of the auxiliary model on each call's completions, divided by the number of calls."""
-        for completion in self.completions:
+        """Yield the loss of the auxiliary model on each call's completions, divided by the number of calls."""
+        for completion, times in zip(self.completions, self.times, strict=True):
             with self._autocast():
-                loss = self.chains.nelbo(self.auxiliary.network, completion) / len(self.completions)
-            yield loss
+                if self.config.auxiliary_loss == "nelbo":
+                    loss = self.chains.nelbo(self.auxiliary.network, completion)
+                else:
+                    loss = self._cross_entropy(completion, times)
+            yield loss / len(self.completions)
+
+    def _cross_entropy(self, completion: Tensor, times: Tensor) -> Tensor:
+        """Return D-MMD's loss of the auxiliary model: the completions, and the teacher's law, as its targets."""
+        noised = self._renoised(completion, times)
+        options = self.chains.random_input(self.teacher, noised.x_t)
+        logits = noised.denoise(self.auxiliary.network, **options)
+        loss = self.process.nll(logits, completion, noised.x_t).sum()
+        if self.config.auxiliary_teacher_weight:
+            with torch.no_grad():
+                teacher = noised.denoise(self.teacher, **options)[noised.predicted]
+            # The divergence is the cross-entropy less the teacher's entropy, which has no gradient.
+            gap = total_divergence(self.process, logits, teacher, noised, "kl_teacher_student")
+            loss = loss + self.config.auxiliary_teacher_weight * gap
+        return loss * self.share[1] / self._over_ranks(int(noised.predicted.sum()), completion.device)
 
     @property
     def _device(self) -> torch.device:
@@ -419,8 +497,4 @@ class DistributionMatching(StatefulObjective):
         return torch.autocast(self._device.type, self.autocast, enabled=self.autocast is not None)
 
     def _over_ranks(self, count: int, device: torch.device) -> Tensor:
-        """Return a count added up over all processes, at least 1."""
-        total = torch.tensor(count, device=device)
-        if self.share[1] > 1:
-            distributed.all_reduce(total)
-        return total.clamp_min(1)
+        return count_over_ranks(count, self.share[1], device)
