@@ -266,9 +266,8 @@ def test_the_teacher_takes_the_averaged_weights_if_asked():
 @ALL
 def test_two_processes_learn_what_one_learns_from_all_rows(kind, method):
     process, x0 = LANGUAGE.process(kind), LANGUAGE.sample(8, seed=0)
-    settings = {"teacher_steps": 4, "fewest_steps": 1}
     whole, *parts = (
-        build(method, process, small_model(process), share=share, **settings).lesson(x0[rows])
+        build(method, process, small_model(process), share=share, teacher_steps=4).lesson(x0[rows])
         for share, rows in (((0, 1), slice(0, 8)), ((0, 2), slice(0, 4)), ((1, 2), slice(4, 8)))
     )
     both = (*map(torch.cat, zip(*(corrupted for corrupted, _ in parts), strict=True)), torch.cat([y for _, y in parts]))

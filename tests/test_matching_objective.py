@@ -299,7 +299,7 @@ def test_loss_and_gradient_of_idlm_are_those_of_its_code():
     case = json.loads((Path(__file__).parent / "fixtures" / "peers.json").read_text())["idlm"]
     process, x_t, z = MaskedDiffusion(7, case["mask_id"]), torch.tensor(case["x_t"]), torch.tensor(case["z"])
     logits, teacher, fake, t = (torch.tensor(case[n], dtype=torch.float64) for n in ("student", "teacher", "fake", "t"))
-    config = {"position_weight": "nelbo", "renoising": "any", "student_inputs": "text", "field_clip": math.inf}
+    config = {"position_weight": "nelbo", "renoising": "same", "student_inputs": "text", "field_clip": math.inf}
     learn = objective(process, DiT(DiTConfig(7, 6, 4, 4, 1, 1, mask_id=6)), **config, base_weight=0.0)
     noised = Corruption(z, process.predicted(z), t, process.sigma(t))
     read = process.predicted(x_t) & noised.predicted
@@ -329,7 +329,11 @@ def test_the_settings_of_others_read_corrupted_text_and_their_own_times(kind, pr
     assert torch.isfinite(loss) and set(logs) > {"matching", "auxiliary_nelbo"} and "nelbo" not in logs
     assert times[0].unique().numel() == 32  # one for each text
     gap = times[0] - asked[0].t
-    assert (gap.abs() > 1 / 16).any() if preset == "idlm" else ((gap >= 0) & (gap <= 1 / 16 + 1e-6)).all()
+    assert (gap == 0).all() if preset == "idlm" else ((gap >= 0) & (gap <= 1 / 16 + 1e-6)).all()
+    learn.config = dataclasses.replace(settings, renoising="any")
+    independent = times[0] - renoised(learn.completions[0], times[0]).t
+    assert independent.min() < -1 / 4 and independent.max() > 1 / 4
+    learn.config = settings
     before = copy.deepcopy(learn.auxiliary.network.state_dict())
     assert learn.update_auxiliary().isfinite()
     assert any(not torch.equal(before[name], value) for name, value in learn.auxiliary.network.state_dict().items())

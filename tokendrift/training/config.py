@@ -330,11 +330,12 @@ _MATCHING = {
     "dropout": 0.0,
 }
 # What IDLM's code has for masked models (its configuration and train_idlm_mdlm.sh). It leaves the number of steps open,
-# clips no gradient, and warms up the auxiliary model too.
+# clips no gradient, and warms up the auxiliary model too. The paper draws the time of re-noising independently, but in
+# the code both times of a text come from the same one of 512 strata: they are equal to within 1/512.
 _IDLM = {
     "objective": "matching",
     "student_inputs": "text",
-    "renoising": "any",
+    "renoising": "same",
     "position_weight": "nelbo",
     "field_clip": math.inf,
     "pair_weight": 0.0,

@@ -66,8 +66,8 @@ class MatchingConfig(ChainsConfig):
         field_clip: Largest absolute value of the log-ratio, in nats; ``inf`` clips nothing.
         student_inputs: What the student reads: ``"chains"``, states of its own few-step chains, or ``"text"``, text
             that is corrupted to random times, as D-MMD and IDLM have it; the settings of the chains do not matter then.
-        renoising: Times to which completions are corrupted again: ``"earlier"`` than that of the student's input, or
-            ``"any"`` time, as IDLM has it.
+        renoising: Times to which completions are corrupted again: ``"earlier"`` than that of the student's input, the
+            ``"same"`` as in IDLM's code, or ``"any"`` time as in IDLM's paper.
         renoising_reach: Largest distance, in (0, 1], of an earlier time. D-MMD has 1/k for a student of k steps.
         position_weight: ``"mean"`` over the positions that are read, or ``"nelbo"``: the mean over all positions of
             the field times the weight of the masked NELBO at the time of re-noising, as IDLM has it.
@@ -99,7 +99,7 @@ class MatchingConfig(ChainsConfig):
     field_form: Literal["log_ratio", "bounded"] = "log_ratio"
     field_clip: float = 5.0
     student_inputs: Literal["chains", "text"] = "chains"
-    renoising: Literal["earlier", "any"] = "earlier"
+    renoising: Literal["earlier", "same", "any"] = "earlier"
     renoising_reach: float = 1.0
     position_weight: Literal["mean", "nelbo"] = "mean"
     replaced_only: bool = False
@@ -172,7 +172,8 @@ class DistributionMatching(StatefulObjective):
     r"""Distribution matching at what the model meets when it samples in few steps.
 
     A call takes the student to one position of one of its own chains, at x_t, and its law p of the clean tokens there.
-    A completion x^ is drawn from p and corrupted to a time that is uniform between 0 and t, which gives z. The frozen
+    A completion x^ is drawn from p and corrupted to a time that is uniform between 0 and t, which gives z. The settings
+    can replace both, as D-MMD and IDLM do: x_t by corrupted text, and the time of z. The frozen
     teacher T and the auxiliary model f read z, and the loss moves p along their field, see
     `tokendrift.distribution_matching.distribution_matching_loss`. `update_auxiliary`, called after the student's
     optimiser, trains f by the NELBO on the completions of the calls before it, so that f stays the denoiser of the
@@ -337,8 +338,8 @@ class DistributionMatching(StatefulObjective):
         """Return all that a run needs to go on to the bit, as named tensors on the CPU that share no memory.
 
         These are the trained parameters of f, the moments of its optimiser, the laws of pairs, the state of the
-        generator and, between a call and `update_auxiliary`, the completions. Teacher, student and its optimiser are
-        the caller's.
+        generator and, between a call and `update_auxiliary`, the completions with their times. Teacher, student and its
+        optimiser are the caller's.
         """
         found = {f"auxiliary/{name}": value for name, value in self.auxiliary.state_dict().items()}
         if self.pair_loss is not None:
@@ -400,10 +401,11 @@ class DistributionMatching(StatefulObjective):
         self, logits: Tensor, teacher: Tensor, auxiliary: Tensor, read: Tensor, noised: Corruption
     ) -> MatchingOutput:
         """Return the loss at z: the sum over the positions read, or with weights the mean over all positions."""
-        how: dict[str, Any] = {"field": self.field, "mask_id": self.process.mask_id, "return_diagnostics": True}
+        sides = (logits, teacher, auxiliary, read)
+        options: dict[str, Any] = {"field": self.field, "mask_id": self.process.mask_id}
         if self.config.position_weight == "mean":
-            return distribution_matching_loss(logits, teacher, auxiliary, read, reduction="sum", **how)
-        values, diagnostics = distribution_matching_loss(logits, teacher, auxiliary, read, reduction="none", **how)
+            return distribution_matching_loss(*sides, reduction="sum", return_diagnostics=True, **options)
+        values, diagnostics = distribution_matching_loss(*sides, reduction="none", return_diagnostics=True, **options)
         weights = -self.process.schedule.dalpha(noised.t) / self.process.schedule.noise(noised.t)
         return MatchingOutput((weights.to(values)[:, None] * values).mean(), diagnostics)
 
@@ -432,13 +434,14 @@ class DistributionMatching(StatefulObjective):
         return found.view_as(x_t)
 
     def _renoised(self, ids: Tensor, times: Tensor) -> Corruption:
-        """Corrupt completions of the rows of this process again, as one process would: to earlier times, or to any."""
-        if self.config.renoising == "any":
-            return self.chains.corrupt(ids)
+        """Corrupt completions of the rows of this process again, as one process would."""
+        if self.config.renoising == "same":
+            return self.chains.corrupt(ids, times)
         (rank, ranks), rows = self.share, len(ids)
         drawn = self._rand(ranks * rows)[rank * rows : (rank + 1) * rows].to(ids.device)
         span = times.clamp_max(self.config.renoising_reach)
-        return self.chains.corrupt(ids, (times - span) + (1 - drawn) * span)
+        earlier = self.config.renoising == "earlier"
+        return self.chains.corrupt(ids, (times - span) + (1 - drawn) * span if earlier else 1 - 0.999 * drawn)
 
     def _logits(self, network: nn.Module, noised: Corruption, read: Tensor, options: Mapping[str, Tensor]) -> Tensor:
         """Return logits of the teacher or the auxiliary model at the positions read, (K, V)."""

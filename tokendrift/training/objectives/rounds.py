@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 
 import torch
 from torch import Tensor, nn
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from tokendrift.training.optimization import Optimization
 
 Divergence = Literal["kl_student_teacher", "kl_teacher_student", "mse", "l1"]
-DIVERGENCES = ("kl_student_teacher", "kl_teacher_student", "mse", "l1")
+DIVERGENCES: tuple[str, ...] = get_args(Divergence)
 ELEMENTS = {"cpu": 2**20, "cuda": 2**25}  # entries of the logits whose divergence is computed at a time
 
 
