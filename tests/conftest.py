@@ -15,6 +15,7 @@ from hypothesis import settings
 from safetensors.torch import load_file
 from torch import Tensor
 
+from tokendrift.diffusion import Process
 from tokendrift.models import DiT, DiTConfig
 
 FIXTURES = Path(__file__).parent / "fixtures"
@@ -68,6 +69,20 @@ def make_dit(*, vocab_size: int = 13, length: int = 8, time_conditioning: bool =
         for parameter in model.parameters():
             parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
     return model.eval()
+
+
+def noised_batch(
+    process: Process, seed: int = 0, rows: int = 4, length: int = 6, scale: float = 1.0
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return random logits (B, L, V) in float64, clean ids without masks, their corruption (B, L), and times (B,)."""
+    generator = torch.Generator().manual_seed(seed)
+    size, mask = process.vocab_size, process.mask_id
+    logits = torch.randn(rows, length, size, generator=generator, dtype=torch.float64) * scale
+    clean = torch.randint(size if mask is None else size - 1, (rows, length), generator=generator)
+    if mask is not None:
+        clean = clean + (clean >= mask)
+    t = 0.05 + 0.9 * torch.rand(rows, generator=generator, dtype=torch.float64)
+    return logits, clean, process.corrupt(clean, t, generator=generator).x_t, t
 
 
 @pytest.fixture(scope="session")

@@ -30,18 +30,22 @@ def test_an_unknown_model_is_refused_with_the_names_there_are():
 
 
 def test_a_folder_without_the_models_is_refused(tmp_path):
-    with pytest.raises(TokenDriftError, match="models must be a folder that holds uniform"):
+    with pytest.raises(TokenDriftError, match="models must be a folder that holds masked"):
         DemoConfig(models=tmp_path)
 
 
 @pytest.mark.parametrize("process", ["uniform", "masked"])
-@pytest.mark.parametrize("objective", ["drift", "pairs"])
+@pytest.mark.parametrize("objective", ["matching", "drift", "pairs"])
 def test_every_refinement_has_a_valid_configuration(process, objective, tmp_path):
     made = DemoConfig(process=process, objective=objective).refinement(tmp_path / "text.txt", tmp_path)
-    assert made.settings()["objective"] == objective and made.baseline and made.steps == 120
+    assert made.settings()["objective"] == objective and made.baseline and made.steps == 100
 
 
-@pytest.fixture(scope="module", params=[("uniform", "drift"), ("masked", "pairs")], ids="-".join)
+PARAMS = [("masked", "matching"), ("uniform", "drift"), ("masked", "pairs")]
+SLOW = [pytest.param(each, marks=pytest.mark.slow) for each in PARAMS[1:]]
+
+
+@pytest.fixture(scope="module", params=[PARAMS[0], *SLOW], ids="-".join)
 def small_run(request, tmp_path_factory):
     """Configuration and report of a whole run with two training steps and few samples, and a call that repeats it."""
     folder = tmp_path_factory.mktemp("demo")
@@ -69,18 +73,18 @@ def printed(report, config):
 def test_the_demo_measures_both_models_beside_real_text(small_run):
     config, report, _ = small_run
     assert [name for name, _, _ in report.entries()][-1] == "real text"
-    assert {report.model(row.name) for row in report.evaluation.rows} == {"TokenDrift", "continuation"}
+    assert {report.model(row.name) for row in report.evaluation.rows} == {config.refined, "continuation"}
     assert sorted(row.measures.nfe for row in report.evaluation.rows) == [1, 1, 2, 2]
     assert {row.measures.samples for row in report.evaluation.rows} == {12}
     assert [(report.model(one.name), one.found.kind) for one in report.matched] == [
-        ("TokenDrift", kind) for kind in ("sample", "unigram") * 2
+        (config.refined, kind) for kind in ("sample", "unigram") * 2
     ]
 
     page = (config.output / "report.html").read_text(encoding="utf-8")
     assert "<svg" in page and "src=" not in page and "@import" not in page
     assert all(part in page for part in ("real text", "Gen.-PPL", "At equal entropy with continuation", "float32"))
     stored = json.loads((config.output / "results.json").read_text(encoding="utf-8"))
-    assert {row["model"] for row in stored["rows"]} == {"TokenDrift", "continuation"}
+    assert {row["model"] for row in stored["rows"]} == {config.refined, "continuation"}
 
 
 def test_what_is_printed_fits_100_columns_and_ends_with_the_verdict(small_run):

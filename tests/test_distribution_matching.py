@@ -18,7 +18,7 @@ FORMS = ["log_ratio", "bounded"]
 F64 = torch.float64
 
 
-def batch(seed=0, shape=(2, 3, 5), dtype=F64, scale=1.0):
+def three_logits(seed=0, shape=(2, 3, 5), dtype=F64, scale=1.0):
     """Logits of student, teacher and auxiliary model."""
     generator = torch.Generator().manual_seed(seed)
     return (scale * torch.randn(3, *shape, generator=generator, dtype=F64)).to(dtype).unbind()
@@ -34,7 +34,7 @@ def gradient(logits, teacher, auxiliary, read=None, **options):
 
 @given(st.integers(0, 1000), st.sampled_from(FORMS), st.floats(0.1, 20))
 def test_the_field_changes_its_sign_when_teacher_and_auxiliary_change_places(seed, form, clip):
-    student, teacher, auxiliary = batch(seed, scale=5.0)
+    student, teacher, auxiliary = three_logits(seed, scale=5.0)
     field = ConditionalField(form, clip)
     assert torch.equal(field(teacher, auxiliary), -field(auxiliary, teacher))
     assert torch.equal(
@@ -44,7 +44,7 @@ def test_the_field_changes_its_sign_when_teacher_and_auxiliary_change_places(see
 
 @given(st.integers(0, 1000), st.sampled_from(FORMS))
 def test_nothing_moves_where_the_two_laws_agree(seed, form):
-    student, teacher, _ = batch(seed)
+    student, teacher, _ = three_logits(seed)
     options = {"field": ConditionalField(form), "mask_id": 4}
     assert (gradient(student, teacher, teacher.clone(), **options) == 0).all()
     # Logits of one law may differ by a constant.
@@ -53,7 +53,7 @@ def test_nothing_moves_where_the_two_laws_agree(seed, form):
 
 @given(st.integers(0, 1000))
 def test_the_field_stays_within_its_bounds(seed):
-    _, teacher, auxiliary = batch(seed, scale=30.0)
+    _, teacher, auxiliary = three_logits(seed, scale=30.0)
     assert ConditionalField(clip=2.0)(teacher, auxiliary).abs().max() == 2
     assert ConditionalField("bounded")(teacher, auxiliary).abs().max() <= 2
     plain = ConditionalField(clip=math.inf)(teacher, auxiliary)
@@ -61,20 +61,20 @@ def test_the_field_stays_within_its_bounds(seed):
 
 
 def test_the_bounded_form_is_that_of_the_pair_drift():
-    _, teacher, auxiliary = batch()
+    _, teacher, auxiliary = three_logits()
     real, generated = teacher.softmax(-1), auxiliary.softmax(-1)
     expected = 2 * (real - generated) / (real + generated)
     torch.testing.assert_close(ConditionalField("bounded")(teacher, auxiliary), expected)
 
 
 def test_small_differences_give_one_field_in_both_forms():
-    _, teacher, noise = batch()
+    _, teacher, noise = three_logits()
     fields = [ConditionalField(form)(teacher, teacher + 1e-4 * noise) for form in FORMS]
     torch.testing.assert_close(*fields, atol=1e-11, rtol=0)
 
 
 def test_closed_entries_of_both_laws_have_no_field():
-    _, teacher, auxiliary = batch()
+    _, teacher, auxiliary = three_logits()
     teacher[..., 1] = auxiliary[..., 1] = -math.inf
     teacher[..., 2] = -math.inf
     found = ConditionalField()(teacher, auxiliary, mask_id=4)
@@ -88,7 +88,7 @@ def test_closed_entries_of_both_laws_have_no_field():
 @pytest.mark.parametrize("mask_id", [None, 2])
 def test_it_is_the_expected_field_of_drawn_completions(form, mask_id):
     """By enumeration of all completions of two positions and three tokens."""
-    student, teacher, auxiliary = batch(shape=(1, 2, 3))
+    student, teacher, auxiliary = three_logits(shape=(1, 2, 3))
     field = ConditionalField(form)
     closed = [torch.tensor(()) if mask_id is None else torch.tensor([mask_id])][0].long()
     p = student.index_fill(-1, closed, -math.inf).softmax(-1)[0]
@@ -105,7 +105,7 @@ def test_it_is_the_expected_field_of_drawn_completions(form, mask_id):
 @pytest.mark.parametrize("mask_id", [None, 1])
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 def test_gradients_are_those_of_the_value(form, mask_id, reduction):
-    student, teacher, auxiliary = batch()
+    student, teacher, auxiliary = three_logits()
     read = torch.tensor([[True, False, True], [False, False, True]])
     student.requires_grad_()
 
@@ -117,14 +117,14 @@ def test_gradients_are_those_of_the_value(form, mask_id, reduction):
 
 
 def test_teacher_and_auxiliary_receive_no_gradient():
-    student, teacher, auxiliary = (x.requires_grad_() for x in batch())
+    student, teacher, auxiliary = (x.requires_grad_() for x in three_logits())
     distribution_matching_loss(student, teacher, auxiliary).backward()
     assert student.grad.abs().sum() > 0 and teacher.grad is None and auxiliary.grad is None
 
 
 @given(st.integers(0, 1000))
 def test_only_positions_that_are_read_count(seed):
-    student, teacher, auxiliary = batch(seed)
+    student, teacher, auxiliary = three_logits(seed)
     read = torch.rand(2, 3, generator=torch.Generator().manual_seed(seed)) < 0.5
     found = gradient(student, teacher, auxiliary, read, reduction="sum")
     assert (found[~read] == 0).all()
@@ -137,7 +137,7 @@ def test_only_positions_that_are_read_count(seed):
 
 @given(st.integers(0, 1000), st.sampled_from(FORMS))
 def test_laws_at_the_positions_alone_are_enough(seed, form):
-    student, teacher, auxiliary = batch(seed)
+    student, teacher, auxiliary = three_logits(seed)
     read = torch.rand(2, 3, generator=torch.Generator().manual_seed(seed)) < 0.5
     options = {"field": ConditionalField(form), "mask_id": 0}
     whole = gradient(student, teacher, auxiliary, read, **options)
@@ -145,7 +145,7 @@ def test_laws_at_the_positions_alone_are_enough(seed, form):
 
 
 def test_without_positions_the_loss_is_zero_and_attached():
-    student, teacher, auxiliary = batch()
+    student, teacher, auxiliary = three_logits()
     nowhere = torch.zeros(2, 3, dtype=torch.bool)
     assert (gradient(student, teacher, auxiliary, nowhere) == 0).all()
     out = distribution_matching_loss(student, teacher, auxiliary, nowhere, return_diagnostics=True)
@@ -154,8 +154,8 @@ def test_without_positions_the_loss_is_zero_and_attached():
 
 def test_a_constant_of_a_position_in_the_field_moves_nothing():
     """What the normalisers of the laws are does not matter, such as those of what a uniform state shows."""
-    student, teacher, auxiliary = batch()
-    evidence = batch(seed=7)[0]
+    student, teacher, auxiliary = three_logits()
+    evidence = three_logits(seed=7)[0]
     shown = gradient(student, teacher + evidence, auxiliary + evidence, field=ConditionalField(clip=math.inf))
     torch.testing.assert_close(shown, gradient(student, teacher, auxiliary, field=ConditionalField(clip=math.inf)))
 
@@ -163,7 +163,7 @@ def test_a_constant_of_a_position_in_the_field_moves_nothing():
 @pytest.mark.parametrize("form", FORMS)
 def test_descent_on_free_logits_finds_the_law_of_the_teacher(form):
     """The auxiliary law is the student's own here, as one that has been trained to the end."""
-    _, teacher, start = batch()
+    _, teacher, start = three_logits()
     logits = torch.nn.Parameter(start.clone())
     for _ in range(150):
         loss = distribution_matching_loss(
@@ -175,7 +175,7 @@ def test_descent_on_free_logits_finds_the_law_of_the_teacher(form):
 
 
 def test_rows_are_worked_through_in_tiles_of_any_size(monkeypatch):
-    student, teacher, auxiliary = batch(shape=(4, 8, 5))
+    student, teacher, auxiliary = three_logits(shape=(4, 8, 5))
     read = torch.rand(4, 8, generator=torch.Generator().manual_seed(0)) < 0.5
     whole = gradient(student, teacher, auxiliary, read)
     monkeypatch.setattr("tokendrift.distribution_matching.TILE", {"cpu": 15})
@@ -184,7 +184,7 @@ def test_rows_are_worked_through_in_tiles_of_any_size(monkeypatch):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_narrow_logits_are_computed_in_float32(dtype):
-    student, teacher, auxiliary = batch(dtype=dtype)
+    student, teacher, auxiliary = three_logits(dtype=dtype)
     with torch.autocast("cpu", torch.bfloat16):
         found = distribution_matching_loss(student, teacher, auxiliary)
     wide = distribution_matching_loss(student.float(), teacher.float(), auxiliary.float())
@@ -196,7 +196,7 @@ def test_narrow_logits_are_computed_in_float32(dtype):
 
 
 def test_diagnostics_are_means_over_the_positions_read():
-    student, teacher, auxiliary = batch(scale=6.0)
+    student, teacher, auxiliary = three_logits(scale=6.0)
     read = torch.tensor([[True, False, True], [False, False, True]])
     out = distribution_matching_loss(student, teacher, auxiliary, read, return_diagnostics=True)
     p, ratio = student.softmax(-1)[read], (teacher.log_softmax(-1) - auxiliary.log_softmax(-1))[read]
@@ -208,7 +208,7 @@ def test_diagnostics_are_means_over_the_positions_read():
 
 
 def test_numbers_that_are_none_reach_the_loss():
-    student, teacher, auxiliary = batch()
+    student, teacher, auxiliary = three_logits()
     teacher[0, 0, 0] = math.nan
     assert distribution_matching_loss(student, teacher, auxiliary).isnan()
 

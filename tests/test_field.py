@@ -587,6 +587,7 @@ def test_a_point_that_occurs_a_hundred_times_is_one_with_the_weight_of_a_hundred
     torch.testing.assert_close(many, one, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_the_compiled_field_equals_eager():
     compare_with_compiled(DriftField(), backend="aot_eager")
 

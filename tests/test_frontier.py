@@ -20,6 +20,7 @@ from tokendrift.evaluation import (
     at_matched_entropy,
     matched_entropy,
     measure,
+    ratio_at_entropy,
     sweep,
     temperature_at,
 )
@@ -146,6 +147,18 @@ def test_a_model_that_is_better_at_the_same_entropy_is_called_so(frontier):
     assert found.verdict() == "better" and found.ratio.high < 0.5
     bad = figures(drawer(wrong)(SamplingSetting(4), 200))
     assert at_matched_entropy(bad, drawer(LAW), figures, real=frontier.real, steps=4).verdict() == "worse"
+
+
+def test_a_ratio_at_equal_entropy_is_one_for_the_same_law_and_none_out_of_reach(frontier):
+    curve = [point.measures for point in frontier.curve("the law", 4)]
+    between = figures(drawer(LAW, seed=4)(SamplingSetting(4, 0.85), 200))
+    found = ratio_at_entropy(between, curve, figure="gen_ppl")
+    assert found.low < 1 < found.high and found.estimate == pytest.approx(1, abs=0.05)
+    # A permuted law has the same entropies and is less likely under the judge.
+    wrong = figures(drawer(LAW.roll(1), seed=4)(SamplingSetting(4, 0.85), 200))
+    expected = wrong.gen_ppl.estimate / between.gen_ppl.estimate * found.estimate
+    assert ratio_at_entropy(wrong, curve[::-1], figure="gen_ppl").estimate == pytest.approx(expected, rel=0.02)
+    assert ratio_at_entropy(curve[0], curve[1:]) is None
 
 
 def test_an_entropy_that_no_temperature_reaches_claims_nothing(frontier):

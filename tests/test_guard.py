@@ -14,12 +14,15 @@ from tokendrift.demo import PRETRAINED
 from tokendrift.evaluation import (
     GenerativePerplexity,
     SampleSet,
+    character_features,
     check_samples,
     evaluate,
+    kernel_distance,
     measure,
 )
 from tokendrift.evaluation.guard import RULES
 from tokendrift.models import load_denoiser
+from tokendrift.models.tokenizer import decode
 from tokendrift.sampling import SamplingSetting, denoiser_samples
 
 COUNT = 128
@@ -223,9 +226,19 @@ REACTIONS = {  # the table in docs/results.md
 }
 
 
+ENERGY_REACTS = (tiled, shuffled, repeated, truncated)
+
+
 @pytest.mark.parametrize("perturbation", REACTIONS, ids=[each.__name__ for each in REACTIONS])
 def test_which_figures_react_to_which_perturbation_of_real_text(world, cheap, perturbation):
     """The perturbed text is compared with real text under a judge that knows pairs of neighbours alone."""
     options = {"training": list(world.training), "resamples": 200}
     verdict = check_samples(measure(perturbation(world), cheap, **options), measure(world.real, cheap, **options))
     assert set(verdict.flags) == REACTIONS[perturbation]
+
+
+@pytest.mark.parametrize("perturbation", REACTIONS, ids=[each.__name__ for each in REACTIONS])
+def test_which_perturbations_are_far_from_real_text_in_character_ngrams(world, perturbation):
+    texts = [decode(world.tokenizer, ids.tolist()) for ids in (perturbation(world), world.real)]
+    found = kernel_distance(*map(character_features, texts), kernel="energy", permutations=199, resamples=1)
+    assert (found.z_score.estimate > 5) == (perturbation in ENERGY_REACTS)

@@ -23,7 +23,7 @@ def lifted_by_hand(logits, embedding, noisy_ids=None, predicted=None, mask_id=No
     return soft if predicted is None else torch.where(predicted[..., None], soft, embedding[noisy_ids])
 
 
-def batch(rows=2, length=5, vocab=11, width=7, *, seed=0, scale=1.0, dtype=torch.float64):
+def lift_inputs(rows=2, length=5, vocab=11, width=7, *, seed=0, scale=1.0, dtype=torch.float64):
     generator = torch.Generator().manual_seed(seed)
     logits = torch.randn(rows, length, vocab, generator=generator, dtype=dtype) * scale
     embedding = torch.randn(vocab, width, generator=generator, dtype=dtype)
@@ -68,7 +68,7 @@ def test_observed_positions_and_a_closed_entry_have_the_golden_values(golden, ca
 @pytest.mark.parametrize("mask_id", [None, 0, 4])
 @pytest.mark.parametrize("partly", [False, True])
 def test_gradients_are_those_of_finite_differences(mask_id, partly):
-    logits, embedding, noisy_ids, predicted = batch(2, 3, 5, 4)
+    logits, embedding, noisy_ids, predicted = lift_inputs(2, 3, 5, 4)
     options = {"noisy_ids": noisy_ids % 5, "predicted": predicted} if partly else {}
     assert not partly or 0 < predicted.sum() < predicted.numel()
 
@@ -80,7 +80,7 @@ def test_gradients_are_those_of_finite_differences(mask_id, partly):
 
 
 def test_the_embedding_of_observed_positions_gets_its_gradient():
-    logits, embedding, noisy_ids, predicted = batch()
+    logits, embedding, noisy_ids, predicted = lift_inputs()
     mine, theirs = embedding.clone().requires_grad_(), embedding.clone().requires_grad_()
     upstream = torch.randn(2, 5, 7, dtype=torch.float64)
     soft_token_lift(logits, mine, noisy_ids=noisy_ids, predicted=predicted).backward(upstream)
@@ -98,7 +98,7 @@ def test_the_embedding_of_observed_positions_gets_its_gradient():
 )
 def test_chunks_change_nothing(rows, length, vocab, seed, partly, masked):
     """Up to 360 rows in chunks of 64: full chunks, a part chunk, no chunk."""
-    logits, embedding, noisy_ids, predicted = batch(rows, length, vocab, 3, seed=seed)
+    logits, embedding, noisy_ids, predicted = lift_inputs(rows, length, vocab, 3, seed=seed)
     options = {"mask_id": vocab - 1 if masked else None}
     if partly:
         options |= {"noisy_ids": noisy_ids, "predicted": predicted}
@@ -119,20 +119,20 @@ def test_chunks_change_nothing(rows, length, vocab, seed, partly, masked):
 
 @given(shift=st.floats(-1e4, 1e4), seed=st.integers(0, 2**31 - 1))
 def test_a_constant_added_to_the_logits_of_a_position_changes_nothing(shift, seed):
-    logits, embedding, *_ = batch(seed=seed)
+    logits, embedding, *_ = lift_inputs(seed=seed)
     moved = soft_token_lift(logits + shift, embedding)
     # The sum rounds to 1e4 * 2^-53 = 1e-12.
     torch.testing.assert_close(moved, soft_token_lift(logits, embedding), rtol=0, atol=1e-10)
 
 
 def test_certain_logits_look_the_token_up():
-    _, embedding, ids, _ = batch()
+    _, embedding, ids, _ = lift_inputs()
     certain = torch.nn.functional.one_hot(ids, 11).double() * 1e4
     assert torch.equal(soft_token_lift(certain, embedding), embedding[ids])
 
 
 def test_the_closed_entry_may_hold_anything():
-    logits, embedding, *_ = batch()
+    logits, embedding, *_ = lift_inputs()
     expected = soft_token_lift(logits, embedding, mask_id=3)
     wild = logits.clone()
     wild[..., 3] = 1e6
@@ -141,7 +141,7 @@ def test_the_closed_entry_may_hold_anything():
 
 
 def test_no_predicted_position_is_a_look_up_with_zero_gradient():
-    logits, embedding, noisy_ids, _ = batch()
+    logits, embedding, noisy_ids, _ = lift_inputs()
     logits.requires_grad_()
     lifted = soft_token_lift(logits, embedding, noisy_ids=noisy_ids, predicted=torch.zeros(2, 5, dtype=torch.bool))
     assert torch.equal(lifted, embedding[noisy_ids])
@@ -152,7 +152,7 @@ def test_no_predicted_position_is_a_look_up_with_zero_gradient():
 @pytest.mark.parametrize("layout", ["transposed", "sliced", "expanded"])
 @pytest.mark.parametrize("partly", [False, True])
 def test_the_memory_layout_of_the_logits_does_not_matter(layout, partly):
-    dense, embedding, noisy_ids, predicted = batch()
+    dense, embedding, noisy_ids, predicted = lift_inputs()
     leaf = dense.clone().requires_grad_()
     if layout == "transposed":
         logits = leaf.transpose(0, 1).contiguous().transpose(0, 1)
@@ -175,7 +175,7 @@ def test_the_memory_layout_of_the_logits_does_not_matter(layout, partly):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("partly", [False, True])
 def test_half_precision_logits_are_lifted_in_float32(dtype, partly):
-    logits, embedding, noisy_ids, predicted = batch(dtype=torch.float32)
+    logits, embedding, noisy_ids, predicted = lift_inputs(dtype=torch.float32)
     options = {"noisy_ids": noisy_ids, "predicted": predicted} if partly else {}
     half = logits.to(dtype).requires_grad_()
     lifted = soft_token_lift(half, embedding, mask_id=2, **options)
@@ -191,14 +191,14 @@ def test_half_precision_logits_are_lifted_in_float32(dtype, partly):
 
 
 def test_a_half_precision_embedding_is_read_exactly():
-    logits, embedding, *_ = batch(dtype=torch.float32)
+    logits, embedding, *_ = lift_inputs(dtype=torch.float32)
     rounded = embedding.bfloat16()
     assert torch.equal(soft_token_lift(logits, rounded), soft_token_lift(logits, rounded.float()))
 
 
 @pytest.mark.parametrize("partly", [False, True])
 def test_the_operators_keep_the_contract_of_torch_library(partly):
-    logits, embedding, _, predicted = batch(2, 3, 5, 4)
+    logits, embedding, _, predicted = lift_inputs(2, 3, 5, 4)
     rows, index = logits.reshape(6, 5).requires_grad_(), predicted.reshape(-1).nonzero()[:, 0] if partly else None
     torch.library.opcheck(soft_lift, (rows, embedding.requires_grad_(), index, 2, 64))
     lifted = soft_lift(rows.detach(), embedding.detach(), index, 2, 64)
@@ -209,7 +209,7 @@ def test_the_operators_keep_the_contract_of_torch_library(partly):
 
 def test_backward_keeps_no_softmax():
     """What autograd saves beside its inputs is (T, D), not (T, V)."""
-    logits, embedding, *_ = batch(4, 32, 500, 6)
+    logits, embedding, *_ = lift_inputs(4, 32, 500, 6)
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x) or x, lambda x: x):
         soft_token_lift(logits.requires_grad_(), embedding)
@@ -218,7 +218,7 @@ def test_backward_keeps_no_softmax():
 
 
 def test_lifting_under_functional_compilation_equals_eager():
-    logits, embedding, noisy_ids, predicted = batch()
+    logits, embedding, noisy_ids, predicted = lift_inputs()
 
     def lift(logits):
         return soft_token_lift(logits, embedding, noisy_ids=noisy_ids, predicted=predicted, mask_id=1)
@@ -230,7 +230,7 @@ def test_lifting_under_functional_compilation_equals_eager():
 
 
 def test_a_graph_may_hold_a_number_of_predicted_positions_known_only_when_run():
-    logits, embedding, noisy_ids, predicted = batch()
+    logits, embedding, noisy_ids, predicted = lift_inputs()
 
     def lift(logits, predicted):
         return soft_token_lift(logits, embedding, noisy_ids=noisy_ids, predicted=predicted)
@@ -244,7 +244,7 @@ def test_a_graph_may_hold_a_number_of_predicted_positions_known_only_when_run():
 @pytest.mark.parametrize("partly", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_each_gradient_alone_is_the_one_of_both_together(partly, dtype):
-    logits, embedding, _, predicted = batch(4, 20, 30, 8, dtype=dtype)
+    logits, embedding, _, predicted = lift_inputs(4, 20, 30, 8, dtype=dtype)
     index = predicted.reshape(-1).nonzero()[:, 0] if partly else None
 
     def gradients(of_logits, of_embedding):
@@ -267,7 +267,7 @@ def test_each_gradient_alone_is_the_one_of_both_together(partly, dtype):
 def test_half_precision_is_no_worse_than_the_plain_form(dtype, table_dtype, partly, mask_id):
     """Against float64 on the same inputs; the error of softmax(logits) @ E in half precision is the allowance."""
     half = getattr(torch, dtype)
-    logits, embedding, noisy_ids, predicted = batch(4, 32, 800, 24, dtype=half)
+    logits, embedding, noisy_ids, predicted = lift_inputs(4, 32, 800, 24, dtype=half)
     embedding = embedding.to(getattr(torch, table_dtype))
     options = {"noisy_ids": noisy_ids, "predicted": predicted} if partly else {}
     upstream = torch.randn(4, 32, 24, generator=torch.Generator().manual_seed(1)).to(half)
@@ -287,7 +287,7 @@ def test_half_precision_is_no_worse_than_the_plain_form(dtype, table_dtype, part
 
 
 def test_under_autocast_the_result_is_that_outside():
-    logits, embedding, noisy_ids, predicted = batch(dtype=torch.float32)
+    logits, embedding, noisy_ids, predicted = lift_inputs(dtype=torch.float32)
     found = []
     for enabled in (False, True):
         leaves = [x.clone().requires_grad_() for x in (logits, embedding)]
@@ -368,7 +368,7 @@ def test_the_count_knows_the_plain_form():
 @pytest.mark.parametrize("mask_id", [None, 0, 4, 10])
 @pytest.mark.parametrize("partly", [False, True])
 def test_the_hard_lift_has_the_value_of_the_likeliest_token_and_the_gradient_of_the_soft_one(mask_id, partly):
-    logits, embedding, noisy_ids, predicted = batch(4, 9)
+    logits, embedding, noisy_ids, predicted = lift_inputs(4, 9)
     if mask_id is not None:
         logits[..., mask_id] = 9.0  # the likeliest, were it not closed
     options = {"noisy_ids": noisy_ids, "predicted": predicted} if partly else {}
@@ -392,12 +392,12 @@ def test_the_hard_lift_has_the_value_of_the_likeliest_token_and_the_gradient_of_
 
 
 def test_the_hard_lift_is_an_embedding_row_to_the_bit():
-    logits, embedding, *_ = batch(dtype=torch.float32)
+    logits, embedding, *_ = lift_inputs(dtype=torch.float32)
     assert torch.equal(straight_through_lift(logits, embedding), embedding[logits.argmax(dim=-1)])
 
 
 def test_the_hard_lift_under_functional_compilation_equals_eager():
-    logits, embedding, noisy_ids, predicted = batch()
+    logits, embedding, noisy_ids, predicted = lift_inputs()
 
     def lift(logits):
         return straight_through_lift(logits, embedding, noisy_ids=noisy_ids, predicted=predicted, mask_id=1)
@@ -409,7 +409,7 @@ def test_the_hard_lift_under_functional_compilation_equals_eager():
 
 
 def test_the_hard_lift_refuses_what_the_soft_one_refuses():
-    logits, embedding, *_ = batch()
+    logits, embedding, *_ = lift_inputs()
     with pytest.raises(TokenDriftError, match=r"mask_id must lie in \[0, V\) with V = 11"):
         straight_through_lift(logits, embedding, mask_id=11)
     with pytest.raises(TokenDriftError, match=r"embedding must be a tensor of shape \(V, D\)"):
@@ -446,7 +446,7 @@ def test_the_hard_lift_refuses_what_the_soft_one_refuses():
     ],
 )
 def test_bad_input_is_refused_with_what_came(arguments, message):
-    logits, embedding, noisy_ids, predicted = batch(dtype=torch.float32)
+    logits, embedding, noisy_ids, predicted = lift_inputs(dtype=torch.float32)
     good = {"logits": logits, "embedding": embedding, "noisy_ids": noisy_ids, "predicted": predicted}
     with pytest.raises(TokenDriftError, match=message):
         soft_token_lift(**(good | arguments))
@@ -454,7 +454,7 @@ def test_bad_input_is_refused_with_what_came(arguments, message):
 
 @given(dtype=st.sampled_from([torch.int64, torch.int32, torch.int16, torch.uint8]))
 def test_ids_of_any_integer_dtype_mean_the_same(dtype):
-    logits, embedding, noisy_ids, predicted = batch()
+    logits, embedding, noisy_ids, predicted = lift_inputs()
     expected = soft_token_lift(logits, embedding, noisy_ids=noisy_ids, predicted=predicted)
     actual = soft_token_lift(logits, embedding, noisy_ids=noisy_ids.to(dtype), predicted=predicted.to(torch.uint8))
     assert torch.equal(actual, expected)

@@ -16,7 +16,7 @@ TINY = 1e-6  # MiB: forces the smallest chunks, 64 tokens
 NAMES = ("hidden", "weight", "bias", "embedding")
 
 
-def batch(rows=2, length=5, vocab=11, inner=6, width=7, *, seed=0, scale=1.0, dtype=torch.float64):
+def linear_lift_inputs(rows=2, length=5, vocab=11, inner=6, width=7, *, seed=0, scale=1.0, dtype=torch.float64):
     generator = torch.Generator().manual_seed(seed)
     shapes = ((rows, length, inner), (vocab, inner), (vocab,), (vocab, width))
     data = [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes]
@@ -57,7 +57,7 @@ def fused(**options):
 )
 def test_blocks_of_tokens_and_vocabulary_change_nothing(rows, length, vocab, seed, partly, masked, biased, block):
     """Up to 360 tokens in chunks of 64, up to 9 blocks of the vocabulary; the lift of the logits is the truth."""
-    data, noisy_ids, predicted, upstream = batch(rows, length, vocab, 4, 3, seed=seed)
+    data, noisy_ids, predicted, upstream = linear_lift_inputs(rows, length, vocab, 4, 3, seed=seed)
     data[2] = data[2] if biased else None
     options = {"mask_id": seed % vocab if masked else None}
     if partly:
@@ -73,7 +73,7 @@ def test_blocks_of_tokens_and_vocabulary_change_nothing(rows, length, vocab, see
 @pytest.mark.parametrize("mask_id", [None, 3])
 @pytest.mark.parametrize("biased", [False, True])
 def test_gradients_are_those_of_finite_differences(mask_id, biased):
-    (hidden, weight, bias, table), *_ = batch(2, 2, 5, 3, 4)
+    (hidden, weight, bias, table), *_ = linear_lift_inputs(2, 2, 5, 3, 4)
     inputs = [tensor.requires_grad_() for tensor in (hidden, weight, bias, table)]
 
     def lift(hidden, weight, bias, table):
@@ -84,7 +84,7 @@ def test_gradients_are_those_of_finite_differences(mask_id, biased):
 
 @pytest.mark.parametrize("trained", NAMES)
 def test_each_gradient_alone_is_the_one_of_all_together(trained):
-    data, _, _, upstream = batch()
+    data, _, _, upstream = linear_lift_inputs()
     _, together = gradients(fused(vocab_block=4), data, upstream)
     which = NAMES.index(trained)
     data[which] = data[which].clone().requires_grad_()
@@ -94,14 +94,14 @@ def test_each_gradient_alone_is_the_one_of_all_together(trained):
 
 @given(shift=st.floats(-1e4, 1e4), seed=st.integers(0, 2**31 - 1))
 def test_a_constant_added_to_the_bias_changes_nothing(shift, seed):
-    (hidden, weight, bias, table), *_ = batch(seed=seed)
+    (hidden, weight, bias, table), *_ = linear_lift_inputs(seed=seed)
     moved = linear_soft_token_lift(hidden, weight, bias + shift, table, vocab_block=3)
     # The sum rounds to 1e4 * 2^-53 = 1e-12.
     torch.testing.assert_close(moved, linear_soft_token_lift(hidden, weight, bias, table), rtol=0, atol=1e-10)
 
 
 def test_far_logits_neither_overflow_nor_lose_the_normalisation():
-    data, _, _, upstream = batch(scale=1e4, dtype=torch.float32)
+    data, _, _, upstream = linear_lift_inputs(scale=1e4, dtype=torch.float32)
     lifted, found = gradients(fused(vocab_block=3), data, upstream)
     expected, wanted = gradients(unfused(), data, upstream)
     torch.testing.assert_close(lifted, expected, rtol=1e-5, atol=1e-5)
@@ -112,7 +112,7 @@ def test_far_logits_neither_overflow_nor_lose_the_normalisation():
 
 @pytest.mark.parametrize("closed", [[0, 1], [4, 5], [9, 10]])
 def test_a_block_whose_every_entry_is_closed_is_passed_over(closed):
-    data, _, _, upstream = batch()
+    data, _, _, upstream = linear_lift_inputs()
     data[2][closed[0]] = -torch.inf
     lifted, found = gradients(fused(vocab_block=2 if closed[0] != 9 else 9, mask_id=closed[1]), data, upstream)
     expected, wanted = gradients(unfused(mask_id=closed[1]), data, upstream)
@@ -123,7 +123,7 @@ def test_a_block_whose_every_entry_is_closed_is_passed_over(closed):
 
 
 def test_gradients_of_observed_positions_are_exactly_zero():
-    data, noisy_ids, predicted, upstream = batch()
+    data, noisy_ids, predicted, upstream = linear_lift_inputs()
     lifted, found = gradients(fused(noisy_ids=noisy_ids, predicted=predicted), data, upstream)
     assert torch.equal(lifted[~predicted], data[3][noisy_ids[~predicted]])
     assert torch.equal(found[0][~predicted], torch.zeros_like(found[0][~predicted]))
@@ -131,7 +131,7 @@ def test_gradients_of_observed_positions_are_exactly_zero():
 
 
 def test_no_predicted_position_is_a_look_up():
-    data, noisy_ids, predicted, upstream = batch()
+    data, noisy_ids, predicted, upstream = linear_lift_inputs()
     options = {"noisy_ids": noisy_ids, "predicted": torch.zeros_like(predicted)}
     lifted, found = gradients(fused(**options), data, upstream)
     assert torch.equal(lifted, data[3][noisy_ids])
@@ -144,7 +144,7 @@ def test_no_predicted_position_is_a_look_up():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_is_no_worse_than_the_plain_form(dtype):
     """Against float64 on the same inputs; in every gradient the error of the plain form is the allowance."""
-    data, _, _, upstream = batch(4, 32, 800, 48, 24, dtype=dtype, scale=0.3)
+    data, _, _, upstream = linear_lift_inputs(4, 32, 800, 48, 24, dtype=dtype, scale=0.3)
     upstream = upstream.to(dtype)
 
     def plain(hidden, weight, bias, table):
@@ -163,7 +163,7 @@ def test_half_precision_is_no_worse_than_the_plain_form(dtype):
 
 
 def test_under_autocast_the_result_is_that_outside():
-    data, _, _, upstream = batch(dtype=torch.float32)
+    data, _, _, upstream = linear_lift_inputs(dtype=torch.float32)
     expected, wanted = gradients(fused(), data, upstream)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         lifted, found = gradients(fused(), data, upstream)
@@ -176,7 +176,7 @@ def test_under_autocast_the_result_is_that_outside():
 
 @pytest.mark.parametrize("biased", [False, True])
 def test_the_operators_keep_the_contract_of_torch_library(biased):
-    data, *_ = batch(2, 3, 5, 4, 6)
+    data, *_ = linear_lift_inputs(2, 3, 5, 4, 6)
     hidden, weight, bias, table = data[0].view(6, 4), data[1], data[2] if biased else None, data[3]
     leaves = [None if x is None else x.clone().requires_grad_() for x in (hidden, weight, bias, table)]
     torch.library.opcheck(linear_lift, (*leaves, 1, 64, 2))
@@ -187,7 +187,7 @@ def test_the_operators_keep_the_contract_of_torch_library(biased):
 
 
 def test_lifting_under_functional_compilation_equals_eager():
-    data, noisy_ids, predicted, upstream = batch()
+    data, noisy_ids, predicted, upstream = linear_lift_inputs()
     lift = fused(noisy_ids=noisy_ids, predicted=predicted, mask_id=1, vocab_block=4)
     expected, wanted = gradients(lift, data, upstream)
     lifted, found = gradients(torch.compile(lift, backend="aot_eager"), data, upstream)
@@ -260,7 +260,7 @@ def test_products_are_the_bare_ones_and_the_logits_once_more():
     ],
 )
 def test_bad_input_is_refused_with_what_came(arguments, message):
-    data, noisy_ids, predicted, _ = batch(dtype=torch.float32)
+    data, noisy_ids, predicted, _ = linear_lift_inputs(dtype=torch.float32)
     good = dict(zip(NAMES, data, strict=True)) | {"noisy_ids": noisy_ids, "predicted": predicted}
     with pytest.raises(TokenDriftError, match=message):
         linear_soft_token_lift(**(good | arguments))

@@ -120,6 +120,7 @@ def test_half_precision_is_no_worse_than_logits_of_that_dtype(dtype):
     assert (mine <= 1.1 * theirs).all(), errors
 
 
+@pytest.mark.slow
 def test_the_compiled_loss_equals_eager():
     torch.compiler.reset()
     eager, inner = build(filled=False), build(filled=False)

@@ -35,7 +35,7 @@ def feature_map(embeds, attention_mask=None):
     return nn.functional.normalize(pooled, dim=-1)
 
 
-def batch(seed=0, *, dtype=torch.float64, rows=B):
+def loss_inputs(seed=0, *, dtype=torch.float64, rows=B):
     generator = torch.Generator().manual_seed(seed)
     logits = torch.randn(rows, L, V, generator=generator, dtype=torch.float64)
     clean = torch.randint(V - 1, (rows, L), generator=generator)
@@ -168,7 +168,7 @@ def test_the_mirror_teacher_has_the_golden_values(golden, case, distance):
 @pytest.mark.parametrize("cls", [TokenDriftLoss, MirrorTeacherLoss])
 @given(seed=st.integers(0, 2**31 - 1), masked=st.booleans(), some=st.booleans())
 def test_the_gradient_is_zero_exactly_on_observed_positions(cls, seed, masked, some):
-    logits, clean, noisy, predicted = batch(seed)
+    logits, clean, noisy, predicted = loss_inputs(seed)
     loss = build(cls, mask_id=V - 1 if masked else None)
     everything = {"noisy_ids": torch.full_like(clean, V - 1)} if masked else {}
     arguments = {"noisy_ids": noisy, "predicted": predicted} if some else everything
@@ -183,7 +183,7 @@ def test_the_gradient_is_zero_exactly_on_observed_positions(cls, seed, masked, s
 @given(seed=st.integers(0, 2**31 - 1), alpha=st.sampled_from([0.25, 1.0, 3.0]))
 def test_the_gradient_is_minus_alpha_over_b_times_the_pulled_back_drift(seed, alpha):
     """dL/dlogits = -alpha/B J^T V, with J from autograd on the plain form of the lift."""
-    logits, clean, *_ = batch(seed)
+    logits, clean, *_ = loss_inputs(seed)
     loss = build(drift_scale=alpha)
     loss.field = recorder = Recorder(DriftField((0.2, 1.0)))
     value, grad = gradient(loss, logits, clean)
@@ -197,7 +197,7 @@ def test_the_gradient_is_minus_alpha_over_b_times_the_pulled_back_drift(seed, al
 
 def test_one_small_step_moves_the_features_along_the_drift():
     """<h(l+) - h(l), V> = gamma alpha ||J^T V||^2 + O(gamma^2) (appendix C.2)."""
-    logits, clean, *_ = batch()
+    logits, clean, *_ = loss_inputs()
     loss = build(reduction="sum")
     loss.field = recorder = Recorder(DriftField((0.2, 1.0)))
     _, grad = gradient(loss, logits, clean)
@@ -208,7 +208,7 @@ def test_one_small_step_moves_the_features_along_the_drift():
 
 
 def test_no_gradient_reaches_embedding_or_references():
-    logits, clean, *_ = batch()
+    logits, clean, *_ = loss_inputs()
     loss = build()
     loss(logits.requires_grad_(), clean).backward()
     assert loss.embedding.grad is None
@@ -219,7 +219,7 @@ def test_no_gradient_reaches_embedding_or_references():
 
 def test_the_mirror_teacher_solves_its_problem():
     """p* = softmax(l + eta g) maximises <g, q> - KL(q || p)/eta over the simplex (D.1)."""
-    logits, clean, *_ = batch()
+    logits, clean, *_ = loss_inputs()
     eta = 2.0
     loss = build(MirrorTeacherLoss, step_size=eta, distance="kl")
     loss.field = recorder = Recorder(DriftField((0.2, 1.0)))
@@ -243,7 +243,7 @@ def test_the_mirror_teacher_solves_its_problem():
 @pytest.mark.parametrize("distance", ["kl", "mse"])
 @pytest.mark.parametrize("mask_id", [None, V - 1])
 def test_without_drift_the_mirror_teacher_teaches_nothing(distance, mask_id):
-    logits, clean, noisy, predicted = batch()
+    logits, clean, noisy, predicted = loss_inputs()
     loss = build(MirrorTeacherLoss, distance=distance, mask_id=mask_id, field=lambda h, *_, **__: torch.zeros_like(h))
     value, grad = gradient(loss, logits, clean, noisy_ids=noisy, predicted=predicted)
     assert value.item() == pytest.approx(0, abs=1e-15)
@@ -254,7 +254,7 @@ def test_without_drift_the_mirror_teacher_teaches_nothing(distance, mask_id):
 @pytest.mark.parametrize("mask_id", [None, V - 1])
 def test_the_straight_through_lift_is_that_of_table_3(cls, mask_id):
     """y = onehot(argmax p) - sg(p) + p in place of p; everything behind it is the same."""
-    logits, clean, noisy, predicted = batch()
+    logits, clean, noisy, predicted = loss_inputs()
     arguments = {"noisy_ids": noisy, "predicted": predicted}
     loss = build(cls, lift="straight_through", mask_id=mask_id)
     value, grad = gradient(loss, logits, clean, **arguments)
@@ -280,7 +280,7 @@ def test_the_straight_through_lift_is_that_of_table_3(cls, mask_id):
 
 
 def test_the_batch_stands_first_the_queue_behind_and_the_anchor_is_hidden_from_itself():
-    logits, clean, *_ = batch()
+    logits, clean, *_ = loss_inputs()
     for paired in (False, True):
         loss = build(exclude_paired_positive=paired)
         real, generated = loss.queue_real.features().clone(), loss.queue_generated.features().clone()
@@ -296,7 +296,7 @@ def test_the_batch_stands_first_the_queue_behind_and_the_anchor_is_hidden_from_i
 
 
 def test_the_queues_alone_can_be_the_references():
-    logits, clean, *_ = batch()
+    logits, clean, *_ = loss_inputs()
     loss = build(batch_as_references=False)
     real, generated = loss.queue_real.features().clone(), loss.queue_generated.features().clone()
     loss.field = recorder = Recorder(DriftField())
@@ -309,7 +309,7 @@ def test_the_queues_alone_can_be_the_references():
 
 @pytest.mark.parametrize("cls", [TokenDriftLoss, MirrorTeacherLoss])
 def test_with_empty_queues_alone_the_first_step_has_no_drift_and_fills_them(cls):
-    logits, clean, *_ = batch()
+    logits, clean, *_ = loss_inputs()
     loss = build(cls, filled=False, batch_as_references=False)
     leaf = logits.clone().requires_grad_()
     first = loss(leaf, clean, return_diagnostics=True)
@@ -345,7 +345,7 @@ def accumulate(loss, logits, clean):
 @pytest.mark.parametrize("normalization", ["joint", "separate"])
 @pytest.mark.parametrize("kernel", ["gaussian", "laplace", "sharp_laplace"])
 def test_micro_batches_with_frozen_queues_are_one_batch(cls, normalization, kernel):
-    logits, clean, *_ = batch(rows=6)
+    logits, clean, *_ = loss_inputs(rows=6)
     field = ExtendedDriftField((0.2, 1.0), kernel=kernel, normalization=normalization, rms_normalize=False)
     whole, parts = (build(cls, **(ANCHOR_BY_ANCHOR | {"field": field})) for _ in range(2))
     expected, grad = gradient(whole, logits, clean)
@@ -369,14 +369,14 @@ def test_micro_batches_with_frozen_queues_are_one_batch(cls, normalization, kern
     ids=["batch_as_references", "rms_normalize", "two_sided", "sinkhorn", "feature_scaling", "subtract_noise"],
 )
 def test_micro_batches_are_not_one_batch_where_the_anchors_of_a_call_count(changes):
-    logits, clean, *_ = batch(rows=6)
+    logits, clean, *_ = loss_inputs(rows=6)
     _, grad = gradient(build(**(ANCHOR_BY_ANCHOR | changes)), logits, clean)
     _, summed = accumulate(build(**(ANCHOR_BY_ANCHOR | changes)), logits, clean)
     assert (summed - grad).norm() > 1e-3 * grad.norm()
 
 
 def test_micro_batches_are_not_one_batch_where_the_queues_take_them_in_at_once():
-    logits, clean, *_ = batch(rows=6)
+    logits, clean, *_ = loss_inputs(rows=6)
     _, grad = gradient(build(**ANCHOR_BY_ANCHOR), logits, clean)
     loss = build(**ANCHOR_BY_ANCHOR)
     summed = torch.cat([gradient(loss, logits[rows], clean[rows])[1] for rows in MICRO_BATCHES])
@@ -384,7 +384,7 @@ def test_micro_batches_are_not_one_batch_where_the_queues_take_them_in_at_once()
 
 
 def test_queues_are_pushed_after_the_loss_and_in_training_mode_only():
-    logits, clean, *_ = batch()
+    logits, clean, *_ = loss_inputs()
     loss = build(filled=False).eval()
     loss(logits, clean)
     assert len(loss.queue_real) == len(loss.queue_generated) == 0
@@ -399,7 +399,7 @@ def test_queues_are_pushed_after_the_loss_and_in_training_mode_only():
 
 
 def test_one_sequence_without_queues_has_no_negative_and_no_drift():
-    logits, clean, *_ = batch(rows=1)
+    logits, clean, *_ = loss_inputs(rows=1)
     value, grad = gradient(build(queue_size=0), logits, clean)
     assert value == 0
     assert torch.equal(grad, torch.zeros_like(grad))
@@ -410,7 +410,7 @@ def test_one_sequence_without_queues_has_no_negative_and_no_drift():
 def test_a_run_goes_on_exactly_from_a_copy(way, steps):
     loss = build(filled=False)
     for seed in range(steps):
-        logits, clean, *_ = batch(seed)
+        logits, clean, *_ = loss_inputs(seed)
         loss(logits, clean)
     if way == "state_dict":
         other = build(filled=False)
@@ -420,7 +420,7 @@ def test_a_run_goes_on_exactly_from_a_copy(way, steps):
     else:
         other = copy.deepcopy(loss) if way == "deepcopy" else pickle.loads(pickle.dumps(loss))
     for seed in range(10, 13):
-        logits, clean, *_ = batch(seed)
+        logits, clean, *_ = loss_inputs(seed)
         one, another = (gradient(each, logits, clean) for each in (loss, other))
         assert torch.equal(one[0], another[0])
         assert torch.equal(one[1], another[1])
@@ -437,7 +437,7 @@ def test_only_the_queues_are_in_the_state_dict(backbone):
 
 
 def test_reductions_agree():
-    logits, clean, *_ = batch()
+    logits, clean, *_ = loss_inputs()
     none, total, mean = (build(reduction=name)(logits, clean) for name in ("none", "sum", "mean"))
     assert none.shape == (B,)
     torch.testing.assert_close(none.sum(), total)
@@ -454,7 +454,7 @@ EVERY_LOSS = [
 @pytest.mark.parametrize(("cls", "options"), EVERY_LOSS)
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_nothing_predicted_is_zero_loss_attached_to_the_graph(cls, options, reduction):
-    logits, clean, noisy, _ = batch()
+    logits, clean, noisy, _ = loss_inputs()
     logits.requires_grad_()
     nothing = torch.zeros(B, L, dtype=torch.bool)
     loss = build(cls, reduction=reduction, **options)
@@ -467,7 +467,7 @@ def test_nothing_predicted_is_zero_loss_attached_to_the_graph(cls, options, redu
 
 
 def test_a_batch_of_padding_alone_is_zero_loss(backbone):
-    logits, clean, *_ = batch(dtype=torch.float32)
+    logits, clean, *_ = loss_inputs(dtype=torch.float32)
     logits.requires_grad_()
     mask = torch.ones(B, L, dtype=torch.bool)
     for padded_rows in (slice(1, 2), slice(None)):
@@ -486,7 +486,7 @@ def test_a_batch_of_padding_alone_is_zero_loss(backbone):
 def test_a_batch_of_padding_alone_has_no_features_and_pushes_none(cls, window, backbone):
     features = PooledFeatures(backbone(vocab_size=V), window=window)
     loss = cls(backbone(vocab_size=V).vocab_embed.embedding.detach(), features, queue_size=4)
-    logits, clean, *_ = batch(dtype=torch.float32)
+    logits, clean, *_ = loss_inputs(dtype=torch.float32)
     leaf = logits.requires_grad_()
     out = loss(leaf, clean, attention_mask=torch.zeros(B, L, dtype=torch.bool), return_diagnostics=True)
     out.loss.backward()
@@ -497,7 +497,7 @@ def test_a_batch_of_padding_alone_has_no_features_and_pushes_none(cls, window, b
 
 
 def test_the_mirror_teacher_says_why_it_cannot_run_in_inference_mode():
-    logits, clean, *_ = batch()
+    logits, clean, *_ = loss_inputs()
     loss = MirrorTeacherLoss(torch.eye(V, dtype=logits.dtype), feature_map).eval()
     with torch.no_grad():
         expected = loss(logits, clean)
@@ -507,7 +507,7 @@ def test_the_mirror_teacher_says_why_it_cannot_run_in_inference_mode():
 
 
 def test_a_row_without_predicted_position_counts_as_zero():
-    logits, clean, noisy, predicted = batch()
+    logits, clean, noisy, predicted = loss_inputs()
     predicted[1] = False
     value, grad = gradient(build(reduction="none"), logits, clean, noisy_ids=noisy, predicted=predicted)
     assert value[1] == 0
@@ -516,7 +516,7 @@ def test_a_row_without_predicted_position_counts_as_zero():
 
 
 def test_predicted_defaults_to_the_masks_in_the_noisy_ids():
-    logits, clean, noisy, predicted = batch()
+    logits, clean, noisy, predicted = loss_inputs()
     implied = build(mask_id=V - 1)(logits, clean, noisy_ids=noisy)
     named = build(mask_id=V - 1)(logits, clean, noisy_ids=noisy, predicted=predicted)
     assert torch.equal(implied, named)
@@ -525,7 +525,7 @@ def test_predicted_defaults_to_the_masks_in_the_noisy_ids():
 
 
 def test_padding_changes_nothing():
-    logits, clean, noisy, predicted = batch()
+    logits, clean, noisy, predicted = loss_inputs()
     loss, padded_loss = build(), build()
     mask = torch.ones(B, L + 2, dtype=torch.int64)
     mask[:, L:] = 0
@@ -553,7 +553,7 @@ def test_padding_changes_nothing():
 
 @pytest.mark.parametrize("cls", [TokenDriftLoss, MirrorTeacherLoss])
 def test_the_loss_is_float32_for_half_precision_logits(cls):
-    logits, clean, *_ = batch(dtype=torch.bfloat16)
+    logits, clean, *_ = loss_inputs(dtype=torch.bfloat16)
     value, grad = gradient(build(cls, dtype=torch.float32), logits, clean)
     assert value.dtype == torch.float32
     assert grad.dtype == torch.bfloat16
@@ -564,7 +564,7 @@ def test_the_loss_is_float32_for_half_precision_logits(cls):
 
 def test_under_autocast_the_loss_stays_close_to_float32(backbone):
     model = backbone(vocab_size=V)
-    logits, clean, *_ = batch(dtype=torch.float32)
+    logits, clean, *_ = loss_inputs(dtype=torch.float32)
     expected = TokenDriftLoss.from_encoder(model)(logits, clean)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         actual = TokenDriftLoss.from_encoder(model)(logits, clean)
@@ -577,7 +577,7 @@ def test_under_autocast_the_loss_stays_close_to_float32(backbone):
 
 @pytest.mark.parametrize("cls", [TokenDriftLoss, MirrorTeacherLoss])
 def test_the_memory_layout_of_the_logits_does_not_matter(cls):
-    logits, clean, noisy, predicted = batch()
+    logits, clean, noisy, predicted = loss_inputs()
     expected = gradient(build(cls), logits, clean, noisy_ids=noisy, predicted=predicted)
     strided = logits.transpose(1, 2).contiguous().transpose(1, 2)
     assert not strided.is_contiguous()
@@ -596,7 +596,7 @@ def test_the_memory_layout_of_the_logits_does_not_matter(cls):
 
 def test_moving_the_loss_to_another_dtype_moves_everything(backbone):
     loss = TokenDriftLoss.from_encoder(backbone(vocab_size=V), queue_size=4)
-    logits, clean, *_ = batch(dtype=torch.float32)
+    logits, clean, *_ = loss_inputs(dtype=torch.float32)
     loss(logits, clean)
     loss.to(torch.float64)
     assert loss.embedding.dtype == torch.float64
@@ -608,13 +608,13 @@ def test_moving_the_loss_to_another_dtype_moves_everything(backbone):
 def test_an_embedding_of_its_own_moves_with_the_loss():
     loss = build(dtype=torch.float32, filled=False).to(torch.float64)
     assert loss.embedding.dtype == torch.float64
-    logits, clean, *_ = batch()
+    logits, clean, *_ = loss_inputs()
     expected = build(filled=False)(logits, clean)
     torch.testing.assert_close(loss(logits, clean), expected, rtol=1e-5, atol=0)  # E was rounded, over tau = 0.02
 
 
 def test_integer_dtypes_of_ids_mean_the_same():
-    logits, clean, noisy, predicted = batch()
+    logits, clean, noisy, predicted = loss_inputs()
     expected = build()(logits, clean, noisy_ids=noisy, predicted=predicted)
     actual = build()(logits, clean.int(), noisy_ids=noisy.to(torch.uint8), predicted=predicted.int())
     assert torch.equal(actual, expected)
@@ -626,7 +626,7 @@ def test_integer_dtypes_of_ids_mean_the_same():
 def test_from_encoder_freezes_a_copy(backbone):
     model = backbone(vocab_size=V).train()
     loss = TokenDriftLoss.from_encoder(model, queue_size=0)
-    logits, clean, *_ = batch(dtype=torch.float32)
+    logits, clean, *_ = loss_inputs(dtype=torch.float32)
     before = loss(logits, clean)
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
     model(clean).square().mean().backward()
@@ -644,7 +644,7 @@ def test_train_leaves_the_encoder_in_evaluation_mode(backbone):
 
 def test_from_encoder_equals_the_parts_given_by_hand(backbone):
     model = backbone(vocab_size=V)
-    logits, clean, *_ = batch(dtype=torch.float32)
+    logits, clean, *_ = loss_inputs(dtype=torch.float32)
     whole = TokenDriftLoss.from_encoder(model, layers=(1, 2))(logits, clean)
     parts = TokenDriftLoss(model.vocab_embed.embedding.detach(), PooledFeatures(model, layers=(1, 2)))(logits, clean)
     assert torch.equal(whole, parts)
@@ -662,7 +662,7 @@ def test_from_encoder_reads_input_embeddings_of_other_libraries():
         def hidden_states(self, embeds, *, attention_mask=None):
             return [embeds, embeds.tanh()]
 
-    logits, clean, *_ = batch(dtype=torch.float32)
+    logits, clean, *_ = loss_inputs(dtype=torch.float32)
     assert TokenDriftLoss.from_encoder(Other())(logits, clean).isfinite()
 
 
@@ -685,7 +685,7 @@ def test_from_encoder_without_an_embedding_is_refused():
 
 
 def test_diagnostics_are_detached_and_do_not_change_the_loss():
-    logits, clean, noisy, predicted = batch()
+    logits, clean, noisy, predicted = loss_inputs()
     plain = build()(logits, clean, noisy_ids=noisy, predicted=predicted)
     out = build()(logits.requires_grad_(), clean, noisy_ids=noisy, predicted=predicted, return_diagnostics=True)
     assert torch.equal(out.loss, plain)
@@ -705,7 +705,7 @@ def feature_map_of(logits, noisy, predicted):
 
 
 def test_a_field_of_the_users_own_is_asked_and_has_no_diagnostics():
-    logits, clean, *_ = batch()
+    logits, clean, *_ = loss_inputs()
     mine = lambda h, positives, negatives, **_: positives.mean(0) - negatives.mean(0) + 0 * h  # noqa: E731
     out = build(field=mine)(logits, clean, return_diagnostics=True)
     assert out.diagnostics.field is None
@@ -714,7 +714,7 @@ def test_a_field_of_the_users_own_is_asked_and_has_no_diagnostics():
 
 @given(seed=st.integers(0, 2**31 - 1), masked=st.booleans())
 def test_the_entropy_of_tokens_lies_between_zero_and_log_v(seed, masked):
-    logits, _, _, predicted = batch(seed)
+    logits, _, _, predicted = loss_inputs(seed)
     mask_id = V - 1 if masked else None
     open_entries = V - 1 if masked else V
     assert 0 < token_entropy(logits, predicted, mask_id) <= torch.tensor(open_entries).double().log() + 1e-12
@@ -742,7 +742,7 @@ def compare_with_compiled(cls, partly, backend):
     eager, inner = build(cls, filled=False), build(cls, filled=False)
     compiled = torch.compile(inner, backend=backend)
     for seed in range(3):  # the queues fill (3, then 5 of 5), so the number of references changes
-        logits, clean, noisy, predicted = batch(seed)
+        logits, clean, noisy, predicted = loss_inputs(seed)
         arguments = {"noisy_ids": noisy, "predicted": predicted} if partly else {}
         expected, actual = (gradient(each, logits, clean, **arguments) for each in (eager, compiled))
         torch.testing.assert_close(actual[0], expected[0], rtol=1e-9, atol=1e-12)
@@ -868,13 +868,13 @@ def test_a_printed_loss_shows_its_settings():
 
 @pytest.mark.parametrize("cls", [TokenDriftLoss, MirrorTeacherLoss])
 def test_a_mask_without_noisy_ids_is_refused(cls):
-    logits, clean, *_ = batch()
+    logits, clean, *_ = loss_inputs()
     with pytest.raises(TokenDriftError, match=r"neither noisy_ids nor predicted[\s\S]*Pass noisy_ids=x_t"):
         build(cls, mask_id=V - 1)(logits, clean)
 
 
 def test_swapped_ids_are_refused():
-    logits, clean, noisy, _ = batch()
+    logits, clean, noisy, _ = loss_inputs()
     loss = build(mask_id=V - 1)
     before = copy.deepcopy(loss.state_dict())
     with pytest.raises(TokenDriftError, match=r"clean_ids contain the mask token \(mask_id = 6\)"):
@@ -885,7 +885,7 @@ def test_swapped_ids_are_refused():
 
 
 def test_probabilities_are_reported_once_and_log_probabilities_are_logits():
-    logits, clean, *_ = batch()
+    logits, clean, *_ = loss_inputs()
     expected = build()(logits, clean)
     loss = build()
     with pytest.warns(UserWarning, match="logits look like probabilities") as caught:
@@ -931,7 +931,7 @@ META = torch.device("meta")
     ],
 )
 def test_bad_input_is_refused_before_anything_is_pushed(cls, arguments, message):
-    logits, clean, noisy, predicted = batch(dtype=torch.float32)
+    logits, clean, noisy, predicted = loss_inputs(dtype=torch.float32)
     good = {"logits": logits, "clean_ids": clean, "noisy_ids": noisy, "predicted": predicted}
     loss = build(cls, dtype=torch.float32)
     before = copy.deepcopy(loss.state_dict())
@@ -943,7 +943,7 @@ def test_bad_input_is_refused_before_anything_is_pushed(cls, arguments, message)
 @pytest.mark.parametrize("cls", [TokenDriftLoss, MirrorTeacherLoss])
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_logits_that_are_not_numbers_are_refused_and_not_pushed(cls, value):
-    logits, clean, *_ = batch()
+    logits, clean, *_ = loss_inputs()
     logits[1, 2, 3] = value
     loss = build(cls)
     before = copy.deepcopy(loss.state_dict())
@@ -956,7 +956,7 @@ def test_logits_that_are_not_numbers_are_refused_and_not_pushed(cls, value):
 
 @pytest.mark.parametrize("cls", [TokenDriftLoss, MirrorTeacherLoss])
 def test_nan_logits_at_observed_positions_do_not_matter(cls):
-    logits, clean, noisy, predicted = batch()
+    logits, clean, noisy, predicted = loss_inputs()
     expected, grad = gradient(build(cls), logits, clean, noisy_ids=noisy, predicted=predicted)
     logits[~predicted] = float("nan")
     actual, wild = gradient(build(cls), logits, clean, noisy_ids=noisy, predicted=predicted)
@@ -968,7 +968,7 @@ def test_nan_logits_at_observed_positions_do_not_matter(cls):
 @pytest.mark.parametrize("mask_id", [None, V - 1])
 def test_entries_of_minus_infinity_are_closed_entries(cls, options, mask_id):
     """Whoever applies SUBS before the loss hands over -inf at the mask."""
-    logits, clean, noisy, predicted = batch()
+    logits, clean, noisy, predicted = loss_inputs()
     arguments = {"noisy_ids": noisy, "predicted": predicted}
     expected, grad = gradient(build(cls, mask_id=V - 1, **options), logits, clean, **arguments)
     closed = logits.index_fill(-1, torch.tensor(V - 1), -torch.inf)
@@ -979,7 +979,7 @@ def test_entries_of_minus_infinity_are_closed_entries(cls, options, mask_id):
 
 
 def test_a_feature_map_of_the_wrong_shape_is_named():
-    logits, clean, *_ = batch()
+    logits, clean, *_ = loss_inputs()
     with pytest.raises(TokenDriftError, match=r"feature_map\(embeds\) must have shape \(B, M\), but it has 4 axes"):
         TokenDriftLoss(table(), lambda embeds: embeds[None])(logits, clean)
     with pytest.raises(TokenDriftError, match=r"one row for each sequence: \(B, M\), or \(B, W, M\) for windows"):
@@ -987,7 +987,7 @@ def test_a_feature_map_of_the_wrong_shape_is_named():
 
 
 def test_windows_are_one_cloud_and_a_sequence_is_the_mean_over_its_windows():
-    logits, clean, *_ = batch()
+    logits, clean, *_ = loss_inputs()
     batch_size, length = clean.shape
     windows = build(queue_size=0, reduction="none")
     whole = TokenDriftLoss(windows.embedding, lambda e: e.flatten(1)[:, None], queue_size=0, reduction="none")
@@ -1017,7 +1017,7 @@ def assert_same_state(loss, before):
 @pytest.mark.parametrize("side", ["real", "generated"])
 def test_a_batch_with_nan_gives_nan_where_it_cannot_be_read_and_costs_no_other_batch(monkeypatch, side):
     monkeypatch.setattr(_objective, "can_be_read", lambda values: False)  # as on an accelerator
-    logits, clean, *_ = batch()
+    logits, clean, *_ = loss_inputs()
     embedding = table()
     if side == "real":
         embedding[clean[0, 0]] = torch.nan
@@ -1027,13 +1027,13 @@ def test_a_batch_with_nan_gives_nan_where_it_cannot_be_read_and_costs_no_other_b
     assert loss(logits, clean).isnan()
     assert not len(loss.queue_real) or loss.queue_real.features().isfinite().all()
     loss._frozen._embedding = table()
-    value, found = gradient(loss, batch(1)[0], clean)
+    value, found = gradient(loss, loss_inputs(1)[0], clean)
     assert value > 0 and found.isfinite().all() and found.abs().sum() > 0
     assert loss.queue_generated.features().isfinite().all()
 
 
 def test_clean_text_without_finite_features_is_refused_on_the_cpu():
-    logits, clean, *_ = batch()
+    logits, clean, *_ = loss_inputs()
     loss = TokenDriftLoss(table(), lambda e: feature_map(e) if e.requires_grad else feature_map(e) * torch.inf)
     with pytest.raises(TokenDriftError, match="the features of the clean text are not finite"):
         loss(logits.requires_grad_(), clean)
@@ -1042,7 +1042,7 @@ def test_clean_text_without_finite_features_is_refused_on_the_cpu():
 
 @pytest.mark.parametrize("power", [-100, 100])
 def test_the_scale_of_the_embedding_does_not_matter_to_unit_features(power):
-    logits, clean, *_ = batch(dtype=torch.float32)
+    logits, clean, *_ = loss_inputs(dtype=torch.float32)
     small, large = (
         gradient(TokenDriftLoss(table(torch.float32) * scale, IdentityFeatures()), logits, clean)
         for scale in (1.0, 2.0**power)
@@ -1051,7 +1051,7 @@ def test_the_scale_of_the_embedding_does_not_matter_to_unit_features(power):
 
 
 def test_features_whose_squares_overflow_are_refused():
-    logits, clean, *_ = batch(dtype=torch.float32)
+    logits, clean, *_ = loss_inputs(dtype=torch.float32)
     with pytest.raises(TokenDriftError, match="squares overflow"):
         TokenDriftLoss(table(torch.float32) * 1e30, lambda e: e.mean(dim=1))(logits, clean)
 
@@ -1068,7 +1068,7 @@ def test_scales_that_overflow_or_vanish_are_refused(scale):
     "options", [{"drift_scale": 1e-10}, {"cls": MirrorTeacherLoss, "distance": "mse", "step_size": 1e-10}]
 )
 def test_a_small_scale_is_not_lost_in_rounding(options):
-    logits, clean, *_ = batch(dtype=torch.float32)
+    logits, clean, *_ = loss_inputs(dtype=torch.float32)
     whole = {name: 1.0 if isinstance(value, float) else value for name, value in options.items()}
     small, large = (gradient(build(dtype=torch.float32, **each), logits, clean)[1] for each in (options, whole))
     torch.testing.assert_close(small * 1e10, large, rtol=1e-5, atol=0)
@@ -1085,7 +1085,7 @@ def test_a_small_scale_is_not_lost_in_rounding(options):
     ],
 )
 def test_a_step_that_cannot_learn_says_so_once(options, rows, learns):
-    logits, clean, *_ = batch(dtype=torch.float32, rows=rows)
+    logits, clean, *_ = loss_inputs(dtype=torch.float32, rows=rows)
     loss = TokenDriftLoss(table(torch.float32), **({"feature_map": feature_map} | options))
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
@@ -1097,7 +1097,7 @@ def test_a_step_that_cannot_learn_says_so_once(options, rows, learns):
 @pytest.mark.parametrize("reentrant", [False, True])
 @pytest.mark.parametrize("cls", [TokenDriftLoss, MirrorTeacherLoss])
 def test_checkpointing_the_loss_is_refused_unless_its_queues_are_frozen(cls, reentrant):
-    logits, clean, *_ = batch()
+    logits, clean, *_ = loss_inputs()
     plain, loss, other = (build(cls) for _ in range(3))
     expected = gradient(plain, logits, clean)
     with pytest.raises(TokenDriftError, match="computed again during the backward pass"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from conftest import noised_batch
 from hypothesis import given
 from hypothesis import strategies as st
 from live_bytes import LiveBytes
@@ -21,16 +22,7 @@ CASES = {
     "duo_cosine": DuoCosine(strict_upstream=True),
 }
 V, MASK = 7, 6
-
-
-def batch(seed=0, rows=4, length=6, mask_id=MASK):
-    generator = torch.Generator().manual_seed(seed)
-    logits = torch.randn(rows, length, V, generator=generator, dtype=torch.float64)
-    clean = torch.randint(V - 1, (rows, length), generator=generator)
-    clean = clean + (clean >= mask_id)  # any token but the mask
-    t = 0.1 + 0.8 * torch.rand(rows, generator=generator, dtype=torch.float64)
-    masked = torch.rand(rows, length, generator=generator) < t[:, None]
-    return logits, clean, torch.where(masked, mask_id, clean), t
+MASKED = MaskedDiffusion(V, MASK)
 
 
 # ------------------------------------------------------------------------------------------------ parity
@@ -90,7 +82,7 @@ def test_objective_and_posterior_have_the_values_of_the_reference():
 
 @given(seed=st.integers(0, 2**31 - 1), mask_id=st.integers(0, V - 1))
 def test_subs_is_a_law_without_the_mask_that_copies_what_is_observed(seed, mask_id):
-    logits, _, x_t, _ = batch(seed, mask_id=mask_id)
+    logits, _, x_t, _ = noised_batch(MaskedDiffusion(V, mask_id), seed)
     process = MaskedDiffusion(V, mask_id)
     before = logits.clone()
     p = process.log_probs(logits, x_t).exp()
@@ -104,7 +96,7 @@ def test_subs_is_a_law_without_the_mask_that_copies_what_is_observed(seed, mask_
 
 @given(seed=st.integers(0, 2**31 - 1), name=st.sampled_from(list(CASES)))
 def test_the_objective_is_the_weighted_surprise_at_masks_and_nothing_elsewhere(seed, name):
-    logits, clean, x_t, t = batch(seed)
+    logits, clean, x_t, t = noised_batch(MASKED, seed)
     process = MaskedDiffusion(V, MASK, CASES[name])
     loss = process.nelbo(logits, clean, x_t, t)
     surprise = -process.log_probs(logits, x_t).gather(-1, clean[..., None])[..., 0]
@@ -121,7 +113,7 @@ def test_the_objective_is_the_weighted_surprise_at_masks_and_nothing_elsewhere(s
 
 @given(seed=st.integers(0, 2**31 - 1), final=st.booleans())
 def test_the_posterior_is_a_law_and_equals_its_mixture(seed, final):
-    logits, _, x_t, t = batch(seed, rows=1)
+    logits, _, x_t, t = noised_batch(MASKED, seed, rows=1)
     process = MaskedDiffusion(V, MASK)
     s = torch.zeros_like(t) if final else t * 0.6
     posterior = process.posterior(logits, x_t, t, s)
@@ -135,7 +127,7 @@ def test_the_posterior_is_a_law_and_equals_its_mixture(seed, final):
 
 
 def test_float32_objectives_are_close_to_float64():
-    logits, clean, x_t, t = batch()
+    logits, clean, x_t, t = noised_batch(MASKED)
     x_t, t[0] = torch.full_like(x_t, MASK), 1e-3  # where 1 - alpha in float32 would be wrong by 6e-5
     process = MaskedDiffusion(V, MASK)
     exact = process.nelbo(logits, clean, x_t, t)
@@ -149,7 +141,7 @@ def test_float32_objectives_are_close_to_float64():
 
 @given(seed=st.integers(0, 2**31 - 1))
 def test_the_surprise_is_that_of_the_log_probabilities(seed):
-    logits, clean, x_t, _ = batch(seed)
+    logits, clean, x_t, _ = noised_batch(MASKED, seed)
     process = MaskedDiffusion(V, MASK)
     expected = -process.log_probs(logits, x_t).gather(-1, clean[..., None])[..., 0]
     found = process.nll(logits, clean, x_t)
@@ -158,7 +150,7 @@ def test_the_surprise_is_that_of_the_log_probabilities(seed):
 
 
 def test_the_gradient_of_the_objective_is_that_of_finite_differences():
-    logits, clean, x_t, t = batch(rows=2, length=3)
+    logits, clean, x_t, t = noised_batch(MASKED, rows=2, length=3)
     process = MaskedDiffusion(V, MASK)
     assert torch.autograd.gradcheck(lambda x: process.nelbo(x, clean, x_t, t), logits.requires_grad_())
     assert torch.autograd.gradcheck(lambda x: process.nll(x, clean, x_t), logits)
@@ -167,7 +159,7 @@ def test_the_gradient_of_the_objective_is_that_of_finite_differences():
 
 
 def test_observed_rows_are_not_read_and_get_no_gradient():
-    logits, clean, x_t, t = batch()
+    logits, clean, x_t, t = noised_batch(MASKED)
     seen = x_t != MASK
     expected = MaskedDiffusion(V, MASK).nelbo(logits, clean, x_t, t)
     logits[seen] = torch.nan
@@ -184,7 +176,7 @@ def test_observed_rows_are_not_read_and_get_no_gradient():
 
 def test_a_clean_mask_is_expensive_but_can_be_multiplied_away():
     """Padding that shares its id with the mask: MDLM's vocabulary."""
-    logits, clean, x_t, t = batch()
+    logits, clean, x_t, t = noised_batch(MASKED)
     clean[:, -1] = x_t[:, -1] = MASK
     logits.requires_grad_()
     loss = MaskedDiffusion(V, MASK).nelbo(logits, clean, x_t, t)
@@ -212,7 +204,7 @@ def test_the_objective_holds_little_beside_the_gradient_of_the_logits(dtype):
 
 @given(seed=st.integers(0, 2**31 - 1), mask_id=st.integers(0, V - 1))
 def test_corruption_only_puts_masks(seed, mask_id):
-    _, clean, _, t = batch(seed, mask_id=mask_id)
+    _, clean, _, t = noised_batch(MaskedDiffusion(V, mask_id), seed)
     process = MaskedDiffusion(V, mask_id)
     found = process.corrupt(clean, t, generator=torch.Generator().manual_seed(seed))
     assert torch.equal(found.predicted, found.x_t == mask_id)
@@ -222,7 +214,7 @@ def test_corruption_only_puts_masks(seed, mask_id):
 
 
 def test_the_same_seed_gives_the_same_corruption():
-    _, clean, *_ = batch()
+    _, clean, *_ = noised_batch(MASKED)
     one, same, other = (
         MaskedDiffusion(V).corrupt(clean, generator=torch.Generator().manual_seed(seed)) for seed in (1, 1, 2)
     )
@@ -282,7 +274,7 @@ def test_a_mask_outside_the_vocabulary_is_refused(mask_id):
     ],
 )
 def test_bad_arguments_of_the_objective_are_refused(arguments, message):
-    logits, clean, x_t, t = batch()
+    logits, clean, x_t, t = noised_batch(MASKED)
     good = {"logits": logits, "x0": clean, "x_t": x_t, "t": t}
     with pytest.raises(TokenDriftError, match=message):
         MaskedDiffusion(V).nelbo(**(good | arguments))
@@ -303,7 +295,7 @@ def test_bad_arguments_of_the_objective_are_refused(arguments, message):
     ],
 )
 def test_bad_arguments_of_the_corruption_are_refused(arguments, message):
-    _, clean, _, t = batch()
+    _, clean, _, t = noised_batch(MASKED)
     with pytest.raises(TokenDriftError, match=message):
         MaskedDiffusion(V).corrupt(**({"x0": clean, "t": t} | arguments))
 

@@ -100,6 +100,7 @@ def test_a_killed_run_ends_with_the_bits_of_an_uninterrupted_one(tmp_path):
     assert killed(tmp_path, 2, 0) == 2
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="forks its runs, to start them quickly")
 def test_kills_change_no_law_and_no_chain(tmp_path):
     assert killed(tmp_path, 2, 0, "objective=pairs", "pair_sequences=40") == 2
@@ -493,7 +494,8 @@ def chains(inputs):
     return run(inputs, "chains", **CHAINS).folder
 
 
-@pytest.mark.parametrize("mode", ["run", pytest.param("shard", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["run", "shard"])
 def test_two_processes_draw_the_chains_and_keep_the_laws_of_one(inputs, chains, mode):
     launched(inputs, 2, mode=mode, output=str(inputs / f"chains-{mode}"), micro_batch=2, **CHAINS)
     for one, two in zip(read_log(chains), read_log(inputs / f"chains-{mode}"), strict=True):
@@ -560,6 +562,18 @@ def test_the_command_shows_its_settings_and_names_the_nearest_key():
     wrong = command.invoke(app, ["refine", "base", "--set", "stepz=3"])
     assert wrong.exit_code == 2
     assert "unknown key 'stepz'; the nearest is 'steps'" in wrong.stderr
+
+
+def test_the_command_takes_the_best_preset_unless_something_else_is_named():
+    def shown(*flags):
+        return CliRunner().invoke(app, ["refine", "base", "--show", *flags])
+
+    assert 'objective = "matching"' in shown().stdout and "steps = 1500" in shown("--set", "wrap=no").stdout
+    assert 'objective = "drift"' in shown("--objective", "drift", "--set", "window=2").stdout
+    assert 'objective = "pairs"' in shown("--preset", "pairs").stdout
+    foreign = shown("--set", "window=2")
+    assert foreign.exit_code == 2 and "window is a setting of the objective drift, " in foreign.stderr
+    assert "Pass --objective drift" in foreign.stderr
 
 
 def test_the_command_refines_and_tells_where(inputs):

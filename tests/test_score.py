@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from conftest import noised_batch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -32,15 +33,6 @@ SCHEDULES = [LogLinear(), Cosine(), DuoCosine(), Linear(0.01, 5.0), Geometric(1e
 PROCESSES = {"masked": MaskedDiffusion(V, MASK), "uniform": UniformDiffusion(V)}
 BOTH = pytest.mark.parametrize("process", PROCESSES.values(), ids=PROCESSES)
 SEEDS = st.integers(0, 2**31 - 1)
-
-
-def batch(process, seed=0, rows=4, length=6, scale=1.0):
-    generator = torch.Generator().manual_seed(seed)
-    logits = torch.randn(rows, length, V, generator=generator, dtype=torch.float64) * scale
-    clean = torch.randint(V - 1, (rows, length), generator=generator)
-    clean = clean + (clean >= MASK)
-    t = 0.05 + 0.9 * torch.rand(rows, generator=generator, dtype=torch.float64)
-    return logits, clean, process.corrupt(clean, t, generator=generator).x_t, t
 
 
 def one_hot(ids):
@@ -87,7 +79,7 @@ def test_the_analytic_step_has_the_golden_values(golden):
 @given(seed=SEEDS)
 def test_scores_are_ratios_of_the_chances_of_noisy_tokens(process, seed):
     """A single position, where q_t is known: that of x0 drawn from p and noised."""
-    logits, _, x_t, t = batch(process, seed, length=1)
+    logits, _, x_t, t = noised_batch(process, seed, length=1)
     p = process.log_probs(logits, torch.full_like(x_t, MASK)).exp()  # the law of x0, whatever is seen
     alpha = process.schedule.alpha(t)[:, None, None]
     prior = one_hot(torch.tensor(MASK)).double() if process.mask_id is not None else torch.ones(V).double() / V
@@ -102,7 +94,7 @@ def test_scores_are_ratios_of_the_chances_of_noisy_tokens(process, seed):
 @given(seed=SEEDS, index=st.integers(0, len(SCHEDULES) - 1), scale=st.sampled_from([0.1, 1.0, 4.0]))
 def test_the_map_to_scores_and_back_is_the_identity(process, seed, index, scale):
     process = type(process)(V, *([MASK] if process.mask_id is not None else []), schedule=SCHEDULES[index])
-    logits, _, x_t, t = batch(process, seed, scale=scale)
+    logits, _, x_t, t = noised_batch(process, seed, scale=scale)
     sigma, log_p = process.sigma(t), process.log_probs(logits, x_t)
     log_s = log_score(process, log_p, x_t, sigma)
     back = log_probs_from_score(process, log_s, x_t, sigma)
@@ -116,7 +108,7 @@ def test_the_map_to_scores_and_back_is_the_identity(process, seed, index, scale)
 def test_scores_of_no_law_give_the_nearest_sense(seed):
     """Uniform noise: a score below what any p allows means no probability, and the rest is normalised."""
     process = UniformDiffusion(V)
-    logits, _, x_t, t = batch(process, seed, scale=5.0)
+    logits, _, x_t, t = noised_batch(process, seed, scale=5.0)
     log_s = network_log_score(process, logits, x_t, process.sigma(t)).requires_grad_()
     log_p = log_probs_from_score(process, log_s, x_t, process.sigma(t))
     torch.testing.assert_close(log_p.exp().sum(-1), torch.ones(4, 6).double(), rtol=0, atol=1e-12)
@@ -131,7 +123,7 @@ def test_scores_of_no_law_give_the_nearest_sense(seed):
 @given(seed=SEEDS, index=st.integers(0, len(SCHEDULES) - 1))
 def test_the_score_entropy_of_a_law_of_x0_is_its_nelbo(process, seed, index):
     process = type(process)(V, *([MASK] if process.mask_id is not None else []), schedule=SCHEDULES[index])
-    logits, clean, x_t, t = batch(process, seed)
+    logits, clean, x_t, t = noised_batch(process, seed)
     log_s = log_score(process, process.log_probs(logits, x_t), x_t, process.sigma(t))
     entropy = score_entropy(process, log_s, clean, x_t, t)
     torch.testing.assert_close(entropy, process.nelbo(logits, clean, x_t, t), rtol=1e-10, atol=1e-11)
@@ -140,7 +132,7 @@ def test_the_score_entropy_of_a_law_of_x0_is_its_nelbo(process, seed, index):
 @given(seed=SEEDS)
 def test_the_entropy_of_any_absorbing_score_is_a_nelbo_and_the_price_of_its_total(seed):
     process = MaskedDiffusion(V, MASK)
-    logits, clean, x_t, t = batch(process, seed)
+    logits, clean, x_t, t = noised_batch(process, seed)
     sigma = process.sigma(t)
     log_s = network_log_score(process, logits, x_t, sigma)
     masked = (x_t == MASK).double()
@@ -156,7 +148,7 @@ def test_the_entropy_of_any_absorbing_score_is_a_nelbo_and_the_price_of_its_tota
 @given(seed=SEEDS)
 def test_the_score_entropy_is_a_divergence(process, seed):
     """Never negative, and zero at the scores of the known token."""
-    logits, clean, x_t, t = batch(process, seed, scale=3.0)
+    logits, clean, x_t, t = noised_batch(process, seed, scale=3.0)
     log_s = network_log_score(process, logits, x_t, process.sigma(t))
     assert (score_entropy(process, log_s, clean, x_t, t) >= -1e-10).all()
     certain = process.log_probs(one_hot(clean).double() * 1e3, x_t)
@@ -166,7 +158,7 @@ def test_the_score_entropy_is_a_divergence(process, seed):
 
 @BOTH
 def test_the_gradient_of_the_score_entropy_is_that_of_finite_differences(process):
-    logits, clean, x_t, t = batch(process, rows=2, length=3)
+    logits, clean, x_t, t = noised_batch(process, rows=2, length=3)
 
     def loss(output):
         return score_entropy(process, network_log_score(process, output, x_t, process.sigma(t)), clean, x_t, t)
@@ -185,7 +177,7 @@ def test_the_gradient_of_the_score_entropy_is_that_of_finite_differences(process
 
 @BOTH
 def test_float32_scores_are_close_to_float64(process):
-    logits, clean, x_t, _ = batch(process)
+    logits, clean, x_t, _ = noised_batch(process)
     t = torch.tensor([1e-3, 0.1, 0.9, 0.999], dtype=torch.float64)
 
     def loss(output, time):
@@ -205,7 +197,7 @@ def test_float32_scores_are_close_to_float64(process):
 @BOTH
 @given(seed=SEEDS, final=st.booleans())
 def test_the_analytic_step_of_a_law_of_x0_is_the_ancestral_one(process, seed, final):
-    logits, _, x_t, t = batch(process, seed)
+    logits, _, x_t, t = noised_batch(process, seed)
     s = torch.zeros_like(t) if final else t * 0.6
     log_s = log_score(process, process.log_probs(logits, x_t), x_t, process.sigma(t))
     found = score_posterior(process, log_s, x_t, t, s)
@@ -215,7 +207,7 @@ def test_the_analytic_step_of_a_law_of_x0_is_the_ancestral_one(process, seed, fi
 @BOTH
 @given(seed=SEEDS, final=st.booleans())
 def test_the_analytic_step_is_a_law_for_any_scores(process, seed, final):
-    logits, _, x_t, t = batch(process, seed, scale=3.0)
+    logits, _, x_t, t = noised_batch(process, seed, scale=3.0)
     s = torch.zeros_like(t) if final else t * 0.9
     law = score_posterior(process, network_log_score(process, logits, x_t, process.sigma(t)), x_t, t, s)
     torch.testing.assert_close(law.sum(-1), torch.ones(4, 6).double(), rtol=0, atol=1e-12)
@@ -231,7 +223,7 @@ def test_the_analytic_step_is_a_law_for_any_scores(process, seed, final):
 
 @BOTH
 def test_a_score_network_becomes_a_denoiser_of_the_same_law(process, backbone):
-    logits, _, x_t, t = batch(process)
+    logits, _, x_t, t = noised_batch(process)
     sigma, log_p = process.sigma(t), process.log_probs(logits, x_t)
 
     def network(x_t, sigma):
@@ -274,7 +266,7 @@ def test_whether_a_denoiser_of_scores_depends_on_time_is_told(backbone):
 @BOTH
 def test_a_score_model_can_be_trained_and_then_refined_by_the_drifting_loss(process, backbone, drift_loss):
     network = backbone(vocab_size=V, time_conditioning=True)
-    batches = [batch(process, seed)[1] for seed in range(5)]
+    batches = [noised_batch(process, seed)[1] for seed in range(5)]
     objective = ScoreEntropy(process, torch.Generator().manual_seed(0))
     records = train(network, objective, iter(batches), LoopConfig(3, batch_size=4, log_every=1))
     assert all(record["score_entropy"] >= 0 for record in records)

@@ -14,10 +14,25 @@ import torch
 
 from tokendrift import TokenDriftError
 from tokendrift.corpus import python_documents
+from tokendrift.demo import pretrained_path
+from tokendrift.evaluation import GenerativePerplexity, measure
 from tokendrift.models import DiT, DiTConfig
+from tokendrift.sampling import SamplingSetting
 
 STUDY = Path(__file__).parents[1] / "examples" / "study"
-NAMES = ("arms", "cache", "english", "markov", "pretrain", "report", "run", "stages")
+NAMES = ("arms", "cache", "english", "english_report", "markov", "pretrain", "report", "run", "stages")
+
+
+LAW = torch.linspace(1.5, -1.5, 8, dtype=torch.float64)
+
+
+def letters():
+    """A tokenizer whose entries are letters."""
+    from tokenizers import Tokenizer, decoders, models
+
+    tokenizer = Tokenizer(models.BPE({letter: number for number, letter in enumerate("abcdefgh")}, []))
+    tokenizer.decoder = decoders.Fuse()
+    return tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -44,16 +59,21 @@ def test_no_two_arms_have_one_name_or_one_setting(study):
     assert study["arms"].PAPER.key() == {}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["masked", "uniform"])
 def test_every_arm_trains(study, kind):
     tool = study["markov"].Markov(Path("unused"))
     process = tool.process(kind)
     torch.manual_seed(0)
-    sizes = DiTConfig(process.vocab_size, 16, hidden_dim=16, cond_dim=8, n_blocks=2, n_heads=2, dropout=0.0)
+    sizes = DiTConfig(
+        process.vocab_size, 16, hidden_dim=16, cond_dim=8, n_blocks=2, n_heads=2, dropout=0.0, mask_id=process.mask_id
+    )
     text = tool.language.sample(32, seed=0)
     for arm in every_arm(study):
         model = DiT(sizes)
         torch.nn.init.normal_(model.output_layer.linear.weight, std=0.1)  # a head of zeros has nothing to drift
+        if arm.loss == "matching":
+            study["arms"].matching_config(arm, process).prepare(model)
         learn = study["arms"].objective(arm, DiT(sizes), process, 0, text)
         for _ in range(2):
             loss = learn(model, text[:8]).loss
@@ -68,59 +88,69 @@ def test_the_main_comparison_has_three_seeds_and_continuations_come_first(study)
     main = [cell for cell in cells if cell.main]
     assert {cell.seed for cell in main} == {0, 1, 2}
     arms = study["arms"]
-    assert len(main) == 2 * 2 * (3 * len(arms.MAIN) + 1) + 1  # the base once, and a longer run
+    assert len(main) == 2 * (3 * len(arms.MAIN) + 1) + 1  # the base once, and a longer run
     first = next(number for number, cell in enumerate(cells) if cell.arm != arms.CONTINUATION)
     assert all(cell.arm != arms.CONTINUATION for cell in cells[first:])
     assert len({str(cell) for cell in cells}) == len(cells)
 
 
-def interval(value):
-    return {"estimate": value, "low": 0.9 * value, "high": 1.1 * value}
-
-
-def measured(ppl, entropy, **more):
-    names = ("distinct_3", "repetition_4", "copied_share")
-    entropies = {"sample_entropy": interval(entropy), "unigram_entropy": interval(entropy + 2)}
-    return {"gen_ppl": interval(ppl), **entropies, **{name: interval(0.1) for name in names}, **more}
-
-
-def english(ppl, curve, matched):
-    """Results of a model of given Gen.-PPL at NFE 4, with its curve over temperatures."""
-    row = measured(ppl, 3.3, steps=4)
-    if matched:
-        match = {"ratio": interval(0.5), "entropy_difference": interval(0.01)}
-        row["matched"] = {f"{e}, {m}": match for e in ("sample", "unigram") for m in ("temperature", "top_p")}
-    points = [measured(p, h, steps=4, temperature=t, top_p=1.0) for t, h, p in curve]
-    return {"nelbo": 4.0, "training_seconds": 1.0, "rows": [row], "real": measured(30.0, 3.2), "curve": points}
-
-
-def test_the_report_compares_at_the_entropy_of_real_text(study, tmp_path):
-    arms, run, report = study["arms"], study["run"], study["report"]
-    cells = [
-        (
-            run.Cell("english", "uniform", arms.CONTINUATION, 0, True),
-            english(400.0, [(0.8, 3.1, 100.0), (1.0, 3.3, 400.0)], False),
-        ),
-        (
-            run.Cell("english", "uniform", arms.PAIRS, 0, True),
-            english(200.0, [(0.8, 3.2, 50.0), (1.0, 3.4, 200.0)], True),
-        ),
+def judged(logits, seed, judges=2):
+    """Figures of 64 samples from a law, under judges that expect the law of `LAW` in other tokens."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.multinomial(logits.softmax(dim=-1), 64 * 8, replacement=True, generator=generator).view(64, 8)
+    evaluators = [
+        GenerativePerplexity(lambda ids, attention_mask: LAW.expand(*ids.shape, 8), letters(), protocol="all")
     ]
-    tool = type("Tool", (), {"source": "a test", "sizes": study["english"].Sizes(), "facts": lambda self: {}})()
-    report.write(tmp_path, {"english": tool}, cells)
-    table = (tmp_path / "english-uniform-matched.md").read_text().splitlines()[2:]
-    (ours,) = table
-    # Interpolated in the logarithm between 100 and 400 at entropy 3.2: 200. So 50 / 200, and ln(200/50) / ln(200/30).
-    assert ours.split(" | ")[-4:] == ["0.25", "73%", "0.25", "73% |"]
-    plain = json.loads((tmp_path / "results.json").read_text())
-    assert [cell["arm"] for cell in plain["cells"]] == ["continuation", arms.PAIRS.name]
-    assert (tmp_path / "english-nfe.svg").exists()
+    evaluators *= judges
+    return measure(
+        ids, evaluators[0], tokenizer=letters(), panel=evaluators[1:], nfe=4, training=ids[:1], resamples=100
+    )
+
+
+def test_the_report_of_english_compares_at_equal_entropy(study, tmp_path):
+    cell, report = study["english"].Cell, study["english_report"]
+    cooled = {SamplingSetting(4, t): judged(LAW / t, seed=1) for t in (1.0, 0.7)}
+    nucleus = {SamplingSetting(4, 1.0, 0.9): judged(LAW / 0.8, seed=3)}
+    cells = {
+        cell("masked", "base", 0): cooled | nucleus,
+        cell("masked", "pairs", 0): {
+            SamplingSetting(4): judged(LAW / 0.85, seed=4),
+            SamplingSetting(2): judged(LAW, seed=5),
+        },
+        cell("masked", "pairs", 1): {SamplingSetting(4): judged(LAW / 0.85, seed=6)},
+    }
+    report.write(tmp_path, judged(LAW, seed=0), cells)
+    head, _, two, four = (
+        line.split(" | ") for line in (tmp_path / "judged-masked-matched.md").read_text().splitlines()
+    )
+    assert two[1:3] == ["4", "T = 1"] and four[0] == "| pairs"
+    at = head.index("over the base by temperature, <lambda>")
+    mean, rest = four[at].split(" (", 1)
+    assert float(mean) == pytest.approx(1.0, abs=0.1) and rest.endswith("2 seeds)")
+    assert two[at] == ""  # two steps do not compare with four
+    rows = (tmp_path / "judged-masked.md").read_text().splitlines()
+    assert rows[2].startswith("| real text |") and len(rows) == 2 + 1 + 3 + 2
+    assert (tmp_path / "judged.svg").exists()
+
+
+@pytest.mark.slow
+def test_a_row_of_english_is_trained_sampled_and_judged_once(study, tmp_path):
+    judge = str(pretrained_path("judge"))
+    tool = study["english"].English(tmp_path, (judge, judge), quick=True)
+    cell = study["english"].Cell("masked", "continuation", 0)
+    first = tool.row(cell, SamplingSetting(4))
+    assert first.samples == 8 and first.nfe == 4 and len(first.panel) == 1
+    made = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()}
+    again = study["english"].English(tmp_path, (judge, judge), quick=True).row(cell, SamplingSetting(4), make=False)
+    assert again.bits_per_byte == first.bits_per_byte
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()} == made
+    assert tool.row(None, SamplingSetting(4)).nfe is None
 
 
 @pytest.mark.slow
 def test_a_second_run_makes_nothing_again(study, tmp_path, capfd):
     run = study["run"]
-    chosen = "markov, masked: continuation, seed 0"
+    chosen = "masked: continuation, seed 0"
     run.main(output=tmp_path, jobs=1, only=chosen, quick=True, only_report=False)
     folders = {path: path.stat().st_mtime_ns for path in (tmp_path / "parts" / "markov").iterdir()}
     assert len(folders) == 5  # two bases, the main comparison and the short one, the exact denoiser

@@ -49,7 +49,7 @@ def test_windows_refuse_a_stream_shorter_than_one_window():
 @pytest.mark.parametrize(
     ("process", "objective"),
     [
-        (MaskedDiffusion(VOCAB), Continuation),
+        pytest.param(MaskedDiffusion(VOCAB), Continuation, marks=pytest.mark.slow),
         (MaskedDiffusion(VOCAB), Denoising),
         (UniformDiffusion(VOCAB), Continuation),
     ],

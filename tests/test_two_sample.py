@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from tokendrift import PooledFeatures, TokenDriftError
-from tokendrift.evaluation import encoder_features, judge_features, kernel_distance, mauve
+from tokendrift.evaluation import character_features, encoder_features, judge_features, kernel_distance, mauve
 from tokendrift.evaluation.judge import Judge
 from tokendrift.evaluation.two_sample import _mauve_score
 
@@ -43,6 +43,33 @@ def test_two_gaussians_are_as_far_apart_as_their_formula_says():
     )
     exact = 2 / math.sqrt(3) * (1 - math.exp(-1 / 6))  # k convolved with N(0, 2): width^2 1 + 2
     assert found.distance.low < exact < found.distance.high
+
+
+def test_the_energy_distance_of_two_gaussians_is_that_of_their_formula():
+    x, y = cloud(1500, seed=0, width=1), cloud(1500, seed=1, width=1, shift=1.0)
+    found = kernel_distance(x, y, kernel="energy", permutations=20)
+    # E|X - Y| for X - Y ~ N(1, 2), against E|X - X'| = 2 / sqrt(pi).
+    across = 2 / math.sqrt(math.pi) * math.exp(-1 / 4) + math.erf(1 / 2)
+    assert found.distance.low < 2 * across - 4 / math.sqrt(math.pi) < found.distance.high
+    assert found.bandwidth is None and found.z_score.low > 20
+    with pytest.raises(TokenDriftError, match="the energy distance has no bandwidth"):
+        kernel_distance(x, y, kernel="energy", bandwidth=1.0)
+
+
+def test_the_z_score_of_equal_laws_is_about_one():
+    scores = [
+        kernel_distance(cloud(40, seed=2 * s), cloud(40, seed=2 * s + 1), kernel="energy", permutations=99).z_score
+        for s in range(40)
+    ]
+    values = torch.tensor([score.estimate for score in scores])
+    assert values.mean().abs() < 0.6 and 0.6 < values.std() < 1.6
+
+
+def test_character_features_are_the_roots_of_shares():
+    found = character_features(["abab", "ab", ""], n=2, buckets=4096)
+    assert found.square().sum(dim=1).tolist() == pytest.approx([1, 1, 1])
+    assert sorted(found[0][found[0] > 0].square().tolist()) == pytest.approx([1 / 3, 2 / 3])  # ab twice, ba once
+    assert (found[0] * found[1]).sum().item() == pytest.approx(math.sqrt(2 / 3))
 
 
 def test_the_interval_covers_the_distance():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from conftest import noised_batch
 from hypothesis import given
 from hypothesis import strategies as st
 from live_bytes import LiveBytes
@@ -12,16 +13,8 @@ from tokendrift import TokenDriftError
 from tokendrift.diffusion import DuoCosine, LogLinear, UniformDiffusion
 
 V = 7
+UNIFORM = UniformDiffusion(V)
 CASES = ["mid", "extreme", "cosine", "peaked", "large_vocab"]
-
-
-def batch(seed=0, rows=4, length=6, scale=1.0):
-    generator = torch.Generator().manual_seed(seed)
-    logits = torch.randn(rows, length, V, generator=generator, dtype=torch.float64) * scale
-    clean = torch.randint(V, (rows, length), generator=generator)
-    noise = torch.randint(V, (rows, length), generator=generator)
-    t = 0.05 + 0.9 * torch.rand(rows, generator=generator, dtype=torch.float64)
-    return logits, clean, torch.where(torch.rand(rows, length, generator=generator) < 0.5, noise, clean), t
 
 
 def posterior_of_bayes(p, x_t, alpha_t, alpha_s):
@@ -97,7 +90,7 @@ def test_objective_and_posterior_have_the_values_of_the_reference():
 @given(seed=st.integers(0, 2**31 - 1), scale=st.sampled_from([0.1, 1.0, 10.0]))
 def test_the_objective_is_a_divergence(seed, scale):
     """A generalised Kullback-Leibler sum: never negative, and zero where p is certain of the truth."""
-    logits, clean, x_t, t = batch(seed, scale=scale)
+    logits, clean, x_t, t = noised_batch(UNIFORM, seed, scale=scale)
     process = UniformDiffusion(V)
     assert (process.nelbo(logits, clean, x_t, t) >= -1e-10).all()
     certain = torch.nn.functional.one_hot(clean, V).double() * 1e3
@@ -106,7 +99,7 @@ def test_the_objective_is_a_divergence(seed, scale):
 
 @given(seed=st.integers(0, 2**31 - 1))
 def test_the_objective_is_the_sum_it_is_defined_by(seed):
-    logits, clean, x_t, t = batch(seed)
+    logits, clean, x_t, t = noised_batch(UNIFORM, seed)
     process = UniformDiffusion(V)
     alpha, slope = process.schedule.alpha(t)[:, None, None], process.schedule.dalpha(t)[:, None, None]
     kappa = V * alpha / (1 - alpha)
@@ -119,7 +112,7 @@ def test_the_objective_is_the_sum_it_is_defined_by(seed):
 
 @given(seed=st.integers(0, 2**31 - 1), final=st.booleans())
 def test_the_posterior_is_bayes_rule_and_equals_its_mixture(seed, final):
-    logits, _, x_t, t = batch(seed, rows=1)
+    logits, _, x_t, t = noised_batch(UNIFORM, seed, rows=1)
     process = UniformDiffusion(V)
     s = torch.zeros_like(t) if final else t * 0.6
     posterior, p = process.posterior(logits, x_t, t, s)[0], logits.softmax(-1)[0]
@@ -140,7 +133,7 @@ def test_the_mixture_needs_the_chance_of_the_present_token():
 
 @given(seed=st.integers(0, 2**31 - 1))
 def test_the_surprise_is_that_of_the_log_probabilities(seed):
-    logits, clean, x_t, _ = batch(seed)
+    logits, clean, x_t, _ = noised_batch(UNIFORM, seed)
     process = UniformDiffusion(V)
     expected = -process.log_probs(logits, x_t).gather(-1, clean[..., None])[..., 0]
     found = process.nll(logits, clean, x_t)
@@ -149,13 +142,13 @@ def test_the_surprise_is_that_of_the_log_probabilities(seed):
 
 
 def test_the_gradient_of_the_objective_is_that_of_finite_differences():
-    logits, clean, x_t, t = batch(rows=2, length=3)
+    logits, clean, x_t, t = noised_batch(UNIFORM, rows=2, length=3)
     assert torch.autograd.gradcheck(lambda x: UniformDiffusion(V).nelbo(x, clean, x_t, t), logits.requires_grad_())
     assert torch.autograd.gradcheck(lambda x: UniformDiffusion(V).nll(x, clean, x_t), logits)
 
 
 def test_half_precision_logits_are_evaluated_in_float32():
-    logits, clean, x_t, t = batch()
+    logits, clean, x_t, t = noised_batch(UNIFORM)
     half = UniformDiffusion(V).nelbo(logits.bfloat16(), clean, x_t, t.float())
     assert half.dtype == torch.float32
     assert torch.equal(half, UniformDiffusion(V).nelbo(logits.bfloat16().float(), clean, x_t, t.float()))
@@ -175,7 +168,7 @@ def test_the_objective_holds_little_beside_the_gradient_of_the_logits(dtype):
 
 
 def test_every_position_is_predicted():
-    _, clean, *_ = batch()
+    _, clean, *_ = noised_batch(UNIFORM)
     found = UniformDiffusion(V).corrupt(clean)
     assert found.predicted.all()
     assert found.x_t.shape == clean.shape
@@ -183,7 +176,7 @@ def test_every_position_is_predicted():
 
 
 def test_the_same_seed_gives_the_same_corruption():
-    _, clean, *_ = batch()
+    _, clean, *_ = noised_batch(UNIFORM)
     one, same, other = (
         UniformDiffusion(V).corrupt(clean, generator=torch.Generator().manual_seed(seed)) for seed in (1, 1, 2)
     )
@@ -227,7 +220,7 @@ def test_noise_is_uniform_and_may_redraw_the_token(generator):
     ],
 )
 def test_bad_arguments_of_the_objective_are_refused(arguments, message):
-    logits, clean, x_t, t = batch()
+    logits, clean, x_t, t = noised_batch(UNIFORM)
     good = {"logits": logits, "x0": clean, "x_t": x_t, "t": t}
     with pytest.raises(TokenDriftError, match=message):
         UniformDiffusion(V).nelbo(**(good | arguments))

@@ -14,7 +14,7 @@ TABLE = torch.randn(V, D, dtype=torch.float64, generator=torch.Generator().manua
 LOSSES = [TokenDriftLoss, MirrorTeacherLoss]
 
 
-def batch(lengths, side="right"):
+def padded_inputs(lengths, side="right"):
     generator = torch.Generator().manual_seed(1)
     logits = torch.randn(len(lengths), L, V, dtype=torch.float64, generator=generator)
     clean = torch.randint(V, (len(lengths), L), generator=generator)
@@ -36,7 +36,7 @@ def test_windows_of_padded_rows_are_sequences_of_their_own(cls, options, side):
 
     The mirror teacher steps along the drift of that mean: 1 / W of a window's own step, whose square is its loss.
     """
-    logits, clean, mask = batch(LENGTHS, side)
+    logits, clean, mask = padded_inputs(LENGTHS, side)
     options = options | {"reduction": "none", "queue_size": 16}
     loss = cls(TABLE, IdentityFeatures(window=W), **options)
     value, grad = graded(loss, logits, clean, attention_mask=mask)
@@ -62,7 +62,7 @@ def test_windows_of_padded_rows_are_sequences_of_their_own(cls, options, side):
 @pytest.mark.parametrize("cls", LOSSES)
 @pytest.mark.parametrize("window", [2, 3, (2, None)])
 def test_padding_that_all_rows_share_can_be_cut_off(cls, window):
-    logits, clean, mask = batch([6, 6, 6])
+    logits, clean, mask = padded_inputs([6, 6, 6])
     features = IdentityFeatures(window=window)
     padded, padded_grad = graded(cls(TABLE, features), logits, clean, attention_mask=mask)
     cut, cut_grad = graded(cls(TABLE, features), logits[:, :6], clean[:, :6])
@@ -72,7 +72,7 @@ def test_padding_that_all_rows_share_can_be_cut_off(cls, window):
 
 @pytest.mark.parametrize("cls", LOSSES)
 def test_a_mask_that_hides_nothing_changes_nothing(cls):
-    logits, clean, mask = batch([L] * B)
+    logits, clean, mask = padded_inputs([L] * B)
     features = IdentityFeatures(window=W)
     plain = graded(cls(TABLE, features), logits, clean)
     torch.testing.assert_close(graded(cls(TABLE, features), logits, clean, attention_mask=mask), plain)
@@ -82,7 +82,7 @@ def test_a_mask_that_hides_nothing_changes_nothing(cls):
 @pytest.mark.parametrize("cls", LOSSES)
 def test_rows_of_padding_alone_do_not_count(cls, window):
     """The mean is over sequences that have text, the value of a row without text is zero."""
-    logits, clean, mask = batch([8, 0, 2, 0])
+    logits, clean, mask = padded_inputs([8, 0, 2, 0])
     features = IdentityFeatures(window=window)
     value, grad = graded(cls(TABLE, features), logits, clean, attention_mask=mask)
     kept = [0, 2]
@@ -99,6 +99,6 @@ def test_a_map_whose_present_windows_do_not_fit_is_named():
         def present(self, attention_mask):
             return attention_mask
 
-    logits, clean, mask = batch(LENGTHS)
+    logits, clean, mask = padded_inputs(LENGTHS)
     with pytest.raises(TokenDriftError, match=r"present\(attention_mask\) must be bool \(B, W\)"):
         TokenDriftLoss(TABLE, Odd(window=W))(logits, clean, attention_mask=mask)

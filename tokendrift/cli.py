@@ -52,10 +52,13 @@ def _root(
 @app.command()
 def demo(
     process: Annotated[
-        str, typer.Option(help="Corruption process of the model: uniform (as DUO) or masked (as MDLM).")
-    ] = "uniform",
+        str, typer.Option(help="Corruption process of the model: masked (as MDLM) or uniform (as DUO).")
+    ] = "masked",
     objective: Annotated[
-        str, typer.Option(help="What refines the model: drift (the loss of the paper) or pairs (token pairs).")
+        str,
+        typer.Option(
+            help="What refines the model: matching (distribution matching), drift (the loss of the paper) or pairs."
+        ),
     ] = "drift",
     text: Annotated[
         list[Path] | None,
@@ -67,7 +70,7 @@ def demo(
     ] = None,
     steps: Annotated[
         int | None,
-        typer.Option(min=1, help="Optimiser steps of each refinement. Default: 150; --quick: 8; --full: 800."),
+        typer.Option(min=1, help="Optimiser steps of each refinement. Default: 100; --quick: 8; --full: 1500."),
     ] = None,
     window: Annotated[
         int, typer.Option(min=1, help="Tokens pooled into one feature; the paper pools whole sequences, here 32.")
@@ -97,8 +100,8 @@ def demo(
 ) -> None:
     """Refine a small model on real English text and show the effect on sampling in few steps.
 
-    The model is refined twice, by TokenDrift and by its own objective, and both results are sampled and compared at
-    equal entropy. After an interruption, run the same command again to resume.
+    The model is trained further twice, for few-step sampling and by its own objective, and both results are sampled
+    and compared at equal entropy. After an interruption, run the same command again to resume.
     """
     with plain_errors():
         from tokendrift.demo import PRETRAINED, DemoConfig, run_demo
@@ -153,7 +156,8 @@ def refine(
         typer.Option(
             help="Settings to start from: tokendrift (the paper's, for any checkpoint), mdlm-owt or duo-owt (the same "
             "with its checkpoint), pairs (the objective of token pairs), or matching (distribution matching, which "
-            "chooses chains, weights and a random input by the process of the checkpoint). Default: none."
+            "chooses chains, weights and a random input by the process of the checkpoint). Default: matching, unless "
+            "--objective or --config is given."
         ),
     ] = None,
     config: Annotated[
@@ -179,7 +183,7 @@ def refine(
         bool, typer.Option("--show", help="Print all settings as a TOML file and exit, without training.")
     ] = False,
 ) -> None:
-    """Train a released or saved checkpoint further, with TokenDrift or another objective.
+    """Train a released or saved checkpoint further, so that it samples well in few steps.
 
     Run the same command again to resume after an interruption. Flags and --set override the settings of --config,
     which override those of --preset.
@@ -196,8 +200,12 @@ def refine(
     with plain_errors("run the same command again to resume from the last checkpoint"):
         from tokendrift.training import evaluation_table, make_config, parse_settings
         from tokendrift.training import refine as train
+        from tokendrift.training.config import default_preset
 
-        made = make_config(preset=preset, file=config, values=flags | parse_settings(settings or []))
+        values = flags | parse_settings(settings or [])
+        if preset is None and config is None and "objective" not in values:
+            preset = default_preset(values)
+        made = make_config(preset=preset, file=config, values=values)
         if show:
             typer.echo(made.as_toml(), nl=False)
             return

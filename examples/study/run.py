@@ -1,12 +1,10 @@
-"""The study: what drifting does for a masked and a uniform-state model at a size that two cores train in three hours.
+"""The study of a language whose law is known: what each way of training does for a masked and a uniform-state model.
 
-    pip install '.[all]' -r examples/study/requirements.txt
     python examples/study/run.py --output study-output
 
-Two instruments (real English with a judge, and a language whose law is known), two processes, three seeds of the
-main comparison and one of the ablations. Every finished part is a folder below the output; the same command goes on
-where it was stopped, at the cost of the parts that were under way. At the end, and whenever asked by ``--report``,
-everything that is finished is collected into ``results.json``, tables and plots.
+Two processes, three seeds of the main comparison and one of the ablations, about an hour on two cores. Every finished
+part is a folder below the output, and the same command continues where it was stopped. At the end, and whenever asked
+by ``--report``, everything that is finished is collected into ``results.json``, tables and plots.
 """
 
 from __future__ import annotations
@@ -21,7 +19,6 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
-import english
 import markov
 import report
 import torch
@@ -33,15 +30,13 @@ from tokendrift.models import load_denoiser, save_denoiser
 
 SEEDS = (0, 1, 2)
 RESULTS = "results.json"
-QUICK_ENGLISH = english.Sizes(base_steps=1200, judge_steps=400, steps=60, ablation_steps=20, samples=64)
-QUICK_MARKOV = markov.Sizes(base_share=0.1, steps=60, ablation_steps=20, samples=512)
+QUICK = markov.Sizes(base_share=0.1, steps=60, ablation_steps=20, samples=512)
 
 
 class Plan(NamedTuple):
-    """What a worker needs to know to make an instrument."""
+    """What a worker needs to know."""
 
     output: Path
-    files: tuple[Path, ...]
     quick: bool
 
 
@@ -49,53 +44,43 @@ class Cell(NamedTuple):
     """One trained and measured model.
 
     Attributes:
-        instrument: ``"english"`` or ``"markov"``.
         kind: Process.
         arm: How it was trained.
         seed: Of text, times, noise and samples.
         main: Whether it belongs to the main comparison, which runs longer and is measured in full.
     """
 
-    instrument: str
     kind: str
     arm: Arm
     seed: int
     main: bool
 
     def __str__(self) -> str:
-        return f"{self.instrument}, {self.kind}: {self.arm.name}, seed {self.seed}" + ("" if self.main else ", short")
+        return f"{self.kind}: {self.arm.name}, seed {self.seed}" + ("" if self.main else ", short")
 
 
 @cache
-def instrument(plan: Plan, name: str) -> Any:
-    """Return an instrument, read once a process."""
-    folder = plan.output / "parts" / name
-    if name == "markov":
-        return markov.Markov(folder, QUICK_MARKOV if plan.quick else markov.Sizes())
-    return english.English(folder, plan.files, QUICK_ENGLISH if plan.quick else english.Sizes())
+def instrument(plan: Plan) -> markov.Markov:
+    """Return the language with its bases, read once a process."""
+    return markov.Markov(plan.output / "parts" / "markov", QUICK if plan.quick else markov.Sizes())
 
 
 def cells(kinds: Iterable[str] = ("masked", "uniform"), seeds: Iterable[int] = SEEDS) -> Iterator[Cell]:
     """Yield all cells, continuations first: the others are measured against them."""
-    names = ("markov", "english")
     for main in (True, False):
-        yield from (Cell(n, k, CONTINUATION, s, main) for n in names for k in kinds for s in (seeds if main else (0,)))
-    yield from (Cell(n, k, BASE, 0, True) for n in names for k in kinds)
+        yield from (Cell(k, CONTINUATION, s, main) for k in kinds for s in (seeds if main else (0,)))
+    yield from (Cell(k, BASE, 0, True) for k in kinds)
     for seed in seeds:
-        yield from (Cell(n, k, arm, seed, True) for n in names for k in kinds for arm in MAIN if arm != CONTINUATION)
-    yield Cell("markov", "uniform", LONGER, 0, True)
-    theirs = (*(arm for arm in MAIN if arm != CONTINUATION), *PAPER_ABLATIONS)
-    for name in names:
-        for arm in (*theirs, *OUR_ABLATIONS):
-            for kind in kinds:
-                if kind == "masked" and (arm.encoder_time or (name == "english" and arm in OUR_ABLATIONS)):
-                    continue  # masked encoders are told no time; on English our own ablations are of one process
-                yield Cell(name, kind, arm, 0, False)
+        yield from (Cell(k, arm, seed, True) for k in kinds for arm in MAIN if arm != CONTINUATION)
+    yield Cell("uniform", LONGER, 0, True)
+    for arm in (*(arm for arm in MAIN if arm != CONTINUATION), *PAPER_ABLATIONS, *OUR_ABLATIONS):
+        # Masked encoders are told no time.
+        yield from (Cell(kind, arm, 0, False) for kind in kinds if kind != "masked" or not arm.encoder_time)
 
 
 def stage(plan: Plan, cell: Cell) -> tuple[str, dict[str, Any]]:
     """Return the name and the key of a cell: what its result depends on, beside the constants of these files."""
-    tool = instrument(plan, cell.instrument)
+    tool = instrument(plan)
     sizes = tool.sizes
     key = {"base": tool.base_key(cell.kind), "arm": cell.arm.key(), "seed": cell.seed, "steps": steps_of(tool, cell)}
     key |= {"sizes": [sizes.batch_size, sizes.learning_rate, sizes.samples], "full": cell.main}
@@ -109,7 +94,7 @@ def steps_of(tool: Any, cell: Cell) -> int:
 
 def folder_of(plan: Plan, cell: Cell) -> Path:
     """Return the folder of a finished cell, training and measuring it first where it is missing."""
-    tool = instrument(plan, cell.instrument)
+    tool = instrument(plan)
     steps = steps_of(tool, cell)
 
     def make(place: Path) -> None:
@@ -129,50 +114,43 @@ def folder_of(plan: Plan, cell: Cell) -> Path:
     return cached(tool.folder, *stage(plan, cell), make)[0]
 
 
-def work(plan: Plan, job: str | Cell, part: str = "") -> str:
-    """Make one cell, or a part of an instrument, in a worker process; return what was made."""
+def work(plan: Plan, job: str | Cell) -> str:
+    """Make one cell, or the base of a process, in a worker process; return what was made."""
     torch.set_num_threads(1)  # at this size, threads would only wait for one another
     if isinstance(job, Cell):
         folder_of(plan, job)
         return str(job)
-    instrument(plan, job).parts()[part]()
-    return f"{job}: {part}"
+    instrument(plan).base_folder(job)
+    return f"base, {job}"
 
 
 def main(
     output: Annotated[Path, typer.Option(help="Folder of everything that is made.")] = Path("study-output"),
-    text: Annotated[list[Path] | None, typer.Option(help="Text files in place of the Bible.")] = None,
     jobs: Annotated[int, typer.Option(min=1, help="Processes, one thread each.")] = max(1, os.cpu_count() or 1),
     only: Annotated[str, typer.Option(help="A word that a cell's name must contain.")] = "",
     quick: Annotated[bool, typer.Option(help="Minutes instead of hours: shows the machinery, not the method.")] = False,
     only_report: Annotated[bool, typer.Option("--report", help="Collect what is finished and stop.")] = False,
 ) -> None:
-    """Run the study, or what is left of it."""
-    plan = Plan(output.absolute(), tuple(path.absolute() for path in text or ()), quick)
-    wanted = [cell for cell in cells() if only in str(cell)]
-    if not only_report:
-        names = sorted({cell.instrument for cell in wanted})
-        for name in names:
-            instrument(plan, name)  # text and tokenizer, before the workers need them
-        waves = [
-            [(name, part) for name in names for part in instrument(plan, name).parts()],
-            [(cell, "") for cell in wanted if cell.arm == CONTINUATION],
-            [(cell, "") for cell in wanted if cell.arm != CONTINUATION],
-        ]
-        began, done, total = time.monotonic(), 0, sum(map(len, waves))
-        with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
-            for wave in waves:
-                for future in as_completed([pool.submit(work, plan, *job) for job in wave]):
-                    done += 1
-                    print(f"[{done}/{total}] {time.monotonic() - began:6.0f} s  {future.result()}", flush=True)
+    """Run the study of the known language, or what is left of it."""
+    plan = Plan(output.absolute(), quick)
+    wanted = [] if only_report else [cell for cell in cells() if only in str(cell)]
+    waves: list[list[str | Cell]] = [
+        [] if only_report else list(markov.Markov.kinds),
+        [cell for cell in wanted if cell.arm == CONTINUATION],
+        [cell for cell in wanted if cell.arm != CONTINUATION],
+    ]
+    began, done, total = time.monotonic(), 0, sum(map(len, waves))
+    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
+        for wave in waves:
+            for future in as_completed([pool.submit(work, plan, job) for job in wave]):
+                done += 1
+                print(f"[{done}/{total}] {time.monotonic() - began:6.0f} s  {future.result()}", flush=True)
     found = []
-    for cell in cells():  # all that is there: models are told against continuations, whatever was wanted
-        place = place_of(instrument(plan, cell.instrument).folder, *stage(plan, cell)) / RESULTS
+    for cell in cells():  # all that is there: models are compared with continuations, whatever was wanted
+        place = place_of(instrument(plan).folder, *stage(plan, cell)) / RESULTS
         if place.exists():
             found.append((cell, json.loads(place.read_text(encoding="utf-8"))))
-    report.write(
-        output, {name: instrument(plan, name) for name in sorted({cell.instrument for cell, _ in found})}, found
-    )
+    report.write(output, instrument(plan), found)
 
 
 if __name__ == "__main__":

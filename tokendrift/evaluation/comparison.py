@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
 from tokendrift._checks import fail
@@ -90,10 +90,15 @@ def log_ratio(a: Measures, b: Measures, name: str) -> tuple[float, Tensor]:
         b: Figures of the denominator.
         name: ``"gen_ppl"`` or ``"bits_per_byte"``.
     """
+    (ours, redrawn), (theirs, redrawn_too) = log_figure(a, name), log_figure(b, name)
+    return ours - theirs, redrawn - redrawn_too
+
+
+def log_figure(measures: Measures, name: str) -> tuple[float, Tensor]:
+    """Return the logarithm of a figure, and the same on every redraw, (R,)."""
     if name == "gen_ppl":  # its replicates are logarithms already
-        return a.log_gen_ppl - b.log_gen_ppl, a.replicates[name] - b.replicates[name]
-    estimates = torch.tensor([m.figures[name].estimate for m in (a, b)], dtype=torch.float64).log()
-    return float(estimates[0] - estimates[1]), a.replicates[name].log() - b.replicates[name].log()
+        return measures.log_gen_ppl, measures.replicates[name]
+    return math.log(measures.figures[name].estimate), measures.replicates[name].log()
 
 
 def ratio_interval(logs: tuple[float, Tensor], level: float) -> Interval:

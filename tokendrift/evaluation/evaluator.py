@@ -6,6 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from torch import Tensor
+
 from tokendrift._checks import fail
 from tokendrift.evaluation.bootstrap import Interval
 from tokendrift.evaluation.comparison import Comparison, compare
@@ -14,6 +16,7 @@ from tokendrift.evaluation.generative_perplexity import GenerativePerplexity
 from tokendrift.evaluation.guard import Verdict, check_samples
 from tokendrift.evaluation.measures import Measures, as_sample_set, measure, training_ids
 from tokendrift.evaluation.samples import SampleInput, cleaned, id_sequences, spread
+from tokendrift.evaluation.two_sample import character_features, kernel_distance
 from tokendrift.models.tokenizer import decode, encode
 from tokendrift.sampling import SampleSet
 
@@ -111,6 +114,8 @@ def evaluate(
     """Measure sets of samples and real text alike, and check each set with the guard.
 
     Real text is cut to the number and the lengths of each set's samples, since entropy and diversity depend on both.
+    Where texts are known, the figures include the energy distance of each set to real text in character 3-grams, and
+    its z-score, the distance over its spread between two sets of one law: real text against real text has 0 ± 1.
     Figures are counted in the ids as generated if every set and real text have them, else in the judge's tokens.
 
     Args:
@@ -162,19 +167,32 @@ def evaluate(
         )  # fmt: skip
 
     # 2. Each set, and beside it real text of its lengths; sets of the same lengths share theirs.
-    real_measures: dict[tuple[bool, tuple[int, ...]], Measures] = {}
+    real_measures: dict[tuple[bool, tuple[int, ...]], tuple[Measures, Tensor | None]] = {}
     rows = []
     for name, samples in given.items():
         measures = measured(samples, (nelbo or {}).get(name))
         key = measures.retokenised, measures.falling_lengths()
         if key not in real_measures:
             cut = cut_to_lengths(real_set, key[1], own_tokenizer, vocabulary, as_text=measures.retokenised)
-            real_measures[key] = measured(cut)
-        expected = real_measures[key]
+            real_measures[key] = measured(cut), _features(cut, tokenizer)
+        expected, features = real_measures[key]
+        own = None if features is None else _features(samples, tokenizer)
+        if own is not None and features is not None:
+            options: dict[str, Any] = {"resamples": resamples, "level": level, "seed": seed}
+            distance = kernel_distance(own, features, kernel="energy", **options)
+            added = {"energy_distance": distance.distance, "energy_distance_z": distance.z_score}
+            measures = replace(measures, figures={**measures.figures, **added})
         # 3. The set against real text: what differs, and what looks bought.
         compared, verdict = compare(measures, expected), check_samples(measures, expected)
         rows.append(EvaluatedSet(name, measures, expected, compared, verdict))
     return Evaluation(tuple(rows))
+
+
+def _features(samples: SampleSet, tokenizer: Any) -> Tensor | None:
+    """Return the `character_features` of samples, None if their texts are not known."""
+    if samples.texts is None and tokenizer is None:
+        return None
+    return character_features(samples.texts if samples.texts is not None else decode(tokenizer, samples.ids or []))
 
 
 def cut_to_lengths(

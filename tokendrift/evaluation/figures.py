@@ -235,6 +235,8 @@ FIGURES: dict[str, Figure] = {
         Figure("self_bleu", "self-BLEU", "self-BLEU", 3, per_sample(self_bleu)),
         Figure("copied_share", "copied", "share of copied 8-grams", 3, _copied_share),
         Figure("length", "length", "length", 1, per_sample(_length), "tokens"),
+        Figure("energy_distance", "energy distance", "energy distance to real text in character 3-grams", 4, None),
+        Figure("energy_distance_z", "energy z", "the same over its spread between real texts", 1, None),
         Figure("nelbo", "NELBO", "held-out NELBO", 3, None, "nats per token"),
     )
 }

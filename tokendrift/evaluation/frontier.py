@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tokendrift._checks import check_count, fail
 from tokendrift.evaluation.bootstrap import Interval, interval_from
-from tokendrift.evaluation.comparison import check_alike
+from tokendrift.evaluation.comparison import check_alike, log_figure
 from tokendrift.evaluation.guard import SAME_SIZE
 from tokendrift.evaluation.matching import KINDS, DrawSamples, MeasureSamples, entropy, entropy_name
 from tokendrift.evaluation.measures import Measures, as_sample_set
@@ -201,6 +201,42 @@ class Frontier:
         axes.set_ylabel("Gen.-PPL")
         axes.legend(frameon=False, fontsize="small")
         return figure, axes
+
+
+def ratio_at_entropy(
+    model: Measures, curve: Iterable[Measures], *, kind: str = "sample", figure: str = "bits_per_byte", judge: int = 0
+) -> Interval | None:
+    """Return a figure of a set over that of a baseline at the same entropy, or None where the baseline has none.
+
+    The baseline is a curve of sets, such as those of one model at several temperatures or nuclei. The logarithm of its
+    figure is interpolated between the two neighbours whose entropies enclose that of the set. The interval resamples
+    all three sets, and the redraws of sets of one size are paired.
+
+    Args:
+        model: Figures of the set.
+        curve: Figures of the baseline, two sets at least, in any order.
+        kind: Entropy to compare at, ``"sample"`` or ``"unigram"``. Default: ``"sample"``.
+        figure: ``"bits_per_byte"`` or ``"gen_ppl"``. Default: ``"bits_per_byte"``.
+        judge: Index of the judge, 0 for the first, 1 for the first of ``Measures.panel``. Default: 0.
+
+    Raises:
+        TokenDriftError: If the sets were not measured with the same options.
+    """
+    name = entropy_name(kind)
+    points = sorted(curve, key=lambda measures: entropy(measures, kind).estimate)
+    for point in points:
+        check_alike(model, point)
+    bracket = _bracket(points, kind, entropy(model, kind).estimate)
+    if bracket is None:
+        return None
+    sets = (model, *bracket)
+    across = [torch.tensor(entropy(m, kind).estimate, dtype=torch.float64) for m in sets]
+    up = [log_figure((m, *m.panel)[judge], figure) for m in sets]
+    heights = [torch.tensor(height, dtype=torch.float64) for height, _ in up]
+    estimate = heights[0] - _on_the_line(across[0], across[1], heights[1], across[2], heights[2])
+    x, x0, x1 = (m.replicates[name] for m in sets)
+    redrawn = up[0][1] - _on_the_line(x, x0, up[1][1], x1, up[2][1])
+    return interval_from(float(estimate), redrawn, model.level).exp()
 
 
 def _check_number(real: int, count: int) -> None:

@@ -1,15 +1,17 @@
-"""Distances between generated and real text as sets of feature vectors: kernel distance with its test, and MAUVE."""
+"""Distances between generated and real text as sets of feature vectors: kernel and energy distance, and MAUVE."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+import zlib
+from collections import Counter
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from tokendrift._checks import check_count, check_floating, check_ids, check_positive, check_tensor, fail
+from tokendrift._checks import check_choice, check_count, check_floating, check_ids, check_positive, check_tensor, fail
 from tokendrift.errors import TokenDriftError
 from tokendrift.evaluation.bootstrap import Interval, check_resampling, interval_from, redraws
 from tokendrift.evaluation.judge import Judge, check_range
@@ -17,6 +19,7 @@ from tokendrift.evaluation.samples import SampleInput, id_sequences
 from tokendrift.modes import evaluation_mode
 
 PERMUTATIONS_AT_ONCE = 64
+KERNELS = ("gaussian", "energy")
 
 
 class KernelDistance(NamedTuple):
@@ -26,7 +29,8 @@ class KernelDistance(NamedTuple):
         distance: Unbiased squared maximum mean discrepancy, with its bootstrap interval. If the two sets have the same
             law, it is close to 0 and may be negative.
         p_value: Share of permutations that give at least this distance; small if the laws differ.
-        bandwidth: Bandwidth of the Gaussian kernel, in feature units.
+        spread: Standard deviation of the distance over the permutations, which is that between two sets of one law.
+        bandwidth: Bandwidth of the Gaussian kernel, in feature units; None for the energy distance.
         generated: Number of generated vectors.
         real: Number of real ones.
         permutations: Number of permutations.
@@ -34,20 +38,27 @@ class KernelDistance(NamedTuple):
 
     distance: Interval
     p_value: float
-    bandwidth: float
+    spread: float
+    bandwidth: float | None
     generated: int
     real: int
     permutations: int
 
+    @property
+    def z_score(self) -> Interval:
+        """The distance in units of `spread`, with its interval: about 0 ± 1 for two sets of real text."""
+        return Interval(*(end / self.spread for end in self.distance)) if self.spread else Interval(0.0, 0.0, 0.0)
+
     def to_dict(self) -> dict[str, Any]:
         """Return plain numbers for JSON."""
-        return {**self._asdict(), "distance": self.distance._asdict()}
+        return {**self._asdict(), "distance": self.distance._asdict(), "z_score": self.z_score._asdict()}
 
 
 def kernel_distance(
     generated: Tensor,
     real: Tensor,
     *,
+    kernel: str = "gaussian",
     bandwidth: float | None = None,
     permutations: int = 999,
     resamples: int = 1000,
@@ -59,12 +70,15 @@ def kernel_distance(
     .. math:: \widehat{\mathrm{MMD}}^2 = \frac1{n(n-1)}\sum_{i\ne j}k(x_i,x_j) + \frac1{m(m-1)}\sum_{i\ne j}k(y_i,y_j)
         - \frac2{nm}\sum_{ij}k(x_i,y_j), \qquad k(x,y) = e^{-\lVert x-y\rVert^2/2s^2}
 
+    With ``kernel="energy"``, :math:`k(x, y) = -\lVert x - y \rVert`, it is the energy distance, which has no bandwidth.
+
     The p-value permutes which vector came from where, and is exact for samples that are independent.
 
     Args:
         generated: (n, M), one vector a sample; n at least 2.
         real: (m, M), of real text of the same length.
-        bandwidth: Bandwidth s. Default: the median distance between all vectors.
+        kernel: ``"gaussian"`` or ``"energy"``. Default: ``"gaussian"``.
+        bandwidth: Bandwidth s of the Gaussian kernel. Default: the median distance between all vectors.
         permutations: Permutations of the test; the smallest p-value is 1 / (permutations + 1). Default: 999.
         resamples: Redraws for the interval; pairs of a vector with itself are left out. Default: 1000.
         level: Confidence of the interval. Default: 0.95.
@@ -73,7 +87,8 @@ def kernel_distance(
     Raises:
         TokenDriftError: If widths differ, or a set has fewer than 2 vectors.
 
-    Source: Gretton et al., A Kernel Two-Sample Test (JMLR 2012), lemma 6 and section 8.
+    Source: Gretton et al., A Kernel Two-Sample Test (JMLR 2012), lemma 6 and section 8; Székely and Rizzo, Energy
+    statistics (2013), for the energy distance.
 
     >>> points = torch.randn(200, 3, generator=torch.Generator().manual_seed(0))
     >>> kernel_distance(points[:100], points[100:] + 2, permutations=99).p_value
@@ -81,31 +96,40 @@ def kernel_distance(
     """
     check_resampling(level, resamples)
     check_count("permutations", permutations, least=1)
+    check_choice("kernel", kernel, KERNELS)
     x, y = _clouds(generated, real)
     n, m = len(x), len(y)
     # 1. The kernel between all vectors, without the pairs of a vector with itself.
     both = torch.cat([x, y])
-    squared = torch.cdist(both, both, compute_mode="donot_use_mm_for_euclid_dist").square_()
-    if bandwidth is None:
-        upper = squared[torch.ones_like(squared, dtype=torch.bool).triu_(1)]
-        bandwidth = math.sqrt(float(upper.median())) or 1.0  # equal points: any width gives zero distance
-    check_positive("bandwidth", bandwidth)
-    kernel = squared.div_(-2 * bandwidth**2).exp_().fill_diagonal_(0)
+    between = torch.cdist(both, both, compute_mode="donot_use_mm_for_euclid_dist")
+    if kernel == "energy":
+        if bandwidth is not None:
+            raise fail("the energy distance has no bandwidth.", "Leave bandwidth out.", bandwidth=bandwidth)
+        similarity = between.neg_()
+    else:
+        squared = between.square_()
+        if bandwidth is None:
+            upper = squared[torch.ones_like(squared, dtype=torch.bool).triu_(1)]
+            bandwidth = math.sqrt(float(upper.median())) or 1.0  # equal points: any width gives zero distance
+        check_positive("bandwidth", bandwidth)
+        similarity = squared.div_(-2 * bandwidth**2).exp_().fill_diagonal_(0)
     generator = torch.Generator().manual_seed(seed)
     place = torch.cat([torch.ones(n), torch.zeros(m)]).double()
     # 2. The distance, and its law under permutations of which vector came from where.
-    observed = float(_mmd(kernel, place[None])[0])
+    observed = float(_mmd(similarity, place[None])[0])
     permuted = []
     for start in range(0, permutations, PERMUTATIONS_AT_ONCE):
         count = min(PERMUTATIONS_AT_ONCE, permutations - start)
         order = torch.rand(count, n + m, generator=generator).argsort(dim=1)
-        permuted.append(_mmd(kernel, place[order]))
+        permuted.append(_mmd(similarity, place[order]))
     # Rounding must not tell equal arrangements apart.
-    at_least = int((torch.cat(permuted) >= observed - 1e-12).sum())
+    law = torch.cat(permuted)
+    at_least = int((law >= observed - 1e-12).sum())
     # 3. The interval, from vectors redrawn within each set.
     counts = [_counts(torch.cat(list(redraws(size, resamples, generator))), size) for size in (n, m)]
-    interval = interval_from(observed, _resampled_mmd(kernel, *counts), level)
-    return KernelDistance(interval, (1 + at_least) / (1 + permutations), bandwidth, n, m, permutations)
+    interval = interval_from(observed, _resampled_mmd(similarity, *counts), level)
+    spread = float(law.std()) if permutations > 1 else 0.0
+    return KernelDistance(interval, (1 + at_least) / (1 + permutations), spread, bandwidth, n, m, permutations)
 
 
 class Mauve(NamedTuple):
@@ -201,6 +225,27 @@ def mauve(
     bounded = Interval(estimate, max(interval.low, 0.0), min(interval.high, 1.0))
     spread = float(scores.std()) if seeds > 1 else 0.0
     return Mauve(bounded, int(found[0].num_buckets), scaling_factor, spread, len(x), len(y))
+
+
+def character_features(texts: Sequence[str], *, n: int = 3, buckets: int = 1024) -> Tensor:
+    """Return features of texts that need no language model: hashed counts of character n-grams, float64 (N, buckets).
+
+    Each row holds the square roots of the shares of a text's n-grams in each bucket, and has length 1. Texts shorter
+    than n characters count as one n-gram.
+
+    Args:
+        texts: N texts.
+        n: Characters of an n-gram. Default: 3.
+        buckets: Buckets that n-grams are hashed into. Default: 1024.
+    """
+    check_count("n", n, least=1)
+    check_count("buckets", buckets, least=1)
+    counts = torch.zeros(len(texts), buckets, dtype=torch.float64)
+    for row, text in zip(counts, texts, strict=True):
+        grams = Counter(text[i : i + n] for i in range(max(1, len(text) - n + 1)))
+        for gram, count in grams.items():
+            row[zlib.crc32(gram.encode("utf-8", "surrogatepass")) % buckets] += count / grams.total()
+    return counts.sqrt_()
 
 
 @torch.no_grad()

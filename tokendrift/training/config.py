@@ -413,6 +413,7 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
     "sdtt-owt": _DISTILLED | _SDTT,
     "dcd-owt": _DISTILLED | _DCD,
 }
+DEFAULT_PRESET = "matching"  # of the command: what lowered bits per byte at equal entropy most, see docs/study.md
 
 
 def make_config(
@@ -455,6 +456,28 @@ def make_config(
     if "checkpoint" not in chosen:
         raise fail("no checkpoint to refine.", "Pass one on the command line, in the TOML file or by a preset.")
     return RefineConfig.from_settings(chosen)
+
+
+def default_preset(values: Iterable[str]) -> str:
+    """Return the preset of a run that names no preset, file or objective.
+
+    Args:
+        values: Names of the settings that the run gives.
+
+    Raises:
+        TokenDriftError: If a setting belongs to other objectives than that of the preset.
+    """
+    own = {**setting_types(RefineConfig), **setting_types(objective_class(PRESETS[DEFAULT_PRESET]["objective"]))}
+    known = all_setting_types()
+    for name in values:
+        if name in known and name not in own:
+            others = [key for key, objective in OBJECTIVES.items() if name in setting_types(objective)]
+            raise fail(
+                f"{name} is a setting of the objective {', '.join(others)}, and a run without --objective, --preset "
+                f"and --config takes the preset {DEFAULT_PRESET}, which has no such setting.",
+                f"Pass --objective {others[0]}, or leave {name} out.",
+            )
+    return DEFAULT_PRESET
 
 
 def _read_toml(path: Path) -> dict[str, Any]:

@@ -15,7 +15,14 @@ from tokendrift.diffusion import Process
 from tokendrift.evaluation.bootstrap import Interval
 from tokendrift.evaluation.diversity import sample_entropy, unigram_entropy
 from tokendrift.evaluation.evaluator import Evaluation
-from tokendrift.evaluation.matching import KINDS, TEMPERATURES, DrawSamples, MeasureSamples, at_matched_entropy
+from tokendrift.evaluation.matching import (
+    KINDS,
+    TEMPERATURES,
+    DrawSamples,
+    MeasureSamples,
+    at_matched_entropy,
+    entropy,
+)
 from tokendrift.evaluation.nelbo import nelbo_interval
 from tokendrift.evaluation.report.evaluation_report import MatchedSet
 from tokendrift.evaluation.report.sources import NamedSamples, common_tokenizer, evenly_spaced_windows, split_name
@@ -148,19 +155,26 @@ def match_entropies(
             no judge, and may hold samples that are too short for one.
     """
     sampled_steps = {source.steps for source in sources if source.model == baseline}
+    compared = [
+        (row, source.steps)
+        for row, source in zip(evaluation.rows, sources, strict=True)
+        if source.model != baseline and source.steps is not None and source.steps in sampled_steps
+    ]
     curves: dict[tuple[int, int], list[tuple[float, list[float]]]] = {}
     found = []
-    for row, source in zip(evaluation.rows, sources, strict=True):
-        steps, count = source.steps, row.measures.samples
-        if source.model == baseline or steps is None or steps not in sampled_steps:
-            continue
-        # 1. Both entropies of the baseline over temperature, once for sets of one size.
+    for row, steps in compared:
+        count = row.measures.samples
+        # 1. Both entropies of the baseline over temperature, once for sets of one size, as far down as any set is.
         if (steps, count) not in curves:
+            alike = [other.measures for other, n in compared if (n, other.measures.samples) == (steps, count)]
+            lowest = [min(entropy(measures, kind).estimate for measures in alike) for kind in KINDS]
             curves[steps, count] = []
             for temperature in TEMPERATURES:
                 ids = [row for row in counted(draw(SamplingSetting(steps, temperature), count)) if len(row)]
                 entropies = [float(sample_entropy(ids).mean()), unigram_entropy(ids)]  # in the order of KINDS
                 curves[steps, count].append((temperature, entropies))
+                if all(reached <= target for reached, target in zip(entropies, lowest, strict=True)):
+                    break
         # 2. The ratio of Gen.-PPL where the baseline has the set's entropy.
         for i, kind in enumerate(KINDS):
             curve = [(t, entropies[i]) for t, entropies in curves[steps, count]]
