@@ -71,7 +71,7 @@ ARMS: dict[str, dict[str, Any]] = {
     "distribution matching": {"preset": "matching"},
 }
 CURVE = (
-    *(SamplingSetting(4, temperature) for temperature in (1.0, 0.95, 0.9, 0.85, 0.8, 0.7)),
+    *(SamplingSetting(4, temperature) for temperature in (1.1, 1.0, 0.95, 0.9, 0.85, 0.8, 0.7)),
     *(SamplingSetting(4, 1.0, top_p) for top_p in (0.95, 0.9, 0.8)),
 )
 BEST = "distribution matching"
@@ -82,7 +82,7 @@ ROWS: dict[str, tuple[SamplingSetting, ...]] = {
         *(SamplingSetting(steps) for steps in (2, 8, 16, 32, 128)),
     ),
     BEST: (
-        *(SamplingSetting(4, temperature) for temperature in (1.0, 0.9, 0.8, 1.1)),
+        *(SamplingSetting(4, temperature) for temperature in (1.0, 0.9, 0.8, 1.1, 0.7, 0.6)),
         *(SamplingSetting(steps) for steps in (2, 1, 8, 16, 32)),
     ),
     "": (SamplingSetting(4), SamplingSetting(4, 0.8), SamplingSetting(2), SamplingSetting(16)),

