@@ -19,7 +19,9 @@ SMALLEST = 1e-5  # smallest time, as in the released code
 
 @dataclass(frozen=True)
 class SelfDistillationConfig(RoundsConfig):
-    """Settings of the objective ``sdtt``: `SelfDistillation`. The defaults are those of the released code.
+    """Settings of the objective ``sdtt``: `SelfDistillation`.
+
+    The defaults are those of the released code, except for ``inner_times``.
 
     Attributes:
         inner_steps: Number of ancestral steps that the teacher takes for a target, and the factor by which its step
