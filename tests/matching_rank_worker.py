@@ -8,7 +8,7 @@ import sys
 import torch
 from torch import distributed
 
-from tokendrift import PairDriftLoss
+from tokendrift import PairDriftLoss, TokenDriftError
 from tokendrift.diffusion import MaskedDiffusion, UniformDiffusion
 from tokendrift.models import DiT, DiTConfig
 from tokendrift.training import DistributionMatching, MatchingConfig
@@ -68,11 +68,54 @@ def train(rank, ranks, kind, rank_of_adapters, steps=3):
     return {"losses": torch.stack(losses)} | weights | objective.state_dict()
 
 
+def fail(rank, ranks):
+    """Break one part after the other on rank 0; return what was said, and how the objective went on."""
+    process = MaskedDiffusion(V, mask_id=V - 1)
+    teacher = model(process.mask_id).eval().requires_grad_(False)
+    config = MatchingConfig(chains=(2, 4), random_input=0, pair_weight=0.5)
+    options = {"generator": torch.Generator().manual_seed(1), "share": (rank, ranks), "micro_batches": None}
+    learn = DistributionMatching(process, teacher, config=config, **options)
+    student, own = copy.deepcopy(teacher).requires_grad_(True), learn.auxiliary.network
+    x0 = torch.randint(V - 1, (64, L), generator=torch.Generator().manual_seed(2))
+
+    def attempt(part):
+        before, kept = learn.generator.get_state(), copy.deepcopy(learn.auxiliary.state_dict())
+        broken = {"teacher": learn.teacher, "student": student}.get(part, own)
+        weight = broken.output_layer.linear.bias if part != "text" else torch.zeros(1)
+        value = weight.detach().clone()
+        if rank == 0:
+            weight.data[0] = torch.nan
+        ids = x0.clone().fill_(V + 9) if part == "text" and rank == 0 else x0
+        said = ""
+        try:
+            learn.update_auxiliary() if part == "step" else learn(student, ids)
+        except TokenDriftError as error:
+            said = str(error)
+        weight.data.copy_(value)
+        same = all(torch.equal(kept[name], value) for name, value in learn.auxiliary.state_dict().items())
+        return said, torch.equal(before, learn.generator.get_state()) and same, len(learn.completions)
+
+    found = [attempt(part) for part in ("student", "teacher", "auxiliary", "text")]
+    found.append(bool(learn(student, x0).loss.isfinite()))
+    found.append(attempt("step"))
+    found.append(bool(learn.update_auxiliary().isfinite()))
+    weights = copy.deepcopy(learn.auxiliary.state_dict())
+    if rank == 0:
+        learn._calls += 1  # as if the other had left out a batch
+    try:
+        learn(student, x0)
+    except TokenDriftError as error:
+        found.append(str(error))
+    return found, weights
+
+
 def main(rank, ranks, store, out):
     torch.set_num_threads(1)
     if ranks > 1:
         distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=ranks)
     found = {(kind, lora): train(rank, ranks, kind, lora) for kind in ("masked", "uniform") for lora in (0, 2)}
+    if ranks > 1:
+        found["failures"] = fail(rank, ranks)
     torch.save(found, out)
     if ranks > 1:
         distributed.destroy_process_group()

@@ -115,3 +115,15 @@ def test_commands_choose_their_device_alike():
         if option.name == "device"
     }
     assert defaults == dict.fromkeys(("sample", "doctor", "probe", "evaluate"), "auto")
+
+
+def test_names_reach_the_terminal_without_control_characters_and_their_markup_means_nothing(run, capsys):
+    result = run("doctor", "./gone\x1b[2J")
+    assert result.exit_code == 2 and "./gone\ufffd[2J does not exist" in result.output
+    with cli._status("reading") as progress:
+        progress("[/red]\x1b[2J")
+    assert "\x1b[2J" not in capsys.readouterr().err
+    console = cli.PlainConsole()
+    with console.capture() as drawn:
+        console.print("[/red][bold]a[/bold]\tb\x9b1m", soft_wrap=True)
+    assert drawn.get().split() == ["[/red][bold]a[/bold]", "b\ufffd1m"]

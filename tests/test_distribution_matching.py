@@ -10,6 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from live_bytes import LiveBytes
+from torch.utils.checkpoint import checkpoint
 
 from tokendrift.distribution_matching import ConditionalField, distribution_matching_loss, positions_to_match
 from tokendrift.errors import TokenDriftError
@@ -207,10 +208,60 @@ def test_diagnostics_are_means_over_the_positions_read():
     assert torch.equal(out.loss, distribution_matching_loss(student, teacher, auxiliary, read))
 
 
-def test_numbers_that_are_none_reach_the_loss():
+def refused(match, *sides, **options):
+    with pytest.raises(TokenDriftError, match=match):
+        distribution_matching_loss(*sides, **options)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("wrong", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("side", range(3))
+def test_logits_that_are_not_finite_are_refused_where_they_are_read(form, wrong, side):
+    sides, name = three_logits(), ("logits", "teacher_logits", "auxiliary_logits")[side]
+    sides[side][0, 0] = wrong
+    for reduction in ("mean", "none"):
+        refused(f"^{name} contain NaN or infinities", *sides, field=ConditionalField(form), reduction=reduction)
+    read = torch.tensor([[False, True, True], [True, True, True]])
+    assert gradient(*sides, read, field=ConditionalField(form)).isfinite().all()
+    narrow = [sides[0], *(one[read] for one in sides[1:])]
+    assert torch.equal(gradient(*narrow, read), gradient(*sides, read))
+
+
+def test_all_sides_that_are_not_finite_are_named():
+    student, teacher, auxiliary = three_logits()
+    student[1, 1, 1] = teacher[0, 0, 0] = math.nan
+    refused("^logits and teacher_logits contain NaN", student, teacher, auxiliary)
+
+
+def test_numbers_that_are_none_reach_the_loss_where_they_cannot_be_read(monkeypatch):
+    monkeypatch.setattr("tokendrift.distribution_matching.can_be_read", lambda values: False)
     student, teacher, auxiliary = three_logits()
     teacher[0, 0, 0] = math.nan
     assert distribution_matching_loss(student, teacher, auxiliary).isnan()
+    assert gradient(student, teacher, auxiliary)[0, 0].isnan().all()
+
+
+def test_an_unclipped_field_may_be_infinite_only_where_the_student_never_is():
+    student, teacher, auxiliary = three_logits()
+    teacher[..., 1] = -math.inf
+    unclipped = ConditionalField(clip=math.inf)
+    refused("the field is infinite[\\s\\S]*finite clip", student, teacher, auxiliary, field=unclipped)
+    student[..., 1] = -math.inf
+    kept = [0, 2, 3, 4]
+    slope = gradient(student, teacher, auxiliary, field=unclipped)
+    assert (slope[..., 1] == 0).all()
+    own = auxiliary.log_softmax(-1)  # its other entries keep their probabilities
+    rest = torch.logsumexp(own[..., kept], -1, keepdim=True)
+    expected = gradient(student[..., kept], teacher[..., kept], own[..., kept] - rest, field=unclipped)
+    torch.testing.assert_close(slope[..., kept], expected)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointing_changes_no_gradient(reentrant):
+    student, teacher, auxiliary = three_logits()
+    leaf = student.clone().requires_grad_()
+    checkpoint(distribution_matching_loss, leaf, teacher, auxiliary, use_reentrant=reentrant).backward()
+    assert torch.equal(leaf.grad, gradient(student, teacher, auxiliary))
 
 
 @pytest.mark.parametrize(("dtype", "share"), [(torch.float32, 0.10), (torch.bfloat16, 0.20)])

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from live_bytes import LiveBytes
+from torch.utils.checkpoint import checkpoint
 
 from tokendrift import PairDriftLoss, TokenDriftError
 from tokendrift.diffusion import Corruption, MaskedDiffusion, UniformDiffusion
@@ -461,8 +462,91 @@ def test_another_state_is_refused():
         full.load_state_dict({k: v for k, v in full.state_dict().items() if k != "generator"})
 
 
-def test_two_processes_do_what_one_does(run_ranks):
-    one, first, second = run_ranks(WORKER, [(0, 1), (0, 2), (1, 2)])
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"auxiliary/weights/vocab_embed.embedding": torch.full((6, 16), torch.nan)}, "is not finite"),
+        ({"auxiliary/exp_avg/vocab_embed.embedding": torch.zeros(2)}, "another auxiliary model"),
+        ({"auxiliary/sum/vocab_embed.embedding": torch.zeros(6, 16)}, "another auxiliary model"),
+        ({"completions/x": torch.zeros(1, 2).long()}, "completions must be a tensor"),
+        ({"completions/0": torch.full((1, 2), 6)}, "completions has ids from 6 to 6"),
+        ({"generator": torch.zeros(3, dtype=torch.uint8)}, "the state of the generator does not fit"),
+    ],
+)
+def test_a_state_that_no_objective_has_is_refused(change, said):
+    process = LANGUAGE.process("uniform")
+    learn = objective(process, small_model(process))
+    with pytest.raises(TokenDriftError, match=said):
+        learn.load_state_dict(learn.state_dict() | change)
+
+
+@KINDS
+@pytest.mark.parametrize("part", ["student", "teacher", "auxiliary"])
+@pytest.mark.parametrize("readable", [True, False], ids=["cpu", "as on an accelerator"])
+def test_a_network_that_overflows_is_refused_and_the_call_leaves_no_trace(kind, part, readable, monkeypatch):
+    monkeypatch.setattr("tokendrift.distribution_matching.can_be_read", lambda values: readable)
+    process = LANGUAGE.process(kind)
+    student = small_model(process)
+    learn = objective(process, student)
+    before = learn.state_dict()
+    broken = {"student": student, "teacher": learn.teacher, "auxiliary": learn.auxiliary.network}[part]
+    weight = broken.output_layer.linear.bias.data
+    value, weight[0] = weight[0].clone(), torch.nan
+    with pytest.raises(TokenDriftError, match="not finite" if part == "student" else f"{part}_logits contain NaN"):
+        learn(student, LANGUAGE.sample(4, seed=0))
+    weight[0] = value
+    after = learn.state_dict()
+    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+    learn(student, LANGUAGE.sample(4, seed=0)).loss.backward()
+
+
+def test_an_auxiliary_model_that_diverges_is_refused_and_keeps_its_weights():
+    process = LANGUAGE.process("masked")
+    model = small_model(process)
+    learn = objective(process, model)
+    learn(model, LANGUAGE.sample(4, seed=0))
+    before = learn.state_dict()
+    hook = learn.auxiliary.network.output_layer.linear.weight.register_hook(lambda grad: grad * torch.inf)
+    with pytest.raises(TokenDriftError, match="auxiliary model or its gradient is not finite"):
+        learn.update_auxiliary()
+    hook.remove()
+    after = learn.state_dict()
+    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+    assert all(parameter.grad is None for parameter in learn.auxiliary.trained.values())
+    assert learn.update_auxiliary().isfinite() and not learn.completions
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_a_call_that_is_repeated_in_the_backward_pass_is_refused(reentrant):
+    process = LANGUAGE.process("masked")
+    model = small_model(process)
+    learn, x0 = objective(process, model, micro_batches=None), LANGUAGE.sample(4, seed=0)
+    leaf = torch.zeros((), requires_grad=True)
+    loss = checkpoint(lambda zero: learn(model, x0).loss + zero, leaf, use_reentrant=reentrant)
+    with pytest.raises(TokenDriftError, match="computed again during the backward pass"):
+        loss.backward()
+
+
+@pytest.fixture(scope="module")
+def ranks(run_ranks):
+    return run_ranks(WORKER, [(0, 1), (0, 2), (1, 2)])
+
+
+def test_an_error_on_one_process_is_one_on_all_and_a_skipped_batch_leaves_them_in_step(ranks):
+    (first, weights), (second, others) = (found["failures"] for found in ranks[1:])
+    own = ["are not finite", "teacher_logits contain NaN", "auxiliary_logits contain NaN", "clean_ids has ids from"]
+    for one, other, part in zip(first, second, own, strict=False):
+        assert part in one[0] and "another rank" in other[0]
+        assert one[1:] == other[1:] == (True, 0)  # generator, auxiliary model and completions are as before
+    assert first[4] and second[4]
+    assert "auxiliary model" in first[5][0] and "another rank" in second[5][0]
+    assert first[5][1:] == second[5][1:] == (True, 1) and first[6] and second[6]
+    assert all(torch.equal(weights[name], others[name]) for name in weights)
+    assert "different calls of the objective" in first[7] and "different calls of the objective" in second[7]
+
+
+def test_two_processes_do_what_one_does(ranks):
+    one, first, second = ({key: value for key, value in found.items() if key != "failures"} for found in ranks)
     for case, expected in one.items():
         for found in (first[case], second[case]):
             assert found.keys() == expected.keys() and not any("completions" in name for name in found)

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from report_samples import EVIL_NAME, as_samples, hostile_report, language, make_report
 
 from tokendrift import TokenDriftError
+from tokendrift.cli import PlainConsole
 from tokendrift.demo import PRETRAINED
 from tokendrift.evaluation import FIGURES, Figure, SampleSet, per_sample, register_figure
 from tokendrift.evaluation.report import as_json, page
@@ -28,6 +29,7 @@ from tokendrift.evaluation.report.sources import (
     real_windows,
     split_name,
     unique_names,
+    warn_of_unknown_ids,
 )
 
 tokenizers = pytest.importorskip("tokenizers")
@@ -108,6 +110,24 @@ def test_samples_and_names_cannot_break_out(html, parsed):
     assert not any(name.startswith("on") for _, attributes in parsed.tags for name in attributes)
     assert "<script>alert" not in html
     assert "{{ 7 * 7 }}" in html  # as text, not as a template
+
+
+def test_names_with_formulas_control_characters_and_markup_are_harmless_everywhere(tokenizer):
+    name = "=1+1[/red][bold]\x1b[2J\u202e\x00"
+    report = make_report(tokenizer, [(name, as_samples(tokenizer, language(20), nfe=4))])
+    shown = "=1+1[/red][bold]\ufffd[2J\ufffd\ufffd"
+    _, line, real = csv.reader(io.StringIO(report.to_csv()))
+    assert line[:4] == ["'" + shown, "'" + shown, "4", "20"] and real[0] == "real text"
+    assert all(not cell.startswith("'") and float(cell) < 0 for cell in line if cell.startswith("-"))
+    console = PlainConsole()
+    with console.capture() as drawn:
+        console.print(report.table(), name, width=400)
+        console.print(*report.sentences(), soft_wrap=True)
+    assert drawn.get().count(shown) >= 4
+    html = page(report)
+    assert html.count(shown) >= 10
+    for text in (html, drawn.get(), report.to_csv()):
+        assert not set(text) & set("\x1b\u202e\x00")
 
 
 def test_every_plot_has_a_name_a_description_and_its_numbers(report, parsed):
@@ -310,9 +330,13 @@ def test_an_unfinished_file_is_said_to_be(tokenizer):
     sets = [
         ("part", as_samples(tokenizer, language(20), metadata=header)),
         ("whole", as_samples(tokenizer, language(20))),
+        ("longer", as_samples(tokenizer, language(20), metadata={"n": 12, "complete": False})),
     ]
-    said = [line for line in make_report(tokenizer, sets).guard() if "unfinished" in line]
-    assert said == ["part: part.jsonl is unfinished: 20 samples of 256."]
+    said = [line for line in make_report(tokenizer, sets).guard() if "samples of" in line or "instead of" in line]
+    assert said == [
+        "part: part.jsonl is unfinished: 20 samples of 256.",
+        "longer: longer.jsonl was changed: 20 samples instead of 12.",
+    ]
 
 
 def test_sets_of_as_many_steps_are_compared_whatever_their_measured_nfe(tokenizer):
@@ -341,6 +365,14 @@ def test_real_text_by_line_is_known_by_its_header_whatever_the_ending(tmp_path):
 def test_ids_without_text_need_a_tokenizer():
     with pytest.raises(TokenDriftError, match=r"a.jsonl has ids without texts.*\n.*--tokenizer"):
         common_tokenizer([NamedSamples("a", SampleSet(ids=[[1, 2]]), "a.jsonl")], None)
+
+
+def test_ids_that_the_tokenizer_does_not_have_are_counted_in_a_warning(tokenizer):
+    sets = [SampleSet(ids=ids, texts=["a", "b"]) for ids in ([[1, 2], [3, 1024]], [[1], [1023]])]
+    sources = [NamedSamples(name, samples, f"{name}.jsonl") for name, samples in zip("ab", sets, strict=True)]
+    with pytest.warns(UserWarning, match=r"^1 of 4 ids of a.jsonl are not in .* has 1024 entries") as said:
+        warn_of_unknown_ids(sources, tokenizer)
+    assert len(said) == 1
 
 
 def test_a_figure_of_a_users_own_is_measured_and_shown_with_all_others(tokenizer, monkeypatch):

@@ -148,7 +148,7 @@ def test_a_finished_file_is_left_as_it_is(checkpoint, tmp_path):
     assert before == (path.stat().st_mtime_ns, path.read_bytes())
 
 
-@pytest.mark.parametrize("harm", ["a row is gone", "a row is no row", "a row is short", "a row too many"])
+@pytest.mark.parametrize("harm", ["a row is gone", "a row is no row", "a row is short", "a row too many", "other NFE"])
 def test_a_file_that_was_changed_is_not_complete_and_is_mended(checkpoint, tmp_path, harm):
     config, path = SampleConfig(str(checkpoint), n=5, steps=2, batch_size=2), tmp_path / "s.jsonl"
     sample_to_file(config, path)
@@ -160,6 +160,8 @@ def test_a_file_that_was_changed_is_not_complete_and_is_mended(checkpoint, tmp_p
         lines[2] = b"[3]\n"
     elif harm == "a row is short":
         lines[2] = b'{"ids": [1], "nfe": 2}\n'
+    elif harm == "other NFE":
+        lines[0] = lines[0].replace(b'"max": ', b'"max": 1')
     else:
         lines.append(lines[-1])
     path.write_bytes(b"".join(lines))
@@ -224,6 +226,10 @@ def test_a_file_of_another_kind_is_not_touched(checkpoint, tmp_path, content):
         (["--steps", "2", "--prefix", "the"], "the checkpoint has no tokenizer"),
         (["--steps", "2", "--prefix", "the " * 9, "--tokenizer", str(TOKENIZER)], "a sample has only 8"),
         (["--steps", "2", "--length", "20", "--stride", "8"], "stride must be below window"),
+        (["--steps", "2", "--length", "100000000"], "length must be at most 1,000,000"),
+        (["--steps", "2", "-n", "10000000", "--length", "1000000"], "more than the 4,294,967,296 tokens of a file"),
+        (["--steps", "1000000000"], "steps must be at most 1,000,000"),
+        (["--steps", "2", "--seed", str(2**64)], "seed must be at most"),
     ],
 )
 def test_bad_options_are_one_message_and_no_file(run, checkpoint, tmp_path, options, message):

@@ -110,6 +110,10 @@ BAD = [
     ('{"ids": [true]}', '"ids" must be a list of integers of at least 0'),
     ('{"text": "a", "nfe": "4"}', '"nfe" must be an integer of at least 0'),
     ("[" * 100_000, "no JSON"),
+    ('{"ids": [1e400]}', '"ids" must be a list of integers'),
+    ('{"ids": [2147483648]}', "each below 2^31"),
+    ('{"ids": [1], "nfe": 9223372036854775808}', '"nfe" must be an integer of at least 0, below 2^31'),
+    ('{"ids": [' + "1" * 5000 + "]}", "Exceeds the limit"),
 ]
 
 
@@ -130,6 +134,64 @@ def test_a_header_counts_as_such_in_the_first_line_only(jsonl):
         read_samples(jsonl({"text": "a"}, {"tokendrift": {}}))
     with pytest.raises(TokenDriftError, match=r'line 1 .* the value of "tokendrift" must be an object, not list'):
         read_samples(jsonl({"tokendrift": []}))
+
+
+def test_a_complete_file_holds_what_its_header_announces(jsonl):
+    header, row = {"tokendrift": {"n": 2, "complete": True}}, {"text": "a"}
+    assert len(read_samples(jsonl(header, row, row))) == 2
+    for count in (1, 3):
+        path = jsonl(header, *[row] * count)
+        with pytest.raises(
+            TokenDriftError, match=f"holds {count} samples, but its header announces 2[\\s\\S]*--skip-bad"
+        ):
+            read_samples(path)
+        found = read_samples(path, skip_bad=True)
+        assert (len(found), found.metadata["complete"]) == (count, False)
+
+
+def test_bad_and_blank_lines_count_among_those_that_a_header_announces(jsonl):
+    path = jsonl({"tokendrift": {"n": 3, "complete": True}}, {"text": "a"}, {"text": " "}, "{broken")
+    assert read_samples(path, skip_bad=True, skip_blank=True).metadata["complete"]
+
+
+def test_an_unfinished_file_may_hold_fewer_samples_than_it_announces_and_never_more(jsonl):
+    header, row = {"tokendrift": {"n": 2, "complete": False}}, {"text": "a"}
+    assert len(read_samples(jsonl(header, row))) == 1
+    with pytest.raises(TokenDriftError, match="holds 3 samples, but its header announces 2"):
+        read_samples(jsonl(header, row, row, row))
+
+
+@pytest.mark.parametrize("entry", [{"n": "2"}, {"n": True}, {"complete": 1}, {"tokenizer": ["a"]}, {"steps": 2.5}])
+def test_a_header_with_values_of_other_types_is_refused(jsonl, entry):
+    with pytest.raises(TokenDriftError, match=rf'line 1 of .*"{next(iter(entry))}" in "tokendrift" must be'):
+        read_samples(jsonl({"tokendrift": entry}, {"text": "a"}))
+
+
+def test_limits_of_a_samples_file_are_named(jsonl, tmp_path, monkeypatch):
+    with pytest.raises(TokenDriftError, match=r'line 1 .*"tokendrift" is nested too deeply'):
+        read_samples(jsonl('{"tokendrift": {"a": ' + "[" * 300 + "]" * 300 + "}}", {"text": "a"}))
+    monkeypatch.setattr("tokendrift.evaluation.sample_reader.LONGEST", 5)
+    monkeypatch.setattr("tokendrift.evaluation.sample_reader.MOST", 2)
+    assert read_samples(jsonl({"text": "12345"}, {"text": "a", "ids": [1] * 6}), skip_bad=True).texts == ["12345"]
+    with pytest.raises(TokenDriftError, match=r"line 1 .*longer than 5 characters"):
+        read_samples(jsonl({"text": "123456"}))
+    (tmp_path / "a.txt").write_text("123456")
+    (tmp_path / "b.txt").write_text("a\n\nb\n\nc")
+    for path, said in (("a.txt", "a sample of more than 5 characters"), ("b.txt", "holds more than 2 samples")):
+        with pytest.raises(TokenDriftError, match=said):
+            read_samples(tmp_path / path)
+    with pytest.raises(TokenDriftError, match="holds more than 2 samples"):
+        read_samples(jsonl({"text": "a"}, "{broken", {"text": "a"}), skip_bad=True)
+
+
+def test_a_packed_file_that_was_cut_is_refused(jsonl):
+    whole = gzip.compress(jsonl({"text": "a" * 1000}).read_bytes())
+    path = jsonl().with_name("cut.jsonl.gz")
+    for content in (whole[:-9], whole[: len(whole) // 2], b"no gzip", whole[:20] + b"xxxx" + whole[24:]):
+        path.write_bytes(content)
+        for read in (read_samples, read_documents):
+            with pytest.raises(TokenDriftError, match=r"cut\.jsonl\.gz cannot be read"):
+                read(path)
 
 
 def test_files_without_samples_are_named(jsonl, tmp_path):

@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from tokendrift.errors import TokenDriftError, UnknownOptionError
 
 F = TypeVar("F", bound=Callable[..., Any])
+TYPES = {str: "a text", int: "an integer", float: "a number", bool: "true or false"}  # of values, in messages
+LARGEST = 2**63 - 1  # integer that PyTorch can hold
 INTEGER_DTYPES = (torch.int64, torch.int32, torch.int16, torch.uint8)
 
 
@@ -24,7 +26,10 @@ def describe(value: object) -> str:
     if isinstance(value, Tensor):
         dtype = str(value.dtype).removeprefix("torch.")
         return f"{tuple(value.shape)} {dtype} {value.device.type}"
-    return f"{type(value).__name__} {value!r}"[:120]
+    try:
+        return f"{type(value).__name__} {value!r}"[:120]
+    except ValueError:  # an integer of more digits than Python writes
+        return type(value).__name__
 
 
 def fail(message: str, remedy: str = "", /, **got: object) -> TokenDriftError:
@@ -205,11 +210,19 @@ def check_scale(name: str, value: float, *, symbol: str) -> float:
     return float(value)
 
 
-def check_count(name: str, value: int, *, least: int = 0) -> int:
-    """Require an integer that is at least ``least``."""
+def check_count(name: str, value: int, *, least: int = 0, most: int = LARGEST) -> int:
+    """Require an integer that is at least ``least`` and at most ``most``."""
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         raise fail(f"{name} must be an integer of at least {least}.", **{name: value})
+    if value > most:
+        raise fail(f"{name} must be at most {most:,}.", **{name: value})
     return value
+
+
+def check_fraction(name: str, value: float, remark: str = "") -> None:
+    """Require a number in [0, 1); the remark ends the message."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < 1:
+        raise fail(f"{name} must lie in [0, 1){remark}.", **{name: value})
 
 
 def check_choice(name: str, value: object, choices: Sequence[str]) -> None:

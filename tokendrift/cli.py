@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import platform
-from collections.abc import Iterator
+import warnings
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
@@ -14,21 +15,55 @@ import torch
 from tokendrift import __version__
 from tokendrift.errors import TokenDriftError
 from tokendrift.evaluation.report import EvaluateConfig
+from tokendrift.files import reason
+from tokendrift.plain_text import printable
 from tokendrift.sampling.named import sampler_names
 from tokendrift.sampling.to_file import SampleConfig
 from tokendrift.training.config import setting_help
 
 try:
     import typer
-    from rich.console import Console
+    from rich.console import Console, ConsoleOptions, RenderableType
+    from rich.segment import Segment
+    from rich.text import Text
 
     from tokendrift.options import descriptions, options_of
 except ImportError as error:
     raise SystemExit(f"tokendrift: {error}; the command needs the extra 'all': pip install 'tokendrift[all]'") from None
 
+NO_MEMORY = ("MemoryError", "can't allocate memory")  # of Python, of accelerators, and of PyTorch on the CPU
+LESS_MEMORY = "Choose smaller batches, shorter sequences, fewer samples, or a smaller model."
+
 DeviceOption = Annotated[
     str, typer.Option(help="Device such as cpu or cuda:0; auto takes cuda if it is available, else cpu.")
 ]
+
+
+class PlainConsole(Console):
+    """A terminal on which names and samples show as they are: their markup means nothing, control characters are gone.
+
+    Args:
+        stderr: Whether to write to standard error.
+    """
+
+    def __init__(self, *, stderr: bool = False) -> None:
+        super().__init__(stderr=stderr, markup=False, emoji=False)
+
+    def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterator[Segment]:
+        for segment in super().render(renderable, options):
+            yield segment if segment.control else segment._replace(text=printable(segment.text))
+
+
+def _say(text: str, *, error: bool = False) -> None:
+    typer.echo(printable(text), err=error)
+
+
+@contextmanager
+def _status(stage: str) -> Iterator[Callable[[str], None]]:
+    """Show what is being done, and yield a function that changes it."""
+    with PlainConsole(stderr=True).status(Text(stage)) as status:
+        yield lambda stage: status.update(Text(stage))
+
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help="Refine discrete diffusion language models.")
 
@@ -108,15 +143,14 @@ def demo(
         from tokendrift.demo.demonstration import show
 
         sizes = _demo_size(quick, full, from_scratch)
-        console = Console()
-        # The table needs more than the 80 columns that rich assumes for a pipe.
-        console.width = min(console.width, 100) if console.is_terminal else 100
+        console = _console(100)
+        console.width = min(console.width, 100)
         options = sizes if steps is None else sizes | {"steps": steps}
         options |= {"text": tuple(text or ()), "models": models or PRETRAINED, "judges": tuple(judge or ())}
         for number in range(seed, seed + seeds):
             place = output if seeds == 1 else output / f"seed-{number}"
             config = DemoConfig(process, objective, output=place, window=window, seed=number, **options)
-            show(run_demo(config, Console(stderr=True)), config, console)
+            show(run_demo(config, PlainConsole(stderr=True)), config, console)
 
 
 def _demo_size(quick: bool, full: bool, from_scratch: bool) -> dict[str, Any]:
@@ -154,10 +188,9 @@ def refine(
     preset: Annotated[
         str | None,
         typer.Option(
-            help="Settings to start from: tokendrift (the paper's, for any checkpoint), mdlm-owt or duo-owt (the same "
-            "with its checkpoint), pairs (the objective of token pairs), or matching (distribution matching, which "
-            "chooses chains, weights and a random input by the process of the checkpoint). Default: matching, unless "
-            "--objective or --config is given."
+            help="Settings to start from: matching (distribution matching), tokendrift (the paper's), mdlm-owt or "
+            "duo-owt (the same with its checkpoint), pairs, or those of other methods: idlm, d-mmd, sdtt-owt or "
+            "dcd-owt. Default: matching, unless --objective or --config is given."
         ),
     ] = None,
     config: Annotated[
@@ -198,14 +231,11 @@ def refine(
         if value is not None and name not in ("preset", "config", "settings", "show")
     }
     with plain_errors("run the same command again to resume from the last checkpoint"):
-        from tokendrift.training import evaluation_table, make_config, parse_settings
+        from tokendrift.training import evaluation_table, parse_settings
         from tokendrift.training import refine as train
-        from tokendrift.training.config import default_preset
+        from tokendrift.training.config import command_config
 
-        values = flags | parse_settings(settings or [])
-        if preset is None and config is None and "objective" not in values:
-            preset = default_preset(values)
-        made = make_config(preset=preset, file=config, values=values)
+        made = command_config(preset=preset, file=config, values=flags | parse_settings(settings or []))
         if show:
             typer.echo(made.as_toml(), nl=False)
             return
@@ -214,8 +244,8 @@ def refine(
 
         if PartialState().is_main_process:
             if refined.evaluations:
-                Console().print(evaluation_table(refined.evaluations))
-            typer.echo(f"refined model: {refined.folder}")
+                PlainConsole().print(evaluation_table(refined.evaluations))
+            _say(f"refined model: {refined.folder}")
 
 
 @app.command()
@@ -252,13 +282,13 @@ def sample(
         from tokendrift.sampling.to_file import sample_to_file
 
         config = SampleConfig(**options)
-        with Progress(console=Console(stderr=True), transient=True) as bar:
+        with Progress(console=PlainConsole(stderr=True), transient=True) as bar:
             task = bar.add_task(f"sampling on {config.device}", total=config.n)
             file = sample_to_file(config, output, progress=lambda done: bar.update(task, completed=done))
     calls = f"{file.nfe['mean']:.1f} function evaluations each"
-    typer.echo(f"{file.count} samples in {output}, {calls}, drawn on {config.device}")
+    _say(f"{file.count} samples in {output}, {calls}, drawn on {config.device}")
     if file.settings["tokenizer"] is None:
-        typer.echo("warning: there is no tokenizer, so the samples are ids without text. Pass --tokenizer.", err=True)
+        _say("warning: there is no tokenizer, so the samples are ids without text. Pass --tokenizer.", error=True)
 
 
 @app.command()
@@ -289,7 +319,7 @@ def doctor(
     with plain_errors():
         from tokendrift.doctor import diagnose
 
-        with Console(stderr=True).status("examining") as status:
+        with _status("examining") as progress:
             found = diagnose(
                 checkpoint,
                 text=text,
@@ -297,12 +327,12 @@ def doctor(
                 revision=revision,
                 tokens=tokens,
                 device=device,
-                progress=status.update,
+                progress=progress,
             )
     if as_json:
         typer.echo(json.dumps(found.as_dict(), indent=2))
     else:
-        console = Console()
+        console = PlainConsole()
         for table in found.tables():
             console.print(table)
     if not found.healthy:
@@ -357,15 +387,15 @@ def probe(
         from tokendrift.files import write_atomically
         from tokendrift.probes import probe_checkpoints
 
-        with Console(stderr=True).status("probing") as status:
-            report = probe_checkpoints(checkpoint, text, progress=status.update, **options)
+        with _status("probing") as progress:
+            report = probe_checkpoints(checkpoint, text, progress=progress, **options)
         if output is not None:
             write_atomically(output, json.dumps(report.to_dict(), indent=2) + "\n")
         console = _console(130)
         for table in report.tables():
             console.print(table)
         for sentence in report.sentences():
-            console.print(sentence, highlight=False, markup=False, soft_wrap=True)
+            console.print(sentence, highlight=False, soft_wrap=True)
 
 
 @app.command()
@@ -401,8 +431,8 @@ def evaluate(
         config = EvaluateConfig(real=real, samples=tuple(samples or ()), **options)
         if html_file is not None:
             require_matplotlib()
-        with Console(stderr=True).status("starting") as status:
-            report = evaluate_files(config, progress=status.update)
+        with _status("starting") as progress:
+            report = evaluate_files(config, progress=progress)
         _write_report(report, json_file, csv_file, html_file)
 
 
@@ -422,13 +452,15 @@ def _write_report(report: Any, json_file: Path | None, csv_file: Path | None, ht
     written = [str(file) for file in (json_file, csv_file, html_file) if file is not None]
     note = f"measured on {report.settings['device']}" + (f"; written to {', '.join(written)}" if written else "")
     for sentence in (note, *report.sentences()):
-        console.print(sentence, highlight=False, markup=False, soft_wrap=True)
+        console.print(sentence, highlight=False, soft_wrap=True)
 
 
-def _console(width: int) -> Console:
+def _console(width: int) -> PlainConsole:
     """Return the terminal, or a console of this width if the output is a pipe, for which rich assumes 80 columns."""
-    console = Console()
-    return console if console.is_terminal else Console(width=width)
+    console = PlainConsole()
+    if not console.is_terminal:
+        console.width = width
+    return console
 
 
 @contextmanager
@@ -437,7 +469,12 @@ def plain_errors(hint: str = "finished stages are kept: run the same command aga
     try:
         yield
     except TokenDriftError as error:
-        typer.echo(f"tokendrift: {error}", err=True)
+        _say(f"tokendrift: {error}", error=True)
+        raise typer.Exit(2) from None
+    except (MemoryError, RuntimeError) as error:
+        if not any(sign in f"{type(error).__name__} {error}" for sign in NO_MEMORY):
+            raise
+        _say(f"tokendrift: there is not enough memory: {reason(error)}.\n  {LESS_MEMORY}", error=True)
         raise typer.Exit(2) from None
     except KeyboardInterrupt:
         typer.echo(f"\ninterrupted; {hint}", err=True)
@@ -446,6 +483,8 @@ def plain_errors(hint: str = "finished stages are kept: run the same command aga
 
 def main() -> None:
     """Run the command."""
+    write = warnings.formatwarning
+    warnings.formatwarning = lambda *args, **kwargs: printable(write(*args, **kwargs))
     app()
 
 

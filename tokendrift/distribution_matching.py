@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from tokendrift._checks import (
+    can_be_read,
     check_choice,
     check_floating,
     check_mask,
@@ -19,6 +20,7 @@ from tokendrift._checks import (
     check_tensor,
     fail,
 )
+from tokendrift.errors import TokenDriftError
 
 __all__ = [
     "ConditionalField",
@@ -169,6 +171,9 @@ def distribution_matching_loss(
     sum over tokens is exact: only z is drawn. Exchange T and f and the gradient changes its sign; where the two agree
     it is zero. Adding to v a number that is the same for all tokens of a position changes no gradient.
 
+    On an accelerator and in a compiled function, where numbers cannot be read without waiting, logits that hold NaN or
+    infinities at the positions read give a loss of NaN. Minus infinity stands for a token without probability.
+
     The laws of the positions are worked through some rows at a time, forward and backward, in float32 or wider. Beside
     the inputs, the only tensor of their size is the gradient of the logits. Teacher and auxiliary logits need to exist
     at the positions read alone, as (K, V). First derivatives only.
@@ -189,7 +194,8 @@ def distribution_matching_loss(
         A scalar, or (B, L), in float32 or wider. Without any position read it is zero, attached to the graph.
 
     Raises:
-        TokenDriftError: If shapes, dtypes or devices do not belong together.
+        TokenDriftError: If shapes, dtypes or devices do not belong together, or, on a CPU, if the loss would not be
+            finite: logits hold NaN or infinities, or an unclipped log-ratio is infinite.
 
     Source: D-MMD (arXiv 2603.20155) and IDLM (arXiv 2602.19066), in one form.
 
@@ -207,6 +213,8 @@ def distribution_matching_loss(
     closed = -1 if mask_id is None else mask_id
     run = cast(Any, _ExpectedField.apply)  # torch leaves it without types
     expected, clipped, entropy = run(rows, index, *sides, field, closed, return_diagnostics)
+    if can_be_read(expected) and not expected.isfinite().all():
+        raise not_finite(logits, teacher_logits, auxiliary_logits, read)
 
     loss: Tensor
     if reduction == "none":
@@ -218,6 +226,26 @@ def distribution_matching_loss(
     count = max(1, len(index))
     mean_field, clipped_share, token_entropy = (x.detach().sum() / count for x in (expected, clipped, entropy))
     return MatchingOutput(loss, MatchingDiagnostics(mean_field, clipped_share, token_entropy, len(index)))
+
+
+def not_finite(
+    logits: Tensor, teacher_logits: Tensor, auxiliary_logits: Tensor, read: Tensor | None
+) -> TokenDriftError:
+    """Build the error for a loss that is not finite; arguments as in `distribution_matching_loss`."""
+    wrong = []
+    for name, side in (("logits", logits), *_named(teacher_logits, auxiliary_logits)):
+        rows = side if read is None or side.ndim == 2 else side[read]
+        if not rows.amax(dim=-1).isfinite().all():  # NaN, infinity, or a row without any probability
+            wrong.append(name)
+    if not wrong:
+        return fail(
+            "the field is infinite: teacher and auxiliary model differ in which tokens have probability 0.",
+            "Pass a field with a finite clip.",
+        )
+    return fail(
+        f"{' and '.join(wrong)} contain NaN or infinities, or a row of minus infinity alone.",
+        "Look for an overflow in the network, or leave the batch out on all ranks.",
+    )
 
 
 def positions_to_match(
@@ -271,7 +299,7 @@ class _ExpectedField(torch.autograd.Function):
         ctx.field, ctx.closed = field, closed
         out = rows.new_zeros(3, len(index), dtype=torch.promote_types(rows.dtype, torch.float32))
         for span, p, ratio in _tiles(rows, index, teacher, auxiliary, closed):
-            out[0, span] = (p * field.of_ratio(ratio)).sum(dim=-1)
+            out[0, span] = (p * _field_under(p, field, ratio)).sum(dim=-1)
             if diagnose:
                 if field.form == "log_ratio":
                     out[1, span] = (p * (ratio.abs() > field.clip)).sum(dim=-1)
@@ -287,7 +315,7 @@ class _ExpectedField(torch.autograd.Function):
         found = torch.zeros_like(rows)
         for span, p, ratio in _tiles(rows, index, teacher, auxiliary, ctx.closed):
             # d <p, v> / d logits = p (v - <p, v>)
-            v = ctx.field.of_ratio(ratio)
+            v = _field_under(p, ctx.field, ratio)
             v.sub_((p * v).sum(dim=-1, keepdim=True)).mul_(p).mul_(grad[span, None])
             found.index_copy_(0, index[span], v.to(found.dtype))
         return found, None, None, None, None, None, None
@@ -305,6 +333,12 @@ def _tiles(
         # Rows of (K, V) are those of the positions; of (B L, V) they are looked up.
         real, own = (x[span] if len(x) == len(index) else x.index_select(0, index[span]) for x in (teacher, auxiliary))
         yield span, p, log_ratio(real, own, mask_id).to(dtype)
+
+
+def _field_under(p: Tensor, field: ConditionalField, ratio: Tensor) -> Tensor:
+    """Return the field for log-ratios; an infinite one counts for nothing where p is 0."""
+    found = field.of_ratio(ratio)
+    return found if field.form == "bounded" or field.clip < torch.inf else found.masked_fill_(p == 0, 0.0)
 
 
 def _closed(logits: Tensor, dtype: torch.dtype, mask_id: int | None) -> Tensor:

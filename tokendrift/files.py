@@ -33,6 +33,43 @@ def file_kind(path: str | os.PathLike[str]) -> str:
     return Path(Path(path).name.lower().removesuffix(".gz")).suffix
 
 
+@contextmanager
+def readable(path: str | os.PathLike[str], remedy: str, *, what: str = "file") -> Iterator[None]:
+    """Turn whatever the block raises, unless it is an error of this package, into one that names the file.
+
+    Parsers of files of unknown origin raise all kinds of exceptions, `RecursionError` for deep nesting among them, and
+    the panics of libraries written in Rust, which are no `Exception`.
+
+    Args:
+        path: What is read.
+        remedy: What to do if it cannot be read.
+        what: What the file was passed as. Default: "file".
+
+    Raises:
+        TokenDriftError: If the block raises an error.
+    """
+    try:
+        yield
+    except TokenDriftError:
+        raise
+    except BaseException as error:
+        if not is_failure(error):
+            raise
+        kind = FileError if isinstance(error, OSError) else TokenDriftError
+        raise kind(f"{what} {path} cannot be read: {reason(error)}.\n  {remedy}") from error
+
+
+def is_failure(error: BaseException) -> bool:
+    """Return whether an exception is an error or a panic, rather than an interruption."""
+    return isinstance(error, Exception) or type(error).__name__ == "PanicException"
+
+
+def reason(error: BaseException) -> str:
+    """Return what an exception says, in one line without a full stop; its type where it says nothing."""
+    said = getattr(error, "strerror", None) or str(error).strip()
+    return said.splitlines()[0].rstrip(".") if said else type(error).__name__
+
+
 def check_text_kind(path: str | os.PathLike[str], argument: str) -> None:
     """Require a file whose name is not that of a table or an archive."""
     if file_kind(path) in NO_TEXT:
@@ -61,17 +98,14 @@ def read_text(path: str | os.PathLike[str], *, argument: str = "file") -> str:
         TokenDriftError: If it cannot be read, is not UTF-8, or is a table or an archive.
     """
     check_text_kind(path, argument)
-    try:
-        with open_bytes(path) as file:
-            return file.read().decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
-    except UnicodeDecodeError as error:
-        raise FileError(
-            f"{argument} {path} is not UTF-8 text (byte {error.start}).\n  Pass a plain text file in UTF-8."
-        ) from None
-    except OSError as error:
-        raise FileError(
-            f"{argument} {path} cannot be read: {error.strerror or error}.\n  Pass a file that exists."
-        ) from None
+    with readable(path, "Pass a file that exists and is complete.", what=argument):
+        try:
+            with open_bytes(path) as file:
+                return file.read().decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
+        except UnicodeDecodeError as error:
+            raise FileError(
+                f"{argument} {path} is not UTF-8 text (byte {error.start}).\n  Pass a plain text file in UTF-8."
+            ) from None
 
 
 def write_atomically(path: str | os.PathLike[str], text: str) -> None:

@@ -212,7 +212,7 @@ class PairDriftLoss(nn.Module):
             counts = self._counts(clean_ids, corrupted.text)
         except Exception:
             if rank_count() > 1:
-                self._fail_together()
+                self._fail_together(logits)
             raise
         law, total = self._of_all_ranks(written.detach(), counts, self._calls * len(self.generated) + stratum)
         finite = law.sum().isfinite()
@@ -341,10 +341,12 @@ class PairDriftLoss(nn.Module):
         return torch.stack([self._whole(ids, text, lag).sum() for lag in self.lags]).double()
 
     @torch.no_grad()
-    def _fail_together(self) -> None:
+    def _fail_together(self, logits: object) -> None:
         """Let the other ranks, which wait for this one, get NaN, and take part in what they do then."""
         nothing = torch.zeros_like(self.real_weight)
-        self._of_all_ranks(torch.full_like(self.real, torch.nan), nothing, self._calls * len(self.generated))
+        wide = isinstance(logits, Tensor) and logits.dtype == torch.float64  # as the laws of the others will be
+        sums = torch.full_like(self.real, torch.nan, dtype=torch.float64 if wide else torch.float32)
+        self._of_all_ranks(sums, nothing, self._calls * len(self.generated))
         if self.training and not can_be_read(nothing):  # they cannot stop, and count their real text
             self._take_real(torch.zeros_like(self.real), nothing)
 

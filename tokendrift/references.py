@@ -88,6 +88,47 @@ def gather(features: Tensor, *, call: int = 0, error: Exception | None = None) -
     return Gathered(torch.cat(kept), sum(counts[: distributed.get_rank()]))
 
 
+@torch.no_grad()
+def add_over_ranks(
+    count: int, *, ranks: int, device: torch.device, call: int = 0, error: Exception | None = None
+) -> int:
+    """Return a count added up over all ranks of the default process group; this waits for the device.
+
+    Every rank has to call, also one that has an error.
+
+    Args:
+        count: The count of this rank.
+        ranks: Number of ranks. With 1, there is no communication.
+        device: Device of the process group.
+        call: Number that has to be the same on all ranks, as in `gather`.
+        error: What has prevented this rank from doing its part. It is raised here once the ranks have met, and all
+            other ranks raise an error as well.
+
+    Raises:
+        TokenDriftError: On every rank, if a rank has an error, or ``call`` differs between ranks.
+    """
+    failed, alike = error is not None, True
+    if ranks > 1:
+        found = torch.tensor([count, failed, call, call**2], device=device)
+        distributed.all_reduce(found)
+        count, failed, first, second = found.tolist()
+        alike = first**2 == ranks * second  # otherwise the mean of the squares is larger than the square of the mean
+    if error is not None:
+        raise error
+    if failed:
+        raise fail(
+            "another rank could not compute its loss; its own error says why.",
+            "Mend the batch, or leave it out on all ranks.",
+        )
+    if not alike:
+        raise fail(
+            "ranks are at different calls of the objective, or at different positions of the chains.",
+            "Call it on every rank equally often, with generators in the same state. After an error on one rank alone, "
+            "restart from a checkpoint.",
+        )
+    return count
+
+
 class FeatureQueue(nn.Module):
     """A first-in-first-out queue of detached features; part of ``state_dict``.
 

@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import IO, Any, NamedTuple, Protocol
 
 from tokendrift._checks import fail
-from tokendrift.files import check_text_kind, file_kind, open_bytes, read_text
+from tokendrift.files import check_text_kind, file_kind, open_bytes, read_text, readable
 
 PIECE = 1 << 16  # bytes of a long document that are tokenised at a time
 LONG = 4 * PIECE  # bytes of a line beyond which it is read in several parts
 HEAD = 1 << 20  # bytes of a file by which it is recognised
 JSON_KINDS = (".jsonl", ".ndjson", ".json")
+COMPLETE = "Pass a file that exists and is complete."
 SAMPLES = "generated_seqs"  # where the code of MDLM, DUO and ReMDM writes the texts that it has generated
 HEADER = "tokendrift"  # field of the first line of a file that `tokendrift sample` has written
 
@@ -78,7 +79,7 @@ class TextFiles:
         """Return the size and the SHA-256 of the first MiB of each file, which change if a file is edited or grows."""
         found = []
         for path in self.paths:
-            with path.open("rb") as file:
+            with readable(path, COMPLETE, what="text"), path.open("rb") as file:
                 found.append([str(path), path.stat().st_size, hashlib.sha256(file.read(HEAD)).hexdigest()])
         return found
 
@@ -95,7 +96,7 @@ class TextFiles:
     def _lines(self, number: int, place: Place, limit: int) -> Iterator[_TextLine]:
         """Yield the lines from a position, those of more bytes than the limit (-1: no limit) in several parts."""
         path, at, rest = self.paths[number], dict(place), b""
-        with open_bytes(path) as file:
+        with readable(path, COMPLETE, what="text"), open_bytes(path) as file:
             file.seek(place["byte"])
             while raw := rest + file.readline(limit - len(rest)):
                 whole = raw.endswith(b"\n") or len(raw) != limit
@@ -110,7 +111,7 @@ class TextFiles:
     def _entries(self, number: int, place: Place) -> Iterator[Piece]:
         """Yield the texts of a JSON file: its lines, or the entries of its list."""
         path = self.paths[number]
-        with open_bytes(path) as file:
+        with readable(path, COMPLETE, what="text"), open_bytes(path) as file:
             listed = json_list(file, path)
         found: Iterator[tuple[Any, Place]]
         if listed is None:

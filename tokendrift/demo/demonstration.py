@@ -146,6 +146,8 @@ def run_demo(config: DemoConfig, console: Console) -> EvaluationReport:
     Raises:
         TokenDriftError: If a file cannot be read or written, or the text is too short.
     """
+    from rich.text import Text
+
     require_matplotlib()
     # 1. Text: one split to refine on, and one that neither the models nor the judge were trained on.
     with console.status("reading the text"):
@@ -174,7 +176,7 @@ def run_demo(config: DemoConfig, console: Console) -> EvaluationReport:
         batch_size=64,
     )
     with console.status("sampling and judging") as status:
-        report = evaluate_files(evaluation, progress=status.update)
+        report = evaluate_files(evaluation, progress=lambda stage: status.update(Text(stage)))
 
     # 4. The numbers, and the page.
     results = json.dumps(as_json(report.to_dict()), indent=2, allow_nan=False)
@@ -206,12 +208,12 @@ def show(report: EvaluationReport, config: DemoConfig, console: Console) -> None
         )
     console.print(f"\nThe first {EXAMPLES} samples of each model at the most function evaluations, beside real text:")
     for name, texts in examples(report).items():
-        console.print(f"\n{name}", style="bold", highlight=False, markup=False)
+        console.print(f"\n{name}", style="bold", highlight=False)
         for text in texts:
             console.print(Padding(Text(text), (0, 0, 0, 2)))
     console.print(f"\nReport: {config.output / 'report.html'}", highlight=False, soft_wrap=True)
     for sentence in (*report.agreement(), report.verdict()):
-        console.print(sentence, highlight=False, markup=False, soft_wrap=True)
+        console.print(sentence, highlight=False, soft_wrap=True)
 
 
 def table(report: EvaluationReport) -> Table:

@@ -262,5 +262,5 @@ def _check_eps(eps: float) -> None:
 
 def _check_range(sigma_min: float, sigma_max: float, *, above: bool) -> None:
     least = "above 0" if above else "at least 0"
-    if sigma_min < 0 or (above and sigma_min == 0) or not sigma_min < sigma_max < math.inf:
+    if sigma_min < 0 or (above and sigma_min == 0) or not sigma_min < float(sigma_max) < math.inf:
         raise fail(f"sigma_min must be {least} and below sigma_max.", sigma_min=sigma_min, sigma_max=sigma_max)

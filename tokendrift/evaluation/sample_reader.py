@@ -5,16 +5,24 @@ from __future__ import annotations
 import io
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from tokendrift._checks import fail
+from tokendrift._checks import TYPES, fail
 from tokendrift.errors import TokenDriftError
 from tokendrift.files import file_kind, read_text
 from tokendrift.sampling import BadLine, SampleSet
 from tokendrift.text_files import HEADER, JSON_KINDS, is_blank, json_list
+
+LARGEST_ID = 2**31 - 1  # of a token, which every tokenizer and every model can hold
+LONGEST = 2**24  # characters or ids of a sample
+MOST = 10**6  # samples of a file
+DEEPEST = 20  # lists and objects within each other in a header
+STATED = {"n": int, "complete": bool, "steps": int, "length": int, "tokenizer": str, "checkpoint": str}  # in a header
+
+SEVERAL = "Split the file into several."
 
 
 class _SampleLine(NamedTuple):
@@ -46,8 +54,10 @@ def read_samples(
             model has generated is a sample. Default: False.
 
     Raises:
-        TokenDriftError: If the file cannot be read, holds no sample, has a bad line, or mixes lines with and without
-            ids or text, or lines of several NFE.
+        TokenDriftError: If the file cannot be read, holds no sample or more than a million, has a bad line, or mixes
+            lines with and without ids or text, or lines of several NFE. A sample of more than 2^24 characters or ids is
+            a bad line, too. Also if the header announces another number of samples than there are, or fewer in an
+            unfinished file; with ``skip_bad``, such a file is read, and its metadata say that it is not complete.
     """
     place = Path(path)
     content = read_text(place, argument="samples file")
@@ -55,14 +65,19 @@ def read_samples(
         texts = [line for line in content.split("\n") if line.strip()] if lines else list(_paragraphs(content))
         if not texts:
             raise _empty(place, ())
+        if max(map(len, texts)) > LONGEST:
+            raise fail(f"{place} holds a sample of more than {LONGEST:,} characters.", SEVERAL)
+        _check_most(place, len(texts))
         return SampleSet(texts=texts)
     metadata: dict[str, Any] = {}
     found: list[_SampleLine] = []
     bad: list[BadLine] = []
+    blank = 0
     for number, parse in _entries(content, place):
         try:
             entry = parse()
             if skip_blank and is_blank(entry):
+                blank += 1
                 continue
             entry = _as_object(entry)
             if HEADER in entry and not found and not bad:
@@ -76,9 +91,30 @@ def read_samples(
                     "  Correct the line, or leave such lines out with skip_bad, which reports them."
                 ) from None
             bad.append(BadLine(number, str(error)))
+        _check_most(place, len(found) + len(bad))
     if not found:
         raise _empty(place, tuple(bad))
+    metadata = _checked_count(place, len(found) + len(bad) + blank, metadata, skip_bad=skip_bad)
     return _together(place, found, metadata, tuple(bad))
+
+
+def _checked_count(place: Path, count: int, metadata: dict[str, Any], *, skip_bad: bool) -> dict[str, Any]:
+    """Return the metadata of a file with so many samples; require those that a complete file announces."""
+    announced = metadata.get("n")
+    if announced is None or count == announced or (count < announced and not metadata.get("complete")):
+        return metadata
+    if not skip_bad:
+        raise fail(
+            f"{place} holds {count} samples, but its header announces {announced}: the file was changed.",
+            "Run the tokendrift sample command that made it again, which completes it; or pass skip_bad (--skip-bad) "
+            "to read the samples that are there.",
+        )
+    return metadata | {"complete": False}
+
+
+def _check_most(place: Path, count: int) -> None:
+    if count > MOST:
+        raise fail(f"{place} holds more than {MOST:,} samples.", SEVERAL)
 
 
 def _entries(content: str, place: Path) -> Iterator[tuple[int, Callable[[], Any]]]:
@@ -123,7 +159,20 @@ def _as_object(entry: Any) -> dict[str, Any]:
 def _header(metadata: object) -> dict[str, Any]:
     if not isinstance(metadata, dict):
         raise ValueError(f'the value of "{HEADER}" must be an object, not {type(metadata).__name__}')
+    level: list[Any] = [metadata]
+    for _ in range(DEEPEST):
+        level = [child for value in level for child in _children(value)]
+    if level:
+        raise ValueError(f'the value of "{HEADER}" is nested too deeply')
+    for name, kind in STATED.items():
+        value = metadata.get(name)
+        if value is not None and type(value) is not kind:
+            raise ValueError(f'"{name}" in "{HEADER}" must be {TYPES[kind]}, not {value!r:.80}')
     return metadata
+
+
+def _children(value: Any) -> Iterable[Any]:
+    return value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
 
 
 def _sample(entry: dict[str, Any]) -> _SampleLine:
@@ -134,10 +183,12 @@ def _sample(entry: dict[str, Any]) -> _SampleLine:
         raise ValueError('"text" must be a string')
     if text is not None and any("\ud800" <= character <= "\udfff" for character in text):
         raise ValueError('"text" contains half of a surrogate pair, which is not a character')
-    if ids is not None and not (isinstance(ids, list) and all(type(token) is int and token >= 0 for token in ids)):
-        raise ValueError('"ids" must be a list of integers of at least 0')
-    if nfe is not None and (type(nfe) is not int or nfe < 0):
-        raise ValueError('"nfe" must be an integer of at least 0')
+    if ids is not None and not (isinstance(ids, list) and all(type(i) is int and 0 <= i <= LARGEST_ID for i in ids)):
+        raise ValueError('"ids" must be a list of integers of at least 0, each below 2^31')
+    if nfe is not None and (type(nfe) is not int or not 0 <= nfe <= LARGEST_ID):
+        raise ValueError('"nfe" must be an integer of at least 0, below 2^31')
+    if max(len(ids or ()), len(text or "")) > LONGEST:
+        raise ValueError(f"it is longer than {LONGEST:,} characters or ids")
     return _SampleLine(ids, text, nfe)
 
 

@@ -117,6 +117,7 @@ def build(
     config = complete_config(checkpoint)
     device = check_device(device or "cpu")
     tensors = dict(checkpoint.tensors)
+    _check_sizes(config, tensors)
     # 1. An empty network of the stated sizes, and the tensors that it must have.
     with torch.device("meta"):  # no random initial values: quicker, and the caller's random state stays
         model = DiT(config).to(dtype=dtype or torch.float32)
@@ -171,7 +172,8 @@ def _remedy(checkpoint: Checkpoint) -> str:
     if "bd3" in str(stated.get("model_type")).lower():
         return "Block diffusion (BD3-LM) is not supported: its network also reads the blocks before. Load an MDLM."
     if "architectures" in stated or "transformers_version" in stated:
-        names = [name for name in stated.get("architectures") or () if isinstance(name, str)]
+        named = stated.get("architectures")
+        names = [name for name in named if isinstance(name, str)] if isinstance(named, list) else []
         owner = next((name for name in names if "MaskedLM" in name), "AutoModelForMaskedLM")
         return (
             f"It is a model of transformers: MaskedLMDenoiser({owner}.from_pretrained({str(checkpoint.source)!r}), "
@@ -270,7 +272,7 @@ def _make_schedule(stated: dict[str, Any] | None) -> diffusion.Schedule | None:
         raise fail(f"schedule in config.json must be one of {', '.join(SCHEDULES)}.", name=name)
     try:
         schedule: diffusion.Schedule = getattr(diffusion, name)(**options)
-    except TypeError as error:
+    except (TypeError, OverflowError) as error:
         raise fail(f"schedule in config.json does not fit {name}: {error}.", schedule=stated) from None
     return schedule
 
@@ -292,11 +294,26 @@ def _shown(tensors: Mapping[str, Tensor]) -> dict[str, int]:
             shown["n_heads"] = embedding.shape[1] // (2 * frequencies.numel())
     if bias is not None and bias.ndim == 1:
         shown["cond_dim"] = len(bias)
-    numbers = (name.split(".")[1] for name in tensors if name.startswith("blocks."))
-    blocks = {int(number) for number in numbers if number.isdigit()}
-    if blocks:
-        shown["n_blocks"] = max(blocks) + 1
+    if blocks := _blocks(tensors):
+        shown["n_blocks"] = len(blocks)
     return shown
+
+
+def _blocks(tensors: Mapping[str, Tensor]) -> set[str]:
+    """Return the numbers of the blocks that have a tensor."""
+    return {name.split(".")[1] for name in tensors if name.startswith("blocks.")}
+
+
+def _check_sizes(config: DiTConfig, tensors: Mapping[str, Tensor]) -> None:
+    """Require a tensor for each block, before a network of the stated sizes is built, which could take minutes."""
+    blocks = _blocks(tensors)
+    if config.n_blocks > len(blocks):
+        first = next(i for i in range(len(blocks) + 1) if str(i) not in blocks)
+        raise fail(
+            f"the checkpoint does not fit its config: n_blocks is {config.n_blocks}, but there are tensors of "
+            f"{len(blocks)} blocks; missing is blocks.{first}.",
+            "Check n_blocks in config.json.",
+        )
 
 
 def _check_fit(model: DiT, tensors: Mapping[str, Tensor]) -> None:
@@ -306,6 +323,8 @@ def _check_fit(model: DiT, tensors: Mapping[str, Tensor]) -> None:
     problems = [f"missing {name} {tuple(expected[name].shape)}" for name in missing]
     problems += [f"unexpected {name} {tuple(tensors[name].shape)}" for name in tensors.keys() - expected.keys()]
     for name in expected.keys() & tensors.keys():
+        if not tensors[name].is_floating_point() or tensors[name].layout != torch.strided:
+            problems.append(f"{name} is {tensors[name].dtype} {tensors[name].layout}, expected dense floating point")
         if expected[name].shape != tensors[name].shape:
             problems.append(f"{name} has {tuple(tensors[name].shape)}, expected {tuple(expected[name].shape)}")
     stored = tensors.get(lightning.BUFFER)

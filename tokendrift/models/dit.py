@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from tokendrift._checks import check_count, check_ids, check_mask_id, fail
+from tokendrift._checks import check_count, check_fraction, check_ids, check_mask_id, fail
 from tokendrift.lift import LinearLogits
 from tokendrift.models.layers import Embedding, LayerNorm, Rotary, SigmaMap, modulate, rotate
 from tokendrift.models.random_input import RandomMaskEmbedding
@@ -54,7 +54,14 @@ class DiTConfig:
 
     def __post_init__(self) -> None:
         for name in ("vocab_size", "model_length", "hidden_dim", "cond_dim", "n_blocks", "n_heads"):
-            check_count(name, getattr(self, name), least=1)
+            check_count(
+                name, getattr(self, name), least=1, most=2**31 if name in ("vocab_size", "model_length") else 2**24
+            )
+        check_fraction("dropout", self.dropout)
+        if not isinstance(self.time_conditioning, bool):
+            raise fail("time_conditioning must be true or false.", time_conditioning=self.time_conditioning)
+        if self.mask_id is not None:
+            check_count("mask_id", self.mask_id)
         if self.hidden_dim % (2 * self.n_heads):
             raise fail(
                 f"hidden_dim must be a multiple of 2 * n_heads = {2 * self.n_heads} (rotary positions pair channels).",
@@ -62,7 +69,7 @@ class DiTConfig:
                 n_heads=self.n_heads,
             )
         check_mask_id(self.mask_id, self.vocab_size)
-        if check_count("random_input", self.random_input) and self.mask_id is None:
+        if check_count("random_input", self.random_input, most=2**24) and self.mask_id is None:
             raise fail(
                 "random_input gives numbers to masked positions, and this model has no mask.",
                 "Leave it out for uniform-state models, whose input is random already.",

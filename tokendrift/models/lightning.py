@@ -110,7 +110,7 @@ def weights(checkpoint: dict[str, Any], *, ema: bool) -> tuple[dict[str, Tensor]
     stored = {
         name.removeprefix(PREFIX).replace("_orig_mod.", ""): value
         for name, value in _section(checkpoint, "state_dict").items()
-        if name.startswith(PREFIX) and isinstance(value, Tensor)
+        if isinstance(name, str) and name.startswith(PREFIX) and isinstance(value, Tensor)
     }
     if not stored:
         raise fail(
@@ -122,6 +122,8 @@ def weights(checkpoint: dict[str, Any], *, ema: bool) -> tuple[dict[str, Tensor]
     shadows = _section(checkpoint, "ema").get("shadow_params")
     if not ema or not shadows:
         return stored, f"raw weights of step {step}"
+    if not isinstance(shadows, (list, tuple)) or not all(isinstance(shadow, Tensor) for shadow in shadows):
+        raise fail("the averaged weights are not a list of tensors.", "Pass ema=False to load the raw weights.")
     names = [name for name in stored if name != BUFFER]
     apart = [
         f"{name} {tuple(stored[name].shape)} against {tuple(shadow.shape)}"
@@ -157,7 +159,7 @@ def plain_config(config: dict[str, Any]) -> dict[str, Any]:
         name, backbone = name.get("name"), sizes.get("type")
     if not config:
         return {}
-    if name not in ALGORITHMS or backbone not in NETWORKS:
+    if not isinstance(name, str) or name not in ALGORITHMS or backbone not in NETWORKS:
         raise fail(
             f"the checkpoint holds a {backbone!r} network trained as {name!r}; "
             f"supported are 'dit' networks trained as {', '.join(ALGORITHMS)}.",

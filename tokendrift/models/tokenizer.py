@@ -9,7 +9,8 @@ import hashlib
 import json
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,6 +18,8 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from tokendrift._checks import fail
+from tokendrift.errors import TokenDriftError
+from tokendrift.files import is_failure, reason
 from tokendrift.models.hub import check_local
 
 UNKNOWN = "\ufffd"  # what stands in a text for an id that the tokenizer does not have
@@ -59,9 +62,11 @@ def load_tokenizer(name: str | Path, *, fetch: bool = True) -> Any:
             tokenizer.eos_token = next((token for token in ENDS if token in vocabulary), None)
             return tokenizer
         return AutoTokenizer.from_pretrained(str(name), trust_remote_code=False, local_files_only=not fetch)
-    except Exception as error:  # the tokenizers library raises bare Exceptions
+    except BaseException as error:  # the tokenizers library raises bare exceptions, and panics
+        if not is_failure(error):
+            raise
         raise fail(
-            f"no tokenizer can be read from {name}: {str(error).splitlines()[0]}",
+            f"no tokenizer can be read from {name}: {reason(error)}.",
             "Pass a tokenizer.json, a folder that has one, or a hub name.",
         ) from None
 
@@ -130,6 +135,24 @@ def encode(tokenizer: Any, texts: Sequence[str], *, special_tokens: bool = False
     Raises:
         TokenDriftError: If the tokenizer is of another kind, or a ``tokenizers.Tokenizer`` is set to truncate.
     """
+    with _usable():
+        return _encoded(tokenizer, texts, special_tokens)
+
+
+@contextmanager
+def _usable() -> Iterator[None]:
+    """Turn what a tokenizer raises into one error."""
+    try:
+        yield
+    except TokenDriftError:
+        raise
+    except BaseException as error:
+        if not is_failure(error):
+            raise
+        raise fail(f"the tokenizer fails: {reason(error)}.", "Its files may be damaged; fetch them again.") from error
+
+
+def _encoded(tokenizer: Any, texts: Sequence[str], special_tokens: bool) -> list[list[int]]:
     fast = getattr(tokenizer, "backend_tokenizer", None)
     if fast is not None:  # its file may say to truncate or to pad, which would lose text or add what is none
         fast.no_truncation()
@@ -184,19 +207,25 @@ def decode(tokenizer: Any, ids: Tensor | Sequence[Sequence[int]] | Sequence[Tens
         write = partial(tokenizer.decode_batch, skip_special_tokens=False)
     else:
         raise fail("tokenizer must be a transformers tokenizer or a tokenizers.Tokenizer.", tokenizer=tokenizer)
-    size = tokenizer.get_vocab_size() if hasattr(tokenizer, "get_vocab_size") else _size(tokenizer)
+    size = vocabulary_size(tokenizer)
     unknown = [token for row in rows for token in row if token >= size]
     if not unknown:
-        return list(write(rows))
+        with _usable():
+            return list(write(rows))
     warnings.warn(
         f"{len(unknown)} of {sum(map(len, rows))} ids, such as {unknown[0]}, are not in the vocabulary of the "
         f"tokenizer, which has {size} entries. They are written as {UNKNOWN!r}.",
         stacklevel=2,
     )
-    return [UNKNOWN.join(write(_split(row, size))) for row in rows]
+    with _usable():
+        return [UNKNOWN.join(write(_split(row, size))) for row in rows]
 
 
-def _size(tokenizer: Any) -> float:
+def vocabulary_size(tokenizer: Any) -> float:
+    """Return the number of entries of a tokenizer, added tokens included; infinity if it does not say."""
+    if hasattr(tokenizer, "get_vocab_size"):
+        size: int = tokenizer.get_vocab_size()
+        return size
     return len(tokenizer) if hasattr(tokenizer, "__len__") else math.inf
 
 

@@ -10,9 +10,11 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from tokendrift._checks import fail
+from tokendrift.files import readable
 from tokendrift.models import lightning
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
+FETCH = "Fetch the file again."
 FOLDER_WEIGHTS = (WEIGHTS, INDEX, "pytorch_model.bin")  # the first that a folder has is read
 
 
@@ -55,7 +57,8 @@ def read_weights(path: Path, *, ema: bool) -> WeightFile:
         raise fail(
             f"{path} is not a weight file; its name must end with one of {', '.join(FORMATS)}.", "Pass a weight file."
         )
-    found = reader(path, ema)
+    with readable(path, FETCH, what="checkpoint"):
+        found = reader(path, ema)
     if found.config or not (folder / CONFIG).is_file():
         return found
     config = _read_json(folder / CONFIG)
@@ -65,13 +68,10 @@ def read_weights(path: Path, *, ema: bool) -> WeightFile:
 
 
 def _read_safetensors(path: Path, ema: bool) -> WeightFile:
-    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    try:
+    with readable(path, FETCH, what="checkpoint"):  # the shard rather than the index
         return WeightFile(load_file(path), "safetensors", {})
-    except (SafetensorError, OSError) as error:
-        raise fail(f"{path} cannot be read: {error}.", "Fetch the file again.") from None
 
 
 def _read_shards(path: Path, ema: bool) -> WeightFile:
@@ -79,7 +79,7 @@ def _read_shards(path: Path, ema: bool) -> WeightFile:
     names = sorted({str(name) for name in placed.values()}) if isinstance(placed, dict) else []
     shards = [path.parent / Path(name).name for name in names]  # never outside the folder
     if not shards:
-        raise fail(f"{path} does not list any shards.", "Fetch the file again.")
+        raise fail(f"{path} does not list any shards.", FETCH)
     missing = [shard.name for shard in shards if not shard.is_file()]
     if missing:
         raise fail(f"{path} lists shards that do not exist: {', '.join(missing)}.", "Fetch the whole checkpoint.")
@@ -92,7 +92,7 @@ def _read_pickle(path: Path, ema: bool) -> WeightFile:
     if "state_dict" in state:
         config = lightning.hub_config(state)
         return WeightFile(*lightning.weights(state, ema=ema), config)
-    if not all(isinstance(value, Tensor) for value in state.values()):
+    if not all(isinstance(name, str) and isinstance(value, Tensor) for name, value in state.items()):
         raise fail(f"{path} holds neither a Lightning checkpoint nor named tensors.", "", entries=list(state)[:3])
     return WeightFile(state, "pickled tensors", {})
 
@@ -111,8 +111,8 @@ FORMATS: dict[str, Callable[[Path, bool], WeightFile]] = {
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise fail(f"{path} is not readable JSON: {error}.", "Fetch the file again.") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise fail(f"{path} is not readable JSON: {error}.", FETCH) from None
     if not isinstance(value, dict):
-        raise fail(f"{path} must hold a JSON object.", "Fetch the file again.", value=value)
+        raise fail(f"{path} must hold a JSON object.", FETCH, value=value)
     return value

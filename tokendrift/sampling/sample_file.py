@@ -74,7 +74,7 @@ class SampleFile:
                 "it was written.",
                 "Run the same command again to draw the others.",
             )
-        self.nfe, self.complete = {"mean": sum(nfe) / len(nfe), "max": max(nfe)}, True
+        self.nfe, self.complete = _summary(nfe), True
         self._replace_header()
 
     def _replace_header(self) -> None:
@@ -102,7 +102,10 @@ class SampleFile:
                     return
                 try:
                     sample = json.loads(line)
-                    if not isinstance(sample["nfe"], int) or len(sample["ids"]) != (length or len(sample["ids"])):
+                    ids, nfe = sample["ids"], sample["nfe"]
+                    if type(nfe) is not int or type(ids) is not list or {*map(type, ids)} - {int}:
+                        return
+                    if len(ids) != (length or len(ids)):
                         return
                 except (ValueError, KeyError, TypeError, RecursionError):
                     return
@@ -119,18 +122,28 @@ class SampleFile:
             ) from None
         changed = [name for name in self.settings | before if self.settings.get(name) != before.get(name)]
         if changed:
-            shown = "\n".join(f"    {n}: {before.get(n)!r} there, {self.settings.get(n)!r} now" for n in changed)
+            shown = "\n".join(
+                f"    {n}: {before.get(n)!r:.200} there, {self.settings.get(n)!r:.200} now" for n in changed
+            )
             raise fail(
                 f"{self.path} was begun with other settings:\n{shown}",
                 "Resume with the same settings, or choose another output.",
             )
-        self.count = sum(1 for _ in self._samples())
+        nfe = [sample["nfe"] for sample in self._samples()]
+        self.count = len(nfe)
         with self.path.open("rb") as file:
             lines = sum(1 for _ in file) - 1
-        self.complete, self.nfe = header.get("complete") is True, header.get("nfe") or {}
-        if self.complete and not self.settings.get("n", lines) == lines == self.count:
-            self.complete, self.nfe = False, {}
+        if header.get("complete") is not True:
+            return
+        self.nfe = _summary(nfe)
+        self.complete = self.settings.get("n", lines) == lines == self.count and header.get("nfe") == self.nfe
+        if not self.complete:
+            self.nfe = {}
             self._replace_header()
+
+
+def _summary(nfe: Sequence[int]) -> dict[str, float]:
+    return {"mean": sum(nfe) / len(nfe), "max": max(nfe)} if nfe else {}
 
 
 def _line(value: Mapping[str, Any]) -> bytes:

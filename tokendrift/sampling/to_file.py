@@ -21,6 +21,8 @@ from tokendrift.sampling.named import named_sampler
 from tokendrift.sampling.sample_file import SampleFile
 from tokendrift.sampling.shaping import Shaping
 
+MOST = {"n": 10**7, "batch_size": 10**6, "steps": 10**6, "length": 10**6, "stride": 10**6}
+MOST_TOKENS = 2**32  # of all samples of a file
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 
@@ -80,8 +82,9 @@ class SampleConfig:
     device: str = "auto"
 
     def __post_init__(self) -> None:
-        for name in ("n", "batch_size"):
-            check_count(name, getattr(self, name), least=1)
+        for name, most in MOST.items():
+            if getattr(self, name) is not None:
+                check_count(name, getattr(self, name), least=1, most=most)
         check_count("seed", self.seed)
         check_choice("dtype", self.dtype, DTYPES)
         check_choice("noise_removal", self.noise_removal, NOISE_REMOVAL)
@@ -119,7 +122,12 @@ class CheckpointSampler:
         self.tokenizer: Any = None if own is None else own[0]
         # 2. The length of a sample and what it begins with.
         self.window = self.model.config.model_length
-        self.length = self.window if config.length is None else check_count("length", config.length, least=1)
+        self.length = check_count("length", config.length or self.window, least=1, most=MOST["length"])
+        if config.n * self.length > MOST_TOKENS:
+            raise fail(
+                f"{config.n:,} samples of {self.length:,} tokens are more than the {MOST_TOKENS:,} tokens of a file.",
+                "Draw several files with different seeds.",
+            )
         self.prefix = self._prefix_ids()
         # 3. The number of steps; a sampler that sets it itself takes one for each mask.
         windows = len(window_views(self.length, self.window, config.stride))

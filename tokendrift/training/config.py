@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from tokendrift._checks import check_choice, check_count, check_positive, fail
+from tokendrift._checks import check_choice, check_count, check_fraction, check_positive, fail
 from tokendrift.errors import TokenDriftError
-from tokendrift.files import read_text
+from tokendrift.files import read_text, readable
 from tokendrift.training.objectives import OBJECTIVES
 from tokendrift.training.objectives.drift import DriftConfig
 from tokendrift.training.objectives.objective import ObjectiveConfig
@@ -21,7 +21,6 @@ from tokendrift.training.optimization import LoopConfig
 from tokendrift.training.settings import (
     Settings,
     SettingType,
-    check_fraction,
     describe_setting,
     from_text,
     setting_types,
@@ -137,7 +136,8 @@ class RefineConfig(Settings):
         super().__post_init__()
         if isinstance(self.objective, str):
             object.__setattr__(self, "objective", objective_class(self.objective)())
-        for name in ("shuffle", "micro_batch", "checkpoint_every", "keep", "evaluate_batch"):
+        check_count("shuffle", self.shuffle, least=1, most=10**7)
+        for name in ("micro_batch", "checkpoint_every", "keep", "evaluate_batch"):
             check_count(name, getattr(self, name), least=1)
         for name in ("evaluate_every", "seed"):
             check_count(name, getattr(self, name))
@@ -146,9 +146,9 @@ class RefineConfig(Settings):
             raise fail("output must name a folder.", "Choose a new folder, or that of the run to resume.")
         check_count("evaluate_samples", self.evaluate_samples, least=2)
         for nfe in self.evaluate_nfe:
-            check_count("evaluate_nfe", nfe, least=1)
+            check_count("evaluate_nfe", nfe, least=1, most=10**6)
         if self.length is not None:
-            check_count("length", self.length, least=3 if self.wrap else 1)
+            check_count("length", self.length, least=3 if self.wrap else 1, most=10**6)
         if self.dropout is not None:
             check_fraction("dropout", self.dropout, ", or be left out for that of the checkpoint")
         check_fraction("entropy_tolerance", self.entropy_tolerance, ": a share of the entropy of real text")
@@ -458,26 +458,24 @@ def make_config(
     return RefineConfig.from_settings(chosen)
 
 
-def default_preset(values: Iterable[str]) -> str:
-    """Return the preset of a run that names no preset, file or objective.
-
-    Args:
-        values: Names of the settings that the run gives.
+def command_config(*, preset: str | None, file: str | Path | None, values: Mapping[str, Any]) -> RefineConfig:
+    """Return `make_config`, from the preset `DEFAULT_PRESET` if neither a preset, a file nor an objective is named.
 
     Raises:
-        TokenDriftError: If a setting belongs to other objectives than that of the preset.
+        TokenDriftError: As `make_config`, and for a setting of other objectives than that of the default preset.
     """
-    own = {**setting_types(RefineConfig), **setting_types(objective_class(PRESETS[DEFAULT_PRESET]["objective"]))}
-    known = all_setting_types()
-    for name in values:
-        if name in known and name not in own:
+    if preset is None and file is None and "objective" not in values:
+        preset = DEFAULT_PRESET
+        own = setting_types(objective_class(PRESETS[preset]["objective"]))
+        for name in values:
             others = [key for key, objective in OBJECTIVES.items() if name in setting_types(objective)]
-            raise fail(
-                f"{name} is a setting of the objective {', '.join(others)}, and a run without --objective, --preset "
-                f"and --config takes the preset {DEFAULT_PRESET}, which has no such setting.",
-                f"Pass --objective {others[0]}, or leave {name} out.",
-            )
-    return DEFAULT_PRESET
+            if others and name not in own and name not in setting_types(RefineConfig):
+                raise fail(
+                    f"{name} is a setting of the objective {', '.join(others)}, and a run without --objective, "
+                    f"--preset and --config takes the preset {preset}, which has no such setting.",
+                    f"Pass --objective {others[0]}, or leave {name} out.",
+                )
+    return make_config(preset=preset, file=file, values=values)
 
 
 def _read_toml(path: Path) -> dict[str, Any]:
@@ -485,12 +483,14 @@ def _read_toml(path: Path) -> dict[str, Any]:
         import tomllib
     else:
         import tomli as tomllib
-    try:
-        return tomllib.loads(read_text(path, argument="config"))
-    except tomllib.TOMLDecodeError as error:
-        raise fail(
-            f"{path} cannot be read as TOML: {error}.", "Write strings in quotes and lists in brackets."
-        ) from None
+    with readable(path, "Write strings in quotes and lists in brackets.", what="config"):
+        text = read_text(path, argument="config")
+        try:
+            return tomllib.loads(text)
+        except tomllib.TOMLDecodeError as error:
+            raise fail(
+                f"{path} cannot be read as TOML: {error}.", "Write strings in quotes and lists in brackets."
+            ) from None
 
 
 def parse_settings(settings: Iterable[str]) -> dict[str, Any]:

@@ -11,10 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tokendrift._checks import check_choice, check_count, check_positive, fail
+from tokendrift._checks import check_choice, check_count, check_fraction, check_positive, fail
 from tokendrift.training.averaging import WeightAverage
 from tokendrift.training.objectives.objective import Objective, StatefulObjective
-from tokendrift.training.settings import check_fraction
 
 SCHEDULES = ("cosine", "constant", "linear")
 BETWEEN = "/"  # parameter and moment in the names of AdamW's tensors
@@ -63,8 +62,8 @@ class LoopConfig:
         if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
             raise fail("betas must be two numbers in [0, 1).", betas=self.betas)
         check_fraction("ema", self.ema, "; 0 keeps no average")
-        if self.weight_decay < 0:
-            raise fail("weight_decay must be 0 or above.", weight_decay=self.weight_decay)
+        if not 0 <= self.weight_decay < math.inf:
+            raise fail("weight_decay must be 0 or above, and finite.", weight_decay=self.weight_decay)
 
     def rate(self, step: int) -> float:
         """Return the learning rate of a step."""

@@ -12,9 +12,8 @@ import typing
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from tokendrift._checks import check_choice, fail
+from tokendrift._checks import TYPES, check_choice, fail
 
-WORDS = {str: "a text", int: "an integer", float: "a number", bool: "true or false"}
 TRUTH = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
 
 
@@ -51,7 +50,7 @@ def setting_types(settings: type[Settings]) -> dict[str, SettingType]:
     """Return the type of each setting of a dataclass, in the order of its fields."""
     hints = typing.get_type_hints(settings)
     found = {field.name: _setting_type(hints[field.name]) for field in dataclasses.fields(settings)}
-    return {name: kind for name, kind in found.items() if kind.base in WORDS}
+    return {name: kind for name, kind in found.items() if kind.base in TYPES}
 
 
 def _setting_type(annotation: Any) -> SettingType:
@@ -75,7 +74,7 @@ def converted(name: str, value: Any, kind: SettingType) -> Any:
         return None
     if kind.many:
         if not isinstance(value, (list, tuple)):
-            raise fail(f"{name} must be a list in which each entry is {WORDS[kind.base]}.", **{name: value})
+            raise fail(f"{name} must be a list in which each entry is {TYPES[kind.base]}.", **{name: value})
         return tuple(converted(name, each, kind._replace(many=False)) for each in value)
     if kind.choices:
         check_choice(name, value, kind.choices)
@@ -83,14 +82,11 @@ def converted(name: str, value: Any, kind: SettingType) -> Any:
         return os.fspath(value)
     fits = isinstance(value, (int, float) if kind.base is float else kind.base)
     if not fits or (isinstance(value, bool) and kind.base is not bool):
-        raise fail(f"{name} must be {WORDS[kind.base]}.", **{name: value})
-    return float(value) if kind.base is float else value
-
-
-def check_fraction(name: str, value: float, remark: str = "") -> None:
-    """Require a number in [0, 1); the remark ends the message."""
-    if not 0 <= value < 1:
-        raise fail(f"{name} must lie in [0, 1){remark}.", **{name: value})
+        raise fail(f"{name} must be {TYPES[kind.base]}.", **{name: value})
+    try:
+        return float(value) if kind.base is float else value
+    except OverflowError:
+        raise fail(f"{name} is too large.", **{name: value}) from None
 
 
 def from_text(name: str, text: str, kind: SettingType) -> Any:
@@ -108,14 +104,16 @@ def from_text(name: str, text: str, kind: SettingType) -> Any:
     try:
         return TRUTH[text.lower()] if kind.base is bool else kind.base(text)
     except (KeyError, ValueError):
-        raise fail(f"{name} must be {WORDS[kind.base]}.", **{name: text}) from None
+        raise fail(f"{name} must be {TYPES[kind.base]}.", **{name: text}) from None
 
 
 def to_toml(value: Any) -> str:
     """Return a value as it is written in a TOML file."""
     if isinstance(value, (list, tuple)):
         return "[" + ", ".join(map(to_toml, value)) + "]"
-    return json.dumps(value, ensure_ascii=False) if isinstance(value, (str, bool)) else repr(value)
+    if isinstance(value, (str, bool)):
+        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")  # which TOML allows no more than others
+    return repr(value)
 
 
 def describe_setting(settings: type[Settings], name: str) -> str:

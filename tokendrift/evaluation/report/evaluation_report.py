@@ -21,6 +21,7 @@ from tokendrift.evaluation.measures import Measures
 from tokendrift.evaluation.panel import PanelComparison, compare_panels
 from tokendrift.evaluation.report.cards import judge_notes
 from tokendrift.evaluation.report.sources import NamedSamples
+from tokendrift.plain_text import spreadsheet_cell
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -146,7 +147,7 @@ class EvaluationReport:
             view.add_column(heading, justify="right", no_wrap=True)
         figures = main_figures(*(measures.figures for _, measures, _ in self.entries()))
         for judge in self.panel:
-            view.add_column(f"bits/byte, {short_name(judge)}", justify="right", min_width=8)
+            view.add_column(Text(f"bits/byte, {short_name(judge)}"), justify="right", min_width=8)
         for figure in figures:  # an interval may break into two lines where the terminal is narrow
             view.add_column(figure.heading, justify="right", min_width=8)
         view.add_column("guard", no_wrap=True)
@@ -192,8 +193,10 @@ class EvaluationReport:
                     f"{row.name}: samples left out because they are too short to be scored: {row.measures.skipped}."
                 )
             if source.samples.metadata.get("complete") is False:
-                asked = source.samples.metadata.get("n", "all")
-                lines.append(f"{row.name}: {source.origin} is unfinished: {len(source.samples)} samples of {asked}.")
+                count, asked = len(source.samples), source.samples.metadata.get("n", "all")
+                more = isinstance(asked, int) and count > asked
+                state = f"was changed: {count} samples instead of" if more else f"is unfinished: {count} samples of"
+                lines.append(f"{row.name}: {source.origin} {state} {asked}.")
             if bad := source.samples.bad_lines:
                 first = f"the first is line {bad[0].number} ({bad[0].reason})"
                 lines.append(f"{row.name}: {len(bad)} line{'s' * (len(bad) > 1)} of {source.origin} left out: {first}.")
@@ -274,7 +277,7 @@ class EvaluationReport:
         general = ("name", "model", "nfe", "samples", "protocol", "precision", "judge", "revision", "vocabulary")
         beside = [f"{name}{end} ({judge})" for judge in self.panel for name in LIKELIHOODS for end in ENDS]
         writer = csv.DictWriter(out, [*general, *names, "flags", *beside], lineterminator="\n")
-        writer.writeheader()
+        writer.writerow({name: spreadsheet_cell(name) for name in writer.fieldnames})
         for name, measures, row in self.entries():
             judged = measures.perplexity
             line: dict[str, Any] = {"name": name, "model": self.model(name), "nfe": measures.nfe}
@@ -285,7 +288,8 @@ class EvaluationReport:
                 for figure, value in one.figures.items():
                     columns = (f"{figure}{end}{by}" for end in ENDS)
                     line |= dict(zip(columns, map(_finite, value), strict=True))
-            writer.writerow({**line, "flags": "" if row is None else " ".join(row.verdict.flags)})
+            line["flags"] = "" if row is None else " ".join(row.verdict.flags)
+            writer.writerow({name: spreadsheet_cell(value) for name, value in line.items()})
         return out.getvalue()
 
 

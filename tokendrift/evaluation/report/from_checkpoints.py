@@ -62,12 +62,7 @@ def sample_checkpoints(
         for nfe in nfes:
             progress(f"sampling {name} at {nfe} NFE")
             path = folder / f"{name.replace('/', '-')}-{nfe}.jsonl"
-            try:
-                sample_to_file(replace(config, checkpoint=checkpoint, steps=nfe), path)
-            except OSError as error:
-                raise fail(
-                    f"{path} could not be written: {error.strerror}.", "Free some space, or keep the samples elsewhere."
-                ) from None
+            sample_to_file(replace(config, checkpoint=checkpoint, steps=nfe), path)
             yield NamedSamples(name, read_samples(path), checkpoint)
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 import tokendrift
-from tokendrift._checks import check_choice, check_count, fail
+from tokendrift._checks import check_choice, check_count, check_positive, fail
 from tokendrift.devices import resolve_device
 from tokendrift.evaluation.bootstrap import Interval
 from tokendrift.evaluation.evaluator import cut_to_lengths, evaluate
@@ -37,6 +37,7 @@ from tokendrift.evaluation.report.sources import (
     real_windows,
     split_name,
     unique_names,
+    warn_of_unknown_ids,
 )
 from tokendrift.evaluation.samples import SampleInput, id_sequences
 from tokendrift.models.tokenizer import decode
@@ -129,8 +130,11 @@ class EvaluateConfig:
         if not self.judge or len(set(self.judge)) < len(self.judge):
             raise fail("judge must name one or several different judges.", judge=self.judge)
         for nfe in self.nfe:
-            check_count("nfe", nfe, least=1)
-        check_count("n", self.n, least=2)
+            check_count("nfe", nfe, least=1, most=10**6)
+        check_count("n", self.n, least=2, most=10**7)
+        check_count("resamples", self.resamples, least=1, most=10**6)
+        check_count("batch_size", self.batch_size, least=1, most=10**6)
+        check_positive("temperature", self.temperature)
         check_count("seed", self.seed)
         check_choice("dtype", self.dtype, tuple(PRECISIONS))
         check_choice("protocol", self.protocol, PROTOCOLS)
@@ -158,6 +162,7 @@ def evaluate_files(
     sources += _sample_checkpoints(config, progress)
     # 2. Find the tokenizer that all sets share, and cut real text in its tokens.
     tokenizer = common_tokenizer(sources, config.tokenizer)
+    warn_of_unknown_ids(sources, tokenizer)
     real_set = real_windows(real, sources, tokenizer, judge.judge.tokenizer) if isinstance(real, str) else real
     if tokenizer is None and real_set.texts is not None:
         real_set = dataclasses.replace(real_set, ids=None)  # ids of an unknown vocabulary compare with nothing

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from tokendrift.evaluation.plots import require_matplotlib
+from tokendrift.plain_text import printable
 
 if TYPE_CHECKING:
     from markupsafe import Markup
@@ -24,6 +25,8 @@ LEGEND_WIDTH, HANDLE_WIDTH, LONGEST_LABEL = 85, 8, 60  # letters
 def render(template: str, *, package: str = "tokendrift.evaluation.report", script: str = "", **values: Any) -> str:
     """Return a page made from a template. All values are escaped, and a policy allows no script but ``script``.
 
+    Control characters in values are replaced.
+
     Args:
         template: File in ``package/templates``; it may extend ``base.html.j2``.
         package: Package of the template.
@@ -35,7 +38,12 @@ def render(template: str, *, package: str = "tokendrift.evaluation.report", scri
 
     loaders = [PackageLoader(name, "templates") for name in dict.fromkeys((package, "tokendrift.evaluation.report"))]
     environment = Environment(
-        loader=ChoiceLoader(loaders), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        loader=ChoiceLoader(loaders),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        finalize=lambda value: printable(value) if type(value) is str else value,  # Markup is a page's own
     )
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     return environment.get_template(template).render(script=Markup(script), script_digest=digest, **values)
@@ -79,7 +87,8 @@ def inline_svg(draw: Callable[[Axes], None], name: str, title: str, description:
     svg = svg[svg.index("<svg") :].replace(INK, "currentColor")
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
     svg = re.sub(r'(\bid="|href="#|url\(#)', rf"\1{name}-", svg)
-    words = f'<title id="{name}-title">{escape(title)}</title><desc id="{name}-desc">{escape(description)}</desc>'
+    description = escape(printable(description))
+    words = f'<title id="{name}-title">{escape(title)}</title><desc id="{name}-desc">{description}</desc>'
     element = svg.replace("<svg ", f'<svg role="img" aria-labelledby="{name}-title {name}-desc" ', 1)
     return Markup(element.replace(">", f">{words}", 1))
 
@@ -88,4 +97,5 @@ def as_label(name: str) -> str:
     """Return a name as a label, shortened if it is long, in which matplotlib finds no formula and no hidden label."""
     if len(name) > LONGEST_LABEL:
         name = f"{name[: LONGEST_LABEL - 3]}..."
+    name = printable(name)
     return ("\u200a" if name.startswith("_") else "") + name.replace("$", r"\$")

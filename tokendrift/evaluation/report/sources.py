@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,7 +12,7 @@ from tokendrift.evaluation.controls import control_sets
 from tokendrift.evaluation.sample_reader import has_header, read_samples
 from tokendrift.evaluation.samples import id_sequences
 from tokendrift.files import file_kind
-from tokendrift.models.tokenizer import decode, encode, load_tokenizer, same_tokenizer
+from tokendrift.models.tokenizer import UNKNOWN, decode, encode, load_tokenizer, same_tokenizer, vocabulary_size
 from tokendrift.sampling import SampleSet
 from tokendrift.text_files import JSON_KINDS, read_documents
 
@@ -126,6 +127,21 @@ def common_tokenizer(sources: Sequence[NamedSamples], name: str | None) -> Any:
                 "Pass the denoiser's with --tokenizer: a tokenizer.json, a folder, or a hub id.",
             )
     return tokenizer
+
+
+def warn_of_unknown_ids(sources: Sequence[NamedSamples], tokenizer: Any) -> None:
+    """Warn of ids that the tokenizer of the samples does not have, which count as tokens of their own."""
+    size = float("inf") if tokenizer is None else vocabulary_size(tokenizer)
+    for source in sources:
+        ids = source.samples.ids or []
+        unknown = sum(token >= size for row in ids for token in row)
+        if unknown:
+            warnings.warn(
+                f"{unknown} of {sum(map(len, ids))} ids of {source.origin} are not in the vocabulary of the tokenizer, "
+                f"which has {size} entries. Every figure counts them, and texts that have to be decoded show them as "
+                f"{UNKNOWN!r}.",
+                stacklevel=2,
+            )
 
 
 def read_real(path: str, *, skip_bad: bool = False) -> SampleSet | str:

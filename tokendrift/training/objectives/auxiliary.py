@@ -8,6 +8,11 @@ import torch
 from torch import Tensor, distributed, nn
 
 from tokendrift._checks import fail
+from tokendrift.errors import TokenDriftError
+from tokendrift.references import add_over_ranks
+
+MOMENTS = {"step": True, "exp_avg": False, "exp_avg_sq": False}  # of AdamW, and whether each is a single number
+OWN_CALL = -1  # distinguishes its meetings of the ranks from those of the objective
 
 
 class AuxiliaryModel:
@@ -45,18 +50,33 @@ class AuxiliaryModel:
         self.optimizer = torch.optim.AdamW(self.trained.values(), lr=rate, betas=betas, weight_decay=0.0)
 
     def step(self, losses: Iterable[Tensor]) -> Tensor:
-        """Take an optimiser step on the sum of losses, each computed when it is its turn; return the detached sum."""
-        total = torch.zeros((), device=next(iter(self.trained.values())).device)
-        for loss in losses:
-            loss.backward()
-            total = total + loss.detach()
-        for parameter in self.trained.values():
-            if self.ranks > 1 and parameter.grad is not None:
-                distributed.all_reduce(parameter.grad)
-                parameter.grad.div_(self.ranks)
-        nn.utils.clip_grad_norm_(self.trained.values(), self.clip)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        """Take an optimiser step on the sum of losses, each computed when it is its turn; return the detached sum.
+
+        Raises:
+            TokenDriftError: On all processes, if a loss or a gradient is not finite, or if a loss raises an error on
+                one of them. The weights are unchanged then.
+        """
+        device = next(iter(self.trained.values())).device
+        total, error = torch.zeros((), device=device), None
+        try:
+            for loss in losses:
+                loss.backward()
+                total = total + loss.detach()
+            if not total.isfinite():
+                raise _diverged()
+        except Exception as found:
+            error = found
+        try:
+            add_over_ranks(0, ranks=self.ranks, device=device, call=OWN_CALL, error=error)
+            for parameter in self.trained.values():
+                if self.ranks > 1 and parameter.grad is not None:
+                    distributed.all_reduce(parameter.grad)
+                    parameter.grad.div_(self.ranks)
+            if not nn.utils.clip_grad_norm_(self.trained.values(), self.clip).isfinite():
+                raise _diverged()
+            self.optimizer.step()
+        finally:
+            self.optimizer.zero_grad(set_to_none=True)
         return total
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -80,11 +100,28 @@ class AuxiliaryModel:
             kinds.setdefault(kind, {})[name] = value
         weights = kinds.pop("weights", {})
         shapes = {name: parameter.shape for name, parameter in self.trained.items()}
-        if {name: value.shape for name, value in weights.items()} != shapes:
+        moments = [kinds.get(kind, {}) for kind in MOMENTS]
+        fits = {name: value.shape for name, value in weights.items()} == shapes and not kinds.keys() - MOMENTS.keys()
+        for values, scalar in zip(moments, MOMENTS.values(), strict=True):
+            fits = fits and values.keys() == moments[0].keys() <= shapes.keys()
+            fits = fits and all(
+                value.numel() == 1 if scalar else value.shape == shapes[n] for n, value in values.items()
+            )
+        if not fits:
             raise fail("the state is that of another auxiliary model.", "Build it with the same rank of adapters.")
+        if not all(value.isfinite().all() for value in state.values()):
+            raise fail("the state of the auxiliary model is not finite.", "Take an earlier checkpoint.")
         self.optimizer.state.clear()
         for name, parameter in self.trained.items():
             parameter.copy_(weights[name])
             for kind, values in kinds.items():
-                value = values[name].clone()  # the count of steps stays on the CPU, where AdamW keeps it
-                self.optimizer.state[parameter][kind] = value if kind == "step" else value.to(parameter)
+                if name in values:
+                    value = values[name].clone()  # the count of steps stays on the CPU, where AdamW keeps it
+                    self.optimizer.state[parameter][kind] = value if kind == "step" else value.to(parameter)
+
+
+def _diverged() -> TokenDriftError:
+    return fail(
+        "the loss of the auxiliary model or its gradient is not finite; its weights were not changed.",
+        "Restart from a checkpoint with a lower auxiliary_rate.",
+    )

@@ -11,7 +11,15 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from tokendrift._checks import check_count, check_positive, check_takes, fail
+from tokendrift._checks import (
+    check_count,
+    check_fraction,
+    check_positive,
+    check_scale,
+    check_takes,
+    check_temperatures,
+    fail,
+)
 from tokendrift.diffusion import Process
 from tokendrift.features import PooledFeatures
 from tokendrift.lift import LinearLogits
@@ -24,7 +32,6 @@ from tokendrift.training.objectives.objective import (
     StepLoss,
     corrupt_rows,
 )
-from tokendrift.training.settings import check_fraction
 from tokendrift.variants import build_field
 
 
@@ -148,7 +155,10 @@ class EncoderObjectiveConfig(ObjectiveConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_count("queue_size", self.queue_size)
+        check_temperatures(self.temperatures, symbol="tau")
+        check_count("queue_size", self.queue_size, most=10**8)
+        if self.window is not None:
+            check_count("window", self.window, least=1)
         check_fraction("encoder_time", self.encoder_time, ": a diffusion time, 0 is clean")
 
     @abstractmethod
@@ -203,6 +213,10 @@ class DriftConfig(EncoderObjectiveConfig):
 
     description: ClassVar[str] = "the drifting loss of TokenDrift (arXiv 2605.19470) alone, without the denoising loss"
     drift_scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_scale("drift_scale", self.drift_scale, symbol="alpha")
 
     def loss(self, features: PooledFeatures, **options: Any) -> TokenDriftLoss:
         return TokenDriftLoss(features.embedding, features, drift_scale=self.drift_scale, **options)

@@ -5,25 +5,28 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from tokendrift._checks import check_count, check_frozen, check_positive, fail
+from tokendrift._checks import check_count, check_frozen, check_ids, check_positive, fail
 from tokendrift.diffusion import Corruption, Process
 from tokendrift.distribution_matching import (
     ConditionalField,
+    MatchingDiagnostics,
     MatchingOutput,
     distribution_matching_loss,
+    not_finite,
     positions_to_match,
 )
 from tokendrift.models import DiT
 from tokendrift.models.low_rank import low_rank_copy
 from tokendrift.models.random_input import add_random_input, random_numbers
 from tokendrift.pairs import PairDriftLoss
+from tokendrift.references import add_over_ranks, refuse_recomputation
 from tokendrift.sampling import draw
 from tokendrift.training.objectives.auxiliary import AuxiliaryModel
 from tokendrift.training.objectives.objective import (
@@ -31,7 +34,6 @@ from tokendrift.training.objectives.objective import (
     ObjectiveSetup,
     StatefulObjective,
     StepLoss,
-    count_over_ranks,
 )
 from tokendrift.training.objectives.own_chains import (
     ChainsConfig,
@@ -45,6 +47,8 @@ from tokendrift.training.objectives.rounds import total_divergence
 
 if TYPE_CHECKING:
     from tokendrift.training.optimization import Optimization
+
+Result = TypeVar("Result")
 
 ELEMENTS = {"cpu": 2**20, "cuda": 2**25}  # logits that are widened at a time while completions are drawn
 
@@ -168,6 +172,18 @@ class MatchingConfig(ChainsConfig):
         return DistributionMatching(setup.process, teacher, config=self, micro_batches=None, **options)
 
 
+class _FieldPart(NamedTuple):
+    """The loss of the field on this process, and what was computed for it."""
+
+    number: int  # of the position of the chains
+    x_t: Tensor
+    predicted: Tensor
+    logits: Tensor
+    loss: Tensor
+    diagnostics: MatchingDiagnostics
+    watched: dict[str, Tensor]
+
+
 class DistributionMatching(StatefulObjective):
     r"""Distribution matching at what the model meets when it samples in few steps.
 
@@ -248,6 +264,7 @@ class DistributionMatching(StatefulObjective):
         self.auxiliary = AuxiliaryModel(auxiliary, betas=(first, second), **options)
         self.completions: list[Tensor] = []
         self.times: list[Tensor] = []
+        self._calls = 0
 
     @property
     def module(self) -> nn.ModuleList:
@@ -268,9 +285,39 @@ class DistributionMatching(StatefulObjective):
         Of the clean ids the field reads the shape alone; the pair loss and the NELBO read them.
 
         Raises:
-            TokenDriftError: If there were ``micro_batches`` calls since `update_auxiliary`, or the model lacks the
-                random input of the configuration.
+            TokenDriftError: If there were ``micro_batches`` calls since `update_auxiliary`, the model lacks the
+                random input of the configuration, logits are not finite, or the call is repeated in the backward pass,
+                as gradient checkpointing does. An error on one process is one on all. Generator and completions are
+                then as before the call.
         """
+        with self._all_or_nothing():
+            # 1. to 4. The loss of the field, a sum over the positions that this process reads.
+            self._calls += 1
+            part = self._together(x0.device, lambda: self._of_the_field(model, x0, log))
+            number, read = part.number, part.diagnostics.positions
+            weight = self.share[1] / self._over_ranks(read, x0.device, number)
+            loss = part.loss * weight if self.config.position_weight == "mean" else part.loss
+            logs = {"matching": loss.detach()}
+            if log:
+                for name in ("mean_field", "clipped_share", "token_entropy"):
+                    logs[name] = getattr(part.diagnostics, name) * read * weight
+                logs |= part.watched
+            # 5. What stands beside it.
+            if self.pair_loss is not None:
+                stratum = number % len(self.pair_loss.generated)
+                pairs = self.pair_loss(part.logits, x0, noisy_ids=part.x_t, predicted=part.predicted, stratum=stratum)
+                logs |= {"drift": pairs.detach()} | (pair_logs(self.pair_loss) if log else {})
+                loss = loss + (self.config.pair_weight or 0.0) * pairs
+            del part  # with the logits
+            if self.config.base_weight:
+                base = self._together(x0.device, lambda: self.chains.nelbo(model, x0))
+                self._over_ranks(0, x0.device, number)
+                logs["nelbo"] = base.detach()
+                loss = loss + self.config.base_weight * base
+            return StepLoss(loss, logs)
+
+    def _of_the_field(self, model: Network, x0: Tensor, log: bool) -> _FieldPart:
+        """Return the loss of the field on this process."""
         self._check_call(model)
         # 1. What the student reads: a state of one of its own chains, or corrupted text.
         number, x_t, times = self._input(model, x0)
@@ -288,30 +335,12 @@ class DistributionMatching(StatefulObjective):
         with torch.no_grad():
             teacher = self._logits(self.teacher, noised, read, options)
             auxiliary = self._logits(self.auxiliary.network, noised, read, options)
-        # 4. The field moves the law: a mean over the positions that all processes read.
+        # 4. The field moves the law. The graph of the loss holds the logits of both as long as it needs them.
         loss, diagnostics = self._matched(logits, teacher, auxiliary, read, noised)
-        del teacher, auxiliary  # the graph of the loss holds them as long as it needs to
-        weight = self.share[1] / self._over_ranks(diagnostics.positions, x0.device)
-        if self.config.position_weight == "mean":
-            loss = loss * weight
-        logs = {"matching": loss.detach()}
-        if log:
-            for name in ("mean_field", "clipped_share", "token_entropy"):
-                logs[name] = getattr(diagnostics, name) * diagnostics.positions * weight
-            logs |= self._watched(completion, noised, options)
-        # 5. What stands beside it.
-        if self.pair_loss is not None:
-            where: dict[str, Any] = {"noisy_ids": x_t, "predicted": predicted}
-            where["stratum"] = number % len(self.pair_loss.generated)
-            pairs = self.pair_loss(logits, x0, **where)
-            logs |= {"drift": pairs.detach()} | (pair_logs(self.pair_loss) if log else {})
-            loss = loss + (self.config.pair_weight or 0.0) * pairs
-        del logits
-        if self.config.base_weight:
-            base = self.chains.nelbo(model, x0)
-            logs["nelbo"] = base.detach()
-            loss = loss + self.config.base_weight * base
-        return StepLoss(loss, logs)
+        if not loss.isfinite():  # an accelerator has been waited for already, to draw the completion
+            raise not_finite(logits, teacher, auxiliary, read)
+        watched = self._watched(completion, noised, options) if log else {}
+        return _FieldPart(number, x_t, predicted, logits, loss, diagnostics, watched)
 
     def update_auxiliary(self) -> Tensor:
         """Train the auxiliary model on the completions of the calls since it was last trained.
@@ -322,12 +351,14 @@ class DistributionMatching(StatefulObjective):
             Its mean NELBO on them before the last of its steps, nats a token, on this process; a detached scalar.
 
         Raises:
-            TokenDriftError: If there was no call.
+            TokenDriftError: If there was no call, or, on all processes, if a loss or a gradient is not finite. The
+                completions are kept then.
         """
         if not self.completions:
             raise fail("there are no completions to train the auxiliary model on.", "Call the objective first.")
-        for _ in range(self.config.auxiliary_steps):
-            nelbo = self.auxiliary.step(self._auxiliary_losses())
+        with self._all_or_nothing():
+            for _ in range(self.config.auxiliary_steps):
+                nelbo = self.auxiliary.step(self._auxiliary_losses())
         self.completions.clear()
         self.times.clear()
         return nelbo
@@ -354,7 +385,8 @@ class DistributionMatching(StatefulObjective):
         """Take up what `state_dict` gave.
 
         Raises:
-            TokenDriftError: If it is the state of another auxiliary model, or lacks the pairs or the generator.
+            TokenDriftError: If it is the state of another auxiliary model, lacks the pairs or the generator, or holds
+                values that no state has.
         """
         groups: dict[str, dict[str, Tensor]] = {}
         for key, value in state.items():
@@ -364,18 +396,48 @@ class DistributionMatching(StatefulObjective):
         missing = [name for name, own in needed.items() if own and name not in groups]
         if missing:
             raise fail(f"the state lacks {' and '.join(missing)}.", "Build the objective as the one that was saved.")
+        pending = [groups.get("completions", {}).get(str(n)) for n in range(len(groups.get("completions", {})))]
+        completions = [check_ids("completions", ids, self.process.vocab_size).to(self._device) for ids in pending]
+        times = [groups.get("times", {})[str(number)].to(self._device) for number in range(len(completions))]
         self.auxiliary.load_state_dict(groups["auxiliary"])
         if self.pair_loss is not None:
             self.pair_loss.load_state_dict(groups["pairs"])
         if self.generator is not None:
-            self.generator.set_state(groups["generator"][""].cpu())
-        for name in ("completions", "times"):
-            pending = sorted(groups.get(name, {}).items(), key=lambda item: int(item[0]))
-            setattr(self, name, [values.to(self._device) for _, values in pending])
+            try:
+                self.generator.set_state(groups["generator"][""].cpu())
+            except (KeyError, RuntimeError, TypeError) as error:
+                raise fail(
+                    f"the state of the generator does not fit: {error}.", "Use the device of that run."
+                ) from None
+        self.completions, self.times = completions, times
 
     # ------------------------------------------------------------------------------------------ parts
 
+    @contextmanager
+    def _all_or_nothing(self) -> Iterator[None]:
+        """If the block raises an error, put the generator and the completions back to what they were before it.
+
+        All processes raise together, so that they are in step after a batch that was left out.
+        """
+        source = torch.default_generator if self.generator is None else self.generator
+        state, completions, times = source.get_state(), list(self.completions), list(self.times)
+        try:
+            yield
+        except Exception:
+            source.set_state(state)
+            self.completions, self.times = completions, times
+            raise
+
+    def _together(self, device: torch.device, work: Callable[[], Result]) -> Result:
+        """Do what may fail on this process alone; if it does, `_over_ranks` raises on all of them."""
+        try:
+            return work()
+        except Exception as error:
+            self._over_ranks(0, device, 0, error)
+            raise
+
     def _check_call(self, model: Network) -> None:
+        refuse_recomputation("the generator and the completions")
         if self.micro_batches is not None and len(self.completions) >= self.micro_batches:
             raise fail(
                 f"the auxiliary model was not trained after {len(self.completions)} calls.",
@@ -479,7 +541,10 @@ class DistributionMatching(StatefulObjective):
             yield loss / len(self.completions)
 
     def _cross_entropy(self, completion: Tensor, times: Tensor) -> Tensor:
-        """Return D-MMD's loss of the auxiliary model: the completions, and the teacher's law, as its targets."""
+        """Return D-MMD's loss of the auxiliary model, whose targets are the completions and the teacher's law.
+
+        It is a mean over all positions, of which those that are not predicted count nothing.
+        """
         noised = self._renoised(completion, times)
         options = self.chains.random_input(self.teacher, noised.x_t)
         logits = noised.denoise(self.auxiliary.network, **options)
@@ -490,7 +555,7 @@ class DistributionMatching(StatefulObjective):
             # The divergence is the cross-entropy less the teacher's entropy, which has no gradient.
             gap = total_divergence(self.process, logits, teacher, noised, "kl_teacher_student")
             loss = loss + self.config.auxiliary_teacher_weight * gap
-        return loss * self.share[1] / self._over_ranks(int(noised.predicted.sum()), completion.device)
+        return loss / completion.numel()
 
     @property
     def _device(self) -> torch.device:
@@ -499,5 +564,8 @@ class DistributionMatching(StatefulObjective):
     def _autocast(self) -> AbstractContextManager[Any]:
         return torch.autocast(self._device.type, self.autocast, enabled=self.autocast is not None)
 
-    def _over_ranks(self, count: int, device: torch.device) -> Tensor:
-        return count_over_ranks(count, self.share[1], device)
+    def _over_ranks(self, count: int, device: torch.device, number: int, error: Exception | None = None) -> Tensor:
+        """Return a count added up over all processes, at least 1; if one has an error, all raise one."""
+        call = self._calls * len(self.shares) + number
+        total = add_over_ranks(count, ranks=self.share[1], device=device, call=call, error=error)
+        return torch.tensor(total, device=device).clamp_min(1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
+from tokendrift._checks import check_scale
 from tokendrift.features import PooledFeatures
 from tokendrift.loss import MirrorTeacherLoss
 from tokendrift.training.objectives.drift import EncoderObjectiveConfig
@@ -21,6 +22,10 @@ class MirrorKLConfig(EncoderObjectiveConfig):
     description: ClassVar[str] = "the KL mirror teacher of TokenDrift (arXiv 2605.19470)"
     distance: ClassVar[Literal["kl", "mse"]] = "kl"
     mirror_step: float = 1.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_scale("mirror_step", self.mirror_step, symbol="eta")
 
     def loss(self, features: PooledFeatures, **options: Any) -> MirrorTeacherLoss:
         options = options | {"distance": self.distance, "step_size": self.mirror_step}

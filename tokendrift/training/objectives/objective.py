@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol
 
 import torch
-from torch import Tensor, distributed, nn
+from torch import Tensor, nn
 
 from tokendrift.diffusion import Corruption, Process
 from tokendrift.models import DiT
@@ -173,11 +173,3 @@ def corrupt_rows(
     # The rows of the others do not influence this process's rows, so copies of its own can stand in for them.
     times = None if t is None else t.repeat(ranks)
     return Corruption(*(value[own] for value in process.corrupt(x0.repeat(ranks, 1), times, generator=generator)))
-
-
-def count_over_ranks(count: int, ranks: int, device: torch.device) -> Tensor:
-    """Return a count added up over all processes, at least 1; every process must call."""
-    total = torch.tensor(count, device=device)
-    if ranks > 1:
-        distributed.all_reduce(total)
-    return total.clamp_min(1)

@@ -10,14 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tokendrift._checks import check_count, check_positive, fail
+from tokendrift._checks import check_count, check_fraction, check_positive, fail
 from tokendrift.diffusion import Corruption, Mixture, Process
 from tokendrift.modes import evaluation_mode
 from tokendrift.pairs import PairDriftLoss
 from tokendrift.sampling import Chain, sample
 from tokendrift.sampling.noise import RowNoise, random_input
 from tokendrift.training.objectives.objective import Network, ObjectiveConfig, corrupt_rows
-from tokendrift.training.settings import check_fraction
 
 COUNT_BATCH = 64  # sequences whose pairs are counted at a time
 
@@ -171,12 +170,12 @@ class ChainsConfig(ObjectiveConfig):
             if not self.chains:
                 raise fail("chains must name at least one number of steps, such as (2, 4).", chains=self.chains)
             for steps in self.chains:
-                check_count("chains", steps, least=1)
+                check_count("chains", steps, least=1, most=10_000)
         if self.base_weight:
             check_positive("base_weight", self.base_weight)
         check_fraction("pair_decay", self.pair_decay)
         if self.pair_buckets is not None:
-            check_count("pair_buckets", self.pair_buckets, least=2)
+            check_count("pair_buckets", self.pair_buckets, least=2, most=2**26)
         check_count("pair_sequences", self.pair_sequences)
 
     def pair_loss(self, process: Process, strata: int) -> PairDriftLoss:

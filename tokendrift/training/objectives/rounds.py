@@ -15,13 +15,13 @@ from torch import Tensor, nn
 from tokendrift._checks import check_choice, check_count, check_frozen, check_positive, fail
 from tokendrift.diffusion import Corruption, Process, sample_times
 from tokendrift.loss import MirrorTeacherLoss, TokenDriftLoss
+from tokendrift.references import add_over_ranks
 from tokendrift.training.objectives.drift import DriftConfig
 from tokendrift.training.objectives.objective import (
     Network,
     ObjectiveSetup,
     StatefulObjective,
     StepLoss,
-    count_over_ranks,
 )
 from tokendrift.training.objectives.own_chains import OwnChains
 
@@ -206,7 +206,7 @@ class RoundDistillation(StatefulObjective, ABC):
         """
         corrupted, target = self.lesson(x0)
         logits = corrupted.denoise(model, **self.chains.random_input(model, corrupted.x_t))
-        positions = count_over_ranks(len(target), self.share[1], x0.device)
+        positions = max(1, add_over_ranks(len(target), ranks=self.share[1], device=x0.device))
         loss = total_divergence(self.process, logits, target, corrupted, self.config.divergence)
         loss = loss * self.share[1] / positions
         logs = {"distillation": loss.detach()}
