@@ -247,6 +247,68 @@ def test_a_hub_id_fetches_data_files_only_and_names_the_commit(tmp_path, officia
     numbers.assert_matches(model(numbers["input_ids"], numbers["sigma"]), key)
 
 
+SDTT = {
+    "parameterization": {"name": "multi-round-sdtt", "num_distill_steps": 2, "checkpoint_path": "${cwd:}/a.ckpt"},
+    "time_conditioning": False,
+    "noise": {"type": "loglinear"},
+    "tokenizer": {"name": "gpt2"},
+    "trainer": {"max_steps": 80_000},
+}
+
+
+@pytest.mark.parametrize("prefix", ["backbone.", "backbone.backbone."])
+def test_students_of_sdtt_load_from_their_revisions(tmp_path, golden, monkeypatch, prefix):
+    """Their ``config.json`` is the Hydra configuration of the run; the hub's class within it has the prefix twice."""
+    numbers = golden("dit_mdlm")
+    sizes, names = numbers.params["config"], {"hidden_size": "hidden_dim", "length": "model_length"}
+    same = ("cond_dim", "n_blocks", "n_heads", "dropout")
+    sizes = {"name": "small", "type": "ddit-orig"} | {
+        own: sizes[theirs] for own, theirs in (names | dict(zip(same, same, strict=True))).items() if theirs in sizes
+    }
+    weights = {
+        prefix + name.removeprefix("state_dict."): tensor.contiguous()
+        for name, tensor in numbers.data.items()
+        if name.startswith("state_dict.")
+    }
+    snapshot = tmp_path / "4567cdef"
+    snapshot.mkdir()
+    save_file(weights, snapshot / "model.safetensors")
+    (snapshot / "config.json").write_text(json.dumps(SDTT | {"model": sizes}))
+    asked = []
+    monkeypatch.setattr(
+        huggingface_hub, "snapshot_download", lambda name, **options: asked.append((name, options)) or str(snapshot)
+    )
+    model, process = load_denoiser("jdeschena/sdtt", revision="baselines_kld_step_70000")
+    assert asked[0][0] == "jdeschena/sdtt" and asked[0][1]["revision"] == "baselines_kld_step_70000"
+    assert isinstance(process, MaskedDiffusion) and process.mask_id == 22
+    numbers.assert_matches(model(numbers["input_ids"], numbers["sigma"]), "no_time.logits")
+    other = sizes | {"type": "ar_orig"}
+    (snapshot / "config.json").write_text(json.dumps(SDTT | {"model": other}))
+    with pytest.raises(TokenDriftError, match="'ar_orig' network trained as 'multi-round-sdtt'"):
+        load_denoiser(snapshot)
+
+
+@pytest.mark.parametrize("name", ["kekchpek/idlm-mdlm", "kekchpek/idlm-duo", "s-sahoo/duo-distilled"])
+def test_students_in_the_layout_of_duo_load(tmp_path, golden, monkeypatch, name):
+    """A folder as transformers writes it, with the fields of its remote class."""
+    kind = "mdlm" if name.endswith("mdlm") else "duo"
+    numbers = golden(f"dit_{kind}")
+    weights = {
+        "backbone." + key.removeprefix("state_dict."): tensor.contiguous()
+        for key, tensor in numbers.data.items()
+        if key.startswith("state_dict.")
+    }
+    write_hub_layout(tmp_path, numbers, weights)
+    remote = {"architectures": ["DUO"], "auto_map": {"AutoConfig": "config.DUOConfig"}, "causal": False}
+    remote |= {"return_dict": False, "torch_dtype": "float32", "transformers_version": "4.48.0"}
+    (tmp_path / "config.json").write_text(json.dumps(remote | numbers.params["config"]))
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: str(tmp_path))
+    model, process = load_denoiser(name)
+    assert process.mask_id == (22 if kind == "mdlm" else None)
+    key = "no_time.logits" if kind == "mdlm" else "ids.logits"
+    numbers.assert_matches(model(numbers["input_ids"], numbers["sigma"]), key)
+
+
 def test_without_a_network_the_message_says_how_to_go_on(monkeypatch):
     def offline(*_, **__):
         raise LocalEntryNotFoundError("Cannot find an appropriate cached snapshot folder.\nmore")

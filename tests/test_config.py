@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import pytest
@@ -46,7 +47,8 @@ def test_presets_have_the_values_of_the_paper(preset, rate):
     assert (made.steps, made.batch_size, made.micro_batch, made.learning_rate) == (13_000, 512, 2, rate)
     assert made.objective == DriftConfig(temperatures=(0.02, 0.05, 0.2), queue_size=1024, drift_scale=1.0)
     assert made.accumulation(processes=4) == 64
-    assert set(PRESETS) == {"tokendrift", "mdlm-owt", "duo-owt", "pairs", "matching"}
+    peers = {"idlm", "d-mmd", "sdtt-owt", "dcd-owt"}
+    assert set(PRESETS) == {"tokendrift", "mdlm-owt", "duo-owt", "pairs", "matching"} | peers
     named = {"checkpoint": made.checkpoint, "learning_rate": rate}
     assert make_config(preset="tokendrift", values=named) == made
 
@@ -66,6 +68,24 @@ def test_the_preset_of_matching_leaves_to_the_process_what_depends_on_it():
     assert (made.learning_rate, made.schedule, made.ema, made.betas) == (5e-4, "cosine", 0.99, (0.9, 0.98))
     again = make_config(values=made.settings())
     assert again == made and again.settings()["random_input"] is None
+
+
+def test_the_presets_of_released_distillations_have_their_settings():
+    sdtt, dcd = make_config(preset="sdtt-owt"), make_config(preset="dcd-owt")
+    for made, steps, ema in ((sdtt, 70_000, 0.9999), (dcd, 50_000, 0.999)):
+        assert (made.steps, made.ema, made.learning_rate, made.batch_size) == (steps, ema, 6e-5, 128)
+        assert made.objective.divergence == "kl_student_teacher" and made.objective.round_steps == 10_000
+    assert (sdtt.objective.teacher_steps, sdtt.objective.inner_steps, sdtt.objective.fewest_steps) == (1024, 2, 8)
+    assert (dcd.objective.teacher_steps, dcd.objective.gamma_min, dcd.objective.gamma_max) == (512, -4.0, -1.0)
+
+
+@pytest.mark.parametrize("preset", ["idlm", "d-mmd"])
+def test_the_presets_of_others_learned_fields_come_back_from_their_toml(preset, tmp_path):
+    made = make_config(preset=preset, values={"checkpoint": "base"})
+    assert made.objective.student_inputs == "text" and made.objective.field_clip == math.inf
+    assert made.objective.pair_weight == made.objective.base_weight == 0
+    (tmp_path / "config.toml").write_text(made.as_toml())
+    assert make_config(file=tmp_path / "config.toml") == made
 
 
 @pytest.mark.parametrize(

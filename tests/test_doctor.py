@@ -74,6 +74,19 @@ def test_a_healthy_model_is_told_so(checkpoint, kind):
     assert report.checkpoint["parameters"] > 1_000_000
 
 
+def test_a_student_in_the_format_of_sdtt_is_examined_like_any_other(checkpoint):
+    folder = checkpoint("masked")
+    tensors = load_file(folder / "model.safetensors")
+    save_file({f"backbone.{name}": tensor for name, tensor in tensors.items()}, folder / "model.safetensors")
+    sizes = json.loads((folder / "config.json").read_text())
+    names = {"hidden_size": "hidden_dim", "length": "model_length", "cond_dim": "cond_dim", "n_blocks": "n_blocks"}
+    own = {theirs: sizes[ours] for theirs, ours in (names | {"n_heads": "n_heads", "dropout": "dropout"}).items()}
+    run = {"parameterization": {"name": "multi-round-sdtt"}, "model": own | {"type": "ddit-orig"}}
+    (folder / "config.json").write_text(json.dumps(run | {"time_conditioning": False}))
+    report = diagnose(folder, tokens=1024)
+    assert report.healthy and report.checkpoint["configuration"]["mask_id"] == sizes["mask_id"]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("kind", "nelbo"), [("masked", 3.80), ("uniform", 4.30)])
 def test_the_default_text_gives_the_nelbo_that_the_demo_measures(checkpoint, kind, nelbo, monkeypatch):

@@ -122,6 +122,23 @@ def test_without_readable_settings_the_sizes_come_from_the_weights_and_the_type_
     assert not model.time_conditioned
 
 
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"algo": {"name": "didi_instruct", "backbone": "dit", "time_conditioning": False}, "model": SIZES},
+        {"algo": {"name": "mdlm", "backbone": "hf_dit", "time_conditioning": False}, "model": SIZES},
+        {"parameterization": {"name": "multi-round-sdtt"}, "time_conditioning": False}
+        | {"model": SIZES | {"type": "ddit-orig"}},
+    ],
+    ids=["DiDi-Instruct", "IDLM", "SDTT"],
+)
+def test_checkpoints_of_distilled_masked_models_load(lightning, config):
+    path, numbers = lightning(config)
+    model, process = load_denoiser(path)
+    numbers.assert_matches(model(numbers["input_ids"], numbers["sigma"]), "no_time.logits")
+    assert isinstance(process, MaskedDiffusion) and process.mask_id == 22
+
+
 def test_a_reference_to_another_field_is_no_size(lightning):
     config = mdlm_config()
     config["model"]["length"] = "${data.length}"

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
+import json
+import math
 import re
 from pathlib import Path
 
@@ -12,12 +15,13 @@ from live_bytes import LiveBytes
 from torch.utils.checkpoint import checkpoint
 
 from tokendrift import PairDriftLoss, TokenDriftError
-from tokendrift.diffusion import MaskedDiffusion, UniformDiffusion
+from tokendrift.diffusion import Corruption, MaskedDiffusion, UniformDiffusion
+from tokendrift.distribution_matching import log_ratio
 from tokendrift.markov import MarkovLanguage
 from tokendrift.models import DiT, DiTConfig
 from tokendrift.models.low_rank import low_rank_copy
 from tokendrift.models.random_input import RandomMaskEmbedding
-from tokendrift.training import DistributionMatching, MatchingConfig
+from tokendrift.training import DistributionMatching, MatchingConfig, make_config
 
 WORKER = Path(__file__).with_name("matching_rank_worker.py")
 PAGE = Path(__file__).parents[1] / "docs" / "matching.md"
@@ -287,6 +291,71 @@ def test_student_and_auxiliary_model_together_find_the_law_of_the_teacher(kind):
         found = student.logits.detach()[:6].softmax(0)
         distances.append((found - law[:6]).abs().sum().item() / 2)
     assert distances[0] > 0.25 and sum(distances[-100:]) / 100 < 0.08
+
+
+# ------------------------------------------------------------------------------------------------ others' settings
+
+
+def test_loss_and_gradient_of_idlm_are_those_of_its_code():
+    case = json.loads((Path(__file__).parent / "fixtures" / "peers.json").read_text())["idlm"]
+    process, x_t, z = MaskedDiffusion(7, case["mask_id"]), torch.tensor(case["x_t"]), torch.tensor(case["z"])
+    logits, teacher, fake, t = (torch.tensor(case[n], dtype=torch.float64) for n in ("student", "teacher", "fake", "t"))
+    config = {"position_weight": "nelbo", "renoising": "same", "student_inputs": "text", "field_clip": math.inf}
+    learn = objective(process, DiT(DiTConfig(7, 6, 4, 4, 1, 1, mask_id=6)), **config, base_weight=0.0)
+    noised = Corruption(z, process.predicted(z), t, process.sigma(t))
+    read = process.predicted(x_t) & noised.predicted
+    loss, _ = learn._matched(logits.requires_grad_(), teacher[read], fake[read], read, noised)
+    loss = loss * x_t.shape[1]  # their loss is the sum over the positions of a text
+    loss.backward()
+    # Theirs also counts tokens that the student has seen, which have no gradient.
+    seen = noised.predicted & ~read
+    ratio = log_ratio(teacher, fake, 6).gather(-1, x_t[..., None])[..., 0]
+    constant = -(ratio / t[:, None])[seen].sum() / len(x_t)
+    assert loss.item() + constant.item() == pytest.approx(case["loss"], abs=1e-9)
+    torch.testing.assert_close(logits.grad, torch.tensor(case["gradient"], dtype=torch.float64), atol=1e-9, rtol=1e-9)
+
+
+@KINDS
+@pytest.mark.parametrize("preset", ["idlm", "d-mmd"])
+def test_the_settings_of_others_read_corrupted_text_and_their_own_times(kind, preset):
+    process, settings = LANGUAGE.process(kind), make_config(preset=preset, values={"checkpoint": "base"}).objective
+    model = small_model(process)
+    options = dataclasses.asdict(settings) | {"random_input": 0, "auxiliary_rate": 1e-2}
+    learn = objective(process, small_model(process, 1), **options)
+    asked, times = [], []
+    renoised = learn._renoised
+    learn._renoised = lambda ids, t: (times.append(t), asked.append(renoised(ids, t))) and asked[-1]
+    loss, logs = learn(model, LANGUAGE.sample(32, seed=0), log=True)
+    loss.backward()
+    assert torch.isfinite(loss) and set(logs) > {"matching", "auxiliary_nelbo"} and "nelbo" not in logs
+    assert times[0].unique().numel() == 32  # one for each text
+    gap = times[0] - asked[0].t
+    assert (gap == 0).all() if preset == "idlm" else ((gap >= 0) & (gap <= 1 / 16 + 1e-6)).all()
+    learn.config = dataclasses.replace(settings, renoising="any")
+    independent = times[0] - renoised(learn.completions[0], times[0]).t
+    assert independent.min() < -1 / 4 and independent.max() > 1 / 4
+    learn.config = settings
+    before = copy.deepcopy(learn.auxiliary.network.state_dict())
+    assert learn.update_auxiliary().isfinite()
+    assert any(not torch.equal(before[name], value) for name, value in learn.auxiliary.network.state_dict().items())
+
+
+def test_the_second_term_of_d_mmd_keeps_the_auxiliary_model_near_the_teacher():
+    process = LANGUAGE.process("uniform")
+    model, found = small_model(process, 1), []
+    for weight in (0.0, 10.0):
+        terms = {"auxiliary_loss": "cross_entropy", "auxiliary_teacher_weight": weight, "auxiliary_rate": 1e-2}
+        learn = objective(process, small_model(process), base_weight=0.0, **terms)
+        losses = []
+        for _ in range(10):
+            learn(model, LANGUAGE.sample(16, seed=0))
+            losses.append(float(learn.update_auxiliary()))
+        assert weight or losses[-1] < losses[0]
+        own, theirs = learn.auxiliary.network.state_dict(), learn.teacher.state_dict()
+        found.append(sum((own[name] - theirs[name]).square().sum() for name in own))
+    assert found[1] < found[0]
+    with pytest.raises(TokenDriftError, match="auxiliary_teacher_weight was given, but auxiliary_loss is nelbo"):
+        objective(process, model, auxiliary_teacher_weight=1.0)
 
 
 # ------------------------------------------------------------------------------------------------ state and ranks

@@ -240,6 +240,30 @@ def test_matching_trains_both_kinds_of_model_and_is_resumed_to_the_bit(tmp_path,
             run(tmp_path, "twice", checkpoint=str(folder), **MATCHING, random_input=8)
 
 
+ROUNDS = {"round_steps": 2, "teacher_steps": 8, "dropout": 0.0, "steps": 5}
+
+
+@pytest.mark.parametrize(
+    ("objective", "more"), [("sdtt", {"fewest_steps": 4, "drift_weight": 0.5}), ("dcd", {"teacher_average": True})]
+)
+def test_distillation_in_rounds_is_resumed_to_the_bit(tmp_path, objective, more):
+    worker.make_inputs(tmp_path, masked=objective == "sdtt")
+    changes = ROUNDS | more | {"objective": objective}
+    folder = run(tmp_path, "whole", **changes).folder
+    for stop in (1, 3):
+        with pytest.raises(KeyboardInterrupt):
+            run(tmp_path, "stopped", on_step=interrupt(stop), **changes)
+    assert_same_model(folder, run(tmp_path, "stopped", **changes).folder)
+    states = [
+        load_checkpoint(tmp_path / name / "checkpoints" / "step-00000005").tensors["objective"]
+        for name in ("whole", "stopped")
+    ]
+    torch.testing.assert_close(states[0], states[1], rtol=0, atol=0)
+    log = read_log(folder, "train")
+    assert [entry["teacher_steps"] for entry in log] == [8, 8, 4, 4, 4 if objective == "sdtt" else 2]
+    assert all("distillation" in entry and ("drift" in entry) == ("drift_weight" in more) for entry in log)
+
+
 def test_the_model_before_refinement_is_evaluated_without_the_random_input(inputs):
     before = {"steps": 1, "evaluate_nfe": (2, 4)}
     names = ("continuation", "matching")
@@ -489,6 +513,16 @@ def test_two_processes_match_distributions_like_one(inputs, mode):
     two = inputs / f"matching-{mode}"
     launched(inputs, 2, mode=mode, output=str(two), micro_batch=2, **MATCHING)
     for alone, both in zip(read_log(one), read_log(two), strict=True):
+        assert_close(alone, both)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["run", "shard"])
+def test_two_processes_distil_like_one(inputs, mode):
+    changes = ROUNDS | {"objective": "sdtt", "fewest_steps": 4, "steps": 4}
+    one = run(inputs, f"sdtt-one-{mode}", **changes).folder
+    launched(inputs, 2, mode=mode, output=str(inputs / f"sdtt-{mode}"), micro_batch=2, **changes)
+    for alone, both in zip(read_log(one), read_log(inputs / f"sdtt-{mode}"), strict=True):
         assert_close(alone, both)
 
 

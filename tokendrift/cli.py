@@ -45,7 +45,8 @@ PresetOption = Annotated[
     str | None,
     typer.Option(
         help="Settings to start from: matching (distribution matching), tokendrift (the paper's), mdlm-owt or duo-owt "
-        "(the same with its checkpoint), or pairs. Default: matching, unless --objective or --config is given."
+        "(the same with its checkpoint), pairs, or those of other methods: idlm, d-mmd, sdtt-owt or dcd-owt. "
+        "Default: matching, unless --objective or --config is given."
     ),
 ]
 

@@ -1,7 +1,7 @@
 """Corruption processes: masked (MDLM) and uniform-state (DUO), behind one protocol."""
 
 from tokendrift.diffusion.curriculum import GaussianCurriculum
-from tokendrift.diffusion.gaussian import GaussianDuality, GaussianUniformDiffusion, SoftCorruption
+from tokendrift.diffusion.gaussian import ArgmaxNoise, GaussianDuality, GaussianUniformDiffusion, SoftCorruption
 from tokendrift.diffusion.masked import MaskedDiffusion
 from tokendrift.diffusion.process import Corruption, Denoiser, Mixture, Process
 from tokendrift.diffusion.schedules import Cosine, DuoCosine, Geometric, Linear, LogLinear, Schedule, sample_times
@@ -16,6 +16,7 @@ from tokendrift.diffusion.score import (
 from tokendrift.diffusion.uniform import UniformDiffusion
 
 __all__ = [
+    "ArgmaxNoise",
     "Corruption",
     "Cosine",
     "Denoiser",

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -208,6 +209,35 @@ class GaussianUniformDiffusion(UniformDiffusion):
             log_weight = torch.cat([log_weight, log_rest], dim=-1)
         weights = torch.softmax(log_weight, dim=-1)[..., : top + 1].float()
         return x_t, torch.cat([x0[..., None], ids], dim=-1), weights
+
+
+class ArgmaxNoise(NamedTuple):
+    """Gaussian noise over the vocabulary, as far as the argmax of a noised one-hot vector depends on it.
+
+    One noise gives the tokens at every time, as in DUO's consistency distillation: a position that keeps its clean
+    token at some time keeps it at all earlier ones, and every other position holds the same other token.
+
+    Attributes:
+        own: Noise of the clean token, (B, L).
+        largest: Largest noise of all other tokens, (B, L).
+        other: The token that has it, int64 (B, L).
+    """
+
+    own: Tensor
+    largest: Tensor
+    other: Tensor
+
+    @classmethod
+    def draw(cls, x0: Tensor, vocab_size: int, generator: torch.Generator | None = None) -> ArgmaxNoise:
+        """Draw it for clean ids (B, L) from its exact law, in float64 and without a tensor (B, L, V)."""
+        largest = largest_normals(x0.shape, vocab_size - 1, 1, generator=generator, device=x0.device)[..., 0]
+        other = torch.randint(vocab_size - 1, x0.shape, generator=generator, device=x0.device)
+        own = torch.randn(x0.shape, generator=generator, device=x0.device, dtype=torch.float64)
+        return cls(own, largest, other + (other >= x0))
+
+    def ids(self, x0: Tensor, gamma: Tensor) -> Tensor:
+        """Return the noisy ids (B, L) at log noise-to-signal ratios gamma (B,)."""
+        return torch.where(self.own + torch.exp(-gamma.double() / 2)[:, None] > self.largest, x0, self.other)
 
 
 def check_top_k(top_k: int | None, vocab_size: int) -> int | None:

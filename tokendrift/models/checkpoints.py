@@ -103,7 +103,8 @@ def read_checkpoint(
     unknown = set(config or {}) - {*SIZES, "model_type", "schedule"}
     if unknown:
         raise fail(f"config has unknown fields: {', '.join(sorted(unknown))}.", f"The fields are {', '.join(SIZES)}.")
-    tensors = {_plain_name(name).removeprefix(lightning.PREFIX): tensor for name, tensor in found.tensors.items()}
+    # A hub class within the module of a training run has the prefix twice.
+    tensors = {_plain_name(name).replace(lightning.PREFIX, ""): tensor for name, tensor in found.tensors.items()}
     return Checkpoint(path, found.config | dict(config or {}), tensors, found.label, commit)
 
 

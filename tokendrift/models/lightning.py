@@ -39,7 +39,16 @@ STAND_IN_NAMES = (
     *(f"builtins.{name}" for name in ("bool", "dict", "float", "int", "list", "str", "tuple")),
 )
 
-ALGORITHMS = {"mdlm": "mdlm", "subs": "mdlm", "duo": "DUO", "duo_base": "DUO", "distillation": "DUO"}
+ALGORITHMS = {
+    "distillation": "DUO",
+    "duo": "DUO",
+    "duo_base": "DUO",
+    "mdlm": "mdlm",
+    "subs": "mdlm",
+    "didi_instruct": "mdlm",
+    "multi-round-sdtt": "mdlm",
+}
+NETWORKS = ("dit", "hf_dit", "ddit-orig")  # the DiT, as MDLM's and DUO's hub classes hold it, as SDTT calls it
 BERT_VOCABULARY, BERT_MASK = 30522, 103  # bert-base-uncased, the LM1B models' tokenizer
 
 
@@ -131,25 +140,30 @@ def weights(checkpoint: dict[str, Any], *, ema: bool) -> tuple[dict[str, Tensor]
 
 
 def hub_config(checkpoint: dict[str, Any]) -> dict[str, Any]:
-    """Return what a Lightning checkpoint's configuration says, under the names of the hub's ``config.json``.
+    """Return what a Lightning checkpoint's configuration says, see `plain_config`."""
+    return plain_config(_section(_plain(checkpoint.get("hyper_parameters")), "config"))
+
+
+def plain_config(config: dict[str, Any]) -> dict[str, Any]:
+    """Return what the Hydra configuration of a run says, under the names of the hub's ``config.json``.
 
     Fields that it does not hold as plain values are left out.
 
     Raises:
         TokenDriftError: If it says that the network is not a bidirectional DiT of MDLM or DUO.
     """
-    config = _section(_plain(checkpoint.get("hyper_parameters")), "config")
-    algo = _section(config, "algo")
+    algo, sizes = _section(config, "algo"), _section(config, "model")
     name = algo.get("name", config.get("parameterization"))
     backbone = algo.get("backbone", config.get("backbone", "dit"))
+    if isinstance(name, dict):  # SDTT's, whose networks are named beside their sizes
+        name, backbone = name.get("name"), sizes.get("type")
     if not config:
         return {}
-    if not isinstance(name, str) or name not in ALGORITHMS or backbone != "dit":
+    if not isinstance(name, str) or name not in ALGORITHMS or backbone not in NETWORKS:
         raise fail(
             f"the checkpoint holds a {backbone!r} network trained as {name!r}; "
-            f"supported are 'dit' networks trained as {', '.join(sorted(ALGORITHMS))}.",
+            f"supported are 'dit' networks trained as {', '.join(ALGORITHMS)}.",
         )
-    sizes = _section(config, "model")
     found = {
         "model_type": ALGORITHMS[name],
         "model_length": sizes.get("length"),

@@ -65,7 +65,10 @@ def read_weights(path: Path, *, ema: bool) -> WeightFile:
         found = reader(path, ema)
     if found.config or not (folder / CONFIG).is_file():
         return found
-    return found._replace(config=_read_json(folder / CONFIG))
+    config = _read_json(folder / CONFIG)
+    if isinstance(config.get("model"), dict):  # the configuration of a training run, as SDTT's students have it
+        config = lightning.plain_config(config)
+    return found._replace(config=config)
 
 
 def _read_safetensors(path: Path, ema: bool) -> WeightFile:

@@ -6,6 +6,10 @@ from tokendrift.models.tokenizer import TextTokenizer, text_tokenizer
 from tokendrift.training.card import evaluation_table
 from tokendrift.training.config import PRESETS, RefineConfig, make_config, parse_settings
 from tokendrift.training.objectives import OBJECTIVES
+from tokendrift.training.objectives.consistency_distillation import (
+    ConsistencyDistillation,
+    ConsistencyDistillationConfig,
+)
 from tokendrift.training.objectives.continuation import Continuation, CurriculumContinuation, Denoising, ScoreEntropy
 from tokendrift.training.objectives.drift import CombinedConfig, Drift, DriftConfig
 from tokendrift.training.objectives.matching_objective import DistributionMatching, MatchingConfig
@@ -17,6 +21,8 @@ from tokendrift.training.objectives.objective import (
     StepLoss,
 )
 from tokendrift.training.objectives.own_chains import OwnChains, chain_positions
+from tokendrift.training.objectives.rounds import RoundDistillation, RoundsConfig, divergence
+from tokendrift.training.objectives.self_distillation import SelfDistillation, SelfDistillationConfig
 from tokendrift.training.objectives.trajectories import OwnTrajectories, PairsConfig
 from tokendrift.training.optimization import LoopConfig, Optimization, train, windows
 from tokendrift.training.packing import PackedText
@@ -31,6 +37,8 @@ __all__ = [
     "OBJECTIVES",
     "PRESETS",
     "CombinedConfig",
+    "ConsistencyDistillation",
+    "ConsistencyDistillationConfig",
     "Continuation",
     "CurriculumContinuation",
     "DatasetRows",
@@ -52,12 +60,17 @@ __all__ = [
     "Piece",
     "RefineConfig",
     "Refined",
+    "RoundDistillation",
+    "RoundsConfig",
     "ScoreEntropy",
+    "SelfDistillation",
+    "SelfDistillationConfig",
     "StatefulObjective",
     "StepLoss",
     "TextFiles",
     "TextTokenizer",
     "chain_positions",
+    "divergence",
     "evaluation_table",
     "make_config",
     "parse_settings",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -330,12 +331,89 @@ _MATCHING = {
     "ema": 0.99,
     "dropout": 0.0,
 }
+# What IDLM's code has for masked models (its configuration and train_idlm_mdlm.sh). It leaves the number of steps open,
+# clips no gradient, and warms up the auxiliary model too. The paper draws the time of re-noising independently, but in
+# the code both times of a text come from the same one of 512 strata: they are equal to within 1/512.
+_IDLM = {
+    "objective": "matching",
+    "student_inputs": "text",
+    "renoising": "same",
+    "position_weight": "nelbo",
+    "field_clip": math.inf,
+    "pair_weight": 0.0,
+    "base_weight": 0.0,
+    "random_input": 0,
+    "auxiliary_loss": "nelbo",
+    "auxiliary_rate": 1e-6,
+    "auxiliary_betas": (0.9, 0.999),
+    "auxiliary_clip": 1e6,
+    "batch_size": 512,
+    "learning_rate": 1e-6,
+    "schedule": "constant",
+    "warmup": 2500,
+    "weight_decay": 0.0,
+    "betas": (0.9, 0.999),
+    "clip": 1e6,
+    "ema": 0.9999,
+    "precision": "fp32",
+}
+# What D-MMD's paper states of the loss, for a student of 16 steps. It has no released code: the optimisers and the
+# random input of masked models are those of the preset "matching".
+_D_MMD = _MATCHING | {
+    "student_inputs": "text",
+    "renoising_reach": 1 / 16,
+    "field_clip": math.inf,
+    "pair_weight": 0.0,
+    "base_weight": 0.0,
+    "auxiliary_loss": "cross_entropy",
+    "auxiliary_teacher_weight": 1.0,
+}
+# The settings of the released distillations. SDTT's rate and warm-up are the paper's: its configuration file has those
+# of its base models (3e-4, 2,500 steps).
+_DISTILLED = {
+    "dataset": "Skylion007/openwebtext",
+    "batch_size": 128,
+    "learning_rate": 6e-5,
+    "schedule": "constant",
+    "warmup": 500,
+    "weight_decay": 0.0,
+    "betas": (0.9, 0.999),
+    "clip": 1.0,
+    "precision": "bf16",
+    "divergence": "kl_student_teacher",
+    "round_steps": 10_000,
+    "teacher_average": False,
+    "drift_weight": 0.0,
+}
+_SDTT = {
+    "checkpoint": "kuleshov-group/mdlm-owt",
+    "objective": "sdtt",
+    "steps": 70_000,
+    "ema": 0.9999,
+    "teacher_steps": 1024,
+    "inner_steps": 2,
+    "fewest_steps": 8,
+    "inner_times": "released",
+}
+_DCD = {
+    "checkpoint": "s-sahoo/duo",
+    "objective": "dcd",
+    "steps": 50_000,
+    "ema": 0.999,
+    "teacher_steps": 512,
+    "gamma_min": -4.0,
+    "gamma_max": -1.0,
+}
 PRESETS: Mapping[str, Mapping[str, Any]] = {
     "tokendrift": {"learning_rate": 3e-5, **_PAPER},
     "mdlm-owt": {"checkpoint": "kuleshov-group/mdlm-owt", "learning_rate": 3e-5, **_PAPER},
     "duo-owt": {"checkpoint": "s-sahoo/duo", "learning_rate": 5e-5, **_PAPER},
     "pairs": _PAIRS,
     "matching": _MATCHING,
+    "idlm": _IDLM,
+    "d-mmd": _D_MMD,
+    "sdtt-owt": _DISTILLED | _SDTT,
+    "dcd-owt": _DISTILLED | _DCD,
 }
 DEFAULT_PRESET = "matching"  # of the command: what lowered bits per byte at equal entropy most, see docs/study.md
 
@@ -348,8 +426,7 @@ def make_config(
     A file may name its preset itself: ``preset = "mdlm-owt"``. A source of text replaces that of the preset.
 
     Args:
-        preset: Name of a preset: ``"tokendrift"``, ``"mdlm-owt"``, ``"duo-owt"``, ``"pairs"`` or ``"matching"``.
-            Default: none.
+        preset: Name of a preset, one of `PRESETS`. Default: none.
         file: TOML file of settings. Default: none.
         values: Settings under their flat names. Default: none.
 

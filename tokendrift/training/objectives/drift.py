@@ -169,7 +169,12 @@ class EncoderObjectiveConfig(ObjectiveConfig):
         """Return the weight of the backbone's own objective beside the loss."""
         return 0.0
 
-    def build(self, setup: ObjectiveSetup) -> Drift:
+    def drifting_loss(self, setup: ObjectiveSetup) -> TokenDriftLoss | MirrorTeacherLoss:
+        """Return the loss on features of a frozen copy of the checkpoint.
+
+        Raises:
+            TokenDriftError: If the settings do not fit the checkpoint or the length.
+        """
         # 1. The settings must fit the checkpoint.
         if self.window is not None and setup.length % self.window:
             raise fail(f"window must divide the length of a sequence, {setup.length}.", window=self.window)
@@ -181,14 +186,17 @@ class EncoderObjectiveConfig(ObjectiveConfig):
             )
         # 2. The frozen encoder is a copy of the checkpoint, at the noise level of encoder_time.
         sigma = setup.process.sigma(torch.tensor(self.encoder_time)).item() if self.encoder_time else 0.0
-        loss = self.loss(
+        return self.loss(
             PooledFeatures(setup.base, window=self.window, sigma=sigma),
             field=build_field(self.temperatures, kernel=self.kernel, normalization=self.normalization),
             queue_size=self.queue_size,
             mask_id=setup.process.mask_id,
             exclude_paired_positive=self.exclude_paired_positive,
         )
-        # 3. Where the lift alone reads the logits, they need not exist.
+
+    def build(self, setup: ObjectiveSetup) -> StatefulObjective:
+        loss = self.drifting_loss(setup)
+        # Where the lift alone reads the logits, they need not exist.
         weight = self.nelbo_weight()
         hold = bool(weight) or not isinstance(loss, TokenDriftLoss)
         common = {"share": setup.share, "freeze_queues": self.freeze_queues}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
@@ -16,6 +17,7 @@ from tokendrift.diffusion import Corruption, Process
 from tokendrift.distribution_matching import (
     ConditionalField,
     MatchingDiagnostics,
+    MatchingOutput,
     distribution_matching_loss,
     not_finite,
     positions_to_match,
@@ -27,7 +29,12 @@ from tokendrift.pairs import PairDriftLoss
 from tokendrift.references import add_over_ranks, refuse_recomputation
 from tokendrift.sampling import draw
 from tokendrift.training.objectives.auxiliary import AuxiliaryModel
-from tokendrift.training.objectives.objective import Network, ObjectiveSetup, StatefulObjective, StepLoss
+from tokendrift.training.objectives.objective import (
+    Network,
+    ObjectiveSetup,
+    StatefulObjective,
+    StepLoss,
+)
 from tokendrift.training.objectives.own_chains import (
     ChainsConfig,
     OwnChains,
@@ -36,6 +43,7 @@ from tokendrift.training.objectives.own_chains import (
     count_pairs,
     pair_logs,
 )
+from tokendrift.training.objectives.rounds import total_divergence
 
 if TYPE_CHECKING:
     from tokendrift.training.optimization import Optimization
@@ -59,7 +67,14 @@ class MatchingConfig(ChainsConfig):
             2 and 4) for masked models with a random input, 0 for masked models without, whose start is the same input
             for every text, and as often as any other position for uniform-state models.
         field_form: Form of the field, ``"log_ratio"`` or ``"bounded"``, see `ConditionalField`.
-        field_clip: Largest absolute value of the log-ratio, in nats.
+        field_clip: Largest absolute value of the log-ratio, in nats; ``inf`` clips nothing.
+        student_inputs: What the student reads: ``"chains"``, states of its own few-step chains, or ``"text"``, text
+            that is corrupted to random times, as D-MMD and IDLM have it; the settings of the chains do not matter then.
+        renoising: Times to which completions are corrupted again: ``"earlier"`` than that of the student's input, the
+            ``"same"`` as in IDLM's code, or ``"any"`` time as in IDLM's paper.
+        renoising_reach: Largest distance, in (0, 1], of an earlier time. D-MMD has 1/k for a student of k steps.
+        position_weight: ``"mean"`` over the positions that are read, or ``"nelbo"``: the mean over all positions of
+            the field times the weight of the masked NELBO at the time of re-noising, as IDLM has it.
         replaced_only: Whether to read the field of a uniform-state model only where corruption has replaced the token
             of the completion.
         pair_weight: Weight of the law of pairs, a `PairDriftLoss`, beside the field; 0 leaves it out. Default: 0.2 for
@@ -70,6 +85,10 @@ class MatchingConfig(ChainsConfig):
         auxiliary_rank: Rank of low-rank adapters on the teacher's weights as the auxiliary model; 0 for a full copy of
             the teacher.
         auxiliary_steps: Optimiser steps of the auxiliary model for each of the refined model's.
+        auxiliary_loss: Loss of the auxiliary model on the student's completions: ``"nelbo"``, or ``"cross_entropy"`` at
+            the times of re-noising, as D-MMD has it.
+        auxiliary_teacher_weight: Weight of the cross-entropy between the laws of the teacher and the auxiliary model,
+            which D-MMD adds to ``"cross_entropy"`` with weight 1.
         auxiliary_rate: Learning rate of the auxiliary model's AdamW, constant.
         auxiliary_betas: Decay rates of the moments of the auxiliary model's AdamW.
         auxiliary_clip: Largest norm of the auxiliary model's gradient.
@@ -78,32 +97,41 @@ class MatchingConfig(ChainsConfig):
         TokenDriftError: For a setting out of range.
     """
 
-    description: ClassVar[str] = (
-        "distribution matching on its own few-step chains (`DistributionMatching`), beside its own denoising objective"
-    )
+    description: ClassVar[str] = "distribution matching at its own samples (`DistributionMatching`)"
     chains: tuple[int, ...] | None = None
     start_share: float | None = None
     field_form: Literal["log_ratio", "bounded"] = "log_ratio"
     field_clip: float = 5.0
+    student_inputs: Literal["chains", "text"] = "chains"
+    renoising: Literal["earlier", "same", "any"] = "earlier"
+    renoising_reach: float = 1.0
+    position_weight: Literal["mean", "nelbo"] = "mean"
     replaced_only: bool = False
     pair_weight: float | None = None
     random_input: int | None = None
     auxiliary_rank: int = 0
     auxiliary_steps: int = 1
+    auxiliary_loss: Literal["nelbo", "cross_entropy"] = "nelbo"
+    auxiliary_teacher_weight: float = 0.0
     auxiliary_rate: float = 1e-3
     auxiliary_betas: tuple[float, ...] = (0.9, 0.98)
     auxiliary_clip: float = 1.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("field_clip", "auxiliary_rate", "auxiliary_clip"):
+        for name in ("auxiliary_rate", "auxiliary_clip", "renoising_reach"):
             check_positive(name, getattr(self, name))
+        for name in ("pair_weight", "auxiliary_teacher_weight"):
+            if getattr(self, name):
+                check_positive(name, getattr(self, name))
+        if self.field_clip != math.inf:
+            check_positive("field_clip", self.field_clip)
+        if self.renoising_reach > 1:
+            raise fail("renoising_reach must lie in (0, 1].", renoising_reach=self.renoising_reach)
         check_count("auxiliary_rank", self.auxiliary_rank)
         check_count("auxiliary_steps", self.auxiliary_steps, least=1)
         if self.random_input is not None:
             check_count("random_input", self.random_input)
-        if self.pair_weight:
-            check_positive("pair_weight", self.pair_weight)
         if self.start_share is not None and not 0 <= self.start_share <= 1:
             raise fail("start_share must lie in [0, 1], or be left out.", start_share=self.start_share)
         if len(self.auxiliary_betas) != 2 or not all(0 <= beta < 1 for beta in self.auxiliary_betas):
@@ -160,7 +188,8 @@ class DistributionMatching(StatefulObjective):
     r"""Distribution matching at what the model meets when it samples in few steps.
 
     A call takes the student to one position of one of its own chains, at x_t, and its law p of the clean tokens there.
-    A completion x^ is drawn from p and corrupted to a time that is uniform between 0 and t, which gives z. The frozen
+    A completion x^ is drawn from p and corrupted to a time that is uniform between 0 and t, which gives z. The settings
+    can replace both, as D-MMD and IDLM do: x_t by corrupted text, and the time of z. The frozen
     teacher T and the auxiliary model f read z, and the loss moves p along their field, see
     `tokendrift.distribution_matching.distribution_matching_loss`. `update_auxiliary`, called after the student's
     optimiser, trains f by the NELBO on the completions of the calls before it, so that f stays the denoiser of the
@@ -223,7 +252,10 @@ class DistributionMatching(StatefulObjective):
             raise fail("pair_loss was given, but pair_weight is 0.", "Leave one of the two out.", pair_loss=pair_loss)
         self.pair_loss = pair_loss or (config.pair_loss(process, strata=1) if config.pair_weight else None)
         if self.pair_loss is not None:
-            check_strata(self.pair_loss, len(self.shares))
+            check_strata(self.pair_loss, 1 if config.student_inputs == "text" else len(self.shares))
+        if config.auxiliary_teacher_weight and config.auxiliary_loss == "nelbo":
+            remedy = "Set auxiliary_loss to cross_entropy, or leave auxiliary_teacher_weight out."
+            raise fail("auxiliary_teacher_weight was given, but auxiliary_loss is nelbo.", remedy)
         if auxiliary is None:
             rank = config.auxiliary_rank
             auxiliary = low_rank_copy(teacher, rank) if rank else copy.deepcopy(teacher).requires_grad_(True)
@@ -231,6 +263,7 @@ class DistributionMatching(StatefulObjective):
         options: dict[str, Any] = {"rate": config.auxiliary_rate, "clip": config.auxiliary_clip, "ranks": share[1]}
         self.auxiliary = AuxiliaryModel(auxiliary, betas=(first, second), **options)
         self.completions: list[Tensor] = []
+        self.times: list[Tensor] = []
         self._calls = 0
 
     @property
@@ -263,11 +296,10 @@ class DistributionMatching(StatefulObjective):
             part = self._together(x0.device, lambda: self._of_the_field(model, x0, log))
             number, read = part.number, part.diagnostics.positions
             weight = self.share[1] / self._over_ranks(read, x0.device, number)
-            loss = part.loss * weight
+            loss = part.loss * weight if self.config.position_weight == "mean" else part.loss
             logs = {"matching": loss.detach()}
             if log:
-                logs["mean_field"] = -logs["matching"]
-                for name in ("clipped_share", "token_entropy"):
+                for name in ("mean_field", "clipped_share", "token_entropy"):
                     logs[name] = getattr(part.diagnostics, name) * read * weight
                 logs |= part.watched
             # 5. What stands beside it.
@@ -287,18 +319,17 @@ class DistributionMatching(StatefulObjective):
     def _of_the_field(self, model: Network, x0: Tensor, log: bool) -> _FieldPart:
         """Return the loss of the field on this process."""
         self._check_call(model)
-        # 1. A position of a chain, and the input to which the model's own steps lead.
-        number, (total, taken) = self._position()
-        time = 1 - taken / total
-        x_t = self.chains.inputs(model, x0, total, taken)
+        # 1. What the student reads: a state of one of its own chains, or corrupted text.
+        number, x_t, times = self._input(model, x0)
         predicted = self.process.predicted(x_t)
         # 2. The law that the step to time 0 draws from, and a completion drawn from it.
-        logits = self.chains.logits(model, x_t, time)
+        logits = self.chains.logits(model, x_t, times)
         completion = self._drawn(logits.detach(), x_t, predicted)
         if torch.is_grad_enabled():  # an evaluation trains nobody
             self.completions.append(completion)
-        # 3. The completion corrupted to an earlier time, and both networks there.
-        noised = self._earlier(completion, time)
+            self.times.append(times)
+        # 3. The completion corrupted again, and both networks there.
+        noised = self._renoised(completion, times)
         options = self.chains.random_input(self.teacher, noised.x_t)
         mask_id, replaced = self.process.mask_id, self.config.replaced_only
         read = positions_to_match(noised.x_t, completion, predicted, mask_id=mask_id, replaced_only=replaced)
@@ -306,8 +337,7 @@ class DistributionMatching(StatefulObjective):
             teacher = self._logits(self.teacher, noised, read, options)
             auxiliary = self._logits(self.auxiliary.network, noised, read, options)
         # 4. The field moves the law. The graph of the loss holds the logits of both as long as it needs them.
-        how: dict[str, Any] = {"field": self.field, "mask_id": mask_id, "reduction": "sum", "return_diagnostics": True}
-        loss, diagnostics = distribution_matching_loss(logits, teacher, auxiliary, read, **how)
+        loss, diagnostics = self._matched(logits, teacher, auxiliary, read, noised)
         if not loss.isfinite():  # an accelerator has been waited for already, to draw the completion
             raise not_finite(logits, teacher, auxiliary, read)
         watched = self._watched(completion, noised, options) if log else {}
@@ -331,6 +361,7 @@ class DistributionMatching(StatefulObjective):
             for _ in range(self.config.auxiliary_steps):
                 nelbo = self.auxiliary.step(self._auxiliary_losses())
         self.completions.clear()
+        self.times.clear()
         return nelbo
 
     # ------------------------------------------------------------------------------------------ state
@@ -339,15 +370,16 @@ class DistributionMatching(StatefulObjective):
         """Return all that a run needs to go on to the bit, as named tensors on the CPU that share no memory.
 
         These are the trained parameters of f, the moments of its optimiser, the laws of pairs, the state of the
-        generator and, between a call and `update_auxiliary`, the completions. Teacher, student and its optimiser are
-        the caller's.
+        generator and, between a call and `update_auxiliary`, the completions with their times. Teacher, student and its
+        optimiser are the caller's.
         """
         found = {f"auxiliary/{name}": value for name, value in self.auxiliary.state_dict().items()}
         if self.pair_loss is not None:
             found |= {f"pairs/{name}": value for name, value in self.pair_loss.state_dict().items()}
         if self.generator is not None:
             found["generator"] = self.generator.get_state()
-        found |= {f"completions/{number}": ids for number, ids in enumerate(self.completions)}
+        for name in ("completions", "times"):
+            found |= {f"{name}/{number}": values for number, values in enumerate(getattr(self, name))}
         return {name: value.detach().cpu().clone() for name, value in found.items()}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
@@ -367,6 +399,7 @@ class DistributionMatching(StatefulObjective):
             raise fail(f"the state lacks {' and '.join(missing)}.", "Build the objective as the one that was saved.")
         pending = [groups.get("completions", {}).get(str(n)) for n in range(len(groups.get("completions", {})))]
         completions = [check_ids("completions", ids, self.process.vocab_size).to(self._device) for ids in pending]
+        times = [groups.get("times", {})[str(number)].to(self._device) for number in range(len(completions))]
         self.auxiliary.load_state_dict(groups["auxiliary"])
         if self.pair_loss is not None:
             self.pair_loss.load_state_dict(groups["pairs"])
@@ -377,7 +410,7 @@ class DistributionMatching(StatefulObjective):
                 raise fail(
                     f"the state of the generator does not fit: {error}.", "Use the device of that run."
                 ) from None
-        self.completions = completions
+        self.completions, self.times = completions, times
 
     # ------------------------------------------------------------------------------------------ parts
 
@@ -388,12 +421,12 @@ class DistributionMatching(StatefulObjective):
         All processes raise together, so that they are in step after a batch that was left out.
         """
         source = torch.default_generator if self.generator is None else self.generator
-        state, completions = source.get_state(), list(self.completions)
+        state, completions, times = source.get_state(), list(self.completions), list(self.times)
         try:
             yield
         except Exception:
             source.set_state(state)
-            self.completions = completions
+            self.completions, self.times = completions, times
             raise
 
     def _together(self, device: torch.device, work: Callable[[], Result]) -> Result:
@@ -418,6 +451,27 @@ class DistributionMatching(StatefulObjective):
                 "but the model has no random input.",
                 "Call add_random_input(model, numbers) first, or set random_input=0.",
             )
+
+    def _input(self, model: Network, x0: Tensor) -> tuple[int, Tensor, Tensor]:
+        """Return the number of the position, the noisy ids x_t (B, L) and their times (B,)."""
+        if self.config.student_inputs == "text":
+            corrupted = self.chains.corrupt(x0)
+            return 0, corrupted.x_t, corrupted.t
+        number, (total, taken) = self._position()
+        x_t = self.chains.inputs(model, x0, total, taken)
+        return number, x_t, torch.full((len(x_t),), 1 - taken / total, device=x_t.device)
+
+    def _matched(
+        self, logits: Tensor, teacher: Tensor, auxiliary: Tensor, read: Tensor, noised: Corruption
+    ) -> MatchingOutput:
+        """Return the loss at z: the sum over the positions read, or with weights the mean over all positions."""
+        sides = (logits, teacher, auxiliary, read)
+        options: dict[str, Any] = {"field": self.field, "mask_id": self.process.mask_id}
+        if self.config.position_weight == "mean":
+            return distribution_matching_loss(*sides, reduction="sum", return_diagnostics=True, **options)
+        values, diagnostics = distribution_matching_loss(*sides, reduction="none", return_diagnostics=True, **options)
+        weights = -self.process.schedule.dalpha(noised.t) / self.process.schedule.noise(noised.t)
+        return MatchingOutput((weights.to(values)[:, None] * values).mean(), diagnostics)
 
     def _position(self) -> tuple[int, tuple[int, int]]:
         """Draw a position of a chain; return its number and (N, k). Reading it waits for an accelerator."""
@@ -444,11 +498,15 @@ class DistributionMatching(StatefulObjective):
             found[positions] = draw(part, uniform=numbers).ids
         return found.view_as(x_t)
 
-    def _earlier(self, ids: Tensor, time: float) -> Corruption:
-        """Corrupt the rows of this process to times that are uniform in (0, time], as one process would."""
+    def _renoised(self, ids: Tensor, times: Tensor) -> Corruption:
+        """Corrupt completions of the rows of this process again, as one process would."""
+        if self.config.renoising == "same":
+            return self.chains.corrupt(ids, times)
         (rank, ranks), rows = self.share, len(ids)
-        drawn = self._rand(ranks * rows)[rank * rows : (rank + 1) * rows]
-        return self.chains.corrupt(ids, (1 - drawn.to(ids.device)) * time)
+        drawn = self._rand(ranks * rows)[rank * rows : (rank + 1) * rows].to(ids.device)
+        span = times.clamp_max(self.config.renoising_reach)
+        earlier = self.config.renoising == "earlier"
+        return self.chains.corrupt(ids, (times - span) + (1 - drawn) * span if earlier else 1 - 0.999 * drawn)
 
     def _logits(self, network: nn.Module, noised: Corruption, read: Tensor, options: Mapping[str, Tensor]) -> Tensor:
         """Return logits of the teacher or the auxiliary model at the positions read, (K, V)."""
@@ -477,11 +535,31 @@ class DistributionMatching(StatefulObjective):
         return found
 
     def _auxiliary_losses(self) -> Iterator[Tensor]:
-        """Yield the NELBO of the auxiliary model on each call's completions, divided by the number of calls."""
-        for completion in self.completions:
+        """Yield the loss of the auxiliary model on each call's completions, divided by the number of calls."""
+        for completion, times in zip(self.completions, self.times, strict=True):
             with self._autocast():
-                loss = self.chains.nelbo(self.auxiliary.network, completion) / len(self.completions)
-            yield loss
+                if self.config.auxiliary_loss == "nelbo":
+                    loss = self.chains.nelbo(self.auxiliary.network, completion)
+                else:
+                    loss = self._cross_entropy(completion, times)
+            yield loss / len(self.completions)
+
+    def _cross_entropy(self, completion: Tensor, times: Tensor) -> Tensor:
+        """Return D-MMD's loss of the auxiliary model, whose targets are the completions and the teacher's law.
+
+        It is a mean over all positions, of which those that are not predicted count nothing.
+        """
+        noised = self._renoised(completion, times)
+        options = self.chains.random_input(self.teacher, noised.x_t)
+        logits = noised.denoise(self.auxiliary.network, **options)
+        loss = self.process.nll(logits, completion, noised.x_t).sum()
+        if self.config.auxiliary_teacher_weight:
+            with torch.no_grad():
+                teacher = noised.denoise(self.teacher, **options)[noised.predicted]
+            # The divergence is the cross-entropy less the teacher's entropy, which has no gradient.
+            gap = total_divergence(self.process, logits, teacher, noised, "kl_teacher_student")
+            loss = loss + self.config.auxiliary_teacher_weight * gap
+        return loss / completion.numel()
 
     @property
     def _device(self) -> torch.device:

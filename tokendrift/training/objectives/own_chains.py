@@ -51,9 +51,9 @@ class OwnChains:
         with evaluation_mode(model):
             return sample(model, self.process, (len(x0), x0.shape[1]), device=x0.device, **options).ids
 
-    def logits(self, model: Network, x_t: Tensor, time: float) -> Tensor:
-        """Return logits, with gradient, of the law that the step from a time to time 0 draws from."""
-        times = torch.full((len(x_t),), time, device=x_t.device)
+    def logits(self, model: Network, x_t: Tensor, time: float | Tensor) -> Tensor:
+        """Return logits, with gradient, of the law that the step from a time, or from times (B,), to 0 draws from."""
+        times = time if isinstance(time, Tensor) else torch.full((len(x_t),), time, device=x_t.device)
         return self.completion(model(x_t, self.process.sigma(times), **self.random_input(model, x_t)), x_t, times)
 
     def completion(self, logits: Tensor, x_t: Tensor, times: Tensor) -> Tensor:
