@@ -184,8 +184,13 @@ class RoundDistillation(StatefulObjective, ABC):
                 own.copy_(new.full_tensor() if hasattr(new, "full_tensor") else new)
         self.round += 1
 
-    def after_step(self, finished: int, optimization: Optimization) -> None:
+    def after_step(self, finished: int, optimization: Optimization | None = None) -> None:
         if finished % self.config.round_steps == 0:
+            if optimization is None:
+                raise fail(
+                    "a round ends here, and the next teacher needs the student's weights.",
+                    "Call next_round(parameters) yourself, or pass the optimization that training uses.",
+                )
             with optimization.average.applied() if self.config.teacher_average else nullcontext():
                 self.next_round(optimization.parameters)
 
