@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -107,7 +108,7 @@ def matched_table(cells: Cells) -> str:
         "nucleus": [m for s, m in base.items() if s.steps == 4 and s.temperature == 1],
         "64 steps": [m for s, m in base.items() if s.steps == 64],
     }
-    names = judge_names(next(iter(base.values())))
+    names = max(map(judge_names, base.values()), key=len)
     titles = [f"over the base by {curve}, {judge}" for curve in curves for judge in names]
     head = ["model", "NFE", "sampling", "sample entropy", "unigram entropy", *titles]
     lines = [head, ["---"] * len(head)]
@@ -132,7 +133,8 @@ def _ratio(sets: list[Measures], curve: list[Measures], judge: int) -> str:
     found: list[Interval] = []
     for measures in sets:
         if judge < 1 + len(measures.panel) and len(known) > 1:
-            one = ratio_at_entropy(measures, known, judge=judge)
+            own, *others = (replace(each, panel=each.panel[:judge]) for each in (measures, *known))
+            one = ratio_at_entropy(own, others, judge=judge)
             found += [] if one is None else [one]
     if len(found) < 2:
         return "".join(f"{one.estimate:.3f} ({one.low:.3f} to {one.high:.3f})" for one in found)
