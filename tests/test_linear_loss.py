@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from live_bytes import LiveBytes
-from test_loss import L, V, assert_same_state, batch, build, feature_map
+from test_loss import L, V, assert_same_state, build, feature_map, loss_inputs
 from torch.nn.functional import linear
 
 from tokendrift import LinearLogits, MirrorTeacherLoss, TokenDriftError, TokenDriftLoss
@@ -19,7 +19,7 @@ NAMES = ("hidden", "weight", "bias")
 
 def operands(seed=0, *, dtype=torch.float64, biased=True):
     """The operands of an output layer, with the ids that `batch` gives to the same seed."""
-    _, clean, noisy, predicted = batch(seed)
+    _, clean, noisy, predicted = loss_inputs(seed)
     generator = torch.Generator().manual_seed(seed + 1)
     hidden, weight, bias = (
         torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)

@@ -590,7 +590,7 @@ def test_the_command_refines_and_tells_where(inputs):
 
 @pytest.mark.parametrize("main", [True, False])
 def test_the_command_tells_where_without_evaluations_and_on_one_process_alone(inputs, monkeypatch, main):
-    monkeypatch.setattr("tokendrift.training.refine", lambda config: Refined(Path(config.output), []))
+    monkeypatch.setattr("tokendrift.training.refine", lambda config, **_: Refined(Path(config.output), []))
     monkeypatch.setattr("accelerate.PartialState", lambda: SimpleNamespace(is_main_process=main))
     done = CliRunner().invoke(app, ["refine", "base", "--output", "there", "--set", "evaluate_nfe="])
     assert done.exit_code == 0, done.stderr

@@ -219,10 +219,11 @@ def check_count(name: str, value: int, *, least: int = 0, most: int = LARGEST) -
     return value
 
 
-def check_fraction(name: str, value: float, remark: str = "") -> None:
-    """Require a number in [0, 1); the remark ends the message."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < 1:
-        raise fail(f"{name} must lie in [0, 1){remark}.", **{name: value})
+def check_fraction(name: str, value: float, remark: str = "", *, closed: bool = False) -> None:
+    """Require a number in [0, 1), or in [0, 1] if ``closed``; the remark ends the message."""
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not (number and (0 <= value < 1 or (closed and value == 1))):
+        raise fail(f"{name} must lie in [0, 1{']' if closed else ')'}{remark}.", **{name: value})
 
 
 def check_choice(name: str, value: object, choices: Sequence[str]) -> None:

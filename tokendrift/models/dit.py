@@ -57,7 +57,7 @@ class DiTConfig:
             check_count(
                 name, getattr(self, name), least=1, most=2**31 if name in ("vocab_size", "model_length") else 2**24
             )
-        check_fraction("dropout", self.dropout)
+        check_fraction("dropout", self.dropout, closed=True)
         if not isinstance(self.time_conditioning, bool):
             raise fail("time_conditioning must be true or false.", time_conditioning=self.time_conditioning)
         if self.mask_id is not None:
