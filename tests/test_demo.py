@@ -115,3 +115,14 @@ def test_other_settings_and_other_text_have_a_folder_of_their_own():
     assert len({demonstration._digest(config, text) for config in configs for text in texts}) == 6
     moved = DemoConfig(output=PRETRAINED)
     assert demonstration._digest(moved, texts[0]) == demonstration._digest(DemoConfig(), texts[0])
+
+
+def test_the_command_shows_the_same_run_as_its_configuration():
+    import inspect
+
+    from tokendrift.cli import demo
+
+    defaults = {name: each.default for name, each in inspect.signature(demo).parameters.items()}
+    config = DemoConfig()
+    assert (defaults["process"], defaults["objective"]) == (config.process, config.objective)
+    assert defaults["window"] == config.window

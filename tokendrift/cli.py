@@ -106,7 +106,7 @@ def demo(
         typer.Option(
             help="What refines the model: matching (distribution matching), drift (the loss of the paper) or pairs."
         ),
-    ] = "drift",
+    ] = "matching",
     text: Annotated[
         list[Path] | None,
         typer.Option(help="UTF-8 text file to refine on; repeatable. Default: the documentation inside CPython."),

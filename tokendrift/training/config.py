@@ -368,8 +368,8 @@ _D_MMD = _MATCHING | {
     "auxiliary_loss": "cross_entropy",
     "auxiliary_teacher_weight": 1.0,
 }
-# The settings of the released distillations. SDTT's rate and warm-up are the paper's: its configuration file has those
-# of its base models (3e-4, 2,500 steps).
+# The settings of the released distillations. SDTT's rate is the one reported for it, and its warm-up is that of DCD's
+# script, since its configuration file has those of its base models (3e-4, 2,500 steps).
 _DISTILLED = {
     "dataset": "Skylion007/openwebtext",
     "batch_size": 128,
