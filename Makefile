@@ -1,6 +1,6 @@
 # tokendrift: everything from a fresh machine that has python3 and make.
 #
-#   make demo        set up, then refine, sample and compare small models: four minutes, demo-output/report.html
+#   make demo        set up, then refine, sample and compare small models: five minutes, demo-output/report.html
 #   make test        set up, then ruff, mypy and the test-suite
 #   make test-slow   the slow and statistical tests, which `make test` leaves out
 #   make lint        ruff and mypy only
