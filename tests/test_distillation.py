@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from test_matching_objective import LANGUAGE, frozen, small_model
 
 from tokendrift import TokenDriftError
 from tokendrift.diffusion import ArgmaxNoise, Corruption, GaussianDuality, MaskedDiffusion, UniformDiffusion
-from tokendrift.markov import MarkovLanguage
-from tokendrift.models import DiT, DiTConfig
+from tokendrift.models import DiT
 from tokendrift.training import (
     ConsistencyDistillation,
     ConsistencyDistillationConfig,
@@ -30,7 +30,6 @@ from tokendrift.training.objectives.rounds import DIVERGENCES
 
 GOLDEN = json.loads((Path(__file__).parent / "fixtures" / "peers.json").read_text())
 PAGE = (Path(__file__).parents[1] / "docs" / "peers.md").read_text(encoding="utf-8")
-LANGUAGE = MarkovLanguage.random(words=6, successors=2, length=8, seed=0)
 EXACT = {"atol": 1e-9, "rtol": 1e-9}
 METHODS = [("masked", SelfDistillation), ("uniform", SelfDistillation), ("uniform", ConsistencyDistillation)]
 ALL = pytest.mark.parametrize(("kind", "method"), METHODS)
@@ -38,20 +37,6 @@ ALL = pytest.mark.parametrize(("kind", "method"), METHODS)
 
 def numbers(values):
     return torch.tensor(values, dtype=torch.float64)
-
-
-def small_model(process, seed=0):
-    sizes = {"hidden_dim": 16, "cond_dim": 4, "n_blocks": 1, "n_heads": 2, "dropout": 0.0}
-    model = DiT(DiTConfig(process.vocab_size, LANGUAGE.length, mask_id=process.mask_id, **sizes))
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.copy_(0.4 * torch.randn(parameter.shape, generator=generator))
-    return model
-
-
-def frozen(model):
-    return copy.deepcopy(model).eval().requires_grad_(False)
 
 
 def build(method, process, teacher, share=(0, 1), **settings):

@@ -207,6 +207,21 @@ def test_pairs_are_counted_ahead_and_trained_on_chains_of_either_kind(tmp_path, 
     assert "on its own few-step chains" in (folder / "README.md").read_text()
 
 
+def resumed_to_the_bit(tmp_path, **changes):
+    """Run whole and with two interruptions, assert that models and states are equal, and return the whole run."""
+    folder = run(tmp_path, "whole", **changes).folder
+    for stop in (1, 3):
+        with pytest.raises(KeyboardInterrupt):
+            run(tmp_path, "stopped", on_step=interrupt(stop), **changes)
+    assert_same_model(folder, run(tmp_path, "stopped", **changes).folder)
+    last = f"step-{changes['steps']:08d}"
+    states = [
+        load_checkpoint(tmp_path / name / "checkpoints" / last).tensors["objective"] for name in ("whole", "stopped")
+    ]
+    torch.testing.assert_close(states[0], states[1], rtol=0, atol=0)
+    return folder
+
+
 MATCHING = {"objective": "matching", "pair_sequences": 41, "dropout": 0.0, "steps": 4}
 
 
@@ -214,16 +229,7 @@ MATCHING = {"objective": "matching", "pair_sequences": 41, "dropout": 0.0, "step
 def test_matching_trains_both_kinds_of_model_and_is_resumed_to_the_bit(tmp_path, masked, rank):
     worker.make_inputs(tmp_path, masked=masked)
     changes = MATCHING | {"auxiliary_rank": rank}
-    folder = run(tmp_path, "whole", **changes).folder
-    for stop in (1, 3):
-        with pytest.raises(KeyboardInterrupt):
-            run(tmp_path, "stopped", on_step=interrupt(stop), **changes)
-    assert_same_model(folder, run(tmp_path, "stopped", **changes).folder)
-    states = [
-        load_checkpoint(tmp_path / name / "checkpoints" / "step-00000004").tensors["objective"]
-        for name in ("whole", "stopped")
-    ]
-    torch.testing.assert_close(states[0], states[1], rtol=0, atol=0)
+    folder = resumed_to_the_bit(tmp_path, **changes)
     assert {"matching", "drift", "nelbo", "total_variation", "auxiliary_nelbo"} <= read_log(folder, "train")[-1].keys()
     # The configuration that is written has what was chosen for the process, and the model its random input.
     chosen = make_config(file=folder / "config.toml").objective
@@ -249,16 +255,7 @@ ROUNDS = {"round_steps": 2, "teacher_steps": 8, "dropout": 0.0, "steps": 5}
 def test_distillation_in_rounds_is_resumed_to_the_bit(tmp_path, objective, more):
     worker.make_inputs(tmp_path, masked=objective == "sdtt")
     changes = ROUNDS | more | {"objective": objective}
-    folder = run(tmp_path, "whole", **changes).folder
-    for stop in (1, 3):
-        with pytest.raises(KeyboardInterrupt):
-            run(tmp_path, "stopped", on_step=interrupt(stop), **changes)
-    assert_same_model(folder, run(tmp_path, "stopped", **changes).folder)
-    states = [
-        load_checkpoint(tmp_path / name / "checkpoints" / "step-00000005").tensors["objective"]
-        for name in ("whole", "stopped")
-    ]
-    torch.testing.assert_close(states[0], states[1], rtol=0, atol=0)
+    folder = resumed_to_the_bit(tmp_path, **changes)
     log = read_log(folder, "train")
     assert [entry["teacher_steps"] for entry in log] == [8, 8, 4, 4, 4 if objective == "sdtt" else 2]
     assert all("distillation" in entry and ("drift" in entry) == ("drift_weight" in more) for entry in log)

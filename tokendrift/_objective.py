@@ -241,33 +241,7 @@ class DriftObjective(nn.Module):
         predicted: Tensor | None,
         attention_mask: Tensor | None,
     ) -> Inputs:
-        """Apply the input rules."""
-        return self._failing_together(
-            lambda: self._checked_here(logits, clean_ids, noisy_ids, predicted, attention_mask)
-        )
-
-    def _failing_together(self, work: Callable[[], T]) -> T:
-        """Do what may fail on this rank alone; if it does, all ranks raise instead of waiting for each other."""
-        if self._ranks() == 1:
-            return work()
-        try:
-            return work()
-        except Exception as error:
-            self._gather(self.embedding.new_zeros(0, 0), error)
-            raise
-
-    def _gather(self, features: Tensor, error: Exception | None = None) -> Gathered:
-        self._calls += 1
-        return gather(features, call=self._calls, error=error)
-
-    def _checked_here(
-        self,
-        logits: Tensor | LinearLogits,
-        clean_ids: Tensor,
-        noisy_ids: Tensor | None,
-        predicted: Tensor | None,
-        attention_mask: Tensor | None,
-    ) -> Inputs:
+        """Apply the input rules; call it by `_failing_together`."""
         if isinstance(logits, LinearLogits):
             check_linear(logits, self.embedding)
             if self.lift != "soft":
@@ -316,6 +290,20 @@ class DriftObjective(nn.Module):
             self._refuse_slips(inputs)
         return inputs
 
+    def _failing_together(self, work: Callable[[], T]) -> T:
+        """Do what may fail on this rank alone; if it does, all ranks raise instead of waiting for each other."""
+        if self._ranks() == 1:
+            return work()
+        try:
+            return work()
+        except Exception as error:
+            self._gather(self.embedding.new_zeros(0, 0), error)
+            raise
+
+    def _gather(self, features: Tensor, error: Exception | None = None) -> Gathered:
+        self._calls += 1
+        return gather(features, call=self._calls, error=error)
+
     def _refuse_slips(self, inputs: Inputs) -> None:
         """Refuse or report arguments that have the right form but would give a wrong loss.
 
@@ -333,7 +321,7 @@ class DriftObjective(nn.Module):
                 f"logits look like probabilities: they are not negative and rows sum to one. {type(self).__name__} "
                 "applies a softmax of its own, so that probabilities give a wrong loss; pass the raw output of the "
                 "denoiser, or probabilities.log().",
-                stacklevel=9,
+                stacklevel=8,
             )
 
     def extra_repr(self) -> str:

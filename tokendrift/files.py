@@ -7,7 +7,7 @@ import hashlib
 import os
 import socket
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import IO, cast
 
@@ -34,16 +34,15 @@ def file_kind(path: str | os.PathLike[str]) -> str:
 
 
 @contextmanager
-def readable(path: str | os.PathLike[str], remedy: str, *, what: str = "file") -> Iterator[None]:
-    """Turn whatever the block raises, unless it is an error of this package, into one that names the file.
+def foreign_errors(complaint: str, remedy: str) -> Iterator[None]:
+    """Turn whatever the block raises into one error: the complaint, the reason, and what to do.
 
-    Parsers of files of unknown origin raise all kinds of exceptions, `RecursionError` for deep nesting among them, and
-    the panics of libraries written in Rust, which are no `Exception`.
+    Parsers of what is of unknown origin raise all kinds of exceptions, `RecursionError` for deep nesting among them,
+    and the panics of libraries written in Rust, which are no `Exception`.
 
     Args:
-        path: What is read.
-        remedy: What to do if it cannot be read.
-        what: What the file was passed as. Default: "file".
+        complaint: What failed, such as "config.json cannot be read".
+        remedy: What to do about it.
 
     Raises:
         TokenDriftError: If the block raises an error.
@@ -56,7 +55,12 @@ def readable(path: str | os.PathLike[str], remedy: str, *, what: str = "file") -
         if not is_failure(error):
             raise
         kind = FileError if isinstance(error, OSError) else TokenDriftError
-        raise kind(f"{what} {path} cannot be read: {reason(error)}.\n  {remedy}") from error
+        raise kind(f"{complaint}: {reason(error)}.\n  {remedy}") from error
+
+
+def readable(path: str | os.PathLike[str], remedy: str, *, what: str = "file") -> AbstractContextManager[None]:
+    """Return `foreign_errors` for a block that reads a file, which was passed as ``what``."""
+    return foreign_errors(f"{what} {path} cannot be read", remedy)
 
 
 def is_failure(error: BaseException) -> bool:

@@ -220,7 +220,7 @@ class TokenDriftLoss(DriftObjective):
                 ``lift="straight_through"``. The values of ids are read on the CPU; on an accelerator, which would
                 have to be waited for, only the first call looks for the mask among the clean ids.
         """
-        inputs = self._checked(logits, clean_ids, noisy_ids, predicted, attention_mask)
+        inputs = self._failing_together(lambda: self._checked(logits, clean_ids, noisy_ids, predicted, attention_mask))
         step = self._step(inputs, return_diagnostics)
         features = step.generated.values
         # Feature minus target, without the rounding of their difference: a short drift would be lost in it.
@@ -306,7 +306,7 @@ class MirrorTeacherLoss(DriftObjective):
             )
         if torch.is_inference_mode_enabled():
             raise fail("the mirror teacher takes a gradient of its own.", "Use torch.no_grad, not inference_mode.")
-        inputs = self._checked(logits, clean_ids, noisy_ids, predicted, attention_mask)
+        inputs = self._failing_together(lambda: self._checked(logits, clean_ids, noisy_ids, predicted, attention_mask))
         predicted = inputs.predicted
         wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
         if predicted is not None:  # the logits too and not only their loss: 0 * NaN would reach the gradient

@@ -34,7 +34,7 @@ from tokendrift.files import write_atomically
 from tokendrift.models import load_denoiser
 from tokendrift.models.tokenizer import decode, load_tokenizer
 from tokendrift.sampling import SampleSet, SamplingSetting, denoiser_samples
-from tokendrift.training import make_config, refine, windows
+from tokendrift.training import PRESETS, make_config, refine, windows
 
 KINDS = ("masked", "uniform")
 BASE, CONTROLS = english_report.BASE, english_report.CONTROLS
@@ -45,17 +45,10 @@ END_OF_TEXT = "<eos>"  # stands between paragraphs in what the models were train
 STEPS = {"masked": 1500, "uniform": 600}  # optimiser steps of every arm, what two cores have time for
 SAMPLES = 256  # sequences in a row
 QUICK = 2, 8  # steps and samples of a run that shows the machinery alone
+LOOP = ("batch_size", "learning_rate", "schedule", "warmup", "weight_decay", "betas", "clip", "ema", "dropout")
 COMMON: dict[str, Any] = {
-    "batch_size": 64,
-    "micro_batch": 64,
-    "learning_rate": 5e-4,
-    "schedule": "cosine",
-    "warmup": 30,
-    "weight_decay": 0.0,
-    "betas": (0.9, 0.98),
-    "clip": 1.0,
-    "ema": 0.99,
-    "dropout": 0.0,
+    **{name: PRESETS["matching"][name] for name in LOOP},  # the same optimiser for every arm
+    "micro_batch": PRESETS["matching"]["batch_size"],
     "wrap": False,
     "evaluate_nfe": (),
     "evaluate_samples": 2,

@@ -9,8 +9,8 @@ import hashlib
 import json
 import math
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,8 +18,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from tokendrift._checks import fail
-from tokendrift.errors import TokenDriftError
-from tokendrift.files import is_failure, reason
+from tokendrift.files import foreign_errors, is_failure, reason
 from tokendrift.models.hub import check_local
 
 UNKNOWN = "\ufffd"  # what stands in a text for an id that the tokenizer does not have
@@ -139,17 +138,8 @@ def encode(tokenizer: Any, texts: Sequence[str], *, special_tokens: bool = False
         return _encoded(tokenizer, texts, special_tokens)
 
 
-@contextmanager
-def _usable() -> Iterator[None]:
-    """Turn what a tokenizer raises into one error."""
-    try:
-        yield
-    except TokenDriftError:
-        raise
-    except BaseException as error:
-        if not is_failure(error):
-            raise
-        raise fail(f"the tokenizer fails: {reason(error)}.", "Its files may be damaged; fetch them again.") from error
+def _usable() -> AbstractContextManager[None]:
+    return foreign_errors("the tokenizer fails", "Its files may be damaged; fetch them again.")
 
 
 def _encoded(tokenizer: Any, texts: Sequence[str], special_tokens: bool) -> list[list[int]]:

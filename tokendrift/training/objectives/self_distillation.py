@@ -122,19 +122,18 @@ class SelfDistillation(RoundDistillation):
 
         x_t, predicted = corrupted.x_t, corrupted.predicted
         chain = Chain(teacher, self.process, x_t, predicted, self.chains.noise(x_t), shaping=Shaping(), end=0.0)
-        found, drawn = None, torch.zeros_like(x_t, dtype=torch.bool)
+        found, drawn = torch.empty(0), torch.zeros_like(x_t, dtype=torch.bool)
         for number, t in enumerate(self.inner_times(corrupted.t), start=1):
             # 1. The teacher's laws; positions that were drawn before keep theirs.
             chain.at_sigma(self.process.sigma(t))
             log_p = chain.log_p  # calls the teacher for the whole batch
             rows = self.rows(held[0], predicted)
-            found = rows if found is None else torch.where(self.rows(drawn, predicted)[:, None], found, rows)
+            found = rows if number == 1 else torch.where(self.rows(drawn, predicted)[:, None], found, rows)
             # 2. A step of the chain; after the last one nothing is read.
             if number < self.config.inner_steps:
                 chain.drawn_log_p.fill_(1.0)  # no logarithm of a probability: drawing overwrites it
                 chain.move(self._law(log_p, chain.ids, t))
                 drawn |= chain.drawn_log_p < 1
-        assert found is not None
         return found
 
     def _law(self, log_p: Tensor, ids: Tensor, t: Tensor) -> Mixture:
