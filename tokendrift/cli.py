@@ -41,6 +41,14 @@ DeviceOption = Annotated[
 TrainingDeviceOption = Annotated[
     str, typer.Option(help="Device such as cpu or cuda:0; auto takes cuda if it is available, else mps, else cpu.")
 ]
+CheckpointConfigOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="KEY=VALUE",
+        help="Field that replaces or completes one of the checkpoint's configuration, such as mask_id=103; repeatable. "
+        "trust_remote_code=true permits the code that a model of transformers brings to be run.",
+    ),
+]
 PresetOption = Annotated[
     str | None,
     typer.Option(
@@ -196,6 +204,7 @@ def refine(
     text: Annotated[list[str] | None, _setting("text")] = None,
     dataset: Annotated[str | None, _setting("dataset")] = None,
     tokenizer: Annotated[str | None, _setting("tokenizer")] = None,
+    checkpoint_config: CheckpointConfigOption = None,
     output: Annotated[str | None, _setting("output")] = None,
     preset: PresetOption = None,
     config: Annotated[
@@ -314,6 +323,7 @@ def doctor(
     revision: Annotated[
         str | None, typer.Option(help="Branch, tag or commit of a hub id. Default: the main branch.")
     ] = None,
+    checkpoint_config: CheckpointConfigOption = None,
     tokens: Annotated[int, typer.Option(min=1, help="Number of tokens of text to measure the NELBO on.")] = 16_384,
     device: DeviceOption = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
@@ -324,6 +334,7 @@ def doctor(
     """
     with plain_errors():
         from tokendrift.doctor import diagnose
+        from tokendrift.models import checkpoint_fields
 
         with _status("examining") as progress:
             found = diagnose(
@@ -331,6 +342,7 @@ def doctor(
                 text=text,
                 tokenizer=tokenizer,
                 revision=revision,
+                config=checkpoint_fields(checkpoint_config or ()),
                 tokens=tokens,
                 device=device,
                 progress=progress,
@@ -372,6 +384,7 @@ def probe(
         str | None,
         typer.Option(help="Tokenizer of the judge: a tokenizer.json, a folder or a hub id. Default: the judge's own."),
     ] = None,
+    checkpoint_config: CheckpointConfigOption = None,
     prompts: Annotated[int, typer.Option(min=2, help="Number of prompts, evenly spread over the text.")] = 64,
     prompt_length: Annotated[
         int | None, typer.Option(min=1, help="Tokens of a prompt. Default: 64, or less if the model is too short.")
@@ -392,11 +405,14 @@ def probe(
     With --compare, the probes also show whether refinement reduces this loss by more than a lower sampling temperature
     does.
     """
-    options = {name: value for name, value in locals().items() if name not in ("checkpoint", "text", "output")}
+    apart = ("checkpoint", "text", "output", "checkpoint_config")
+    options = {name: value for name, value in locals().items() if name not in apart}
     with plain_errors():
         from tokendrift.files import write_atomically
+        from tokendrift.models import checkpoint_fields
         from tokendrift.probes import probe_checkpoints
 
+        options["config"] = checkpoint_fields(checkpoint_config or ())
         with _status("probing") as progress:
             report = probe_checkpoints(checkpoint, text, progress=progress, **options)
         if output is not None:
