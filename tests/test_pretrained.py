@@ -23,9 +23,32 @@ from tokendrift.training import make_config, refine
 transformers = pytest.importorskip("transformers")
 TOKENIZER, V, MASK, LENGTH = PRETRAINED / "tokenizer.json", 1025, 1024, 12
 SIZES = {"vocab_size": V, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
-WORDS = "the drift of a token pulls it to real text and away from what the model says of it at every step".split()
+WORDS = [
+    "the",
+    "drift",
+    "of",
+    "a",
+    "token",
+    "pulls",
+    "it",
+    "to",
+    "real",
+    "text",
+    "and",
+    "away",
+    "from",
+    "what",
+    "the",
+    "model",
+    "says",
+    "of",
+    "it",
+    "at",
+    "every",
+    "step",
+]
 TRUST = {"trust_remote_code": True}
-CODE = '''
+CODE = """
 import torch
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
@@ -59,7 +82,7 @@ class NAME(PreTrainedModel):
         first = self.wte(input_ids) if inputs_embeds is None else inputs_embeds
         hidden = (first, self.block(first))
         return MaskedLMOutput(logits=self.head(hidden[-1]), hidden_states=hidden)
-'''
+"""
 
 
 @pytest.fixture(scope="module")
@@ -148,9 +171,9 @@ def settings(folder, text_file, output, options, **changes):
 
 
 OBJECTIVES = {
-    "pairs": {"objective": "pairs"},
+    "pairs": {"objective": "pairs", "pair_sequences": 8},
     "drift": {"objective": "drift", "queue_size": 8, "dropout": 0.0},
-    "matching": {"objective": "matching", "auxiliary_rank": 2, "dropout": 0.0},
+    "matching": {"objective": "matching", "pair_sequences": 8, "auxiliary_rank": 2, "dropout": 0.0},
 }
 CASES = [
     pytest.param(kind, objective, marks=[] if (kind, objective) == ("bert", "matching") else [pytest.mark.slow])

@@ -405,14 +405,13 @@ def probe(
     With --compare, the probes also show whether refinement reduces this loss by more than a lower sampling temperature
     does.
     """
-    apart = ("checkpoint", "text", "output", "checkpoint_config")
-    options = {name: value for name, value in locals().items() if name not in apart}
+    options = {name: value for name, value in locals().items() if name not in ("checkpoint", "text", "output")}
     with plain_errors():
         from tokendrift.files import write_atomically
         from tokendrift.models import checkpoint_fields
         from tokendrift.probes import probe_checkpoints
 
-        options["config"] = checkpoint_fields(checkpoint_config or ())
+        options["config"] = checkpoint_fields(options.pop("checkpoint_config") or ())
         with _status("probing") as progress:
             report = probe_checkpoints(checkpoint, text, progress=progress, **options)
         if output is not None:

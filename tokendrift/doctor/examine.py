@@ -89,8 +89,8 @@ def diagnose(
         report.add("random input", "ok", f"{model.config.random_input} random numbers at each masked position")
 
     # 3. Vocabulary and mask against the tokenizer. What came from the hub may bring its tokenizer from there.
-    about = {"fetch": checkpoint.revision is not None, "trusted": checkpoint.trusted}
-    found = chosen or find_tokenizer(checkpoint.folder, process.vocab_size, **about)
+    fetch, trusted = checkpoint.revision is not None, checkpoint.trusted
+    found = chosen or find_tokenizer(checkpoint.folder, process.vocab_size, fetch=fetch, trusted=trusted)
     if found is None:
         report.add(
             "tokenizer",
