@@ -23,7 +23,7 @@ from tokendrift.training import make_config, refine
 transformers = pytest.importorskip("transformers")
 TOKENIZER, V, MASK, LENGTH = PRETRAINED / "tokenizer.json", 1025, 1024, 12
 SIZES = {"vocab_size": V, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
-WORDS = [
+WORDS = (
     "the",
     "drift",
     "of",
@@ -38,15 +38,8 @@ WORDS = [
     "away",
     "from",
     "what",
-    "the",
     "model",
-    "says",
-    "of",
-    "it",
-    "at",
-    "every",
-    "step",
-]
+)
 TRUST = {"trust_remote_code": True}
 CODE = """
 import torch
