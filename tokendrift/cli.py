@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -282,6 +283,7 @@ def sample(
     Each batch is written as soon as it is drawn. After an interruption, the same command resumes at the first batch
     that is not complete, and the finished file is identical to that of an uninterrupted run.
     """
+    began = time.perf_counter()
     with plain_errors("finished batches are kept: run the same command again to resume"):
         from rich.progress import Progress
 
@@ -291,8 +293,10 @@ def sample(
         with Progress(console=PlainConsole(stderr=True), transient=True) as bar:
             task = bar.add_task(f"sampling on {config.device}", total=config.n)
             file = sample_to_file(config, output, progress=lambda done: bar.update(task, completed=done))
-    calls = f"{file.nfe['mean']:.1f} function evaluations each"
-    _say(f"{file.count} samples in {output}, {calls}, drawn on {config.device}")
+    cost = f"{file.nfe['mean']:.1f} function evaluations"
+    cost += "" if file.flops is None else f" and {file.flops / 1e9:.3g} GFLOPs"
+    _say(f"{file.count} samples in {output}, {cost} each, drawn on {config.device}")
+    _say(f"this call took {time.perf_counter() - began:.1f} s")
     if file.settings["tokenizer"] is None:
         _say("warning: there is no tokenizer, so the samples are ids without text. Pass --tokenizer.", error=True)
 

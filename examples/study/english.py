@@ -62,7 +62,16 @@ ARMS: dict[str, dict[str, Any]] = {
     "TokenDrift": {"preset": "tokendrift", "learning_rate": 2.5e-4},  # the paper's setting but for the rate
     "pairs": {"preset": "pairs"},
     "distribution matching": {"preset": "matching"},
+    "field alone": {"preset": "matching", "pair_weight": 0.0},
+    "no random input": {"preset": "matching", "random_input": 0},
+    # Other methods, with the rates and the size of batch of all arms, and with steps that end at those of 4 NFE.
+    "SDTT": {"preset": "sdtt-owt", "teacher_steps": 64, "fewest_steps": 4, "round_steps": 300},
+    "DCD": {"preset": "dcd-owt", "teacher_steps": 64, "round_steps": 120, "gamma_min": None, "gamma_max": None},
+    "IDLM": {"preset": "idlm", "auxiliary_rate": 1e-3, "auxiliary_betas": (0.9, 0.98), "auxiliary_clip": 1.0},
+    "D-MMD": {"preset": "d-mmd", "renoising_reach": 0.25},
+    "SDTT with drift": {},
 }
+ARMS["SDTT with drift"] = ARMS["SDTT"] | {"drift_weight": 1.0}
 CURVE = (
     *(SamplingSetting(4, temperature) for temperature in (1.1, 1.0, 0.95, 0.9, 0.85, 0.8, 0.7)),
     *(SamplingSetting(4, 1.0, top_p) for top_p in (0.95, 0.9, 0.8)),

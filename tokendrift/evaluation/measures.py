@@ -50,6 +50,8 @@ class Measures:
         samples: n.
         tokens: Tokens in the vocabulary that the figures are counted in.
         nfe: Forward calls of the denoiser that a sample cost; None for real text.
+        flops: Mean floating-point operations (FLOPs) that a sample cost, see `tokendrift.sampling.cost`; None for real
+            text and where they are not known.
         vocabulary: What entropy, diversity and repetition are counted in: ``"generated"``, the ids as they came, or
             ``"judge"``, the judge's tokens of the texts.
         shared_tokenizer: Whether the judge reads text in the tokens of the denoiser. If it does not, or the denoiser's
@@ -79,6 +81,7 @@ class Measures:
     per_sample: dict[str, Tensor]
     replicates: dict[str, Tensor]
     panel: tuple[Measures, ...] = ()
+    flops: float | None = None
 
     def __getattr__(self, name: str) -> Any:
         """Return a figure by its name, None if it was not measured."""
@@ -223,6 +226,7 @@ def measure(
                 samples=len(kept),
                 tokens=sum(map(len, counted)),
                 nfe=nfe,
+                flops=given.flops,
                 vocabulary=vocabulary,
                 shared_tokenizer=texts is None or each.judge.shares_tokenizer(tokenizer),
                 retokenised=texts is not None,
