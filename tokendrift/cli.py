@@ -128,6 +128,7 @@ def demo(
         int,
         typer.Option(min=1, help="Number of successive seeds to run with, each in a folder of its own."),
     ] = 1,
+    device: DeviceOption = "auto",
     judge: Annotated[
         list[str] | None,
         typer.Option(
@@ -160,6 +161,7 @@ def demo(
         console.width = min(console.width, 100)
         options = sizes if steps is None else sizes | {"steps": steps}
         options |= {"text": tuple(text or ()), "models": models or PRETRAINED, "judges": tuple(judge or ())}
+        options |= {"device": device}
         for number in range(seed, seed + seeds):
             place = output if seeds == 1 else output / f"seed-{number}"
             config = DemoConfig(process, objective, output=place, window=window, seed=number, **options)
