@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -135,6 +136,7 @@ def demo(
         int,
         typer.Option(min=1, help="Number of successive seeds to run with, each in a folder of its own."),
     ] = 1,
+    device: DeviceOption = "auto",
     judge: Annotated[
         list[str] | None,
         typer.Option(
@@ -167,6 +169,7 @@ def demo(
         console.width = min(console.width, 100)
         options = sizes if steps is None else sizes | {"steps": steps}
         options |= {"text": tuple(text or ()), "models": models or PRETRAINED, "judges": tuple(judge or ())}
+        options |= {"device": device}
         for number in range(seed, seed + seeds):
             place = output if seeds == 1 else output / f"seed-{number}"
             config = DemoConfig(process, objective, output=place, window=window, seed=number, **options)
@@ -291,6 +294,7 @@ def sample(
     Each batch is written as soon as it is drawn. After an interruption, the same command resumes at the first batch
     that is not complete, and the finished file is identical to that of an uninterrupted run.
     """
+    began = time.perf_counter()
     with plain_errors("finished batches are kept: run the same command again to resume"):
         from rich.progress import Progress
 
@@ -300,8 +304,10 @@ def sample(
         with Progress(console=PlainConsole(stderr=True), transient=True) as bar:
             task = bar.add_task(f"sampling on {config.device}", total=config.n)
             file = sample_to_file(config, output, progress=lambda done: bar.update(task, completed=done))
-    calls = f"{file.nfe['mean']:.1f} function evaluations each"
-    _say(f"{file.count} samples in {output}, {calls}, drawn on {config.device}")
+    cost = f"{file.nfe['mean']:.1f} function evaluations"
+    cost += "" if file.flops is None else f" and {file.flops / 1e9:.3g} GFLOPs"
+    _say(f"{file.count} samples in {output}, {cost} each, drawn on {config.device}")
+    _say(f"this call took {time.perf_counter() - began:.1f} s")
     if file.settings["tokenizer"] is None:
         _say("warning: there is no tokenizer, so the samples are ids without text. Pass --tokenizer.", error=True)
 

@@ -16,6 +16,7 @@ from tokendrift.devices import resolve_device
 from tokendrift.files import exclusive, weight_digest
 from tokendrift.models import build, checkpoint_fields, read_checkpoint
 from tokendrift.models.tokenizer import decode, encode, find_tokenizer
+from tokendrift.sampling.cost import flops_per_evaluation
 from tokendrift.sampling.loop import NOISE_REMOVAL, Samples, sample, window_views
 from tokendrift.sampling.named import named_sampler
 from tokendrift.sampling.sample_file import SampleFile
@@ -259,4 +260,4 @@ def _fill(file: SampleFile, source: CheckpointSampler, progress: Callable[[float
 
     if file.count < config.n:
         source.draw(file.count, config.n - file.count, progress=step_taken, on_batch=batch_drawn)
-    file.finish()
+    file.finish(flops_per_evaluation(source.model, source.process, min(source.length, source.window)))

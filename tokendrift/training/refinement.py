@@ -15,7 +15,7 @@ from torch import Tensor
 from tokendrift._checks import fail
 from tokendrift.errors import TokenDriftError
 from tokendrift.files import weight_digest
-from tokendrift.models.checkpoints import build, checkpoint_fields, empty_like, read_checkpoint
+from tokendrift.models.checkpoints import LoadedDenoiser, build, checkpoint_fields, empty_like, read_checkpoint
 from tokendrift.models.random_input import without_random_input
 from tokendrift.models.tokenizer import text_tokenizer
 from tokendrift.training.checkpointing import Stored, load_checkpoint
@@ -133,11 +133,7 @@ class Run:
         self.micro_batches = config.accumulation(self.ranks)
         # 1. The checkpoint, first on the main process: a hub id is downloaded once.
         with accelerator.main_process_first():
-            fields = checkpoint_fields(config.checkpoint_config)
-            checkpoint = read_checkpoint(config.checkpoint, revision=config.revision, config=fields)
-            base, self.process = build(checkpoint)
-            place, trusted = checkpoint.folder, checkpoint.trusted
-            self.tokenizer = text_tokenizer(config.tokenizer, place, base.vocab_size, trusted=trusted)
+            base = self._load(config)
         self.length: int = config.length or base.config.model_length
         objective = config.objective.for_process(self.process, base.config.random_input)
         self.config = config = dataclasses.replace(config, length=self.length, objective=objective)
@@ -187,6 +183,15 @@ class Run:
             text=[real[0].tolist(), source.identity() if isinstance(source, TextFiles) else None],
             judge=judge_name(judge),
         )
+
+    def _load(self, config: RefineConfig) -> LoadedDenoiser:
+        """Return the network of the checkpoint; its process and its tokenizer become attributes."""
+        fields = checkpoint_fields(config.checkpoint_config)
+        checkpoint = read_checkpoint(config.checkpoint, revision=config.revision, config=fields)
+        base, self.process = build(checkpoint)
+        place, trusted = checkpoint.folder, checkpoint.trusted
+        self.tokenizer = text_tokenizer(config.tokenizer, place, base.vocab_size, trusted=trusted)
+        return base
 
     def run(self, progress: bool, on_step: Callable[[int], object] | None, label: str = "") -> list[Row]:
         """Train from the newest checkpoint to the end; return the evaluations, on the main process alone."""
