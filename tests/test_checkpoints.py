@@ -482,3 +482,11 @@ def test_a_format_of_ones_own_is_one_line_in_the_table(tmp_path, model, monkeypa
     loaded, _ = load_denoiser(tmp_path / "weights.mine")
     for name, tensor in model.state_dict().items():
         assert torch.equal(loaded.state_dict()[name], tensor)
+
+
+def test_a_file_cannot_permit_its_own_code(model, tmp_path):
+    save_denoiser(model, tmp_path)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"trust_remote_code": True}))
+    assert not read_checkpoint(tmp_path).trusted
+    assert read_checkpoint(tmp_path, config={"trust_remote_code": True}).trusted

@@ -132,10 +132,7 @@ def demo(
         int, typer.Option(min=1, help="Tokens pooled into one feature; the paper pools whole sequences, here 32.")
     ] = 2,
     seed: Annotated[int, typer.Option(min=0, help="Random seed.")] = 0,
-    seeds: Annotated[
-        int,
-        typer.Option(min=1, help="Number of successive seeds to run with, each in a folder of its own."),
-    ] = 1,
+    seeds: Annotated[int, typer.Option(min=1, help="Successive seeds to run with, each in a folder of its own.")] = 1,
     device: DeviceOption = "auto",
     judge: Annotated[
         list[str] | None,
@@ -169,10 +166,9 @@ def demo(
         console.width = min(console.width, 100)
         options = sizes if steps is None else sizes | {"steps": steps}
         options |= {"text": tuple(text or ()), "models": models or PRETRAINED, "judges": tuple(judge or ())}
-        options |= {"device": device}
         for number in range(seed, seed + seeds):
             place = output if seeds == 1 else output / f"seed-{number}"
-            config = DemoConfig(process, objective, output=place, window=window, seed=number, **options)
+            config = DemoConfig(process, objective, output=place, window=window, seed=number, device=device, **options)
             show(run_demo(config, PlainConsole(stderr=True)), config, console)
 
 
@@ -331,6 +327,7 @@ def doctor(
     ] = None,
     checkpoint_config: CheckpointConfigOption = None,
     tokens: Annotated[int, typer.Option(min=1, help="Number of tokens of text to measure the NELBO on.")] = 16_384,
+    seed: Annotated[int, typer.Option(min=0, help="Random seed of the noise that the NELBO is measured with.")] = 0,
     device: DeviceOption = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
 ) -> None:
@@ -350,6 +347,7 @@ def doctor(
                 revision=revision,
                 config=checkpoint_fields(checkpoint_config or ()),
                 tokens=tokens,
+                seed=seed,
                 device=device,
                 progress=progress,
             )

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -40,6 +41,7 @@ def diagnose(
     revision: str | None = None,
     config: Mapping[str, Any] | None = None,
     tokens: int = 16_384,
+    seed: int = 0,
     device: torch.device | str = "auto",
     progress: Callable[[str], object] = lambda _: None,
 ) -> Diagnosis:
@@ -53,6 +55,7 @@ def diagnose(
         revision: Branch, tag or commit of a hub id.
         config: Fields that replace or complete those of the configuration, as for `load_denoiser`.
         tokens: Number of tokens of text to measure on. Default: 16,384.
+        seed: Random seed of the noise that the NELBO is measured with. Default: 0.
         device: Device to measure on. Default: CUDA if it is available, else the CPU.
         progress: Called with a sentence about what is being done.
 
@@ -107,7 +110,8 @@ def diagnose(
     if windows is None:
         report.add("NELBO", "note", "the text is too short; pass a longer one with --text")
     else:
-        check_nelbo(report, model, process, windows.to(device), found[0], progress)
+        nelbo = partial(probes.window_nelbo, seed=check_count("seed", seed))
+        check_nelbo(report, model, process, windows.to(device), found[0], progress, nelbo)
     return report
 
 
@@ -161,11 +165,12 @@ def check_nelbo(
     windows: Tensor,
     tokenizer: Any,
     progress: Callable[[str], object],
+    nelbo: Callable[..., Tensor] = probes.window_nelbo,
 ) -> None:
-    """Measure the NELBO on windows (n, L) and judge it."""
+    """Measure the NELBO on windows (n, L), by ``nelbo``, and judge it."""
     # 1. The NELBO, beside the entropy of the word counts: a network that reads context lies well below it.
     progress(f"measuring the NELBO of {len(windows)} windows of {windows.shape[1]} tokens")
-    values = probes.window_nelbo(model, process, windows)
+    values = nelbo(model, process, windows)
     found = probes.estimate(values)
     share = torch.bincount(windows.flatten().cpu(), minlength=process.vocab_size).double() / windows.numel()
     unigram = torch.special.entr(share).sum().item()
@@ -185,8 +190,8 @@ def check_nelbo(
     few = windows[: max(8, len(windows) // 2)]
     progress("testing other assumptions")
     alternatives = _alternatives(model, process, tokenizer, useless=useless)
-    base = probes.window_nelbo(model, process, few, counted=False)
-    better = _best_alternative(base, few, alternatives, bound if useless else None)
+    base = nelbo(model, process, few, counted=False)
+    better = _best_alternative(base, few, alternatives, bound if useless else None, nelbo)
     # 3. The verdict.
     if better is not None:
         report.figures["perplexity_otherwise"] = better.found.perplexity
@@ -217,7 +222,11 @@ class _Better(NamedTuple):
 
 
 def _best_alternative(
-    base: Tensor, windows: Tensor, alternatives: Iterator[Alternative], bound: float | None
+    base: Tensor,
+    windows: Tensor,
+    alternatives: Iterator[Alternative],
+    bound: float | None,
+    nelbo: Callable[..., Tensor],
 ) -> _Better | None:
     """Return the best alternative that is better beyond doubt, None if there is none.
 
@@ -226,7 +235,7 @@ def _best_alternative(
     """
     sure = []
     for each in alternatives:
-        values = probes.window_nelbo(each.model, each.process, windows, counted=False if bound is None else None)
+        values = nelbo(each.model, each.process, windows, counted=False if bound is None else None)
         found, gain = probes.estimate(values), probes.estimate(base - values)
         if gain.mean > max(4 * gain.error, 0.005) if bound is None else found.mean + 2 * found.error < bound:
             sure.append(_Better(each, found, probes.estimate(base)))

@@ -99,8 +99,7 @@ def load_denoiser(
 
     Raises:
         TokenDriftError: If something cannot be found or read, the model type is unknown, a model of transformers needs
-            code that is not trusted, or tensors are
-            missing, left over or of the wrong shape; all of them are listed.
+            code that is not trusted, or tensors are missing, left over or of the wrong shape; all of them are listed.
     """
     checkpoint = read_checkpoint(source, revision=revision, config=config, ema=ema)
     return build(checkpoint, dtype=dtype, device=device)
@@ -134,7 +133,8 @@ def read_checkpoint(
         raise fail(f"config has unknown fields: {', '.join(sorted(unknown))}.", f"The fields are {', '.join(SIZES)}.")
     # A hub class within the module of a training run has the prefix twice.
     tensors = {_plain_name(name).replace(lightning.PREFIX, ""): tensor for name, tensor in found.tensors.items()}
-    return Checkpoint(path, found.config | given, tensors, found.label, commit)
+    stated = found.config | {"trust_remote_code": False} | given  # only the user permits code, never the file
+    return Checkpoint(path, stated, tensors, found.label, commit)
 
 
 def build(
