@@ -4,11 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
-import sys
-from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -101,29 +97,3 @@ def backbone():
 def generator():
     """Return a seeded generator."""
     return torch.Generator().manual_seed(20_260_519)
-
-
-@pytest.fixture(scope="session")
-def run_ranks(tmp_path_factory) -> Callable[[Path, Iterable[tuple[int, int]]], list[Any]]:
-    """Return what runs a worker, ``python WORKER RANK RANKS STORE OUT``, once for each (rank, ranks), all at a time.
-
-    The result is what each of them saved.
-    """
-
-    def run(worker: Path, runs: Iterable[tuple[int, int]]) -> list[Any]:
-        folder = tmp_path_factory.mktemp(worker.stem)
-        files, processes = [], []
-        try:
-            for rank, count in runs:
-                files.append(folder / f"{rank}_of_{count}.pt")
-                command = [sys.executable, worker, str(rank), str(count), folder / "store", files[-1]]
-                processes.append(subprocess.Popen(command, stderr=subprocess.PIPE, text=True))
-            for process in processes:
-                _, errors = process.communicate(timeout=300)
-                assert process.returncode == 0, errors
-        finally:
-            for process in processes:
-                process.kill()
-        return [torch.load(file, weights_only=False) for file in files]
-
-    return run
