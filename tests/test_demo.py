@@ -3,6 +3,7 @@
 import io
 import json
 import re
+from functools import partial
 from pydoc_data import topics
 
 import pytest
@@ -12,6 +13,7 @@ from tokendrift import TokenDriftError
 from tokendrift.corpus import Splits, split
 from tokendrift.demo import PRETRAINED, DemoConfig, demonstration, pretrained_path, run_demo
 from tokendrift.demo.demonstration import show
+from tokendrift.evaluation.report import EvaluateConfig
 from tokendrift.models.tokenizer import load_tokenizer
 
 
@@ -57,6 +59,7 @@ def small_run(request, tmp_path_factory):
     splits = Splits(*(part[:100] for part in split(topics.topics.values())))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(demonstration, "read_splits", lambda files: splits)
+        patch.setattr(demonstration, "EvaluateConfig", partial(EvaluateConfig, resamples=50))
 
         def run():
             return run_demo(config, Console(file=io.StringIO()))

@@ -727,7 +727,7 @@ def test_the_entropy_of_tokens_lies_between_zero_and_log_v(seed, masked):
 
 @pytest.mark.parametrize(("cls", "partly"), [(TokenDriftLoss, True), (MirrorTeacherLoss, False)])
 def test_the_compiled_loss_equals_eager_over_steps_with_queues(cls, partly):
-    compare_with_compiled(cls, partly, backend="aot_eager", dynamic=True)  # one compilation for all sizes
+    compare_with_compiled(cls, partly, backend="aot_eager")
 
 
 @pytest.mark.slow
@@ -737,10 +737,10 @@ def test_the_loss_compiled_by_inductor_equals_eager(cls, partly):
     compare_with_compiled(cls, partly, backend="inductor")
 
 
-def compare_with_compiled(cls, partly, backend, dynamic=None):
+def compare_with_compiled(cls, partly, backend):
     torch.compiler.reset()
     eager, inner = build(cls, filled=False), build(cls, filled=False)
-    compiled = torch.compile(inner, backend=backend, dynamic=dynamic)
+    compiled = torch.compile(inner, backend=backend)
     for seed in range(3):  # the queues fill (3, then 5 of 5), so the number of references changes
         logits, clean, noisy, predicted = loss_inputs(seed)
         arguments = {"noisy_ids": noisy, "predicted": predicted} if partly else {}
