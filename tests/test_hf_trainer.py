@@ -238,6 +238,8 @@ def make_bert(tmp_path):
 def test_a_model_with_tied_weights_is_saved_for_from_pretrained_and_resumed(make_bert, tmp_path):
     trainer, bert = make_bert()
     trainer.train()
+    loaded, _ = load_denoiser(tmp_path / "checkpoint-2")  # the mask is in no configuration of BERT
+    assert loaded.config == MaskedLMDenoiser(bert, mask_id=VOCAB - 1).config
     stored = BertForMaskedLM.from_pretrained(tmp_path / "checkpoint-2")
     assert stored.cls.predictions.decoder.weight is stored.bert.embeddings.word_embeddings.weight
     for name, tensor in bert.state_dict().items():

@@ -21,8 +21,9 @@ from tokendrift.demo import PRETRAINED
 from tokendrift.diffusion import MaskedDiffusion, UniformDiffusion
 from tokendrift.evaluation.sample_reader import read_samples
 from tokendrift.files import exclusive
-from tokendrift.models import DiT, save_denoiser
+from tokendrift.models import DiT, load_denoiser, save_denoiser
 from tokendrift.sampling import SAMPLERS, Ancestral, FirstHitting, Psi, ReMDM, named_sampler, remdm_loop, sample
+from tokendrift.sampling.cost import flops_per_evaluation
 from tokendrift.sampling.sample_file import SampleFile
 from tokendrift.sampling.to_file import CheckpointSampler, SampleConfig, sample_to_file
 
@@ -58,6 +59,9 @@ def test_the_file_holds_what_sample_draws_and_says_how(run, checkpoint, tmp_path
     assert (settings["seed"], settings["steps"], settings["n"], settings["length"]) == (7, 3, 5, 8)
     assert settings["checkpoint"] == str(checkpoint) and settings["revision"] is None and settings["complete"] is True
     assert len(settings["weights"]) == 16
+    model, process = load_denoiser(checkpoint)
+    assert settings["flops"] == settings["nfe"]["mean"] * flops_per_evaluation(model, process, 8)
+    assert read_samples(path).flops == settings["flops"] and "GFLOPs each" in result.output
     assert settings["nfe"] == {"mean": sum(x["nfe"] for x in lines) / 5, "max": max(x["nfe"] for x in lines)}
 
     model, process = tokendrift.models.load_denoiser(checkpoint)

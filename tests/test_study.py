@@ -133,15 +133,28 @@ def test_the_report_of_english_compares_at_equal_entropy(study, tmp_path):
     assert (tmp_path / "judged.svg").exists()
 
 
+def test_other_models_and_another_text_make_cells_of_their_own(study, tmp_path):
+    english = study["english"]
+    (tmp_path / "masked").mkdir()
+    plan = english.Plan(tmp_path, models=tmp_path, text="bible", steps=7, batch_size=3)
+    kinds = {cell.kind for cell in english.cells(plan, 1)}
+    arms = {cell.arm for cell in english.cells(plan, 1)}
+    assert kinds == {"masked", english.CONTROLS} and "SDTT" in arms and "DCD" not in arms
+    whole = english.cells(english.Plan(tmp_path), 2)
+    assert {cell.kind for cell in whole if cell.arm == "DCD"} == {"uniform"}
+    assert len(set(whole)) == len(whole)
+
+
 @pytest.mark.slow
 def test_a_row_of_english_is_trained_sampled_and_judged_once(study, tmp_path):
     judge = str(pretrained_path("judge"))
-    tool = study["english"].English(tmp_path, (judge, judge), quick=True)
+    plan = study["english"].Plan(tmp_path, (judge, judge), quick=True)
+    tool = study["english"].English(plan)
     cell = study["english"].Cell("masked", "continuation", 0)
     first = tool.row(cell, SamplingSetting(4))
     assert first.samples == 8 and first.nfe == 4 and len(first.panel) == 1
     made = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()}
-    again = study["english"].English(tmp_path, (judge, judge), quick=True).row(cell, SamplingSetting(4), make=False)
+    again = study["english"].English(plan).row(cell, SamplingSetting(4), make=False)
     assert again.bits_per_byte == first.bits_per_byte
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()} == made
     assert tool.row(None, SamplingSetting(4)).nfe is None

@@ -95,9 +95,7 @@ def test_from_the_loss_to_a_saved_model(kind, tmp_path):
     assert found["samples"].measures.gen_ppl.estimate == pytest.approx(V)
 
     folder = tmp_path / "refined"
-    with pytest.raises(TokenDriftError, match=r"model\.module\.save_pretrained"):
-        save_denoiser(denoiser, folder, process)
-    model.save_pretrained(folder)
+    save_denoiser(denoiser, folder, process)
     if kind == "peft":
         from peft import PeftModel
 
@@ -107,12 +105,12 @@ def test_from_the_loss_to_a_saved_model(kind, tmp_path):
     else:
         again = MaskedLMDenoiser(type(model).from_pretrained(folder), shifted=kind == "dream")
         assert torch.equal(again(ids), denoiser(ids))
-    with pytest.raises(TokenDriftError, match="PeftModel" if kind == "peft" else "MaskedLMDenoiser"):
-        load_denoiser(folder)  # as the commands do
+    with pytest.raises(TokenDriftError, match="base model" if kind == "peft" else "MaskedLMDenoiser"):
+        load_denoiser(folder)  # the base model was never saved, and the class is known to this file alone
 
 
 def test_a_model_with_code_of_its_own_is_named_by_its_automatic_class(tmp_path):
     model = LLaDAModelLM(SomeConfig(auto_map={"AutoConfig": "configuration.C", "AutoModel": "modeling.M"}))
     model.save_pretrained(tmp_path)
-    with pytest.raises(TokenDriftError, match=r"AutoModel\.from_pretrained\(.*, trust_remote_code=True\)"):
+    with pytest.raises(TokenDriftError, match=r"code of its own, modeling\.M[\s\S]*'trust_remote_code': True"):
         load_denoiser(tmp_path)

@@ -231,6 +231,13 @@ def check_count(name: str, value: int, *, least: int = 0, most: int = LARGEST) -
     return value
 
 
+def check_flag(name: str, value: bool) -> bool:
+    """Require True or False."""
+    if not isinstance(value, bool):
+        raise fail(f"{name} must be true or false.", **{name: value})
+    return value
+
+
 def check_fraction(name: str, value: float, remark: str = "", *, closed: bool = False) -> None:
     """Require a number in [0, 1), or in [0, 1] if ``closed``; the remark ends the message."""
     number = isinstance(value, (int, float)) and not isinstance(value, bool)

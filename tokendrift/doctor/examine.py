@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,7 +23,7 @@ from tokendrift.doctor import probes
 from tokendrift.doctor.findings import Diagnosis, Verdict
 from tokendrift.doctor.probes import Alternative, Estimate
 from tokendrift.errors import TokenDriftError
-from tokendrift.models import DiT, build, read_checkpoint
+from tokendrift.models import DiT, LoadedDenoiser, build, read_checkpoint
 from tokendrift.models.tokenizer import GPT2_VOCABULARY, encode, end_of_text, find_tokenizer, load_tokenizer
 from tokendrift.text_files import read_documents
 
@@ -38,7 +39,9 @@ def diagnose(
     text: Path | None = None,
     tokenizer: str | Path | None = None,
     revision: str | None = None,
+    config: Mapping[str, Any] | None = None,
     tokens: int = 16_384,
+    seed: int = 0,
     device: torch.device | str = "auto",
     progress: Callable[[str], object] = lambda _: None,
 ) -> Diagnosis:
@@ -50,7 +53,9 @@ def diagnose(
         tokenizer: A ``tokenizer.json``, folder or hub name. Default: that of the checkpoint's folder, or GPT-2's for a
             vocabulary of GPT-2's size.
         revision: Branch, tag or commit of a hub id.
+        config: Fields that replace or complete those of the configuration, as for `load_denoiser`.
         tokens: Number of tokens of text to measure on. Default: 16,384.
+        seed: Random seed of the noise that the NELBO is measured with. Default: 0.
         device: Device to measure on. Default: CUDA if it is available, else the CPU.
         progress: Called with a sentence about what is being done.
 
@@ -64,7 +69,7 @@ def diagnose(
     documents = None if text is None else read_documents(text, argument="--text")
     chosen = None if tokenizer is None else (load_tokenizer(tokenizer), str(tokenizer))
     progress("reading the checkpoint")
-    checkpoint = read_checkpoint(source, revision=revision)
+    checkpoint = read_checkpoint(source, revision=revision, config=config)
     facts: dict[str, Any] = {"source": str(source), "revision": checkpoint.revision, "weights": checkpoint.weights}
     report = Diagnosis(facts)
 
@@ -87,7 +92,8 @@ def diagnose(
         report.add("random input", "ok", f"{model.config.random_input} random numbers at each masked position")
 
     # 3. Vocabulary and mask against the tokenizer. What came from the hub may bring its tokenizer from there.
-    found = chosen or find_tokenizer(checkpoint.folder, process.vocab_size, fetch=checkpoint.revision is not None)
+    fetch, trusted = checkpoint.revision is not None, checkpoint.trusted
+    found = chosen or find_tokenizer(checkpoint.folder, process.vocab_size, fetch=fetch, trusted=trusted)
     if found is None:
         report.add(
             "tokenizer",
@@ -104,16 +110,17 @@ def diagnose(
     if windows is None:
         report.add("NELBO", "note", "the text is too short; pass a longer one with --text")
     else:
-        check_nelbo(report, model, process, windows.to(device), found[0], progress)
+        nelbo = partial(probes.window_nelbo, seed=check_count("seed", seed))
+        check_nelbo(report, model, process, windows.to(device), found[0], progress, nelbo)
     return report
 
 
-def check_weights(report: Diagnosis, model: DiT) -> bool:
+def check_weights(report: Diagnosis, model: LoadedDenoiser) -> bool:
     """Look for weights that a trained network cannot have; return whether there are none."""
     broken = [name for name, value in model.named_parameters() if not value.isfinite().all()]
     if broken:
         report.add("weights are finite", "fail", f"NaN or infinite: {', '.join(broken)}")
-    elif not model.output_layer.linear.weight.any():
+    elif isinstance(model, DiT) and not model.output_layer.linear.weight.any():
         report.add("weights are trained", "fail", "the output layer is all zeros, as before the first training step")
     else:
         report.add("weights are finite", "ok", "no NaN, no infinity")
@@ -137,11 +144,13 @@ def check_tokenizer(report: Diagnosis, process: Process, tokenizer: Any, where: 
     unused = "" if verdict == "ok" else f": {size - count} that no text uses. Is it the tokenizer of training?"
     report.add("vocabulary", verdict, f"{size} entries, the tokenizer ({where}) {count}{unused}")
     own_mask = getattr(tokenizer, "mask_token_id", None)
+    added = getattr(tokenizer, "added_tokens_decoder", {}).items()
+    special = {*tokenizer.all_special_ids, *(number for number, token in added if token.special)}
     if process.mask_id is None:
         return True
     if own_mask is not None and own_mask != process.mask_id:
         report.add("mask id", "fail", f"the model has {process.mask_id}, the tokenizer's mask token is {own_mask}")
-    elif process.mask_id < count and own_mask is None and process.mask_id not in tokenizer.all_special_ids:
+    elif process.mask_id < count and own_mask is None and process.mask_id not in special:
         word = tokenizer.convert_ids_to_tokens(process.mask_id)
         report.add("mask id", "fail", f"{process.mask_id} is an ordinary token of the tokenizer, {word!r}")
     else:
@@ -150,12 +159,18 @@ def check_tokenizer(report: Diagnosis, process: Process, tokenizer: Any, where: 
 
 
 def check_nelbo(
-    report: Diagnosis, model: DiT, process: Process, windows: Tensor, tokenizer: Any, progress: Callable[[str], object]
+    report: Diagnosis,
+    model: LoadedDenoiser,
+    process: Process,
+    windows: Tensor,
+    tokenizer: Any,
+    progress: Callable[[str], object],
+    nelbo: Callable[..., Tensor] = probes.window_nelbo,
 ) -> None:
-    """Measure the NELBO on windows (n, L) and judge it."""
+    """Measure the NELBO on windows (n, L), by ``nelbo``, and judge it."""
     # 1. The NELBO, beside the entropy of the word counts: a network that reads context lies well below it.
     progress(f"measuring the NELBO of {len(windows)} windows of {windows.shape[1]} tokens")
-    values = probes.window_nelbo(model, process, windows)
+    values = nelbo(model, process, windows)
     found = probes.estimate(values)
     share = torch.bincount(windows.flatten().cpu(), minlength=process.vocab_size).double() / windows.numel()
     unigram = torch.special.entr(share).sum().item()
@@ -175,8 +190,8 @@ def check_nelbo(
     few = windows[: max(8, len(windows) // 2)]
     progress("testing other assumptions")
     alternatives = _alternatives(model, process, tokenizer, useless=useless)
-    base = probes.window_nelbo(model, process, few, counted=False)
-    better = _best_alternative(base, few, alternatives, bound if useless else None)
+    base = nelbo(model, process, few, counted=False)
+    better = _best_alternative(base, few, alternatives, bound if useless else None, nelbo)
     # 3. The verdict.
     if better is not None:
         report.figures["perplexity_otherwise"] = better.found.perplexity
@@ -191,7 +206,7 @@ def check_nelbo(
         _compare(report, model, process, found)
 
 
-def _alternatives(model: DiT, process: Process, tokenizer: Any, *, useless: bool) -> Iterator[Alternative]:
+def _alternatives(model: LoadedDenoiser, process: Process, tokenizer: Any, *, useless: bool) -> Iterator[Alternative]:
     yield from probes.sigma_alternatives(model, process)
     if useless:  # with a wrong process or mask nothing works, so a network that works needs no trial of others
         masks = (getattr(tokenizer, "mask_token_id", None), probes.unpredicted_id(model), process.vocab_size - 1)
@@ -207,7 +222,11 @@ class _Better(NamedTuple):
 
 
 def _best_alternative(
-    base: Tensor, windows: Tensor, alternatives: Iterator[Alternative], bound: float | None
+    base: Tensor,
+    windows: Tensor,
+    alternatives: Iterator[Alternative],
+    bound: float | None,
+    nelbo: Callable[..., Tensor],
 ) -> _Better | None:
     """Return the best alternative that is better beyond doubt, None if there is none.
 
@@ -216,14 +235,16 @@ def _best_alternative(
     """
     sure = []
     for each in alternatives:
-        values = probes.window_nelbo(each.model, each.process, windows, counted=False if bound is None else None)
+        values = nelbo(each.model, each.process, windows, counted=False if bound is None else None)
         found, gain = probes.estimate(values), probes.estimate(base - values)
         if gain.mean > max(4 * gain.error, 0.005) if bound is None else found.mean + 2 * found.error < bound:
             sure.append(_Better(each, found, probes.estimate(base)))
     return min(sure, key=lambda better: better.found.mean, default=None)
 
 
-def _useless(model: DiT, process: Process, found: Estimate, share: Tensor, unigram: float, length: int) -> str:
+def _useless(
+    model: LoadedDenoiser, process: Process, found: Estimate, share: Tensor, unigram: float, length: int
+) -> str:
     """Explain why the network knows no more than word counts, from its predictions at pure noise."""
     learned = probes.marginal(model, process, length)
     entropy = torch.special.entr(learned).sum().item()
@@ -246,7 +267,7 @@ def _useless(model: DiT, process: Process, found: Estimate, share: Tensor, unigr
     )
 
 
-def _compare(report: Diagnosis, model: DiT, process: Process, found: Estimate) -> None:
+def _compare(report: Diagnosis, model: LoadedDenoiser, process: Process, found: Estimate) -> None:
     """Compare the perplexity with the published one if there is one."""
     released = model.config.vocab_size == GPT2_VOCABULARY + 1 and model.config.model_length == 1024
     if not released:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from tokendrift.diffusion import Denoiser, MaskedDiffusion, Process, UniformDiffusion, sample_times
-from tokendrift.models import DiT
+from tokendrift.models import DiT, MaskedLMDenoiser
 
 LOGITS_AT_ONCE = 1 << 26  # entries of one batch of logits; 256 MiB in float32
 
@@ -132,7 +132,10 @@ def marginal(model: Denoiser, process: Process, length: int, *, rows: int = 16, 
 
 
 def sigma_alternatives(model: Denoiser, process: Process) -> Iterator[Alternative]:
-    """Yield other noise levels that the network may have been given in training: the time t, none, or sigma."""
+    """Yield other assumptions about the input and the output of the network.
+
+    The noise level that it was given in training may be the time t, none, or sigma; its logits may be shifted.
+    """
     if not isinstance(model, nn.Module):
         return
     if getattr(model, "time_conditioned", False):
@@ -157,6 +160,12 @@ def sigma_alternatives(model: Denoiser, process: Process) -> Iterator[Alternativ
         yield Alternative(
             "the network does better when it is given sigma: set time_conditioning to true", seeing, process
         )
+    elif isinstance(model, MaskedLMDenoiser):
+        other = copy.copy(model)  # shares every weight
+        other.config = dataclasses.replace(model.config, shifted=not model.config.shifted)
+        said = "belong to the token after it: set shifted to " + ("false" if model.config.shifted else "true")
+        negation = "do not " if model.config.shifted else ""
+        yield Alternative(f"the logits at a position {negation}{said}", other, process)
 
 
 def process_alternatives(model: Denoiser, process: Process, mask_ids: Iterable[int | None]) -> Iterator[Alternative]:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import inspect
 import os
-from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ from torch import Tensor, nn
 from tokendrift._checks import check_choice, check_device, fail
 from tokendrift.errors import TokenDriftError
 from tokendrift.evaluation.gguf_judge import folder_of_gguf, is_gguf
-from tokendrift.models.hub import check_local
+from tokendrift.models.hub import check_local, without_loading_bars
 from tokendrift.models.tokenizer import same_tokenizer
 
 DEFAULT_JUDGE = "gpt2-large"  # that of the literature
@@ -282,7 +281,7 @@ def load_judge(
     source: dict[str, Any] = {"revision": revision} if revision is not None else {}
     place = str(folder_of_gguf(name)) if is_gguf(name) else name
     try:
-        with _without_loading_bars():
+        with without_loading_bars():
             model: nn.Module = AutoModelForCausalLM.from_pretrained(
                 place, use_safetensors=True, trust_remote_code=False, **source
             )
@@ -296,25 +295,6 @@ def load_judge(
         ) from error
     # The dtype is set after loading: releases of transformers differ in the dtype in which they load a checkpoint.
     return model.to(device=device, dtype=PRECISIONS[precision]).eval(), tokenizer
-
-
-@contextmanager
-def _without_loading_bars() -> Iterator[None]:
-    """Hide the bars that transformers shows while it loads weights, which break those of a command; not downloads."""
-    import huggingface_hub.utils
-    import transformers.utils.logging
-
-    hub: Any = huggingface_hub.utils
-    logging: Any = transformers.utils.logging
-    shown, downloads = logging.is_progress_bar_enabled(), not hub.are_progress_bars_disabled()
-    logging.disable_progress_bar()
-    if downloads:
-        hub.enable_progress_bars()
-    try:
-        yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()
 
 
 def _relaxed() -> bool:

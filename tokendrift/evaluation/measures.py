@@ -50,6 +50,8 @@ class Measures:
         samples: n.
         tokens: Tokens in the vocabulary that the figures are counted in.
         nfe: Forward calls of the denoiser that a sample cost; None for real text.
+        flops: Mean floating-point operations (FLOPs) that a sample cost, see `tokendrift.sampling.cost`; None for real
+            text and where they are not known.
         vocabulary: What entropy, diversity and repetition are counted in: ``"generated"``, the ids as they came, or
             ``"judge"``, the judge's tokens of the texts.
         shared_tokenizer: Whether the judge reads text in the tokens of the denoiser. If it does not, or the denoiser's
@@ -79,6 +81,7 @@ class Measures:
     per_sample: dict[str, Tensor]
     replicates: dict[str, Tensor]
     panel: tuple[Measures, ...] = ()
+    flops: float | None = None
 
     def __getattr__(self, name: str) -> Any:
         """Return a figure by its name, None if it was not measured."""
@@ -193,9 +196,7 @@ def measure(
     given = as_sample_set(samples)
     nfe = given.nfe if nfe is None else check_count("nfe", nfe)
     # 1. What the judge reads: texts if there are any, else the ids.
-    texts = given.texts if given.texts is not None or tokenizer is None else decode(tokenizer, given.ids or [])
-    if texts is not None and clean_up_spaces:
-        texts = [cleaned(text) for text in texts]
+    texts = _texts(given, tokenizer, clean_up_spaces)
     if panel and texts is None:
         raise fail("several judges read texts, and ids came without a tokenizer.", "Pass tokenizer=..., or texts.")
     judges, sources = (judge, *panel), given.scored() if texts is None else texts
@@ -223,6 +224,7 @@ def measure(
                 samples=len(kept),
                 tokens=sum(map(len, counted)),
                 nfe=nfe,
+                flops=given.flops,
                 vocabulary=vocabulary,
                 shared_tokenizer=texts is None or each.judge.shares_tokenizer(tokenizer),
                 retokenised=texts is not None,
@@ -235,6 +237,12 @@ def measure(
             )
         )
     return replace(of_judges[0], panel=tuple(of_judges[1:]))
+
+
+def _texts(given: SampleSet, tokenizer: Any, clean_up_spaces: bool) -> list[str] | None:
+    """Return the texts that came with the samples, or else those that the tokenizer decodes; None without either."""
+    texts = given.texts if given.texts is not None or tokenizer is None else decode(tokenizer, given.ids or [])
+    return [cleaned(text) for text in texts] if texts is not None and clean_up_spaces else texts
 
 
 def _values(scored: ScoredSamples, names: Iterable[str]) -> dict[str, FigureValue]:

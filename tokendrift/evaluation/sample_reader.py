@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -216,7 +217,16 @@ def _together(
         nfe=costs.pop(),
         metadata=metadata,
         bad_lines=bad,
+        flops=_flops(metadata),
     )
+
+
+def _flops(metadata: Mapping[str, Any]) -> float | None:
+    """Return the FLOPs of a sample that a header states, None where it states no positive number."""
+    stated = metadata.get("flops")
+    if isinstance(stated, bool) or not isinstance(stated, (int, float)) or not 0 < stated < math.inf:
+        return None
+    return float(stated)
 
 
 def _empty(place: Path, bad: tuple[BadLine, ...]) -> TokenDriftError:

@@ -17,8 +17,10 @@ from tokendrift._checks import fail, warn_user
 from tokendrift.encoders import unwrapped
 from tokendrift.errors import TokenDriftError
 from tokendrift.files import write_atomically
-from tokendrift.models.checkpoints import config_json
+from tokendrift.models.adapters import MaskedLMDenoiser
+from tokendrift.models.checkpoints import config_json, save_denoiser
 from tokendrift.models.dit import DiT
+from tokendrift.models.pretrained import write_configuration
 from tokendrift.models.weight_files import CONFIG
 from tokendrift.modes import evaluation_mode
 from tokendrift.training.objectives.objective import Objective, StatefulObjective
@@ -142,8 +144,8 @@ class ObjectiveTrainer(Trainer):
     auxiliary model. Its modules, such as a drifting loss, move to the Trainer's device. Its state, such as the queues,
     is written into every checkpoint and read when training resumes from one.
 
-    What it saves can be loaded: `load_denoiser` reads the folder of a `DiT`, and ``from_pretrained`` that of a model of
-    transformers inside a `MaskedLMDenoiser`.
+    `load_denoiser` reads what it saves. So does ``from_pretrained`` for a model of transformers inside a
+    `MaskedLMDenoiser`; adapters of peft stand beside the weights that the Trainer itself resumes from.
 
     Evaluation reports the mean of the objective as ``eval_loss``. It draws the same noise every time, from
     ``args.seed``, and changes neither the queues nor the noise of training. There are no predictions.
@@ -250,15 +252,21 @@ class ObjectiveTrainer(Trainer):
         network, (_, pretrained) = unwrapped(model.backbone), model.pretrained()
         if not self.args.should_save:
             return
-        if pretrained is not None:
-            pretrained.config.save_pretrained(folder)
-        elif isinstance(network, DiT):
-            try:
-                config = config_json(network, getattr(self.objective, "process", None))
-            except TokenDriftError as error:
-                warn_user(f"config.json is not written: {error}")
-            else:
-                write_atomically(folder / CONFIG, json.dumps(config, indent=2) + "\n")
+        if not isinstance(network, (DiT, MaskedLMDenoiser)):
+            if pretrained is not None:
+                pretrained.config.save_pretrained(folder)
+            return
+        try:
+            config = config_json(network, getattr(self.objective, "process", None))
+        except TokenDriftError as error:
+            warn_user(f"the configuration is not written: {error}")
+            return
+        if isinstance(network, DiT):
+            write_atomically(folder / CONFIG, json.dumps(config, indent=2) + "\n")
+        elif pretrained is not None:
+            write_configuration(pretrained, config, folder)
+        elif hasattr(network.module, "peft_config"):
+            save_denoiser(network, folder, getattr(self.objective, "process", None))
 
     def _save_checkpoint(self, model: nn.Module, trial: Any, *args: Any, **options: Any) -> None:
         super()._save_checkpoint(model, trial, *args, **options)

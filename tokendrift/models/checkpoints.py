@@ -1,29 +1,37 @@
 """Checkpoints in the layout of the released models: ``config.json`` beside ``model.safetensors``.
 
-Tensors carry the prefix ``backbone.``, as those of `kuleshov-group/mdlm-owt` and `s-sahoo/duo` do.
+Tensors carry the prefix ``backbone.``, as those of `kuleshov-group/mdlm-owt` and `s-sahoo/duo` do. Masked language
+models of transformers have their own layout, see `tokendrift.models.pretrained`.
 """
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tokendrift import diffusion
 from tokendrift._checks import check_device, fail
 from tokendrift.diffusion import MaskedDiffusion, Process, UniformDiffusion
-from tokendrift.models import hub, lightning
+from tokendrift.models import hub, lightning, pretrained
+from tokendrift.models.adapters import MaskedLMConfig, MaskedLMDenoiser
 from tokendrift.models.dit import DiT, DiTConfig
 from tokendrift.models.layers import rotary_frequencies
+from tokendrift.models.tokenizer import has_tokenizer
 from tokendrift.models.weight_files import CONFIG, INDEX, WEIGHTS, read_weights
 
+LoadedDenoiser: TypeAlias = DiT | MaskedLMDenoiser
+Model = TypeVar("Model", bound=nn.Module)
+
 SCHEDULES = ("LogLinear", "Cosine", "DuoCosine", "Linear", "Geometric")
+HEADS = (CONFIG, pretrained.ADAPTERS)  # the files without which a folder cannot be loaded
 SIZES = tuple(field.name for field in dataclasses.fields(DiTConfig))
 # What the remote classes of the hub assume where config.json is silent.
 DEFAULTS = {"vocab_size": 50258, "model_length": 1024, "hidden_dim": 768, "cond_dim": 129, "n_blocks": 12}
@@ -38,6 +46,8 @@ class Checkpoint(NamedTuple):
         tensors: Weights by the parameter names of `DiT`.
         weights: What the weights are, such as ``"safetensors"`` or ``"averaged (EMA) weights of step 1000000"``.
         revision: Commit of a hub repository, None for local files.
+        base: For a model of transformers the folder of the whole model: for adapters of peft, that of their base model.
+            Its weights are read by `build`. None for the layouts of MDLM and DUO.
     """
 
     source: Path
@@ -45,11 +55,18 @@ class Checkpoint(NamedTuple):
     tensors: dict[str, Tensor]
     weights: str
     revision: str | None = None
+    base: Path | None = None
 
     @property
     def folder(self) -> Path:
         """Folder in which the tokenizer is looked for."""
-        return self.source if self.source.is_dir() else self.source.parent
+        own = self.source if self.source.is_dir() else self.source.parent
+        return own if self.base is None or has_tokenizer(own) else self.base
+
+    @property
+    def trusted(self) -> bool:
+        """Whether the user permits Python code of the checkpoint to be run."""
+        return bool(self.config.get("trust_remote_code"))
 
 
 def load_denoiser(
@@ -60,26 +77,29 @@ def load_denoiser(
     ema: bool = True,
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
-) -> tuple[DiT, Process]:
+) -> tuple[LoadedDenoiser, Process]:
     """Load a released, trained or saved denoiser.
 
     Args:
         source: A hub id such as ``kuleshov-group/mdlm-owt``; a folder with ``config.json`` and
-            ``model.safetensors`` (or its shards and their index); a safetensors file; or a Lightning ``.ckpt``
-            of the MDLM or DUO repository.
+            ``model.safetensors`` (or its shards and their index); a safetensors file; a Lightning ``.ckpt``
+            of the MDLM or DUO repository; or the folder or hub id of a masked language model of transformers, or of
+            adapters of peft on one.
         revision: Branch, tag or commit of a hub repository.
         config: Fields that replace or complete those of ``config.json``, such as ``{"model_type": "mdlm"}``
-            for a bare weight file or ``{"mask_id": 103}``.
+            for a bare weight file or ``{"mask_id": 103}``. For a model of transformers these are ``mask_id``,
+            ``vocab_size``, ``model_length``, ``shifted`` (as in `MaskedLMDenoiser`), ``schedule``, ``base_model`` (of
+            adapters) and ``trust_remote_code``, without which no code that a checkpoint brings is run.
         ema: Whether to take the averaged weights of a Lightning checkpoint if it has them, as its authors do.
         dtype: Dtype of the parameters. Default: float32, whatever the file holds.
         device: Device of the parameters. Default: the CPU.
 
     Returns:
-        The network in evaluation mode and its process.
+        The network in evaluation mode and its process: a `DiT`, or a `MaskedLMDenoiser` for a model of transformers.
 
     Raises:
-        TokenDriftError: If something cannot be found or read, the model type is unknown, or tensors are
-            missing, left over or of the wrong shape; all of them are listed.
+        TokenDriftError: If something cannot be found or read, the model type is unknown, a model of transformers needs
+            code that is not trusted, or tensors are missing, left over or of the wrong shape; all of them are listed.
     """
     checkpoint = read_checkpoint(source, revision=revision, config=config, ema=ema)
     return build(checkpoint, dtype=dtype, device=device)
@@ -99,23 +119,37 @@ def read_checkpoint(
         raise fail(f"{source} does not exist.", "Pass a folder, a file, or a hub id owner/name.")
     elif revision is not None:
         raise fail(f"revision belongs to hub ids, and {source} is a local path.", "Leave it out.", revision=revision)
+    given = dict(config or {})
+    stated = pretrained.stated_config(path, given)
+    if stated is not None:
+        if commit is not None:
+            path = hub.download(str(source), revision, pretrained.further_files(given))
+        base = pretrained.base_folder(path, stated)
+        label = "model of transformers" if base == path else f"adapters of peft for {base}"
+        return Checkpoint(path, stated, {}, label, commit, base)
     found = read_weights(path, ema=ema)
-    unknown = set(config or {}) - {*SIZES, "model_type", "schedule"}
+    unknown = set(given) - {*SIZES, "model_type", "schedule", "trust_remote_code"}
     if unknown:
         raise fail(f"config has unknown fields: {', '.join(sorted(unknown))}.", f"The fields are {', '.join(SIZES)}.")
     # A hub class within the module of a training run has the prefix twice.
     tensors = {_plain_name(name).replace(lightning.PREFIX, ""): tensor for name, tensor in found.tensors.items()}
-    return Checkpoint(path, found.config | dict(config or {}), tensors, found.label, commit)
+    stated = found.config | {"trust_remote_code": False} | given  # only the user permits code, never the file
+    return Checkpoint(path, stated, tensors, found.label, commit)
 
 
 def build(
     checkpoint: Checkpoint, *, dtype: torch.dtype | None = None, device: torch.device | str | None = None
-) -> tuple[DiT, Process]:
+) -> tuple[LoadedDenoiser, Process]:
     """Build the network and the process of a checkpoint; arguments and errors as in `load_denoiser`."""
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise fail("dtype must be a floating torch.dtype, such as torch.bfloat16.", dtype=dtype)
-    config = complete_config(checkpoint)
     device = check_device(device or "cpu")
+    if checkpoint.base is not None:
+        folder, stated = checkpoint.folder, checkpoint.config
+        denoiser = pretrained.load_masked_lm(checkpoint.source, checkpoint.base, stated, folder)
+        process = MaskedDiffusion(denoiser.vocab_size, denoiser.mask_id, _make_schedule(stated.get("schedule")))
+        return denoiser.to(device, dtype or torch.float32), process
+    config = complete_config(checkpoint)
     tensors = dict(checkpoint.tensors)
     _check_sizes(config, tensors)
     # 1. An empty network of the stated sizes, and the tensors that it must have.
@@ -172,20 +206,11 @@ def _remedy(checkpoint: Checkpoint) -> str:
     if "bd3" in str(stated.get("model_type")).lower():
         return "Block diffusion (BD3-LM) is not supported: its network also reads the blocks before. Load an MDLM."
     if "architectures" in stated or "transformers_version" in stated:
-        named, automatic = stated.get("architectures"), stated.get("auto_map")
-        names = [name for name in named if isinstance(name, str)] if isinstance(named, list) else []
-        own_code = [name for name in automatic if name.startswith("AutoModel")] if isinstance(automatic, dict) else []
-        owner = next((name for name in (*names, *own_code) if "MaskedLM" in name or name in own_code), None)
-        trust = ", trust_remote_code=True" if owner in own_code else ""
-        call = f"{owner or 'AutoModelForMaskedLM'}.from_pretrained({str(checkpoint.source)!r}{trust})"
-        return (
-            f"It is a model of transformers: MaskedLMDenoiser({call}, mask_id=...) makes a masked language model a "
-            "denoiser, for sample and for a training loop of your own."
-        )
+        return "It belongs to a model of transformers: pass the folder of the model instead of the file."
     return "State it in config.json or pass config={'model_type': 'mdlm'}."
 
 
-def process_of(config: DiTConfig, schedule: diffusion.Schedule | None = None) -> Process:
+def process_of(config: DiTConfig | MaskedLMConfig, schedule: diffusion.Schedule | None = None) -> Process:
     """Return the process that a network is made for: masked where it has a mask entry, else uniform-state."""
     if config.mask_id is None:
         return UniformDiffusion(config.vocab_size, schedule)
@@ -193,9 +218,17 @@ def process_of(config: DiTConfig, schedule: diffusion.Schedule | None = None) ->
 
 
 def save_denoiser(
-    model: DiT, folder: str | Path, process: Process | None = None, *, dtype: torch.dtype | None = None
+    model: LoadedDenoiser,
+    folder: str | Path,
+    process: Process | None = None,
+    *,
+    dtype: torch.dtype | None = None,
+    state: Mapping[str, Tensor] | None = None,
 ) -> None:
     """Write a model as a folder that `load_denoiser` and the hub's layout share.
+
+    A model of transformers inside a `MaskedLMDenoiser` is written as its ``save_pretrained`` does, for its
+    ``from_pretrained``: adapters of peft without their base model. The tokenizer is not part of it.
 
     A new folder is either written completely or not created. In an existing folder, the configuration is removed first
     and written last, so an interruption leaves a folder that cannot be loaded rather than a mixture of two models.
@@ -206,17 +239,20 @@ def save_denoiser(
         process: Masked (written as model_type ``mdlm``) or uniform (``DUO``); its schedule is kept too. Default: the
             log-linear process that the ``mask_id`` of the model's configuration stands for.
         dtype: Stored dtype; that of the parameters by default.
+        state: Weights to write, by the names in ``model.state_dict()``; of adapters, theirs suffice. Default: those of
+            the model.
 
     Raises:
-        TokenDriftError: If the model is no `DiT`, or the process does not belong to it or is none of the two.
+        TokenDriftError: If the model is neither a `DiT` nor around one of transformers, or the process does not belong
+            to it or is none of the two.
     """
     from safetensors.torch import save_file
 
-    config = config_json(model, process)
-    tensors = {}
-    for name, tensor in model.state_dict().items():
-        kept = tensor.dtype if dtype is None or name == lightning.BUFFER else dtype
-        tensors[lightning.PREFIX + _plain_name(name)] = tensor.detach().to("cpu", kept).contiguous()
+    model = getattr(model, "_orig_mod", model)  # a compiled model
+    config, tensors = config_json(model, process), {}
+    for name, tensor in (model.state_dict() if state is None else state).items():
+        kept = dtype if dtype is not None and tensor.is_floating_point() and name != lightning.BUFFER else tensor.dtype
+        tensors[_plain_name(name)] = tensor.detach().to("cpu", kept).contiguous()
     folder = Path(folder)
     # Everything is written beside its place first, on the same file system, so that renaming is atomic.
     beside = folder if folder.is_dir() else folder.parent
@@ -224,29 +260,48 @@ def save_denoiser(
     with tempfile.TemporaryDirectory(dir=beside, prefix=".saving-") as place:
         made = Path(place) / "model"
         made.mkdir()
-        save_file(tensors, made / WEIGHTS, metadata={"format": "pt"})
-        (made / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        (made / WEIGHTS).chmod((made / CONFIG).stat().st_mode)  # safetensors writes for the owner alone
+        if isinstance(model, MaskedLMDenoiser):
+            pretrained.save_masked_lm(model, tensors, made)
+            pretrained.write_options(config, made)
+        else:
+            named = {lightning.PREFIX + name: tensor for name, tensor in tensors.items()}
+            save_file(named, made / WEIGHTS, metadata={"format": "pt"})
+            (made / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        files = sorted(made.iterdir(), key=lambda path: path.name in HEADS)
+        mode = files[-1].stat().st_mode
+        for path in files:
+            if path.suffix == ".safetensors":
+                path.chmod(mode)  # safetensors writes for the owner alone
         if beside is not folder:
             made.replace(folder)
             return
-        for name in (CONFIG, INDEX):  # shards of an earlier model would no longer belong
+        for name in (*HEADS, INDEX):  # shards of an earlier model would no longer belong
             (folder / name).unlink(missing_ok=True)
-        for name in (WEIGHTS, CONFIG):
-            (made / name).replace(folder / name)
+        for path in files:
+            path.replace(folder / path.name)
 
 
-def config_json(model: DiT, process: Process | None) -> dict[str, Any]:
-    """Return the content of ``config.json``; arguments and errors as in `save_denoiser`."""
-    if not isinstance(getattr(model, "config", None), DiTConfig):
-        of_transformers = hasattr(getattr(model, "module", None), "save_pretrained")
-        remedy = "Save the model of transformers itself: model.module.save_pretrained(folder)."
-        remedy = remedy if of_transformers else "Pass the network inside the wrapper: model.module."
-        raise fail("model must be a DiT.", remedy, model=type(model))
+def empty_like(model: Model) -> Model:
+    """Return a copy of a model without its weights: the tensors of the copy are on the meta device."""
+    empty: dict[int, Any] = {}
+    for tensor in (*model.parameters(), *model.buffers()):
+        made = torch.empty_like(tensor, device="meta")
+        is_parameter = isinstance(tensor, nn.Parameter)
+        empty[id(tensor)] = nn.Parameter(made, requires_grad=tensor.requires_grad) if is_parameter else made
+    return copy.deepcopy(model, empty)
+
+
+def config_json(model: LoadedDenoiser, process: Process | None) -> dict[str, Any]:
+    """Return the content of ``config.json``, or what is written beside that of a model of transformers.
+
+    Arguments and errors are those of `save_denoiser`.
+    """
+    if not isinstance(getattr(model, "config", None), (DiTConfig, MaskedLMConfig)):
+        remedy = "Pass the network inside the wrapper: model.module."
+        raise fail("model must be a DiT or a MaskedLMDenoiser.", remedy, model=type(model))
     process = process_of(model.config) if process is None else process
     if not isinstance(process, (MaskedDiffusion, UniformDiffusion)):
         raise fail("process must be MaskedDiffusion or UniformDiffusion to be written.", process=process)
-    kind = "mdlm" if isinstance(process, MaskedDiffusion) else "DUO"
     for name in ("vocab_size", "mask_id"):
         own, other = getattr(model, name), getattr(process, name)
         if own != other and own is not None:
@@ -254,10 +309,12 @@ def config_json(model: DiT, process: Process | None) -> dict[str, Any]:
                 f"process has {name} {other}, but the network has {own}.",
                 "Save the network with the process that it was trained with.",
             )
-    config: dict[str, Any] = {"model_type": kind} | dataclasses.asdict(model.config)
-    config["mask_id"] = process.mask_id
-    if not config["random_input"]:
-        del config["random_input"]  # the configuration of a model without one is as it always was
+    config: dict[str, Any] = dataclasses.asdict(model.config)
+    if not isinstance(model, MaskedLMDenoiser):
+        config = {"model_type": "mdlm" if isinstance(process, MaskedDiffusion) else "DUO"} | config
+        config["mask_id"] = process.mask_id
+        if not config["random_input"]:
+            del config["random_input"]  # the configuration of a model without one is as it always was
     if process.schedule != diffusion.LogLinear():
         name = type(process.schedule).__name__
         if name not in SCHEDULES or not dataclasses.is_dataclass(process.schedule):
@@ -267,6 +324,27 @@ def config_json(model: DiT, process: Process | None) -> dict[str, Any]:
             )
         config["schedule"] = {"name": name} | dataclasses.asdict(process.schedule)
     return config
+
+
+def checkpoint_fields(pairs: Iterable[str]) -> dict[str, Any]:
+    """Return the fields for ``config`` of `load_denoiser` that are written as ``KEY=VALUE``, with values as in JSON.
+
+    Raises:
+        TokenDriftError: If one has another form.
+
+    >>> checkpoint_fields(["mask_id=103", "shifted=true", "base_model=bert"])
+    {'mask_id': 103, 'shifted': True, 'base_model': 'bert'}
+    """
+    found: dict[str, Any] = {}
+    for pair in pairs:
+        name, sign, text = (part.strip() for part in pair.partition("="))
+        if not sign or not name:
+            raise fail("checkpoint_config must consist of entries KEY=VALUE, such as mask_id=103.", entry=pair)
+        try:
+            found[name] = json.loads(text)
+        except ValueError:
+            found[name] = text
+    return found
 
 
 def _make_schedule(stated: dict[str, Any] | None) -> diffusion.Schedule | None:

@@ -6,6 +6,7 @@ Plain PyTorch attention, no compiled extension. Parameter names are those of the
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeVar
@@ -15,7 +16,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from tokendrift._checks import check_count, check_fraction, check_ids, check_mask_id, fail
+from tokendrift._checks import check_count, check_flag, check_fraction, check_ids, check_mask_id, fail
 from tokendrift.lift import LinearLogits
 from tokendrift.models.layers import Embedding, LayerNorm, Rotary, SigmaMap, modulate, rotate
 from tokendrift.models.random_input import RandomMaskEmbedding
@@ -58,8 +59,7 @@ class DiTConfig:
                 name, getattr(self, name), least=1, most=2**31 if name in ("vocab_size", "model_length") else 2**24
             )
         check_fraction("dropout", self.dropout, closed=True)
-        if not isinstance(self.time_conditioning, bool):
-            raise fail("time_conditioning must be true or false.", time_conditioning=self.time_conditioning)
+        check_flag("time_conditioning", self.time_conditioning)
         if self.mask_id is not None:
             check_count("mask_id", self.mask_id)
         if self.hidden_dim % (2 * self.n_heads):
@@ -185,6 +185,12 @@ class DiT(nn.Module):
     def time_conditioned(self) -> bool:
         """Whether sigma matters."""
         return self.config.time_conditioning
+
+    def trainable_copy(self, dropout: float | None = None) -> DiT:
+        """Return a new network with the same weights, to be trained; dropout replaces that of the configuration."""
+        copied = DiT(self.config if dropout is None else dataclasses.replace(self.config, dropout=dropout))
+        copied.load_state_dict(self.state_dict())
+        return copied
 
     def forward(
         self,

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from tokendrift._checks import fail
 
@@ -31,13 +34,14 @@ def check_local(name: str | Path, what: str) -> None:
         raise fail(f"{what} {text} does not exist.", "Pass a file or folder that exists, or a hub id owner/name.")
 
 
-def download(repo_id: str, revision: str | None = None) -> Path:
+def download(repo_id: str, revision: str | None = None, more: Sequence[str] = ()) -> Path:
     """Return the local folder of a hub repository, downloading the files that are not cached.
 
     Args:
         repo_id: ``owner/name``.
         revision: Branch, tag or commit; the main branch by default. Results that others should be able to
             repeat name a commit.
+        more: Patterns of other files that are downloaded, too. Default: none.
 
     Raises:
         TokenDriftError: If the repository or revision does not exist, or the hub cannot be reached and the
@@ -51,7 +55,7 @@ def download(repo_id: str, revision: str | None = None) -> Path:
             f"{error}; it is needed to load from the hub.", "Install it with pip install 'tokendrift[hf]'."
         ) from None
     try:
-        return Path(snapshot_download(repo_id, revision=revision, allow_patterns=list(FILES)))
+        return Path(snapshot_download(repo_id, revision=revision, allow_patterns=[*FILES, *more]))
     except (OSError, ValueError, HfHubHTTPError) as error:
         reason = str(error).strip().split("\n")[0]
         at = "" if revision is None else f" at revision {revision}"
@@ -60,3 +64,22 @@ def download(repo_id: str, revision: str | None = None) -> Path:
             "Without a network, copy config.json and model.safetensors from a machine that has one into a folder, "
             "and pass that folder.",
         ) from error
+
+
+@contextmanager
+def without_loading_bars() -> Iterator[None]:
+    """Hide the bars of transformers for loading and writing weights, which break those of a command; not downloads."""
+    import huggingface_hub.utils
+    import transformers.utils.logging
+
+    hub: Any = huggingface_hub.utils
+    logging: Any = transformers.utils.logging
+    shown, downloads = logging.is_progress_bar_enabled(), not hub.are_progress_bars_disabled()
+    logging.disable_progress_bar()
+    if downloads:
+        hub.enable_progress_bars()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()

@@ -28,12 +28,13 @@ ENDS = ("<|endoftext|>", "<eos>", "</s>", "[SEP]")  # a lone tokenizer.json does
 # ------------------------------------------------------------------------------------------ finding and loading
 
 
-def load_tokenizer(name: str | Path, *, fetch: bool = True) -> Any:
-    """Return a transformers tokenizer; no code that ships with it is run.
+def load_tokenizer(name: str | Path, *, fetch: bool = True, trusted: bool = False) -> Any:
+    """Return a transformers tokenizer; no code that ships with it is run unless it is trusted.
 
     Args:
         name: A ``tokenizer.json``, a folder, or a hub name such as ``gpt2``.
         fetch: Whether a hub name may be downloaded; otherwise the local cache must have it.
+        trusted: Whether Python code that ships with it may be run. Default: False.
 
     Raises:
         TokenDriftError: If there is none, or transformers is missing.
@@ -59,7 +60,7 @@ def load_tokenizer(name: str | Path, *, fetch: bool = True) -> Any:
             vocabulary = tokenizer.get_vocab()
             tokenizer.eos_token = next((token for token in ENDS if token in vocabulary), None)
             return tokenizer
-        return AutoTokenizer.from_pretrained(str(name), trust_remote_code=False, local_files_only=not fetch)
+        return AutoTokenizer.from_pretrained(str(name), trust_remote_code=trusted, local_files_only=not fetch)
     except BaseException as error:  # the tokenizers library raises bare exceptions, and panics
         if not is_failure(error):
             raise
@@ -69,12 +70,17 @@ def load_tokenizer(name: str | Path, *, fetch: bool = True) -> Any:
         ) from None
 
 
+def has_tokenizer(folder: Path) -> bool:
+    """Return whether a folder has a tokenizer of its own."""
+    return any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json"))
+
+
 def _is_tokenizer_file(path: Path) -> bool:
     return path.name.startswith(("tokenizer", "vocab")) or path.suffix == ".model"
 
 
 def find_tokenizer(
-    folder: Path, vocab_size: int, *, source: str | Path | None = None, fetch: bool = False
+    folder: Path, vocab_size: int, *, source: str | Path | None = None, fetch: bool = False, trusted: bool = False
 ) -> tuple[Any, str] | None:
     """Return the tokenizer of a checkpoint and where it was found, None if there is none.
 
@@ -85,14 +91,15 @@ def find_tokenizer(
         vocab_size: V of the checkpoint.
         source: A ``tokenizer.json``, folder or hub name to use instead of the checkpoint's own tokenizer.
         fetch: Whether GPT-2's tokenizer may be downloaded; otherwise the local cache must have it.
+        trusted: Whether Python code of the checkpoint's own tokenizer may be run. Default: False.
 
     Raises:
         TokenDriftError: If ``source``, or the tokenizer in the folder, cannot be read.
     """
     if source is not None:
         return load_tokenizer(source), str(source)
-    if any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
-        return load_tokenizer(folder, fetch=False), str(folder)
+    if has_tokenizer(folder):
+        return load_tokenizer(folder, fetch=False, trusted=trusted), str(folder)
     if vocab_size not in (GPT2_VOCABULARY, GPT2_VOCABULARY + 1):
         return None
     try:
@@ -101,13 +108,15 @@ def find_tokenizer(
         return None
 
 
-def require_tokenizer(folder: Path, vocab_size: int, *, source: str | Path | None = None) -> tuple[Any, str]:
+def require_tokenizer(
+    folder: Path, vocab_size: int, *, source: str | Path | None = None, trusted: bool = False
+) -> tuple[Any, str]:
     """Return what `find_tokenizer` finds, downloading it where that is needed.
 
     Raises:
         TokenDriftError: If there is none, or it cannot be read.
     """
-    found = find_tokenizer(folder, vocab_size, source=source, fetch=True)
+    found = find_tokenizer(folder, vocab_size, source=source, fetch=True, trusted=trusted)
     if found is None:
         raise fail(
             f"{folder} has no tokenizer, and GPT-2's cannot be loaded or is not its own (V = {vocab_size}).",
@@ -314,7 +323,9 @@ class TextTokenizer(NamedTuple):
             raise OSError(str(error)) from error
 
 
-def text_tokenizer(source: str | Path | None, checkpoint: Path, vocab_size: int) -> TextTokenizer:
+def text_tokenizer(
+    source: str | Path | None, checkpoint: Path, vocab_size: int, *, trusted: bool = False
+) -> TextTokenizer:
     """Load the tokenizer for texts to train on.
 
     Args:
@@ -322,11 +333,12 @@ def text_tokenizer(source: str | Path | None, checkpoint: Path, vocab_size: int)
         checkpoint: Folder of the checkpoint, which may contain its tokenizer.
         vocab_size: V of the checkpoint. A checkpoint without a tokenizer whose V is that of GPT-2 uses the tokenizer of
             GPT-2.
+        trusted: As in `find_tokenizer`.
 
     Raises:
         TokenDriftError: If there is none, it cannot be read, or its end of text is unknown.
     """
-    tokenizer, place = require_tokenizer(checkpoint, vocab_size, source=source)
+    tokenizer, place = require_tokenizer(checkpoint, vocab_size, source=source, trusted=trusted)
     bos, eos = start_of_text(tokenizer), end_of_text(tokenizer)
     if bos is None or eos is None:
         raise fail(

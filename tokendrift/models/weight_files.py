@@ -47,11 +47,7 @@ def read_weights(path: Path, *, ema: bool) -> WeightFile:
     if path.is_dir():
         expected = f"Pass a folder with {CONFIG} and {WEIGHTS}, or a weight file."
         if not (folder / CONFIG).is_file():
-            adapters = (folder / "adapter_config.json").is_file()
-            remedy = (
-                f"It holds adapters of peft: load their base model, and PeftModel.from_pretrained(base, '{folder}')."
-            )
-            raise fail(f"{folder} has no {CONFIG}.", remedy if adapters else expected)
+            raise fail(f"{folder} has no {CONFIG}.", expected)
         names = [name for name in FOLDER_WEIGHTS if (folder / name).is_file()]
         if not names:
             raise fail(f"{folder} has no {WEIGHTS}.", expected)
@@ -65,7 +61,7 @@ def read_weights(path: Path, *, ema: bool) -> WeightFile:
         found = reader(path, ema)
     if found.config or not (folder / CONFIG).is_file():
         return found
-    config = _read_json(folder / CONFIG)
+    config = read_json(folder / CONFIG)
     if isinstance(config.get("model"), dict):  # the configuration of a training run, as SDTT's students have it
         config = lightning.plain_config(config)
     return found._replace(config=config)
@@ -79,7 +75,7 @@ def _read_safetensors(path: Path, ema: bool) -> WeightFile:
 
 
 def _read_shards(path: Path, ema: bool) -> WeightFile:
-    placed = _read_json(path).get("weight_map")
+    placed = read_json(path).get("weight_map")
     names = sorted({str(name) for name in placed.values()}) if isinstance(placed, dict) else []
     shards = [path.parent / Path(name).name for name in names]  # never outside the folder
     if not shards:
@@ -112,7 +108,12 @@ FORMATS: dict[str, Callable[[Path, bool], WeightFile]] = {
 """Readers by the ending of a file's name. A reader takes the path, and whether averaged (EMA) weights are preferred."""
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """Return the JSON object in a file.
+
+    Raises:
+        TokenDriftError: If it cannot be read, or holds anything else.
+    """
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:

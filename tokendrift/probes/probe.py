@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -17,7 +17,7 @@ from tokendrift.diffusion import Process
 from tokendrift.evaluation.bootstrap import Interval
 from tokendrift.evaluation.generative_perplexity import GenerativePerplexity
 from tokendrift.evaluation.judge import DEFAULT_JUDGE
-from tokendrift.models import DiT, build, load_denoiser, read_checkpoint
+from tokendrift.models import LoadedDenoiser, build, load_denoiser, read_checkpoint
 from tokendrift.models.tokenizer import decode, encode, load_tokenizer, require_tokenizer
 from tokendrift.probes.information_decay import InformationDecay, decay_table, information_decay, unigram_law
 from tokendrift.probes.marginal_trap import (
@@ -111,6 +111,7 @@ def probe_checkpoints(
     judge_reads_ids: bool = False,
     judge_tokenizer: str | Path | None = None,
     tokenizer: str | Path | None = None,
+    config: Mapping[str, Any] | None = None,
     prompts: int = 64,
     prompt_length: int | None = None,
     positions: int | None = None,
@@ -132,6 +133,7 @@ def probe_checkpoints(
         judge_tokenizer: Tokenizer of the judge: ``tokenizer.json``, folder or hub name. Default: the judge's own.
         tokenizer: ``tokenizer.json``, folder or hub name. Default: the tokenizer in the first checkpoint's folder, or
             GPT-2's for a vocabulary of its size.
+        config: Fields that replace or complete those of the configuration of both, as for `load_denoiser`.
         prompts: Number of prompts n. Default: 64.
         prompt_length: Tokens of a prompt P. Default: 64, or what the model's length leaves.
         positions: Noisy positions K of `information_decay`. The trap is measured at powers of two up to 16 within K.
@@ -150,7 +152,7 @@ def probe_checkpoints(
     device = resolve_device(device, needs_float64=True)
     written = "\n\n".join(read_documents(text, argument="text"))
     progress("loading")
-    denoisers, own_tokenizer = _load(checkpoint, compare, tokenizer, device)
+    denoisers, own_tokenizer = _load(checkpoint, compare, tokenizer, device, config)
     model, process = denoisers[BEFORE]
     stream = _encoded(own_tokenizer, written, process)
     shortest = min(network.config.model_length for network, _ in denoisers.values())
@@ -193,20 +195,25 @@ def probe_checkpoints(
 
 
 def _load(
-    checkpoint: str | Path, compare: str | Path | None, tokenizer: str | Path | None, device: torch.device | str | None
-) -> tuple[dict[str, tuple[DiT, Process]], Any]:
+    checkpoint: str | Path,
+    compare: str | Path | None,
+    tokenizer: str | Path | None,
+    device: torch.device | str | None,
+    config: Mapping[str, Any] | None,
+) -> tuple[dict[str, tuple[LoadedDenoiser, Process]], Any]:
     """Return model and process of one checkpoint or of two, and the tokenizer, which they share."""
-    source = read_checkpoint(checkpoint)
+    source = read_checkpoint(checkpoint, config=config)
     found = {BEFORE: build(source, device=device)}
     if compare is not None:
-        found[AFTER] = load_denoiser(compare, device=device)
+        found[AFTER] = load_denoiser(compare, config=config, device=device)
         sizes = [process.vocab_size for _, process in found.values()]
         if sizes[0] != sizes[1]:
             raise fail(
                 f"the checkpoints have V = {sizes[0]} and V = {sizes[1]}; the same text cannot be used for both.",
                 "Compare a checkpoint with a refined version of it.",
             )
-    return found, require_tokenizer(source.folder, found[BEFORE][1].vocab_size, source=tokenizer)[0]
+    size = found[BEFORE][1].vocab_size
+    return found, require_tokenizer(source.folder, size, source=tokenizer, trusted=source.trusted)[0]
 
 
 def _sizes(positions: int | None, prompt_length: int | None, length: int) -> tuple[int, int]:

@@ -11,16 +11,20 @@ from typing import Any
 from tokendrift._checks import fail
 from tokendrift.text_files import HEADER
 
-MEASURED = ("nfe", "complete")  # fields of the header that are filled in at the end; the others must not change
+MEASURED = (
+    "nfe",
+    "flops",
+    "complete",
+)  # fields of the header that are filled in at the end; the others must not change
 
 
 class SampleFile:
     """A file of samples: a header line, then one JSON object for each sample.
 
-    The header is ``{"tokendrift": {...}}`` with everything that the samples depend on. At the end their NFE is added;
-    until then, ``complete`` is false. A sample has ``ids``, ``text`` if there is a tokenizer, and ``nfe``. When the
-    file is opened again, lines from the first that is no such sample on are dropped, and a file that has lost samples
-    since it was complete is incomplete again.
+    The header is ``{"tokendrift": {...}}`` with everything that the samples depend on. At the end their NFE and the
+    floating-point operations (FLOPs) of a sample are added; until then, ``complete`` is false. A sample has ``ids``,
+    ``text`` if there is a tokenizer, and ``nfe``. When the file is opened again, lines from the first that is no such
+    sample on are dropped, and a file that has lost samples since it was complete is incomplete again.
 
     Args:
         path: The file; folders above it are made.
@@ -30,6 +34,7 @@ class SampleFile:
         count: Number of samples in the file.
         complete: Whether the run was finished.
         nfe: ``{"mean": ..., "max": ...}`` of the samples' forward calls if the run was finished, else empty.
+        flops: Mean FLOPs of a sample if the run was finished and they were counted, else None.
 
     Raises:
         TokenDriftError: If the file exists and is not a file of samples, belongs to other settings, or cannot be
@@ -40,6 +45,7 @@ class SampleFile:
         self.path, self.settings = path, json.loads(json.dumps(settings))
         self.count, self.complete = 0, False
         self.nfe: dict[str, float] = {}
+        self.flops: float | None = None
         with _plain_errors(path):
             if path.exists() and path.stat().st_size:
                 self._read()
@@ -61,8 +67,11 @@ class SampleFile:
             file.write(b"".join(_line(sample) for sample in samples))
         self.count += len(samples)
 
-    def finish(self) -> None:
-        """Put the measured NFE into the header, which says from then on that the file is complete.
+    def finish(self, flops_per_evaluation: int | None = None) -> None:
+        """Put the measured NFE and FLOPs into the header, which says from then on that the file is complete.
+
+        Args:
+            flops_per_evaluation: See `tokendrift.sampling.cost`. Default: not counted.
 
         Raises:
             TokenDriftError: If the file does not hold the samples that its header announces.
@@ -75,6 +84,7 @@ class SampleFile:
                 "Run the same command again to draw the others.",
             )
         self.nfe, self.complete = _summary(nfe), True
+        self.flops = None if flops_per_evaluation is None else flops_per_evaluation * self.nfe["mean"]
         self._replace_header()
 
     def _replace_header(self) -> None:
@@ -90,7 +100,7 @@ class SampleFile:
             part.unlink(missing_ok=True)
 
     def _header(self) -> dict[str, Any]:
-        return {HEADER: self.settings | {"nfe": self.nfe or None, "complete": self.complete}}
+        return {HEADER: self.settings | {"nfe": self.nfe or None, "flops": self.flops, "complete": self.complete}}
 
     def _samples(self) -> Iterator[dict[str, Any]]:
         """Yield the samples, up to the first line that is none."""
@@ -135,10 +145,10 @@ class SampleFile:
             lines = sum(1 for _ in file) - 1
         if header.get("complete") is not True:
             return
-        self.nfe = _summary(nfe)
+        self.nfe, self.flops = _summary(nfe), header.get("flops")
         self.complete = self.settings.get("n", lines) == lines == self.count and header.get("nfe") == self.nfe
         if not self.complete:
-            self.nfe = {}
+            self.nfe, self.flops = {}, None
             self._replace_header()
 
 

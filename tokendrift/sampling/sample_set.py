@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from tokendrift._checks import check_count, fail
 from tokendrift.diffusion.process import Denoiser, Process
 from tokendrift.sampling.chain import Sampler
+from tokendrift.sampling.cost import flops_per_evaluation
 from tokendrift.sampling.loop import sample
 
 LOGITS_AT_ONCE = 1 << 27  # logits of one batch by default: half a GiB in float32
@@ -36,6 +37,7 @@ class SampleSet:
         nfe: Forward calls of the denoiser that a sample cost, None for real text or where it is not known.
         metadata: What the file says about its making.
         bad_lines: Lines left out, by number and reason.
+        flops: Mean floating-point operations (FLOPs) of a sample, see `tokendrift.sampling.cost`; None as for nfe.
     """
 
     ids: list[list[int]] | None = None
@@ -43,6 +45,7 @@ class SampleSet:
     nfe: int | None = None
     metadata: Mapping[str, Any] = field(default_factory=dict)
     bad_lines: tuple[BadLine, ...] = ()
+    flops: float | None = None
 
     def __post_init__(self) -> None:
         if self.ids is None and self.texts is None:
@@ -109,6 +112,7 @@ def denoiser_samples(
         nucleus: See `sample`: ``"keep"`` or ``"drop"``.
         noise_removal: See `sample`: ``"ancestral"``, ``"greedy"`` or ``"none"``.
     """
+    per_evaluation = flops_per_evaluation(denoiser, process, length)
     rows = max(1, min(64, LOGITS_AT_ONCE // (length * process.vocab_size))) if batch_size is None else batch_size
 
     def draw(setting: SamplingSetting, count: int) -> SampleSet:
@@ -126,6 +130,8 @@ def denoiser_samples(
             batch_size=rows,
             seed=seed,
         )
-        return SampleSet(ids=found.ids.tolist(), nfe=int(found.row_nfe.max()), metadata=setting._asdict())
+        flops = per_evaluation * float(found.row_nfe.double().mean())
+        nfe = int(found.row_nfe.max())
+        return SampleSet(ids=found.ids.tolist(), nfe=nfe, flops=flops, metadata=setting._asdict())
 
     return draw

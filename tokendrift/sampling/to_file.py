@@ -14,8 +14,9 @@ import tokendrift
 from tokendrift._checks import check_choice, check_count, fail
 from tokendrift.devices import resolve_device
 from tokendrift.files import exclusive, weight_digest
-from tokendrift.models import build, read_checkpoint
+from tokendrift.models import build, checkpoint_fields, read_checkpoint
 from tokendrift.models.tokenizer import decode, encode, find_tokenizer
+from tokendrift.sampling.cost import flops_per_evaluation
 from tokendrift.sampling.loop import NOISE_REMOVAL, Samples, sample, window_views
 from tokendrift.sampling.named import named_sampler
 from tokendrift.sampling.sample_file import SampleFile
@@ -52,6 +53,9 @@ class SampleConfig:
             Default: 0.
         batch_size: Number of samples that are drawn together. Default: 32.
         revision: Branch, tag or commit of a hub id. Default: the main branch.
+        checkpoint_config: Field that replaces or completes one of the checkpoint's configuration, as KEY=VALUE, such as
+            mask_id=103; repeatable. trust_remote_code=true permits the code that a model of transformers brings to be
+            run.
         tokenizer: Tokenizer: a tokenizer.json, a folder or a hub id. Default: that of the checkpoint, or that of GPT-2
             if the vocabulary has its size.
         dtype: Data type of the parameters: float32, bfloat16, float16 or float64. Default: float32.
@@ -77,6 +81,7 @@ class SampleConfig:
     seed: int = 0
     batch_size: int = 32
     revision: str | None = None
+    checkpoint_config: tuple[str, ...] = ()
     tokenizer: str | None = None
     dtype: str = "float32"
     device: str = "auto"
@@ -114,11 +119,15 @@ class CheckpointSampler:
     def __init__(self, config: SampleConfig) -> None:
         self.config = config
         # 1. The network, its process and its tokenizer.
-        found = read_checkpoint(config.checkpoint, revision=config.revision)
+        fields = checkpoint_fields(config.checkpoint_config)
+        found = read_checkpoint(config.checkpoint, revision=config.revision, config=fields)
         self.model, self.process = build(found, dtype=getattr(torch, config.dtype), device=config.device)
-        own = find_tokenizer(
-            found.folder, self.process.vocab_size, source=config.tokenizer, fetch=found.revision is not None
-        )
+        about: dict[str, Any] = {
+            "source": config.tokenizer,
+            "fetch": found.revision is not None,
+            "trusted": found.trusted,
+        }
+        own = find_tokenizer(found.folder, self.process.vocab_size, **about)
         self.tokenizer: Any = None if own is None else own[0]
         # 2. The length of a sample and what it begins with.
         self.window = self.model.config.model_length
@@ -145,6 +154,8 @@ class CheckpointSampler:
             "tokenizer": None if own is None else own[1],
             "prefix_ids": self.prefix,
         }
+        if not config.checkpoint_config:
+            del self.settings["checkpoint_config"]  # files begun by earlier versions do not have it
 
     def draw(
         self,
@@ -249,4 +260,4 @@ def _fill(file: SampleFile, source: CheckpointSampler, progress: Callable[[float
 
     if file.count < config.n:
         source.draw(file.count, config.n - file.count, progress=step_taken, on_batch=batch_drawn)
-    file.finish()
+    file.finish(flops_per_evaluation(source.model, source.process, min(source.length, source.window)))

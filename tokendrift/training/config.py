@@ -42,6 +42,9 @@ class RefineConfig(Settings):
             of it.
         output: Folder for the refined model, its checkpoints and its log.
         revision: Branch, tag or commit of a hub id. Default: the main branch.
+        checkpoint_config: Fields that replace or complete those of the checkpoint's configuration, each as KEY=VALUE:
+            the ``config`` of `load_denoiser`. ``trust_remote_code=true`` permits the code that a model of transformers
+            brings to be run.
         text: Files to train on: text (``.txt`` and others) or JSON Lines (``.jsonl``, ``.ndjson``, ``.json``), gzipped
             (``.gz``) or not. Repeatable on the command line. Default: none.
         dataset: Hugging Face dataset to train on instead of ``text``: name or folder. Default: none.
@@ -95,6 +98,7 @@ class RefineConfig(Settings):
     checkpoint: str
     output: str = "refined"
     revision: str | None = None
+    checkpoint_config: tuple[str, ...] = ()
     text: tuple[str, ...] = ()
     dataset: str | None = None
     dataset_config: str | None = None

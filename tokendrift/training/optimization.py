@@ -108,6 +108,7 @@ class Optimization:
 
     Attributes:
         network: The model as objectives call it, under autocast if that was requested.
+        frozen: Names of the parameters that are not trained, which `state` leaves out.
     """
 
     def __init__(
@@ -126,6 +127,10 @@ class Optimization:
         # After `prepare`: sharding puts other parameters in the place of the old ones.
         self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self.device = self.parameters[0].device
+        bare = model if accelerator is None else accelerator.unwrap_model(model)
+        # Under all names of each: tied weights have several.
+        named = bare.named_parameters(remove_duplicate=False)
+        self.frozen = {name for name, parameter in named if not parameter.requires_grad}
         self.average = WeightAverage(self.parameters, config.ema)
         self.network: nn.Module = model if autocast is None else Autocast(model, self.device.type, autocast)
 
@@ -195,7 +200,8 @@ class Optimization:
     def state(self) -> dict[str, Tensors]:
         """Return weights, their average and AdamW's moments on the CPU, unsharded, whatever the number of processes.
 
-        Every process must call; processes other than the main one may get empty groups.
+        Frozen parameters, such as the model to which adapters belong, are left out: they are those of the checkpoint
+        that is refined. Every process must call; processes other than the main one may get empty groups.
         """
         from torch.distributed.checkpoint import state_dict
 
@@ -203,9 +209,8 @@ class Optimization:
         options = self._whole(offload=True)
 
         def weights() -> Tensors:
-            return {
-                name: tensor.clone() for name, tensor in whole.get_model_state_dict(self.model, options=options).items()
-            }
+            named = whole.get_model_state_dict(self.model, options=options)
+            return {name: tensor.clone() for name, tensor in named.items() if name not in self.frozen}
 
         found = {"model": weights()}
         if self.average.values:
@@ -234,7 +239,15 @@ class Optimization:
         if self.average.values:
             whole.set_model_state_dict(self.model, state["average"], options=options)
             self.average.take()
-        whole.set_model_state_dict(self.model, state["model"], options=options)
+        found = whole.set_model_state_dict(self.model, state["model"], options=options)
+        lacking = set(found.missing_keys) - self.frozen
+        if lacking or found.unexpected_keys:
+            raise fail(
+                "the checkpoint holds the weights of another model.",
+                "Choose another output.",
+                missing=sorted(lacking)[:3],
+                unexpected=found.unexpected_keys[:3],
+            )
 
     @property
     def _adamw(self) -> torch.optim.Optimizer:
@@ -244,7 +257,7 @@ class Optimization:
     def _whole(self, *, offload: bool = False) -> Any:
         from torch.distributed.checkpoint.state_dict import StateDictOptions
 
-        return StateDictOptions(full_state_dict=True, cpu_offload=offload)
+        return StateDictOptions(full_state_dict=True, cpu_offload=offload, strict=not self.frozen)
 
     def _accumulating(self, *, last: bool) -> AbstractContextManager[None]:
         alone = last or self.accelerator is None

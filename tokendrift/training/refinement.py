@@ -15,8 +15,7 @@ from torch import Tensor
 from tokendrift._checks import fail
 from tokendrift.errors import TokenDriftError
 from tokendrift.files import weight_digest
-from tokendrift.models import DiT
-from tokendrift.models.checkpoints import build, read_checkpoint
+from tokendrift.models.checkpoints import LoadedDenoiser, build, checkpoint_fields, empty_like, read_checkpoint
 from tokendrift.models.random_input import without_random_input
 from tokendrift.models.tokenizer import text_tokenizer
 from tokendrift.training.checkpointing import Stored, load_checkpoint
@@ -134,9 +133,7 @@ class Run:
         self.micro_batches = config.accumulation(self.ranks)
         # 1. The checkpoint, first on the main process: a hub id is downloaded once.
         with accelerator.main_process_first():
-            checkpoint = read_checkpoint(config.checkpoint, revision=config.revision)
-            base, self.process = build(checkpoint)
-            self.tokenizer = text_tokenizer(config.tokenizer, checkpoint.folder, base.vocab_size)
+            base = self._load(config)
         self.length: int = config.length or base.config.model_length
         objective = config.objective.for_process(self.process, base.config.random_input)
         self.config = config = dataclasses.replace(config, length=self.length, objective=objective)
@@ -153,9 +150,9 @@ class Run:
         self.objective = config.objective.build(setup)
         if self.objective.module is not None:
             self.objective.module.to(accelerator.device)
-        model = DiT(base.config if config.dropout is None else dataclasses.replace(base.config, dropout=config.dropout))
-        model.load_state_dict(base.state_dict())
+        model = base.trainable_copy(config.dropout)
         config.objective.prepare(model)
+        written = empty_like(model)
         # Until the first step, a random input that the checkpoint does not have is left out.
         self.as_it_was = without_random_input if model.config.random_input != base.config.random_input else nullcontext
         self.optimization = Optimization(model, config.loop(), accelerator=accelerator, autocast=autocast)
@@ -179,13 +176,22 @@ class Run:
             config,
             together=config.micro_batch * self.ranks,
             base=weight_digest(base),
-            model=model.config,
+            model=written,
             process=self.process,
             tokenizer=self.tokenizer,
             # Any source is recognised by its first sequence, files also by their content.
             text=[real[0].tolist(), source.identity() if isinstance(source, TextFiles) else None],
             judge=judge_name(judge),
         )
+
+    def _load(self, config: RefineConfig) -> LoadedDenoiser:
+        """Return the network of the checkpoint; its process and its tokenizer become attributes."""
+        fields = checkpoint_fields(config.checkpoint_config)
+        checkpoint = read_checkpoint(config.checkpoint, revision=config.revision, config=fields)
+        base, self.process = build(checkpoint)
+        place, trusted = checkpoint.folder, checkpoint.trusted
+        self.tokenizer = text_tokenizer(config.tokenizer, place, base.vocab_size, trusted=trusted)
+        return base
 
     def run(self, progress: bool, on_step: Callable[[int], object] | None, label: str = "") -> list[Row]:
         """Train from the newest checkpoint to the end; return the evaluations, on the main process alone."""

@@ -15,7 +15,7 @@ from tokendrift import __version__
 from tokendrift._checks import fail
 from tokendrift.diffusion import Process
 from tokendrift.files import exclusive, write_atomically
-from tokendrift.models import DiT, DiTConfig, save_denoiser
+from tokendrift.models import LoadedDenoiser, save_denoiser
 from tokendrift.models.tokenizer import TextTokenizer
 from tokendrift.training.card import model_card
 from tokendrift.training.checkpointing import (
@@ -91,7 +91,7 @@ class RunFolder:
         config: The settings of the run.
         together: Number of sequences in a forward call of all processes, over which the field takes its statistics.
         base: Digest of the weights that are refined.
-        model: Sizes of the network.
+        model: A network like the one that is trained; its own weights are not read.
         process: Process of the network.
         tokenizer: Tokenizer of the network.
         text: Identity of the text, fit for JSON.
@@ -102,7 +102,7 @@ class RunFolder:
     config: RefineConfig
     together: int
     base: str
-    model: DiTConfig
+    model: LoadedDenoiser
     process: Process
     tokenizer: TextTokenizer
     text: Any = None
@@ -223,10 +223,8 @@ class RunFolder:
         from safetensors import SafetensorError
 
         folder = self.path / BEST if best else self.path
-        model = DiT(self.model)
-        model.load_state_dict(groups.get("average", groups["model"]))
         try:
-            save_denoiser(model, folder, self.process)
+            save_denoiser(self.model, folder, self.process, state=groups.get("average", groups["model"]))
         except SafetensorError as error:
             raise OSError(str(error)) from error
         self.tokenizer.save(folder)
@@ -239,6 +237,6 @@ class RunFolder:
             OSError: If it cannot be written.
         """
         kind = "masked" if self.process.mask_id is not None else "uniform-state"
-        about = {"judge": self.judge, "random_input": self.model.random_input}
+        about = {"judge": self.judge, "random_input": self.model.config.random_input or 0}
         card = model_card(self.config, rows, steps=steps, process=kind, **about)  # type: ignore[arg-type]
         write_atomically(folder / CARD, card)

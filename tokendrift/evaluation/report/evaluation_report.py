@@ -143,7 +143,7 @@ class EvaluationReport:
 
         view = Table(title="Samples beside real text", caption=Text(self.caption()), box=HORIZONTALS, show_lines=True)
         view.add_column("", overflow="fold", min_width=9)
-        for heading in ("NFE", "n", "precision"):
+        for heading in ("NFE\nGFLOPs" if any(m.flops for _, m, _ in self.entries()) else "NFE", "n", "precision"):
             view.add_column(heading, justify="right", no_wrap=True)
         figures = main_figures(*(measures.figures for _, measures, _ in self.entries()))
         for judge in self.panel:
@@ -155,7 +155,7 @@ class EvaluationReport:
             cells = ("\n".join(figure.cell(measures.figures)) for figure in figures)
             view.add_row(
                 Text(self.model(name)),
-                "" if measures.nfe is None else str(measures.nfe),
+                "\n".join(cost_cell(measures)),
                 str(measures.samples),
                 measures.perplexity.precision,
                 *("\n".join(FIGURES["bits_per_byte"].cell(one.figures)) for one in measures.panel),
@@ -274,14 +274,25 @@ class EvaluationReport:
         """Return the table as CSV, a line for each set and for real text, every figure with its interval."""
         out = io.StringIO()
         names = [f"{name}{end}" for name in FIGURES for end in ENDS]
-        general = ("name", "model", "nfe", "samples", "protocol", "precision", "judge", "revision", "vocabulary")
+        general = (
+            "name",
+            "model",
+            "nfe",
+            "samples",
+            "flops",
+            "protocol",
+            "precision",
+            "judge",
+            "revision",
+            "vocabulary",
+        )
         beside = [f"{name}{end} ({judge})" for judge in self.panel for name in LIKELIHOODS for end in ENDS]
         writer = csv.DictWriter(out, [*general, *names, "flags", *beside], lineterminator="\n")
         writer.writerow({name: spreadsheet_cell(name) for name in writer.fieldnames})
         for name, measures, row in self.entries():
             judged = measures.perplexity
-            line: dict[str, Any] = {"name": name, "model": self.model(name), "nfe": measures.nfe}
-            line |= {"samples": measures.samples, "vocabulary": measures.vocabulary}
+            line: dict[str, Any] = {"name": name, "model": self.model(name), "vocabulary": measures.vocabulary}
+            line |= {key: getattr(measures, key) for key in ("nfe", "samples", "flops")}
             line |= {key: getattr(judged, key) for key in ("protocol", "precision", "judge", "revision")}
             for i, one in enumerate((measures, *measures.panel)):
                 by = f" ({one.perplexity.judge})" if i else ""
@@ -291,6 +302,12 @@ class EvaluationReport:
             line["flags"] = "" if row is None else " ".join(row.verdict.flags)
             writer.writerow({name: spreadsheet_cell(value) for name, value in line.items()})
         return out.getvalue()
+
+
+def cost_cell(measures: Measures) -> tuple[str, str]:
+    """Return the NFE of a set and its GFLOPs a sample as texts, empty where they are not known."""
+    nfe = "" if measures.nfe is None else str(measures.nfe)
+    return nfe, "" if measures.flops is None else f"{measures.flops / 1e9:.3g}"
 
 
 def short_name(judge: str) -> str:

@@ -28,7 +28,7 @@ from tokendrift.evaluation.report.evaluation_report import MatchedSet
 from tokendrift.evaluation.report.sources import NamedSamples, common_tokenizer, evenly_spaced_windows, split_name
 from tokendrift.evaluation.sample_reader import read_samples
 from tokendrift.evaluation.samples import SampleInput
-from tokendrift.models import DiT, load_denoiser
+from tokendrift.models import LoadedDenoiser, checkpoint_fields, load_denoiser
 from tokendrift.models.tokenizer import encode
 from tokendrift.sampling import SampleSet, SamplingSetting
 from tokendrift.sampling.to_file import SampleConfig, sample_to_file
@@ -75,22 +75,28 @@ class DenoiserWithTokenizer(NamedTuple):
         tokenizer: The tokenizer of its samples, None if it is not known.
     """
 
-    model: DiT
+    model: LoadedDenoiser
     process: Process
     tokenizer: Any
 
 
 def load_denoisers(
-    checkpoints: Sequence[str], sources: Sequence[NamedSamples], tokenizer: str | None, *, device: str
+    checkpoints: Sequence[str],
+    sources: Sequence[NamedSamples],
+    tokenizer: str | None,
+    *,
+    device: str,
+    fields: Sequence[str] = (),
 ) -> dict[str, DenoiserWithTokenizer]:
     """Return the denoiser of each checkpoint, ``PATH`` or ``NAME=PATH``, by name.
 
-    Each has the tokenizer of its own sets, which is known even if other sets have an unknown vocabulary.
+    Each has the tokenizer of its own sets, which is known even if other sets have an unknown vocabulary. ``fields`` are
+    the entries ``KEY=VALUE`` of `SampleConfig.checkpoint_config`.
     """
     found = {}
     for name, path in map(split_name, checkpoints):
         own = common_tokenizer([source for source in sources if source.model == name], tokenizer)
-        found[name] = DenoiserWithTokenizer(*load_denoiser(path, device=device), own)
+        found[name] = DenoiserWithTokenizer(*load_denoiser(path, config=checkpoint_fields(fields), device=device), own)
     return found
 
 

@@ -60,6 +60,9 @@ class EvaluateConfig:
         baseline: Name of a checkpoint with which every set with the same number of steps is compared at equal entropy.
             Default: none.
         keep: Folder in which the samples of checkpoints are kept and reused. Default: a temporary folder.
+        checkpoint_config: Field that replaces or completes one of the configuration of every checkpoint, as KEY=VALUE,
+            such as mask_id=103; repeatable. trust_remote_code=true permits the code that a model of transformers brings
+            to be run.
         real: Real text that neither denoiser nor judge was trained on: a samples file, or any other UTF-8 file, which
             is cut into windows as long as the longest sample.
         controls: Measure sets made from real text alone beside the samples, such as unigram draws, to show what each
@@ -93,6 +96,7 @@ class EvaluateConfig:
     temperature: float = 1.0
     baseline: str | None = None
     keep: str | None = None
+    checkpoint_config: tuple[str, ...] = ()
     real: str = ""
     controls: bool = False
     training_text: str | None = None
@@ -172,7 +176,9 @@ def evaluate_files(
     if REAL in names:
         raise fail(f"a set of samples is called {REAL!r}, as real text is.", "Give it another name: NAME=FILE.")
     # 3. Measure the checkpoints, then every set beside real text.
-    denoisers = load_denoisers(config.checkpoint, sources, config.tokenizer, device=config.device)
+    denoisers = load_denoisers(
+        config.checkpoint, sources, config.tokenizer, device=config.device, fields=config.checkpoint_config
+    )
     if config.baseline is not None and denoisers[config.baseline].tokenizer is None:
         raise fail(
             f"no tokenizer is known for the samples of the baseline {config.baseline}.",
@@ -224,7 +230,8 @@ def _load_judges(config: EvaluateConfig, progress: Callable[[str], object]) -> l
 
 
 def _sample_checkpoints(config: EvaluateConfig, progress: Callable[[str], object]) -> list[NamedSamples]:
-    options = {name: getattr(config, name) for name in ("n", "temperature", "tokenizer", "seed", "device")}
+    names = ("n", "temperature", "tokenizer", "seed", "device", "checkpoint_config")
+    options = {name: getattr(config, name) for name in names}
     sampling = SampleConfig("", steps=1, **options)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(config.keep or temporary)

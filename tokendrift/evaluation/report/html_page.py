@@ -15,6 +15,7 @@ from tokendrift.evaluation.report.evaluation_report import (
     ENTROPIES,
     EvaluationReport,
     MatchedSet,
+    cost_cell,
     guard_summary,
     short_name,
 )
@@ -57,7 +58,7 @@ def page(report: EvaluationReport) -> str:
     beside = [f"{FIGURES[name].heading}, {short_name(judge)}" for judge in report.panel for name in OF_A_JUDGE]
     lines = []
     for name, measures, row in report.entries():
-        cells = [Cell("" if measures.nfe is None else str(measures.nfe))]
+        cells = [_cost(measures)]
         cells += [Cell(*figure.cell(measures.figures)) for figure in first]
         cells += [Cell("" if row is None else guard_summary(row)), Cell(str(measures.samples))]
         cells += [Cell(measures.perplexity.precision)]
@@ -158,6 +159,11 @@ def _over_nfe(report: EvaluationReport, figure: Figure) -> Plot:
     )
 
 
+def _cost(measures: Measures) -> Cell:
+    nfe, gflops = cost_cell(measures)
+    return Cell(nfe, f"{gflops} GFLOPs" if gflops else "")
+
+
 def _capital(title: str) -> str:
     return f"{title[0].upper()}{title[1:]}"
 
@@ -167,8 +173,9 @@ def _plot(
 ) -> Plot:
     rows: list[list[Any]] = []
     for name, measures, _ in report.entries():
-        nfe = Cell("" if measures.nfe is None else str(measures.nfe))
-        rows.append([report.model(name), nfe, *(Cell(*figure.cell(measures.figures)) for figure in figures)])
+        rows.append(
+            [report.model(name), _cost(measures), *(Cell(*figure.cell(measures.figures)) for figure in figures)]
+        )
     description = f"{what} Models: {', '.join(_curves(report))}. The numbers stand in the table after the plot."
     slug = title.lower().replace(".-", "-").replace(" ", "-")
     headings = ("samples", "NFE", *(figure.heading for figure in figures))
@@ -214,7 +221,7 @@ def _matched(one: MatchedSet) -> list[Any]:
     ratios = found.comparison.gen_ppl_ratio, found.comparison.bits_per_byte_ratio
     return [
         one.name,
-        Cell("" if found.model.nfe is None else str(found.model.nfe)),
+        _cost(found.model),
         Cell(found.kind),
         *(Cell("") if ratio is None else Cell(f"{ratio.estimate:.3f}", ratio.ends(".3f")) for ratio in ratios),
         Cell(found.verdict()),

@@ -24,6 +24,7 @@ from tokendrift.diffusion import Process
 from tokendrift.features import PooledFeatures
 from tokendrift.lift import LinearLogits
 from tokendrift.loss import Diagnostics, MirrorTeacherLoss, TokenDriftLoss
+from tokendrift.models import DiT
 from tokendrift.training.objectives.objective import (
     Network,
     ObjectiveConfig,
@@ -198,7 +199,7 @@ class EncoderObjectiveConfig(ObjectiveConfig):
         loss = self.drifting_loss(setup)
         # Where the lift alone reads the logits, they need not exist.
         weight = self.nelbo_weight()
-        hold = bool(weight) or not isinstance(loss, TokenDriftLoss)
+        hold = bool(weight) or not isinstance(loss, TokenDriftLoss) or not isinstance(setup.base, DiT)
         common = {"share": setup.share, "freeze_queues": self.freeze_queues}
         return Drift(setup.process, loss, weight, setup.generator, hold_logits=hold, **common)  # type: ignore[arg-type]
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from tokendrift._checks import check_count, check_positive, fail
 from tokendrift.diffusion import Process
-from tokendrift.models import DiT
+from tokendrift.models import DiT, LoadedDenoiser
 from tokendrift.models.random_input import add_random_input
 from tokendrift.training.objectives.objective import ObjectiveSetup
 from tokendrift.training.objectives.own_chains import ChainsConfig, chain_positions
@@ -45,7 +45,7 @@ class MatchingConfig(ChainsConfig):
         pair_weight: Weight of the law of pairs, a `PairDriftLoss`, beside the field; 0 leaves it out. Default: 0.2 for
             masked models, 1 for uniform-state models.
         random_input: Number of random numbers that the refined model is given at each masked position, see
-            `tokendrift.models.random_input`; 0 leaves the model as it is. Default: 32 for masked models without one, 0
+            `tokendrift.models.random_input`; 0 leaves the model as it is. Default: 32 for a masked `DiT` without one, 0
             for others.
         auxiliary_rank: Rank of low-rank adapters on the teacher's weights as the auxiliary model; 0 for a full copy of
             the teacher.
@@ -102,11 +102,15 @@ class MatchingConfig(ChainsConfig):
         if len(self.auxiliary_betas) != 2 or not all(0 <= beta < 1 for beta in self.auxiliary_betas):
             raise fail("auxiliary_betas must be two numbers in [0, 1).", auxiliary_betas=self.auxiliary_betas)
 
-    def for_process(self, process: Process, numbers: int = 0) -> MatchingConfig:
+    def for_process(self, process: Process, numbers: int | None = 0) -> MatchingConfig:
         masked = process.mask_id is not None
         given = self.random_input
         if given is None:
-            given = 32 if masked and not numbers else 0
+            given = 32 if masked and numbers == 0 else 0
+        if given and numbers is None:
+            raise fail(
+                "random_input needs a DiT, and the checkpoint is another network.", "Leave it out.", random_input=given
+            )
         chains = self.chains or ((1, 2, 4) if given or numbers else (2, 4))
         weight = self.pair_weight if self.pair_weight is not None else (0.2 if masked else 1.0)
         share = self.start_share
@@ -127,8 +131,8 @@ class MatchingConfig(ChainsConfig):
         found = {start: share} if share else {}
         return found | ({position: (1 - share) / len(others) for position in others} if share < 1 else {})
 
-    def prepare(self, model: DiT) -> None:
-        if self.random_input:
+    def prepare(self, model: LoadedDenoiser) -> None:
+        if self.random_input and isinstance(model, DiT):
             add_random_input(model, self.random_input)
 
     def build(self, setup: ObjectiveSetup) -> DistributionMatching:

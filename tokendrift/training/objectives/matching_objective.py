@@ -20,6 +20,7 @@ from tokendrift.distribution_matching import (
     not_finite,
     positions_to_match,
 )
+from tokendrift.models import MaskedLMDenoiser
 from tokendrift.models.low_rank import low_rank_copy
 from tokendrift.models.random_input import random_numbers
 from tokendrift.pairs import PairDriftLoss
@@ -108,7 +109,8 @@ class DistributionMatching(StatefulObjective):
         micro_batches: int | None = 1,
     ) -> None:
         check_frozen("teacher", teacher)
-        self.config = config = (config or MatchingConfig()).for_process(process, random_numbers(teacher))
+        numbers = None if isinstance(teacher, MaskedLMDenoiser) else random_numbers(teacher)
+        self.config = config = (config or MatchingConfig()).for_process(process, numbers)
         self.process, self.teacher, self.share, self.autocast = process, teacher, share, autocast
         self.generator = generator
         self.micro_batches = None if micro_batches is None else check_count("micro_batches", micro_batches, least=1)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from tokendrift.diffusion import Corruption, Process
-from tokendrift.models import DiT
+from tokendrift.models import LoadedDenoiser
 from tokendrift.training.settings import Settings
 
 if TYPE_CHECKING:
@@ -105,7 +105,7 @@ class ObjectiveSetup(NamedTuple):
         accelerator: The ``accelerate.Accelerator`` of the run, to reduce over processes or to wrap networks.
     """
 
-    base: DiT
+    base: LoadedDenoiser
     process: Process
     length: int
     generator: torch.Generator
@@ -126,16 +126,17 @@ class ObjectiveConfig(Settings, ABC):
 
     description: ClassVar[str] = "an objective of the user"  # for the model card: "trained with ..."
 
-    def for_process(self, process: Process, numbers: int = 0) -> ObjectiveConfig:
+    def for_process(self, process: Process, numbers: int | None = 0) -> ObjectiveConfig:
         """Return the settings with defaults that depend on the process, or on the network, filled in.
 
         Args:
             process: Process of the network.
-            numbers: Random numbers that the network takes at each masked position. Default: 0.
+            numbers: Random numbers that the network takes at each masked position; None if it has no random input and
+                cannot be given one. Default: 0.
         """
         return self
 
-    def prepare(self, model: DiT) -> None:
+    def prepare(self, model: LoadedDenoiser) -> None:
         """Change the network that is going to be trained, in place, for instance to give it a random input."""
 
     @abstractmethod
