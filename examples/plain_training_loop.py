@@ -14,7 +14,7 @@ import tokendrift as td
 from tokendrift.diffusion import UniformDiffusion
 from tokendrift.models import DiT, DiTConfig
 
-LENGTH, BATCH, BASE_STEPS, DRIFT_STEPS = 32, 32, 150, 30
+LENGTH, BATCH, BASE_STEPS, DRIFT_STEPS = 32, 16, 60, 20
 
 torch.set_num_threads(1)  # at this size, threads would only wait for one another
 torch.manual_seed(0)

@@ -20,7 +20,7 @@ from tokendrift.evaluation import generative_perplexity, sample_entropy
 from tokendrift.models import DiT, DiTConfig
 from tokendrift.sampling import sample
 
-VOCAB, LENGTH, BATCH, STEPS, SAMPLES = 95, 32, 32, 250, 256
+VOCAB, LENGTH, BATCH, STEPS, SAMPLES = 95, 32, 16, 100, 128
 
 torch.set_num_threads(1)  # at this size, threads would only wait for one another
 torch.manual_seed(0)

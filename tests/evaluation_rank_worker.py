@@ -1,8 +1,6 @@
-"""One rank of test_evaluation_ranks.py: ``python evaluation_rank_worker.py RANK RANKS STORE OUT``."""
+"""One rank of the tests of Gen.-PPL across processes, which test_evaluation_ranks.py starts."""
 
 from __future__ import annotations
-
-import sys
 
 import torch
 from torch import distributed
@@ -34,8 +32,7 @@ def scored(protocol, mine, *, precision=torch.float64):
     return metric.compute()
 
 
-def main(rank, ranks, store, out):
-    torch.set_num_threads(1)
+def main(rank, ranks, store):
     distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=ranks)
     found = {}
     for name, split in SPLITS.items():
@@ -51,9 +48,5 @@ def main(rank, ranks, store, out):
             run()
         except TokenDriftError as error:
             found[name] = str(error)
-    torch.save(found, out)
     distributed.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]), *sys.argv[3:])
+    return found

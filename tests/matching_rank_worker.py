@@ -1,9 +1,8 @@
-"""One rank of the tests of distribution matching: ``python matching_rank_worker.py RANK RANKS STORE OUT``."""
+"""One rank of the tests of distribution matching, which test_matching_objective.py starts."""
 
 from __future__ import annotations
 
 import copy
-import sys
 
 import torch
 from torch import distributed
@@ -109,17 +108,12 @@ def fail(rank, ranks):
     return found, weights
 
 
-def main(rank, ranks, store, out):
-    torch.set_num_threads(1)
+def main(rank, ranks, store):
     if ranks > 1:
         distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=ranks)
     found = {(kind, lora): train(rank, ranks, kind, lora) for kind in ("masked", "uniform") for lora in (0, 2)}
     if ranks > 1:
         found["failures"] = fail(rank, ranks)
-    torch.save(found, out)
     if ranks > 1:
         distributed.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]), *sys.argv[3:])
+    return found

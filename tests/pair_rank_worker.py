@@ -1,9 +1,8 @@
-"""One rank of the tests of laws of pairs across processes: ``python pair_rank_worker.py RANK RANKS STORE OUT``."""
+"""One rank of the tests of laws of pairs across processes, which test_pairs.py starts."""
 
 from __future__ import annotations
 
 import itertools
-import sys
 
 import torch
 from torch import distributed
@@ -48,18 +47,13 @@ def fail(rank, *, blind=False):
     return said, loss.generated_weight, loss.real
 
 
-def main(rank, ranks, store, out):
-    torch.set_num_threads(1)
+def main(rank, ranks, store):
     if ranks > 1:
         distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=ranks)
     cases = itertools.product(SPLITS, (False, True), (None, 16))
     found = {case: calls(rank, ranks, SPLITS[case[0]], *case[1:]) for case in cases}
     if ranks > 1:
         found |= {"failures": fail(rank), "blind": fail(rank, blind=True)}
-    torch.save(found, out)
     if ranks > 1:
         distributed.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]), *sys.argv[3:])
+    return found

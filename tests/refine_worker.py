@@ -1,31 +1,20 @@
-"""A small refinement, for tests that kill it or run it on several processes.
-
-``refine_worker.py run FOLDER [KEY=VALUE ...]`` refines and prints the number of evaluations, with ``shard`` in place
-of ``run`` by FSDP2;
-``refine_worker.py kill FOLDER KILLS SEED [KEY=VALUE ...]`` refines once undisturbed into FOLDER/whole, and once with
-SIGKILLs at random moments into FOLDER/killed.
-"""
+"""A small refinement, for tests that kill it or run it on several processes."""
 
 from __future__ import annotations
 
 import os
 import random
 import signal
-import sys
 import time
-from pathlib import Path
 
 import accelerate
 import torch
-import torch.distributed.checkpoint.state_dict  # with the next ones, so that forked children need not
-from transformers import AutoTokenizer, PreTrainedTokenizerFast  # noqa: F401
+from transformers import AutoTokenizer, PreTrainedTokenizerFast  # noqa: F401 - so that forked children need not
 
-import tokendrift.evaluation
-import tokendrift.sampling  # noqa: F401
 from tokendrift.demo import PRETRAINED
 from tokendrift.models import DiT, DiTConfig, save_denoiser
 from tokendrift.models.checkpoints import process_of
-from tokendrift.training import make_config, parse_settings, refine
+from tokendrift.training import make_config, refine
 
 TEXT = "the drift of a token pulls it to real text and away from what the model says of it at every step"
 LENGTH = 12
@@ -80,12 +69,12 @@ def wait(child):
 
 
 def kill(folder, kills, seed, **changes):
-    """Refine undisturbed, then with kills at random moments of start, steps, evaluations and checkpoints."""
+    """Refine undisturbed into ``whole``, then with kills at random moments of start, steps, evaluations and checkpoints
+    into ``killed``; return the number of kills.
+    """
     wait(fork(lambda: make_inputs(folder)))
     made = config(folder, steps=8 * kills, evaluate_every=3, **changes)
-    began = time.monotonic()
     wait(fork(lambda: refine(made.replace(output=str(folder / "whole")), progress=False)))
-    whole = time.monotonic() - began
     draw, done, killed = random.Random(seed), 0, made.replace(output=str(folder / "killed"))
     while done < kills:
         reader, writer = os.pipe()
@@ -100,10 +89,8 @@ def kill(folder, kills, seed, **changes):
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
         done += 1
-    reached = sorted(path.name for path in (folder / "killed" / "checkpoints").glob("step-*"))
-    print(f"{done} kills, the last one after {reached[-1] if reached else 'no checkpoint'} of {made.steps} steps;")
-    print(f"{whole:.1f} s undisturbed")
     wait(fork(lambda: refine(killed, progress=False)))
+    return done
 
 
 class Sharding(accelerate.Accelerator):
@@ -120,20 +107,8 @@ class Sharding(accelerate.Accelerator):
         return model, optimizer
 
 
-def main(mode, folder, *rest):
-    folder = Path(folder)
-    if mode == "kill":
-        kill(folder, int(rest[0]), int(rest[1]), **parse_settings(rest[2:]))
-    else:
-        torch.set_num_threads(1)
-        sharding = Sharding(cpu=True) if mode == "shard" else None
-        refined = refine(config(folder, **parse_settings(rest)), accelerator=sharding, progress=False)
-        print(len(refined.evaluations), flush=True)
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])
-    if sys.argv[1] == "shard":
-        # All is written. Threads that the wrapper leaves to gloo now and then abort a regular exit ("terminate called
-        # without an active exception").
-        os._exit(0)
+def rank(environment, mode, folder, changes):
+    """Refine as one process of several, by FSDP2 where the mode is ``"shard"``; return the number of evaluations."""
+    os.environ.update(environment)
+    sharding = Sharding(cpu=True) if mode == "shard" else None
+    return len(refine(config(folder, **changes), accelerator=sharding, progress=False).evaluations)

@@ -3,14 +3,17 @@
 import io
 import json
 import re
+from functools import partial
+from pydoc_data import topics
 
 import pytest
 from rich.console import Console
 
 from tokendrift import TokenDriftError
-from tokendrift.corpus import Splits, read_splits
+from tokendrift.corpus import Splits, split
 from tokendrift.demo import PRETRAINED, DemoConfig, demonstration, pretrained_path, run_demo
 from tokendrift.demo.demonstration import show
+from tokendrift.evaluation.report import EvaluateConfig
 from tokendrift.models.tokenizer import load_tokenizer
 
 
@@ -53,9 +56,10 @@ def small_run(request, tmp_path_factory):
     config = DemoConfig(
         process, objective, output=folder, steps=2, samples=12, nfes=(1, 2), judges=(str(pretrained_path("judge")),)
     )
-    splits = Splits(*(part[:400] for part in read_splits()))
+    splits = Splits(*(part[:100] for part in split(topics.topics.values())))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(demonstration, "read_splits", lambda files: splits)
+        patch.setattr(demonstration, "EvaluateConfig", partial(EvaluateConfig, resamples=50))
 
         def run():
             return run_demo(config, Console(file=io.StringIO()))

@@ -2,24 +2,18 @@
 
 from __future__ import annotations
 
-import importlib.util
-from pathlib import Path
-
+import evaluation_rank_worker as worker
 import pytest
 import torch
+from forked import run_ranks
 
 from tokendrift.evaluation import GenerativePerplexity
 
-WORKER = Path(__file__).with_name("evaluation_rank_worker.py")
-spec = importlib.util.spec_from_file_location("evaluation_rank_worker", WORKER)
-worker = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(worker)
-
 
 @pytest.fixture(scope="module")
-def ranks(run_ranks):
+def ranks():
     """What each of two processes found."""
-    return run_ranks(WORKER, [(0, 2), (1, 2)])
+    return run_ranks(worker.main, [(0, 2), (1, 2)])
 
 
 @pytest.mark.parametrize("split", worker.SPLITS)

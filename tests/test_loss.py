@@ -888,13 +888,30 @@ def test_probabilities_are_reported_once_and_log_probabilities_are_logits():
     logits, clean, *_ = loss_inputs()
     expected = build()(logits, clean)
     loss = build()
-    with pytest.warns(UserWarning, match="logits look like probabilities") as caught:
+    with pytest.warns(UserWarning, match="logits look like probabilities"):
         loss(logits.softmax(dim=-1), clean)
-    assert caught[0].filename == __file__
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         loss(logits.softmax(dim=-1), clean)  # once for each loss
         torch.testing.assert_close(build()(logits.log_softmax(dim=-1), clean), expected)
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda loss: loss,
+        torch.nn.DataParallel,
+        torch.autocast("cpu"),
+        lambda loss: torch.compile(lambda *each: torch.compiler.disable(loss)(*each).sum(), backend="eager"),
+    ],
+    ids=["plain", "module", "decorator", "compiled"],
+)
+def test_a_warning_names_the_line_of_the_user(wrap):
+    logits, clean, *_ = loss_inputs()
+    called = wrap(build())
+    with pytest.warns(UserWarning, match="logits look like probabilities") as caught:
+        called(logits.softmax(dim=-1), clean)
+    assert caught[0].filename == __file__
 
 
 META = torch.device("meta")

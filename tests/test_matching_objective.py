@@ -9,8 +9,10 @@ import math
 import re
 from pathlib import Path
 
+import matching_rank_worker
 import pytest
 import torch
+from forked import run_ranks
 from live_bytes import LiveBytes
 from torch.utils.checkpoint import checkpoint
 
@@ -23,7 +25,6 @@ from tokendrift.models.low_rank import low_rank_copy
 from tokendrift.models.random_input import RandomMaskEmbedding
 from tokendrift.training import DistributionMatching, MatchingConfig, make_config
 
-WORKER = Path(__file__).with_name("matching_rank_worker.py")
 PAGE = Path(__file__).parents[1] / "docs" / "matching.md"
 LANGUAGE = MarkovLanguage.random(words=6, successors=2, length=8, seed=0)
 KINDS = pytest.mark.parametrize("kind", ["masked", "uniform"])
@@ -528,8 +529,8 @@ def test_a_call_that_is_repeated_in_the_backward_pass_is_refused(reentrant):
 
 
 @pytest.fixture(scope="module")
-def ranks(run_ranks):
-    return run_ranks(WORKER, [(0, 1), (0, 2), (1, 2)])
+def ranks():
+    return run_ranks(matching_rank_worker.main, [(0, 1), (0, 2), (1, 2)])
 
 
 def test_an_error_on_one_process_is_one_on_all_and_a_skipped_batch_leaves_them_in_step(ranks):

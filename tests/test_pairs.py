@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import itertools
 import math
-from pathlib import Path
 
+import pair_rank_worker
 import pytest
 import torch
+from forked import run_ranks
 from hypothesis import given
 from hypothesis import strategies as st
 from live_bytes import LiveBytes
@@ -17,7 +18,6 @@ from tokendrift import PairDriftLoss, TokenDriftError, _ngram_laws
 from tokendrift._ngram_laws import Corrupted, ExactPairs, HashedNgrams, expected_sums
 from tokendrift.pairs import pair_drift
 
-WORKER = Path(__file__).with_name("pair_rank_worker.py")
 IDS = torch.tensor([[0, 1, 2, 1], [2, 2, 0, 1]])
 FORMS = {
     "exact": {},
@@ -310,9 +310,9 @@ def test_laws_stay_wide_in_a_converted_module(dtype, form):
 
 
 @pytest.fixture(scope="module")
-def ranks(run_ranks):
+def ranks():
     """What one process found, and what each of two found."""
-    single, *pair = run_ranks(WORKER, [(0, 1), (0, 2), (1, 2)])
+    single, *pair = run_ranks(pair_rank_worker.main, [(0, 1), (0, 2), (1, 2)])
     return single, pair
 
 

@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
+import rank_worker
 import torch
+from forked import run_ranks
 
 from tokendrift import TokenDriftError
 from tokendrift.references import gather
 
-WORKER = Path(__file__).with_name("rank_worker.py")
 LOSSES = ["joint", "two_sided", "sinkhorn", "no_pair", "windows", "mirror"]
 SPLITS = ["even", "uneven", "one"]
 
 
 @pytest.fixture(scope="module")
-def ranks(run_ranks):
+def ranks():
     """What one process found, and what each of two found."""
-    single, *pair = run_ranks(WORKER, [(0, 1), (0, 2), (1, 2)])
+    single, *pair = run_ranks(rank_worker.main, [(0, 1), (0, 2), (1, 2)])
     return single, pair
 
 

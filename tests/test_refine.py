@@ -7,15 +7,15 @@ import os
 import shutil
 import signal
 import socket
-import subprocess
-import sys
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import refine_worker as worker
 import torch
+from forked import run_all
 from typer.testing import CliRunner
 
 from tokendrift import TokenDriftError
@@ -27,8 +27,6 @@ from tokendrift.training import Drift, Refined, evaluation_table, make_config, r
 from tokendrift.training.checkpointing import load_checkpoint
 from tokendrift.training.few_step import FewStepEvaluation
 from tokendrift.training.records import Records
-
-WORKER = Path(worker.__file__)
 
 
 @pytest.fixture(scope="module")
@@ -86,13 +84,10 @@ def test_a_signal_to_stop_costs_no_step(inputs, whole, number):
     assert_same_model(whole, run(inputs, name).folder)
 
 
-def killed(tmp_path, kills, seed, *settings):
-    command = [sys.executable, str(WORKER), "kill", str(tmp_path), str(kills), str(seed), *settings]
-    single = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=single)
-    assert done.returncode == 0, done.stderr
+def killed(tmp_path, kills, seed, **settings):
+    (done,) = run_all(partial(worker.kill, **settings), [(tmp_path, kills, seed)])
     assert_same_model(tmp_path / "whole", tmp_path / "killed")
-    return int(done.stdout.split()[0])
+    return done
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="forks its runs, to start them quickly")
@@ -103,7 +98,7 @@ def test_a_killed_run_ends_with_the_bits_of_an_uninterrupted_one(tmp_path):
 @pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="forks its runs, to start them quickly")
 def test_kills_change_no_law_and_no_chain(tmp_path):
-    assert killed(tmp_path, 2, 0, "objective=pairs", "pair_sequences=40") == 2
+    assert killed(tmp_path, 2, 0, objective="pairs", pair_sequences=40) == 2
 
 
 @pytest.mark.slow
@@ -430,24 +425,8 @@ def launched(folder, ranks, *, mode="run", **changes):
         port = free.getsockname()[1]
     common = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     common |= {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    values = [f"{name}={value}" for name, value in changes.items()]
-    command = [sys.executable, str(WORKER), mode, str(folder), *values]
-    processes = []
-    for rank in range(ranks):
-        environment = os.environ | common | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-        processes.append(
-            subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        )
-    counts = []
-    try:
-        for process in processes:
-            output, errors = process.communicate(timeout=300)
-            assert process.returncode == 0, errors
-            counts.append(int(output.split()[-1]))
-    finally:
-        for process in processes:
-            process.kill()
-    return counts
+    environments = [common | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(ranks)]
+    return run_all(worker.rank, [(environment, mode, folder, changes) for environment in environments])
 
 
 @pytest.fixture(scope="module")

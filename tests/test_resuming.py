@@ -6,13 +6,12 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import refine_worker as worker
 import torch
+from forked import run_code
 
 from tokendrift import TokenDriftError
 from tokendrift.evaluation import GenerativePerplexity
@@ -242,7 +241,8 @@ def test_a_lock_survives_no_kill(run, tmp_path):
     lock = tmp_path / "run" / ".tokendrift-lock"
     code = f"import os, pathlib\nfrom tokendrift.files import exclusive\nplace = pathlib.Path({str(lock)!r})\n"
     code += "with exclusive(place, place):\n    os._exit(9)"
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 9
+    with pytest.raises(AssertionError, match=r"^9: "):
+        run_code(code)
     assert lock.exists()
     run(steps=1)
 

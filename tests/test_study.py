@@ -8,12 +8,12 @@ import json
 import math
 import sys
 from pathlib import Path
+from pydoc_data.topics import topics
 
 import pytest
 import torch
 
 from tokendrift import TokenDriftError
-from tokendrift.corpus import python_documents
 from tokendrift.demo import pretrained_path
 from tokendrift.evaluation import GenerativePerplexity, measure
 from tokendrift.models import DiT, DiTConfig
@@ -217,8 +217,7 @@ def test_the_judge_never_reads_the_denoisers_split(study):
 
 def test_pretraining_writes_tokenizer_and_judge_and_refuses_a_base_without_context(study, tmp_path):
     book = tmp_path / "book.txt"
-    documents = [text for text in python_documents() if len(text) > 400][:900]
-    book.write_text("\n\n".join(documents), encoding="utf-8")
+    book.write_text("\n\n".join(topics.values()), encoding="utf-8")
     with pytest.raises(TokenDriftError, match="knows little more than unigrams"):
         study["pretrain"].pretrain(tmp_path / "out", text=[book], base_steps=2, judge_steps=2)
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["judge", "tokenizer.json"]

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import re
-import subprocess
-import sys
 from pathlib import Path
 from unittest.mock import patch
 
 import pytest
 import torch
+from forked import run_code
 from hypothesis import Phase, find, given, settings
 from hypothesis import strategies as st
 from torch.nn.functional import normalize
@@ -558,5 +557,4 @@ def test_without_hypothesis_the_import_says_what_to_install():
         "try:\n    import tokendrift.testing\n"
         "except ImportError as error:\n    print(error)"
     )
-    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert found.stdout == "tokendrift.testing needs hypothesis, which is not installed: pip install hypothesis\n"
+    assert run_code(code) == "tokendrift.testing needs hypothesis, which is not installed: pip install hypothesis\n"

@@ -69,9 +69,9 @@ def test_the_last_position_of_a_chain_gives_the_law_of_what_the_sampler_writes(k
     process = LANGUAGE.process(kind)
     learn, model = objective(process, (2,)), Recorded(process)
     learn.drift.decay = 0.98
-    for _ in range(50 * len(learn.positions)):
+    for _ in range(25 * len(learn.positions)):
         learn(model, LANGUAGE.sample(256, seed=0))
-    sampled = few_step(LANGUAGE, model, process, steps=(2,), samples=10_000, seed=1).rows[0].measures
+    sampled = few_step(LANGUAGE, model, process, steps=(2,), samples=5_000, seed=1).rows[0].measures
     words = LANGUAGE.words
     law = learn.drift.generated[-1, 0, :words, :words].double()
     assert law[LANGUAGE.allowed].sum().item() == pytest.approx(sampled.validity.estimate, abs=0.01)

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import torch
+import wrapping_worker
+from forked import run_ranks
 
-WORKER = Path(__file__).with_name("wrapping_worker.py")
 CASES = ["model", "owner", "windows", "head"]
 on_cpu = pytest.mark.skipif(not hasattr(torch.cpu.Stream, "record_event"), reason="this torch has no FSDP2 on the CPU")
 WRAPS = ["ddp", pytest.param("fsdp2", marks=on_cpu)]
 
 
 @pytest.fixture(scope="module")
-def ranks(run_ranks):
+def ranks():
     """What one process with the bare model found, and what each of two with wrapped models found."""
-    single, *pair = run_ranks(WORKER, [(0, 1), (0, 2), (1, 2)])
+    single, *pair = run_ranks(wrapping_worker.main, [(0, 1), (0, 2), (1, 2)])
     return single, pair
 
 

@@ -1,9 +1,7 @@
-"""One rank of the tests of wrapped models: ``python wrapping_worker.py RANK RANKS STORE OUT``; see test_wrapping.py."""
+"""One rank of the tests of wrapped models, which test_wrapping.py starts."""
 
 from __future__ import annotations
 
-import os
-import sys
 import warnings
 
 import torch
@@ -94,20 +92,13 @@ def train(rank, ranks, wrap, case):
     return found
 
 
-def main(rank, ranks, store, out):
-    torch.set_num_threads(1)
+def main(rank, ranks, store):
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module")  # says how not to use its output; we do not
     if ranks > 1:
         distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=ranks)
     wraps = ["bare"] if ranks == 1 else [name for name in WRAPPERS if name != "bare"]
-    torch.save({(wrap, case): train(rank, ranks, wrap, case) for wrap in wraps for case in CASES}, out)
+    found = {(wrap, case): train(rank, ranks, wrap, case) for wrap in wraps for case in CASES}
     if ranks > 1:
         distributed.barrier()
         distributed.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]), *sys.argv[3:])
-    # All is written. Threads that the wrappers leave to gloo now and then abort a regular exit ("terminate called
-    # without an active exception"): seen once in some dozens of runs, after the results lay on the disk.
-    os._exit(0)
+    return found

@@ -6,6 +6,8 @@ import difflib
 import functools
 import inspect
 import math
+import sys
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -17,6 +19,8 @@ from tokendrift.errors import TokenDriftError, UnknownOptionError
 
 F = TypeVar("F", bound=Callable[..., Any])
 TYPES = {str: "a text", int: "an integer", float: "a number", bool: "true or false"}  # of values, in messages
+# Packages of the frames that can stand between a warning and the line of the user.
+BETWEEN = frozenset({"tokendrift", "torch", "accelerate", "transformers", "typer", "click", "contextlib"})
 LARGEST = 2**63 - 1  # integer that PyTorch can hold
 INTEGER_DTYPES = (torch.int64, torch.int32, torch.int16, torch.uint8)
 
@@ -40,6 +44,14 @@ def fail(message: str, remedy: str = "", /, **got: object) -> TokenDriftError:
     if remedy:
         lines.append("  " + remedy)
     return TokenDriftError("\n".join(lines))
+
+
+def warn_user(message: str) -> None:
+    """Issue a warning at the line of the user: the innermost one outside this package and the libraries above."""
+    frame, level = sys._getframe(1), 2
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in BETWEEN:
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, stacklevel=level)
 
 
 def can_be_read(values: Tensor) -> bool:

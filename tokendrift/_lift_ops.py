@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import functools
 import importlib.util
-import warnings
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from tokendrift import _row_kernels
+from tokendrift._checks import warn_user
 from tokendrift._operators import register, wide_dtype
 
 LEAST_ROWS = 64  # below this the matrix products of a chunk are too thin to be efficient
@@ -50,7 +50,7 @@ def _kernels_work(device: torch.device) -> bool:
         _row_kernels.softmax_into(p, rows, None, 0, -1)
         return bool(torch.allclose(p, rows.softmax(dim=1), atol=1e-5))
     except Exception as error:  # whatever a compiler on this machine may lack, the result is the same without it
-        warnings.warn(f"the Triton kernels do not run here, and PyTorch's operators are used: {error}", stacklevel=2)
+        warn_user(f"the Triton kernels do not run here, and PyTorch's operators are used: {error}")
         return False
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -28,6 +27,7 @@ from tokendrift._checks import (
     check_tensor,
     fail,
     looks_like_probabilities,
+    warn_user,
 )
 from tokendrift._diagnostics import Diagnostics, LossOutput, token_entropy
 from tokendrift.features import FeatureMap
@@ -317,11 +317,10 @@ class DriftObjective(nn.Module):
         if self.mask_id is not None:
             check_clean_ids(inputs.clean_ids, self.mask_id, inputs.attention_mask)
         if first and not isinstance(inputs.logits, LinearLogits) and looks_like_probabilities(inputs.logits):
-            warnings.warn(
+            warn_user(
                 f"logits look like probabilities: they are not negative and rows sum to one. {type(self).__name__} "
                 "applies a softmax of its own, so that probabilities give a wrong loss; pass the raw output of the "
-                "denoiser, or probabilities.log().",
-                stacklevel=8,
+                "denoiser, or probabilities.log()."
             )
 
     def extra_repr(self) -> str:
@@ -467,11 +466,10 @@ class DriftObjective(nn.Module):
         if refills or self._warned_of_zero or torch.compiler.is_compiling():
             return
         self._warned_of_zero = True
-        warnings.warn(
+        warn_user(
             "the drift of this call is zero, and with it the gradient. An anchor needs a positive, and a negative "
             "other than itself, that differ by more than rounding: pass more than one sequence, use queues in "
-            "training mode, or normalise features that are very small.",
-            stacklevel=7,
+            "training mode, or normalise features that are very small."
         )
 
     def _finish(

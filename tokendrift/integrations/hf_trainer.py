@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
 from itertools import islice
@@ -14,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer, TrainerCallback
 
-from tokendrift._checks import fail
+from tokendrift._checks import fail, warn_user
 from tokendrift.encoders import unwrapped
 from tokendrift.errors import TokenDriftError
 from tokendrift.files import write_atomically
@@ -260,7 +259,7 @@ class ObjectiveTrainer(Trainer):
         try:
             config = config_json(network, getattr(self.objective, "process", None))
         except TokenDriftError as error:
-            warnings.warn(f"the configuration is not written: {error}", stacklevel=2)
+            warn_user(f"the configuration is not written: {error}")
             return
         if isinstance(network, DiT):
             write_atomically(folder / CONFIG, json.dumps(config, indent=2) + "\n")
@@ -284,7 +283,6 @@ class ObjectiveTrainer(Trainer):
         if file.is_file():
             self._state.load_state_dict(torch.load(file, map_location="cpu", weights_only=True))
         else:
-            warnings.warn(
-                f"{checkpoint} has no {QUEUES}, so the queues start empty and the objective begins as it was built.",
-                stacklevel=2,
+            warn_user(
+                f"{checkpoint} has no {QUEUES}, so the queues start empty and the objective begins as it was built."
             )

@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import warnings
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from functools import partial
@@ -17,7 +16,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from tokendrift._checks import fail
+from tokendrift._checks import fail, warn_user
 from tokendrift.files import foreign_errors, is_failure, reason
 from tokendrift.models.hub import check_local
 
@@ -211,10 +210,9 @@ def decode(tokenizer: Any, ids: Tensor | Sequence[Sequence[int]] | Sequence[Tens
     if not unknown:
         with _usable():
             return list(write(rows))
-    warnings.warn(
+    warn_user(
         f"{len(unknown)} of {sum(map(len, rows))} ids, such as {unknown[0]}, are not in the vocabulary of the "
-        f"tokenizer, which has {size} entries. They are written as {UNKNOWN!r}.",
-        stacklevel=2,
+        f"tokenizer, which has {size} entries. They are written as {UNKNOWN!r}."
     )
     with _usable():
         return [UNKNOWN.join(write(_split(row, size))) for row in rows]

@@ -12,7 +12,8 @@ from tokendrift.training.objectives.consistency_distillation import (
 )
 from tokendrift.training.objectives.continuation import Continuation, CurriculumContinuation, Denoising, ScoreEntropy
 from tokendrift.training.objectives.drift import CombinedConfig, Drift, DriftConfig
-from tokendrift.training.objectives.matching_objective import DistributionMatching, MatchingConfig
+from tokendrift.training.objectives.matching_config import MatchingConfig
+from tokendrift.training.objectives.matching_objective import DistributionMatching
 from tokendrift.training.objectives.objective import (
     Objective,
     ObjectiveConfig,

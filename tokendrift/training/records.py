@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import math
 import uuid
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from tokendrift._checks import warn_user
 from tokendrift.files import write_atomically
 
 LOG, CURVES = "log.jsonl", "tensorboard"
@@ -101,7 +101,7 @@ class Records:
         """Log a message and issue it as a warning, once for all processes."""
         if self.main:
             self._line({"kind": "message", "step": step, "message": message})
-            warnings.warn(message, stacklevel=2)
+            warn_user(message)
 
     def advance(self, step: int, shown: Mapping[str, float] | None = None) -> None:
         """Move the progress bar to a number of finished steps, and show figures beside it."""
@@ -125,7 +125,7 @@ class Records:
     def _lose_curves(self, error: OSError) -> None:
         """Continue without curves: after an error, TensorBoard's writer raises it again at every call."""
         self.curves = None
-        warnings.warn(_LOST.format(error), stacklevel=3)
+        warn_user(_LOST.format(error))
 
     def _line(self, entry: Mapping[str, Any]) -> None:
         try:
@@ -133,7 +133,7 @@ class Records:
                 file.write(json.dumps({name: _finite(value) for name, value in entry.items()}) + "\n")
         except OSError as error:
             if not self._failed:
-                warnings.warn(f"{self.path} cannot be written ({error}); training continues.", stacklevel=3)
+                warn_user(f"{self.path} cannot be written ({error}); training continues.")
             self._failed = True
 
     def _cut(self, step: int, evaluation_due: bool) -> None:
@@ -180,7 +180,7 @@ def _tensorboard(folder: Path, step: int) -> Any:
     try:
         return SummaryWriter(str(folder), purge_step=step + 1 if step else None)
     except OSError as error:
-        warnings.warn(_LOST.format(error), stacklevel=3)
+        warn_user(_LOST.format(error))
         return None
 
 
@@ -188,9 +188,7 @@ def _wandb(project: str, folder: Path, config: dict[str, Any]) -> Any:
     try:
         import wandb
     except ImportError:
-        warnings.warn(
-            "wandb is not installed, so no curves are written to it. Install it with pip install wandb.", stacklevel=3
-        )
+        warn_user("wandb is not installed, so no curves are written to it. Install it with pip install wandb.")
         return None
     # One run per folder, also after an interruption. The id is random, since several folders may have one name.
     kept = folder / WANDB

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from tokendrift._checks import fail
+from tokendrift._checks import fail, warn_user
 from tokendrift.evaluation.controls import control_sets
 from tokendrift.evaluation.sample_reader import has_header, read_samples
 from tokendrift.evaluation.samples import id_sequences
@@ -136,11 +135,10 @@ def warn_of_unknown_ids(sources: Sequence[NamedSamples], tokenizer: Any) -> None
         ids = source.samples.ids or []
         unknown = sum(token >= size for row in ids for token in row)
         if unknown:
-            warnings.warn(
+            warn_user(
                 f"{unknown} of {sum(map(len, ids))} ids of {source.origin} are not in the vocabulary of the tokenizer, "
                 f"which has {size} entries. Every figure counts them, and texts that have to be decoded show them as "
-                f"{UNKNOWN!r}.",
-                stacklevel=2,
+                f"{UNKNOWN!r}."
             )
 
 

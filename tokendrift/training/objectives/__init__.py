@@ -6,7 +6,7 @@ A new objective is a frozen dataclass that derives from `ObjectiveConfig`, and a
 from tokendrift.training.objectives.consistency_distillation import ConsistencyDistillationConfig
 from tokendrift.training.objectives.continuation import ContinuationConfig
 from tokendrift.training.objectives.drift import CombinedConfig, DriftConfig
-from tokendrift.training.objectives.matching_objective import MatchingConfig
+from tokendrift.training.objectives.matching_config import MatchingConfig
 from tokendrift.training.objectives.mirror import MirrorKLConfig, MirrorMSEConfig
 from tokendrift.training.objectives.objective import ObjectiveConfig
 from tokendrift.training.objectives.self_distillation import SelfDistillationConfig
