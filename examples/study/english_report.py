@@ -146,9 +146,10 @@ def plot(real: Measures, cells: Cells) -> Figure:
     """Draw bits per byte under the first judge against sample entropy at 4 NFE, a panel for each process."""
     kinds = [kind for kind in NAMES if any(cell.kind == kind for cell in cells)]
     figure = Figure(figsize=(5.0 * len(kinds), 4.2), layout="constrained")
+    arms = list(dict.fromkeys(cell.arm for cell in cells if cell.kind in NAMES))  # an arm has one colour everywhere
     panels = figure.subplots(1, len(kinds), squeeze=False, sharey=True)[0]
     for axes, kind in zip(panels, kinds, strict=True):
-        _draw(axes, real, {cell: rows for cell, rows in cells.items() if cell.kind == kind})
+        _draw(axes, real, {cell: rows for cell, rows in cells.items() if cell.kind == kind}, arms)
         axes.set_title(NAMES[kind], fontsize="medium")
         axes.set_xlabel("sample entropy (nats)")
         axes.spines[["top", "right"]].set_visible(False)
@@ -162,8 +163,7 @@ def plot(real: Measures, cells: Cells) -> Figure:
     return figure
 
 
-def _draw(axes: Axes, real: Measures, cells: Cells) -> None:
-    arms = list(dict.fromkeys(cell.arm for cell in cells))
+def _draw(axes: Axes, real: Measures, cells: Cells, arms: list[str]) -> None:
     for cell, rows in cells.items():
         colour = f"C{arms.index(cell.arm)}"
         by_temperature = [m for s, m in rows.items() if s.steps == 4 and s.top_p == 1]
