@@ -118,7 +118,7 @@ def test_commands_choose_their_device_alike():
         for option in command.params
         if option.name == "device"
     }
-    assert defaults == dict.fromkeys(("refine", "sample", "doctor", "probe", "evaluate"), "auto")
+    assert defaults == dict.fromkeys(("demo", "refine", "sample", "doctor", "probe", "evaluate"), "auto")
 
 
 def test_names_reach_the_terminal_without_control_characters_and_their_markup_means_nothing(run, capsys):

@@ -126,7 +126,7 @@ def demo(
     ] = None,
     steps: Annotated[
         int | None,
-        typer.Option(min=1, help="Optimiser steps of each refinement. Default: 100; --quick: 8; --full: 1500."),
+        typer.Option(min=1, help="Optimiser steps of each refinement. Default: 80; --quick: 8; --full: 1500."),
     ] = None,
     window: Annotated[
         int, typer.Option(min=1, help="Tokens pooled into one feature; the paper pools whole sequences, here 32.")
