@@ -21,7 +21,7 @@ console = Console(width=120)
 for kind in ("masked", "uniform"):
     process = language.process(kind)
     denoiser = ExactDenoiser(language, process)
-    result = few_step(language, denoiser, process, steps=(2, 4, 8), temperatures=(1.0, 0.6), samples=1024)
+    result = few_step(language, denoiser, process, steps=(2, 4, 8), temperatures=(1.0, 0.6), samples=512)
     console.print(result.table(f"{kind} diffusion, exact denoiser"))
 
     by_setting = {(row.nfe, row.temperature): row.measures for row in result.rows}

@@ -134,14 +134,16 @@ def test_diagnostics_are_the_means_over_accumulated_micro_batches(make):
     assert logged == pytest.approx([(drifts[0] + drifts[1]) / 2, (drifts[2] + drifts[3]) / 2])
 
 
-@pytest.mark.parametrize("kind", ["drift", "continuation", "matching"])
-@pytest.mark.parametrize("own", [True, False], ids=["generator", "global numbers"])
+@pytest.mark.parametrize(
+    ("kind", "own"),
+    [("drift", True), ("drift", False), ("continuation", True), ("continuation", False), ("matching", True)],
+)
 def test_evaluations_repeat_and_leave_training_as_it_is(make, kind, own):
     ends = []
     for evaluations in ({}, {"eval_strategy": "steps", "eval_steps": 1}):
         trainer, model = make(kind, save_steps=100, **evaluations)
-        if kind != "matching":  # its chains have the generator, too
-            trainer.objective.generator = trainer.objective.generator if own else None
+        if not own:  # the chains of matching have the generator, too
+            trainer.objective.generator = None
         trainer.train()
         pushed = None if trainer.drift is None else trainer.drift.queue_real.features().clone()
         first, again = (trainer.evaluate()["eval_loss"] for _ in range(2))

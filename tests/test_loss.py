@@ -731,16 +731,21 @@ def test_the_compiled_loss_equals_eager_over_steps_with_queues(cls, partly):
 
 
 @pytest.mark.slow
+def test_the_loss_compiled_for_any_size_equals_eager():
+    compare_with_compiled(TokenDriftLoss, True, backend="aot_eager", dynamic=True)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("cls", [TokenDriftLoss, MirrorTeacherLoss])
 @pytest.mark.parametrize("partly", [False, True])
 def test_the_loss_compiled_by_inductor_equals_eager(cls, partly):
     compare_with_compiled(cls, partly, backend="inductor")
 
 
-def compare_with_compiled(cls, partly, backend):
+def compare_with_compiled(cls, partly, backend, **options):
     torch.compiler.reset()
     eager, inner = build(cls, filled=False), build(cls, filled=False)
-    compiled = torch.compile(inner, backend=backend)
+    compiled = torch.compile(inner, backend=backend, **options)
     for seed in range(3):  # the queues fill (3, then 5 of 5), so the number of references changes
         logits, clean, noisy, predicted = loss_inputs(seed)
         arguments = {"noisy_ids": noisy, "predicted": predicted} if partly else {}

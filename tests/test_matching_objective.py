@@ -207,8 +207,8 @@ def test_the_auxiliary_model_follows_the_students_samples_and_the_teacher_stays(
     learn = objective(process, teacher, auxiliary_rank=rank, auxiliary_rate=1e-2, base_weight=0.0)
     before = {name: value.clone() for name, value in learn.teacher.state_dict().items()}
     differences = []
-    for _ in range(60):
-        logs = learn(student, LANGUAGE.sample(64, seed=0), log=True).logs
+    for _ in range(30):
+        logs = learn(student, LANGUAGE.sample(32, seed=0), log=True).logs
         differences.append(float(logs["teacher_nelbo"] - logs["auxiliary_nelbo"]))
         learn.update_auxiliary()
     assert differences[0] == pytest.approx(0, abs=1e-5)
@@ -280,18 +280,18 @@ def test_student_and_auxiliary_model_together_find_the_law_of_the_teacher(kind):
     law[:6] = torch.tensor([0.4, 0.2, 0.2, 0.1, 0.05, 0.05])
     even = torch.full((process.vocab_size,), 1 / 6)
     student, teacher = Watched(process, even), frozen(Watched(process, law))
-    config = MatchingConfig(**PLAIN, base_weight=0.0, auxiliary_rate=0.05)
+    config = MatchingConfig(**PLAIN, base_weight=0.0, auxiliary_rate=0.1)
     generator = torch.Generator().manual_seed(0)
     learn = DistributionMatching(process, teacher, Watched(process, even), config, generator=generator)
     text, distances = torch.zeros(64, 8, dtype=torch.int64), []
-    for _ in range(300):
+    for _ in range(150):
         student.logits.grad = None
         learn(student, text).loss.backward()
-        student.logits.data -= 0.1 * student.logits.grad
+        student.logits.data -= 0.2 * student.logits.grad
         learn.update_auxiliary()
         found = student.logits.detach()[:6].softmax(0)
         distances.append((found - law[:6]).abs().sum().item() / 2)
-    assert distances[0] > 0.25 and sum(distances[-100:]) / 100 < 0.08
+    assert distances[0] > 0.25 and sum(distances[-50:]) / 50 < 0.08
 
 
 # ------------------------------------------------------------------------------------------------ others' settings

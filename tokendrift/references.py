@@ -177,7 +177,8 @@ class FeatureQueue(nn.Module):
     def check_width(self, features: Tensor) -> None:
         """Require features (K, M) of the width of those that are kept."""
         width = self.buffer.shape[1]
-        if width > 0 and width != features.shape[1]:  # `not in (0, ...)` is wrong of symbolic sizes in a compiled loss
+        # Two comparisons: torch.compile evaluates `width not in (0, size)` wrongly where the size is symbolic.
+        if width > 0 and width != features.shape[1]:
             raise fail(
                 f"features has width M = {features.shape[1]} but the queue holds M = {width}.",
                 "One queue belongs to one feature map: build a new loss for a new one.",
