@@ -41,7 +41,7 @@ def test_a_folder_without_the_models_is_refused(tmp_path):
 @pytest.mark.parametrize("objective", ["matching", "drift", "pairs"])
 def test_every_refinement_has_a_valid_configuration(process, objective, tmp_path):
     made = DemoConfig(process=process, objective=objective).refinement(tmp_path / "text.txt", tmp_path)
-    assert made.settings()["objective"] == objective and made.baseline and made.steps == 100
+    assert made.settings()["objective"] == objective and made.baseline and made.steps == 80
 
 
 PARAMS = [("masked", "matching"), ("uniform", "drift"), ("masked", "pairs")]

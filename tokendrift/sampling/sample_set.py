@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cache
 from typing import Any, NamedTuple
+
+from torch import nn
 
 from tokendrift._checks import check_count, fail
 from tokendrift.diffusion.process import Denoiser, Process
@@ -99,7 +102,8 @@ def denoiser_samples(
     """Return a function that draws samples from a denoiser: ``draw(setting, count)``.
 
     Row i has the random numbers of (seed, i) at every setting and for every model, which makes comparisons paired.
-    The NFE of a set is the largest number of forward calls that a row took part in, as in a samples file.
+    The NFE of a set is the largest number of forward calls that a row took part in, as in a samples file. Its FLOPs are
+    known for a module, by one more call with a single sequence, and not for a function.
 
     Args:
         denoiser: Maps ids (B, L) and sigma (B,) to logits (B, L, V); see `sample`.
@@ -112,8 +116,11 @@ def denoiser_samples(
         nucleus: See `sample`: ``"keep"`` or ``"drop"``.
         noise_removal: See `sample`: ``"ancestral"``, ``"greedy"`` or ``"none"``.
     """
-    per_evaluation = flops_per_evaluation(denoiser, process, length)
     rows = max(1, min(64, LOGITS_AT_ONCE // (length * process.vocab_size))) if batch_size is None else batch_size
+
+    @cache
+    def per_evaluation() -> int | None:
+        return flops_per_evaluation(denoiser, process, length) if isinstance(denoiser, nn.Module) else None
 
     def draw(setting: SamplingSetting, count: int) -> SampleSet:
         found = sample(
@@ -130,8 +137,8 @@ def denoiser_samples(
             batch_size=rows,
             seed=seed,
         )
-        flops = per_evaluation * float(found.row_nfe.double().mean())
-        nfe = int(found.row_nfe.max())
+        each, nfe = per_evaluation(), int(found.row_nfe.max())
+        flops = None if each is None else each * float(found.row_nfe.double().mean())
         return SampleSet(ids=found.ids.tolist(), nfe=nfe, flops=flops, metadata=setting._asdict())
 
     return draw
