@@ -6,7 +6,7 @@
 #   make lint        ruff and mypy only
 #   make docs        build the documentation into site/
 #   make examples    run the examples
-#   make study       four hours on two cores: the study of docs/study.md, into study-output/; continues where it stopped
+#   make study       six hours on two cores: the study of docs/study.md, into study-output/; continues where it stopped
 #   make gpu         ten minutes on one GPU: its tests, timings and a refinement, into gpu-output/, see docs/gpu.md
 #   make clean       remove .venv and everything that was built
 #
