@@ -107,7 +107,7 @@ class DemoConfig:
             text: File of paragraphs to train on.
             output: Folder for the two models.
         """
-        # In so few steps, the auxiliary model of matching cannot follow at the rate of its preset, 5e-4.
+        # At the rate of the preset, 5e-4, the first few hundred steps of matching are not stable.
         rate = 2e-4 if self.objective == "matching" else 5e-4
         values: dict[str, Any] = {"objective": self.objective, "learning_rate": rate}
         if self.objective == "drift":

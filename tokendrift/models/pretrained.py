@@ -20,9 +20,7 @@ from tokendrift.models.tokenizer import has_tokenizer, load_tokenizer
 from tokendrift.models.weight_files import CONFIG, read_json
 
 ADAPTERS = "adapter_config.json"
-OPTIONS = (
-    "tokendrift.json"  # what `save_denoiser` writes beside a model, since its own configuration has no place for it
-)
+OPTIONS = "tokendrift.json"  # beside a model: what the configuration of transformers has no place for
 STORED = ("vocab_size", "mask_id", "model_length", "shifted", "schedule")  # in OPTIONS
 FIELDS = (*STORED, "base_model", "trust_remote_code")
 TOKENIZER_FILES = ("*.txt", "*.model")

@@ -11,11 +11,8 @@ from typing import Any
 from tokendrift._checks import fail
 from tokendrift.text_files import HEADER
 
-MEASURED = (
-    "nfe",
-    "flops",
-    "complete",
-)  # fields of the header that are filled in at the end; the others must not change
+# Fields of the header that are filled in at the end; the others must not change.
+MEASURED = ("nfe", "flops", "complete")
 
 
 class SampleFile:

@@ -122,12 +122,8 @@ class CheckpointSampler:
         fields = checkpoint_fields(config.checkpoint_config)
         found = read_checkpoint(config.checkpoint, revision=config.revision, config=fields)
         self.model, self.process = build(found, dtype=getattr(torch, config.dtype), device=config.device)
-        about: dict[str, Any] = {
-            "source": config.tokenizer,
-            "fetch": found.revision is not None,
-            "trusted": found.trusted,
-        }
-        own = find_tokenizer(found.folder, self.process.vocab_size, **about)
+        fetch, size = found.revision is not None, self.process.vocab_size
+        own = find_tokenizer(found.folder, size, source=config.tokenizer, fetch=fetch, trusted=found.trusted)
         self.tokenizer: Any = None if own is None else own[0]
         # 2. The length of a sample and what it begins with.
         self.window = self.model.config.model_length
