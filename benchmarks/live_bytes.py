@@ -43,13 +43,13 @@ class LiveBytes(TorchDispatchMode):
         out = func(*args, **kwargs)
         if func._overloadpacket in PRODUCTS:
             self.flops += PRODUCTS[func._overloadpacket](*args, **kwargs, out_val=out)
-        self.live = {key: entry for key, entry in self.live.items() if not entry[0].expired()}
         given = {_key(leaf) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
-        for leaf in tree_leaves(out):
-            if isinstance(leaf, Tensor) and _key(leaf) not in given:
-                storage = leaf.untyped_storage()
-                self.live[_key(leaf)] = (StorageWeakRef(storage), storage.nbytes())
-        self.peak = max(self.peak, sum(size for _, size in self.live.values()))
+        made = [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor) and _key(leaf) not in given]
+        if made:  # else there is no new peak
+            self.live = {key: entry for key, entry in self.live.items() if not entry[0].expired()}
+            for storage in (leaf.untyped_storage() for leaf in made):
+                self.live[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
+            self.peak = max(self.peak, sum(size for _, size in self.live.values()))
         return out
 
 

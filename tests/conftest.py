@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -30,9 +31,17 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_collection_finish() -> None:
-    """Keep the garbage collector from going through what was imported, again and again."""
+    """Keep the garbage collector from going through what was imported, again and again; start what forks processes."""
     gc.collect()
     gc.freeze()
+    if "forked" in sys.modules:
+        sys.modules["forked"].start()
+
+
+def pytest_unconfigure() -> None:
+    """End what forks processes."""
+    if "forked" in sys.modules:
+        sys.modules["forked"].stop()
 
 
 def pytest_runtest_setup() -> None:

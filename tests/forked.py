@@ -1,4 +1,4 @@
-"""Processes for tests, forked from one that has imported the large packages, so that each starts in milliseconds."""
+"""Processes for tests, forked from a copy of the test process that has run nothing yet, so that each starts at once."""
 
 from __future__ import annotations
 
@@ -6,30 +6,47 @@ import contextlib
 import io
 import multiprocessing
 import os
+import sys
 import tempfile
+import warnings
 from collections.abc import Callable, Iterable
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 import torch
 
-FORKS: Any = multiprocessing.get_context(
-    "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
-)
-PRELOADED = [
-    "pytest",
-    "accelerate",
-    "torch._dynamo",  # the first step of an optimiser imports it
-    "torch.distributed.checkpoint.state_dict",
-    "torch.distributed.fsdp",
-    "transformers.models.auto.tokenization_auto",
-    "transformers.tokenization_utils_fast",
-    "tokendrift.demo",
-    "tokendrift.evaluation",
-    "tokendrift.sampling",
-    "tokendrift.training",
-]
-FORKS.set_forkserver_preload(PRELOADED)  # not hypothesis: a test asks what an import without it says
+# What the first step of an optimiser, wrapped models and checkpoints import: once here, and not once in every process.
+import torch._dynamo
+import torch.distributed.checkpoint.state_dict
+import torch.distributed.fsdp
+
+CONTEXT: Any = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
+_server: list[Connection] = []  # to the copy
+
+
+def start() -> None:
+    """Copy this process, which has imported the test modules; it must not have run a backward pass, nor any thread."""
+    if not _server and sys.platform == "linux":
+        own, other = multiprocessing.Pipe()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # pytest-xdist has a thread that waits for messages
+            CONTEXT.Process(target=_serve, args=(other, own)).start()
+        other.close()
+        _server.append(own)
+
+
+def stop() -> None:
+    """End the copy."""
+    while _server:
+        _server.pop().close()
+
+
+def _serve(requests: Connection, other: Connection) -> None:
+    other.close()
+    with contextlib.suppress(EOFError):
+        while True:
+            requests.send(_run(requests.recv()))
 
 
 def run_all(work: Callable[..., Any], calls: Iterable[tuple[Any, ...]]) -> list[Any]:
@@ -38,19 +55,32 @@ def run_all(work: Callable[..., Any], calls: Iterable[tuple[Any, ...]]) -> list[
     The function has to be that of a module which is imported by its name. The result is what each call returned.
     """
     with tempfile.TemporaryDirectory() as folder:
-        files, processes = [], []
-        try:
-            for number, call in enumerate(calls):
-                files.append(Path(folder) / f"{number}.pt")
-                processes.append(FORKS.Process(target=_call, args=(files[-1], work, *call)))
-                processes[-1].start()
-            for process in processes:
-                process.join(timeout=300)
-                assert process.exitcode == 0, f"{process.exitcode}: see what was written to standard error"
-        finally:
-            for process in processes:
-                process.kill()
-        return [torch.load(file, weights_only=False) for file in files]
+        jobs = [(Path(folder) / f"{number}.pt", work, *call) for number, call in enumerate(calls)]
+        if _server:
+            _server[0].send(jobs)
+            codes = _server[0].recv()
+        else:
+            codes = _run(jobs)
+        for code in codes:
+            assert code == 0, f"{code}: see what was written to standard error"
+        return [torch.load(file, weights_only=False) for file, *_ in jobs]
+
+
+def _run(jobs: list[tuple[Any, ...]]) -> list[int | None]:
+    """Run `_call` with each of several arguments and return the exit codes: of the first that failed, not after it."""
+    processes: list[Any] = []
+    try:
+        for job in jobs:
+            processes.append(CONTEXT.Process(target=_call, args=job))
+            processes[-1].start()
+        for process in processes:
+            process.join(timeout=300)
+            if process.exitcode != 0:
+                break
+        return [process.exitcode for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
 
 
 def run_ranks(work: Callable[[int, int, Path], Any], runs: Iterable[tuple[int, int]]) -> list[Any]:

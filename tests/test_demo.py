@@ -15,6 +15,7 @@ from tokendrift.demo import PRETRAINED, DemoConfig, demonstration, pretrained_pa
 from tokendrift.demo.demonstration import show
 from tokendrift.evaluation.report import EvaluateConfig
 from tokendrift.models.tokenizer import load_tokenizer
+from tokendrift.training import make_config
 
 
 def test_shipped_models_stay_below_eight_megabytes():
@@ -57,8 +58,10 @@ def small_run(request, tmp_path_factory):
         process, objective, output=folder, steps=2, samples=12, nfes=(1, 2), judges=(str(pretrained_path("judge")),)
     )
     splits = Splits(*(part[:100] for part in split(topics.topics.values())))
+    small = {"batch_size": 8, "micro_batch": 8} | ({} if objective == "drift" else {"pair_sequences": 64})
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(demonstration, "read_splits", lambda files: splits)
+        patch.setattr(demonstration, "make_config", lambda values: make_config(values=values | small))
         patch.setattr(demonstration, "EvaluateConfig", partial(EvaluateConfig, resamples=50))
 
         def run():

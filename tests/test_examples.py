@@ -39,6 +39,16 @@ def test_the_notebook_runs_and_is_stored_without_outputs(tmp_path: Path, monkeyp
     assert not any(cell["outputs"] or cell["execution_count"] for cell in cells)
     monkeypatch.chdir(tmp_path)
     names: dict[str, object] = {"__name__": "notebook"}
+    shorter = {
+        "range(20)": "range(2)",
+        "take(64)": "take(16)",
+        "shape = (64,": "shape = (16,",
+        "resamples=200": "resamples=20",
+    }
     for number, cell in enumerate(cells):
-        exec(compile("".join(cell["source"]), f"cell {number}", "exec"), names)
+        source = "".join(cell["source"])
+        for part in [part for part in shorter if part in source]:
+            source = source.replace(part, shorter.pop(part))
+        exec(compile(source, f"cell {number}", "exec"), names)
+    assert not shorter  # each was found
     assert (tmp_path / "refined" / "config.json").is_file()

@@ -15,7 +15,6 @@ from live_bytes import LiveBytes
 from tokendrift import DriftField, TokenDriftError, kernels
 from tokendrift.kernels import exact_matmul, squared_distances
 from tokendrift.testing import (
-    LAWS,
     assert_antisymmetric,
     assert_equilibrium,
     assert_rotation_equivariant,
@@ -143,24 +142,33 @@ def test_algorithm_2_of_generative_modeling_via_drifting_is_a_special_case(golde
 
 
 @EVERY_FORM
-@pytest.mark.parametrize("rms_normalize", [True, False])
 @pytest.mark.parametrize("examples", [8, pytest.param(40, marks=pytest.mark.slow)])
-def test_every_form_keeps_every_law(kernel, normalization, rms_normalize, examples):
-    field = make_field(kernel=kernel, normalization=normalization, rms_normalize=rms_normalize)
-    check_field(field, max_examples=examples)
+def test_every_form_keeps_every_law(kernel, normalization, examples):
+    check_field(make_field(kernel=kernel, normalization=normalization), max_examples=examples)
+
+
+@pytest.mark.parametrize(
+    ("kernel", "normalization", "examples"),
+    [(*form, 8) for form in zip(KERNELS * 2, NORMALIZATIONS, strict=False)]
+    + [pytest.param(*form, 40, marks=pytest.mark.slow) for form in FORMS],
+)
+def test_every_raw_form_keeps_every_law(kernel, normalization, examples):
+    check_field(make_field(kernel=kernel, normalization=normalization, rms_normalize=False), max_examples=examples)
 
 
 @pytest.mark.parametrize("normalization", NORMALIZATIONS)
 def test_unequal_pull_and_push_break_the_swap_and_nothing_else(normalization):
     field = make_field(normalization=normalization, attraction=2.0)
-    check_field(field, skip=["antisymmetric", "equilibrium"], max_examples=15)
-    for law in ("antisymmetric", "equilibrium"):
-        with pytest.raises(AssertionError, match=r"V\("):
-            check_field(field, skip=[name for name in LAWS if name != law], max_examples=15)
+    check_field(field, skip=["antisymmetric", "equilibrium"], max_examples=8)
+    with pytest.raises(AssertionError, match=r"anti-symmetry V\("):
+        assert_antisymmetric(field, points(4, 3), points(6, 3, seed=1), points(5, 3, seed=2))
+    with pytest.raises(AssertionError, match=r"equilibrium V\("):
+        assert_equilibrium(field, points(4, 3), points(6, 3, seed=1))
 
 
 @EVERY_FORM
 @given(cloud=clouds(offset=0.0))
+@settings(max_examples=10)
 def test_swapped_sets_give_the_opposite_drift_to_the_last_digits(kernel, normalization, cloud):
     field = raw_field(kernel, normalization, 0.2)
     # Around the origin nothing cancels, so 1e-12 is asked for here; check_field allows for far clouds.
@@ -216,6 +224,7 @@ def test_the_drift_turns_with_its_points(cloud, seed):
     cloud=clouds(offset=0.0, masked=False, shapes=("ball", "line", "sphere", "point")),
     seed=st.none() | st.integers(0, 99),
 )
+@settings(max_examples=10)
 def test_every_form_is_its_formula(kernel, normalization, cloud, seed):
     anchors, positives, negatives = cloud[:3]
     weights, sides = None, {}
@@ -230,6 +239,7 @@ def test_every_form_is_its_formula(kernel, normalization, cloud, seed):
 
 @EVERY_FORM
 @given(cloud=clouds(offset=0.0), seed=st.integers(0, 99))
+@settings(max_examples=10)
 def test_a_weight_is_a_number_of_copies(kernel, normalization, cloud, seed):
     """Zero copies included: then the reference might as well not be there."""
     generator = torch.Generator().manual_seed(seed)
@@ -344,7 +354,7 @@ def test_far_and_near_references_keep_their_ratio_at_d_over_tau_of_ten_thousand(
 
 @EVERY_FORM
 @given(block_size=st.integers(1, 11), scaled=st.booleans(), cloud=clouds(max_references=10), seed=st.integers(0, 99))
-@settings(max_examples=15)
+@settings(max_examples=8)
 def test_the_block_size_changes_nothing(kernel, normalization, block_size, scaled, cloud, seed):
     weights = points(len(cloud.negatives), seed=seed).clamp_min(0)
     options = {
@@ -385,7 +395,7 @@ def test_one_anchor_doubles_the_temperature_of_the_two_sided_form():
     torch.testing.assert_close(cosine, torch.ones_like(cosine), rtol=0, atol=1e-14)
 
 
-@pytest.mark.parametrize(("count", "width", "block"), [(2, 16, 8192), (8, 1536, 672), (512, 4096, 256)])
+@pytest.mark.parametrize(("count", "width", "block"), [(2, 16, 8192), (8, 1536, 672), (2, 8192, 256)])
 def test_a_block_by_default_stays_in_the_cache_of_a_cpu(count, width, block):
     """About a million numbers, references and weights, between 256 references and 8192."""
     references, peaks = torch.zeros(3 * block, width), []
@@ -400,7 +410,7 @@ def test_a_block_by_default_stays_in_the_cache_of_a_cpu(count, width, block):
 def test_memory_does_not_grow_with_the_number_of_references(kernel, normalization):
     field, anchors = make_field(kernel=kernel, normalization=normalization, block_size=16), points(4, 8)
     peaks = []
-    for count in (32, 96):
+    for count in (32, 64):
         sides = [points(count, 8, seed=seed) for seed in (1, 2)]
         weights = torch.ones(count).double()
         with LiveBytes() as memory:
@@ -412,7 +422,7 @@ def test_memory_does_not_grow_with_the_number_of_references(kernel, normalizatio
 def test_references_of_width_1536_need_less_than_a_quarter_of_a_gibibyte_however_many_they_are():
     """Counted on shapes alone, with 8 anchors and the default block of an accelerator."""
     peaks = []
-    for count in (50_000, 100_000):
+    for count in (20_000, 40_000):
         with torch.device("meta"):
             anchors, references, own = torch.empty(8, 1536), torch.empty(count, 1536), torch.arange(8)
             with LiveBytes() as memory:

@@ -204,10 +204,10 @@ def test_positions_come_at_their_shares():
 def test_the_auxiliary_model_follows_the_students_samples_and_the_teacher_stays(kind, rank):
     process = LANGUAGE.process(kind)
     teacher, student = small_model(process, 0), small_model(process, 1)
-    learn = objective(process, teacher, auxiliary_rank=rank, auxiliary_rate=1e-2, base_weight=0.0)
+    learn = objective(process, teacher, auxiliary_rank=rank, auxiliary_rate=2e-2, base_weight=0.0)
     before = {name: value.clone() for name, value in learn.teacher.state_dict().items()}
     differences = []
-    for _ in range(30):
+    for _ in range(20):
         logs = learn(student, LANGUAGE.sample(32, seed=0), log=True).logs
         differences.append(float(logs["teacher_nelbo"] - logs["auxiliary_nelbo"]))
         learn.update_auxiliary()
@@ -284,14 +284,14 @@ def test_student_and_auxiliary_model_together_find_the_law_of_the_teacher(kind):
     generator = torch.Generator().manual_seed(0)
     learn = DistributionMatching(process, teacher, Watched(process, even), config, generator=generator)
     text, distances = torch.zeros(64, 8, dtype=torch.int64), []
-    for _ in range(150):
+    for _ in range(100):
         student.logits.grad = None
         learn(student, text).loss.backward()
         student.logits.data -= 0.2 * student.logits.grad
         learn.update_auxiliary()
         found = student.logits.detach()[:6].softmax(0)
         distances.append((found - law[:6]).abs().sum().item() / 2)
-    assert distances[0] > 0.25 and sum(distances[-50:]) / 50 < 0.08
+    assert distances[0] > 0.25 and sum(distances[-30:]) / 30 < 0.08
 
 
 # ------------------------------------------------------------------------------------------------ others' settings
@@ -397,11 +397,11 @@ def test_the_law_of_pairs_can_be_matched_beside_it_with_a_law_for_each_position(
 
 @KINDS
 @pytest.mark.parametrize("rank", [0, 2])
-@pytest.mark.parametrize("cut", [2, 4])
-def test_a_run_that_is_resumed_ends_with_the_same_bits(kind, rank, cut):
+def test_a_run_that_is_resumed_ends_with_the_same_bits(kind, rank):
     process, settings = LANGUAGE.process(kind), {"auxiliary_rank": rank, "micro_batches": 2}
     _, whole, moments, own = run(process, 6, **settings)
-    _, resumed, moments_resumed, own_resumed = run(process, 6, run(process, cut, **settings), **settings)
+    state = run(process, 4, run(process, 2, **settings), **settings)
+    _, resumed, moments_resumed, own_resumed = run(process, 6, state, **settings)
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
     assert own.keys() == own_resumed.keys()
     assert all(torch.equal(own[name], own_resumed[name]) for name in own)
@@ -557,7 +557,7 @@ def test_two_processes_do_what_one_does(ranks):
 def test_low_rank_adapters_save_the_weights_gradients_and_moments_of_a_copy():
     """What is held for the auxiliary model: four tensors of the size of its trained parameters."""
     process = UniformDiffusion(64)
-    teacher = frozen(DiT(DiTConfig(64, 8, hidden_dim=128, cond_dim=8, n_blocks=4, n_heads=2)))
+    teacher = frozen(DiT(DiTConfig(64, 8, hidden_dim=128, cond_dim=8, n_blocks=2, n_heads=2)))
     student, peaks, sizes = copy.deepcopy(teacher).requires_grad_(True), [], []
     for rank in (0, 2):
         with LiveBytes() as count:
