@@ -20,7 +20,7 @@ from tokendrift.devices import resolve_device
 from tokendrift.evaluation.plots import require_matplotlib
 from tokendrift.evaluation.report import EvaluateConfig, EvaluationReport, as_json, evaluate_files, page
 from tokendrift.files import write_atomically
-from tokendrift.training import RefineConfig, make_config, refine
+from tokendrift.training import PRESETS, RefineConfig, make_config, refine
 from tokendrift.training.processes import make_accelerator
 
 if TYPE_CHECKING:
@@ -107,11 +107,10 @@ class DemoConfig:
             text: File of paragraphs to train on.
             output: Folder for the two models.
         """
-        # At the rate of the preset, 5e-4, the first few hundred steps of matching are not stable.
-        rate = 2e-4 if self.objective == "matching" else 5e-4
+        rate = PRESETS.get(self.objective, {}).get("learning_rate", RefineConfig.learning_rate)
         values: dict[str, Any] = {"objective": self.objective, "learning_rate": rate}
         if self.objective == "drift":
-            values |= {"window": self.window, "queue_size": 2048, "learning_rate": 2.5e-4}
+            values |= {"window": self.window, "queue_size": 2048}
             # An encoder that is told the middle of diffusion time reads the context more than at clean time.
             values |= {"encoder_time": 0.5} if self.process == "uniform" else {}
         return make_config(
