@@ -65,7 +65,7 @@ def test_the_preset_of_pairs_serves_any_checkpoint_at_twice_the_rate():
 def test_the_preset_of_matching_leaves_to_the_process_what_depends_on_it():
     made = make_config(preset="matching", values={"checkpoint": "base"})
     assert made.objective == MatchingConfig(base_weight=0.1, field_clip=5.0, auxiliary_rate=1e-3)
-    assert (made.learning_rate, made.schedule, made.ema, made.betas) == (2e-4, "cosine", 0.99, (0.9, 0.98))
+    assert (made.learning_rate, made.schedule, made.ema, made.betas) == (5e-4, "cosine", 0.99, (0.9, 0.98))
     again = make_config(values=made.settings())
     assert again == made and again.settings()["random_input"] is None
 

@@ -94,7 +94,7 @@ BASE = Arm("base, not trained further", "main", loss="none", length=0.0)
 PAPER = Arm("TokenDrift, the paper's setting", "main")
 CONTINUATION = Arm("continuation", "main", loss="continuation")
 PAIRS = Arm("pairs on own chains", "main", loss="pairs", base_weight=0.1, chains=(2, 4), rate=2.0)
-MATCHING = Arm("distribution matching", "main", loss="matching", base_weight=0.1, rate=2 / 3)  # 2e-4
+MATCHING = Arm("distribution matching", "main", loss="matching", base_weight=0.1, rate=5 / 3)  # the rate of the preset
 DISTILLATION = Arm("SDTT (masked) or DCD (uniform-state)", "main", loss="distillation")
 ROUNDS: dict[str, Any] = {"teacher_steps": 64, "round_steps": 240}  # five rounds, the last with 4 steps
 MAIN = (CONTINUATION, PAPER, PAIRS, MATCHING, DISTILLATION)

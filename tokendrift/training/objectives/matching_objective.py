@@ -411,8 +411,8 @@ class DistributionMatching(StatefulObjective):
             self._warned = True
             warn_user(
                 f"the student writes repetitive text: the tokens of its completions have an entropy of {drawn:.2f} "
-                f"nats, those of the text {text:.2f}. The student may move faster than the auxiliary model can follow. "
-                "Lower the student's learning rate, or raise that of the auxiliary model."
+                f"nats, those of the text {text:.2f}. It moves faster than the auxiliary model can follow. "
+                "If it does not recover as the learning rate falls, lower the learning rate."
             )
         return found
 
