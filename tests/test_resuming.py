@@ -155,7 +155,8 @@ def test_a_run_from_before_the_pairs_goes_on(run, monkeypatch, objective):
 def test_settings_of_pairs_belong_to_runs_on_pairs(run, tmp_path):
     run(steps=2)
     run(steps=2, chains=(8,), pair_decay=0.5, pair_buckets=16, pair_sequences=0)
-    pairs = {"output": str(tmp_path / "pairs"), "objective": "pairs", "pair_sequences": 8, "pair_buckets": 64, "steps": 2}
+    pairs = {"output": str(tmp_path / "pairs"), "objective": "pairs", "steps": 2}
+    pairs |= {"pair_sequences": 8, "pair_buckets": 64}
     run(**pairs)
     with pytest.raises(TokenDriftError, match=r"configuration: pair_decay was 0\.95 and is 0\.5"):
         run(**pairs, pair_decay=0.5)
