@@ -433,6 +433,7 @@ def probe(
     nfe={"min": 1},
     n={"names": ("-n",), "min": 2},
     controls={"names": ("--controls",)},
+    gradient_moment={"names": ("--gradient-moment",)},
     skip_bad={"names": ("--skip-bad",)},
     lines={"names": ("--lines",)},
     resamples={"min": 1},

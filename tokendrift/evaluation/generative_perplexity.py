@@ -253,6 +253,21 @@ class GenerativePerplexity:
             return scored.with_sizes([str(text) for text in samples], None) if whole else scored
         return scored.with_sizes(None, sequences)
 
+    def sample_losses(self, samples: SampleInput) -> Iterator[tuple[int, Tensor, int]]:
+        """Yield the index of a sample, the summed NLL of its counted tokens, and their number, for each of its windows.
+
+        A window is read alone, when it is asked for. The NLL is a scalar, differentiable if gradients are switched on.
+
+        Args:
+            samples: As for `update`.
+        """
+        read = self.judge.with_start(self._prepare(samples, None))
+        for owner, sequence in enumerate(read):
+            for window in plan_windows(len(sequence), self.max_length, self.stride):
+                ids, mask, counted = self._collate(read, [(owner, window)])
+                each, _ = self.judge.token_nll(ids, mask)
+                yield owner, torch.where(counted, each, 0).sum(), int(counted.sum())
+
     def _batches(self, pieces: list[tuple[int, Window]]) -> Iterator[list[tuple[int, Window]]]:
         """Yield windows of like length together: hardly any padding, and no dependence on the order given.
 
