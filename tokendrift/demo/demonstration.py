@@ -54,22 +54,20 @@ class DemoConfig:
     """What a run of the demo depends on.
 
     Attributes:
-        process: Corruption process of the model to refine: ``"masked"`` (as MDLM) or ``"uniform"`` (as DUO).
-            Default: ``"masked"``.
-        objective: ``"matching"`` for distribution matching, ``"drift"`` for the loss of the paper, ``"pairs"`` for the
-            drift of token pairs on the model's own chains. Default: ``"matching"``.
-        text: UTF-8 text files to refine on. Default: the documentation that CPython carries.
-        models: Folder that holds the models ``masked``, ``uniform`` and ``judge``. Default: those of the package.
+        process: Corruption process of the model: masked (as MDLM) or uniform (as DUO). Default: masked.
+        objective: What refines the model: matching (distribution matching), drift (the loss of the paper) or pairs (the
+            drift of token pairs on the model's own chains). Default: matching.
+        text: UTF-8 text file to refine on; repeatable. Default: the documentation inside CPython.
+        models: Folder with the models masked, uniform and judge. Default: those of the package.
         judges: Judges of the samples, as ``tokendrift evaluate --judge`` takes them; the first one makes the table.
             Default: those of `default_judges`.
-        output: Folder for the report, the refined models and the samples. Default: ``demo-output``.
+        output: Folder for report.html, results.json, the refined models and their samples. Default: demo-output.
         steps: Optimiser steps of each refinement. Default: 80.
         samples: Samples of each model at each number of function evaluations. Default: 128.
         nfes: Numbers of function evaluations. Default: 4 and 16.
-        window: Tokens that ``drift`` pools into one feature. Default: 2; the paper pools whole sequences.
+        window: Tokens pooled into one feature by drift; the paper pools whole sequences, here 32. Default: 2.
         seed: Random seed of the refinements, the samples and the bootstrap. Default: 0.
-        device: Device of everything, such as ``"cpu"`` or ``"cuda:0"``. Default: ``"auto"``, CUDA if it is available,
-            else the CPU.
+        device: Device such as cpu or cuda:0; auto takes cuda if it is available, else cpu. Default: auto.
     """
 
     process: str = "masked"

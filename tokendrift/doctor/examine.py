@@ -49,15 +49,15 @@ def diagnose(
 
     Args:
         source: Hub id, folder or file, as for `load_denoiser`.
-        text: UTF-8 text to measure the NELBO on. Default: documentation that CPython carries.
-        tokenizer: A ``tokenizer.json``, folder or hub name. Default: that of the checkpoint's folder, or GPT-2's for a
-            vocabulary of GPT-2's size.
-        revision: Branch, tag or commit of a hub id.
+        text: UTF-8 text file to measure the NELBO on. Default: Python's own documentation.
+        tokenizer: Tokenizer: a tokenizer.json, a folder or a hub id. Default: that of the checkpoint, or that of GPT-2
+            if the vocabulary has its size.
+        revision: Branch, tag or commit of a hub id. Default: the main branch.
         config: Fields that replace or complete those of the configuration, as for `load_denoiser`.
-        tokens: Number of tokens of text to measure on. Default: 16,384.
+        tokens: Number of tokens of text to measure the NELBO on. Default: 16384.
         seed: Random seed of the noise that the NELBO is measured with. Default: 0.
-        device: Device to measure on. Default: CUDA if it is available, else the CPU.
-        progress: Called with a sentence about what is being done.
+        device: Device such as cpu or cuda:0; auto takes cuda if it is available, else cpu. Default: auto.
+        progress: Called with a sentence about what is being done. Default: a function that does nothing.
 
     Raises:
         TokenDriftError: If the checkpoint, text or tokenizer that was named cannot be read, or the device not be used.
