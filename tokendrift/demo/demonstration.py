@@ -19,6 +19,7 @@ from tokendrift.demo.shipped import PRETRAINED
 from tokendrift.devices import resolve_device
 from tokendrift.evaluation.plots import require_matplotlib
 from tokendrift.evaluation.report import EvaluateConfig, EvaluationReport, as_json, evaluate_files, page
+from tokendrift.evaluation.report.evaluation_report import short_name
 from tokendrift.files import write_atomically
 from tokendrift.training import RefineConfig, make_config, refine
 from tokendrift.training.processes import make_accelerator
@@ -201,9 +202,10 @@ def show(report: EvaluationReport, config: DemoConfig, console: Console) -> None
     from rich.padding import Padding
     from rich.text import Text
 
+    judge = short_name(report.evaluation.rows[0].measures.perplexity.judge)
     console.print(table(report))
     console.print(
-        f"Judge: {judge_name(report)}. Brackets hold {report.level} intervals by resampling. NFE is the number of "
+        f"Judge: {judge}. Brackets hold {report.level} intervals by resampling. NFE is the number of "
         "function evaluations, T the sampling temperature. Entropies are in nats, of the tokens of a sample and of all "
         f"tokens together. Rows with an equals sign show the {CONTINUED} at the temperature that gives it that entropy "
         f"of {config.refined}.",
@@ -256,11 +258,6 @@ def table(report: EvaluationReport) -> Table:
     for _, _, found in report.matched:
         add(f"{CONTINUED} = {found.kind}", found.temperature, found.baseline)
     return view
-
-
-def judge_name(report: EvaluationReport) -> str:
-    """Return the name of a judge without the folder that it lies in."""
-    return Path(report.evaluation.rows[0].measures.perplexity.judge).name
 
 
 def examples(report: EvaluationReport) -> dict[str, list[str]]:

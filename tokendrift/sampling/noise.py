@@ -63,9 +63,7 @@ class RowNoise:
         return torch.stack([torch.randn(shape, generator=generator) for generator in generators]).to(self.device)
 
 
-def random_input(
-    denoiser: object, noise: Callable[[Tensor], RowNoise], ids: Tensor, *, step: int = 0
-) -> dict[str, Tensor]:
+def random_input(denoiser: object, noise: Callable[[Tensor], RowNoise], ids: Tensor) -> dict[str, Tensor]:
     """Return the keyword arguments of a call that hold the numbers of a random input; none for other denoisers.
 
     Args:
@@ -75,4 +73,4 @@ def random_input(
         step: Number of the step, each of which has numbers of its own. Default: 0.
     """
     numbers = random_numbers(denoiser)
-    return {"normals": noise(ids).normal(step, ids.shape[1], numbers)} if numbers else {}
+    return {"normals": noise(ids).normal(0, ids.shape[1], numbers)} if numbers else {}
