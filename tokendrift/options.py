@@ -53,7 +53,8 @@ def options_of(
             extra = {"help": help_texts[name], "show_default": False, "type": types[name], **settings.get(name, {})}
             annotation, default = extra.pop("type"), field.default
             kind: Any = typer.Argument if default is field.empty else typer.Option
-            about = kind(*extra.pop("names", ()), **extra)
+            flags = (f"--{name.replace('_', '-')}",) if annotation is bool else ()  # without one that says no
+            about = kind(*extra.pop("names", flags), **extra)
             if get_origin(annotation) is tuple:
                 annotation, default = list[get_args(annotation)[0]], list(default)  # type: ignore[misc]
             elif str in get_args(annotation):
