@@ -16,7 +16,7 @@ from tokendrift._checks import TYPES, fail
 from tokendrift.errors import TokenDriftError
 from tokendrift.files import file_kind, read_text
 from tokendrift.sampling import BadLine, SampleSet
-from tokendrift.text_files import HEADER, JSON_KINDS, is_blank, json_list
+from tokendrift.text_files import HEADER, JSON_KINDS, is_blank, json_list, parsed
 
 LARGEST_ID = 2**31 - 1  # of a token, which every tokenizer and every model can hold
 LONGEST = 2**24  # characters or ids of a sample
@@ -134,11 +134,8 @@ def _entries(content: str, place: Path) -> Iterator[tuple[int, Callable[[], Any]
 
 def has_header(content: str) -> bool:
     """Return whether the first line of a file is the header that `tokendrift sample` writes."""
-    first = content.lstrip().partition("\n")[0]
-    try:
-        return first.startswith("{") and HEADER in _as_object(_parse(first))
-    except ValueError:
-        return False
+    first = parsed(content.lstrip().partition("\n")[0])
+    return isinstance(first, dict) and HEADER in first
 
 
 def _parse(line: str) -> Any:
