@@ -70,7 +70,6 @@ def random_input(denoiser: object, noise: Callable[[Tensor], RowNoise], ids: Ten
         denoiser: The network, wrapped or not.
         noise: Returns the streams of the rows of ids; it is called only if the denoiser has a random input.
         ids: What the denoiser is called with, (B, L).
-        step: Number of the step, each of which has numbers of its own. Default: 0.
     """
     numbers = random_numbers(denoiser)
     return {"normals": noise(ids).normal(0, ids.shape[1], numbers)} if numbers else {}

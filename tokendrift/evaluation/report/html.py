@@ -28,8 +28,7 @@ def render(template: str, *, script: str = "", **values: Any) -> str:
     Control characters in values are replaced.
 
     Args:
-        template: File in ``package/templates``; it may extend ``base.html.j2``.
-        package: Package of the template.
+        template: File in the folder ``templates``; it may extend ``base.html.j2``.
         script: JavaScript of the page. Default: empty.
         **values: Values that the template shows.
     """
