@@ -226,8 +226,7 @@ class GenerativePerplexity:
         progress: Callable[[int], object] | None = None,
     ) -> PerplexityResult:
         """Return Gen.-PPL of these samples alone; arguments as for `update`, whose state it leaves as it is."""
-        sequences = self._prepare(samples, attention_mask)
-        read = self.judge.with_start(sequences)
+        sequences, read = self._prepare(samples, attention_mask)
         pieces = [
             (owner, window)
             for owner, ids in enumerate(read)
@@ -281,8 +280,8 @@ class GenerativePerplexity:
             yield pieces[first : first + count]
             first += count
 
-    def _prepare(self, samples: SampleInput, attention_mask: Tensor | None) -> list[Tensor]:
-        """Return one tensor of ids a sample: cut, dropped or closed as the options ask, and checked."""
+    def _prepare(self, samples: SampleInput, attention_mask: Tensor | None) -> tuple[list[Tensor], list[Tensor]]:
+        """Return the ids of each sample, cut or dropped as the options ask, and what the judge reads of them."""
         sequences, width = id_sequences(samples, attention_mask, self.judge.tokenizer)
         if self.truncate is not None:
             sequences, width = [ids[: self.truncate] for ids in sequences], min(width, self.truncate)
@@ -302,10 +301,11 @@ class GenerativePerplexity:
                     "Pass protocol='all', which uses sliding windows for long samples, or truncate=max_length.",
                 )
         check_range(torch.cat(sequences), self.judge.vocab_size)
+        closed = sequences
         if self.pad_eos and self.protocol == "mdlm":
             closing = torch.tensor([self.eos_id])
-            sequences = [torch.cat([ids, closing]) if len(ids) < width else ids for ids in sequences]
-        return sequences
+            closed = [torch.cat([ids, closing]) if len(ids) < width else ids for ids in sequences]
+        return sequences, self.judge.with_start(closed)
 
     def _collate(self, sequences: list[Tensor], batch: Sequence[tuple[int, Window]]) -> tuple[Tensor, Tensor, Tensor]:
         """Return ids, attention mask and counted targets (B, L) of windows, padded on the right."""

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from tokendrift._checks import check_choice, check_count, check_floating, check_ids, check_positive, check_tensor, fail
 from tokendrift.errors import TokenDriftError
-from tokendrift.evaluation.bootstrap import Interval, check_resampling, interval_from, redraws
+from tokendrift.evaluation.bootstrap import Interval, check_resampling, draw_counts, interval_from, redraws
 from tokendrift.evaluation.judge import Judge, check_range
 from tokendrift.evaluation.samples import SampleInput, id_sequences
 from tokendrift.modes import evaluation_mode
@@ -129,7 +129,7 @@ def kernel_distance(
     law = torch.cat(permuted)
     at_least = int((law >= observed - 1e-12).sum())
     # 3. The interval, from vectors redrawn within each set.
-    counts = [_counts(torch.cat(list(redraws(size, resamples, generator))), size) for size in (n, m)]
+    counts = [draw_counts(torch.cat(list(redraws(size, resamples, generator))), size) for size in (n, m)]
     interval = interval_from(observed, _resampled_mmd(similarity, *counts), level)
     spread = float(law.std()) if permutations > 1 else 0.0
     return KernelDistance(interval, (1 + at_least) / (1 + permutations), spread, bandwidth, n, m, permutations)
@@ -338,16 +338,11 @@ def _resampled_mmd(kernel: Tensor, first: Tensor, second: Tensor) -> Tensor:
     return within(first, upper, n) + within(second, lower, m) - 2 * ((first @ across) * second).sum(dim=1) / (n * m)
 
 
-def _counts(index: Tensor, n: int) -> Tensor:
-    ones = torch.ones(index.shape, dtype=torch.float64)
-    return torch.zeros(len(index), n, dtype=torch.float64).scatter_add_(1, index, ones)
-
-
 def _redrawn(histogram: Any, count: int, resamples: int, generator: torch.Generator) -> Tensor:
     """Return histograms of ``count`` draws from one, (R, K)."""
     share = torch.as_tensor(histogram, dtype=torch.float64)
     drawn = torch.multinomial(share, resamples * count, replacement=True, generator=generator)
-    return _counts(drawn.view(resamples, count), len(share)) / count
+    return draw_counts(drawn.view(resamples, count), len(share)) / count
 
 
 def _mauve_score(p: Tensor, q: Tensor, scaling_factor: float, points: int = 25) -> Tensor:
