@@ -260,7 +260,7 @@ class GenerativePerplexity:
         Args:
             samples: As for `update`.
         """
-        read = self.judge.with_start(self._prepare(samples, None))
+        _, read = self._prepare(samples, None)
         for owner, sequence in enumerate(read):
             for window in plan_windows(len(sequence), self.max_length, self.stride):
                 ids, mask, counted = self._collate(read, [(owner, window)])
