@@ -225,7 +225,7 @@ def test_several_judges_and_controls_stand_in_every_output(folder, tmp_path):
     outputs = [part for kind in ("json", "csv", "html") for part in (f"--{kind}", tmp_path / f"report.{kind}")]
     result = run(
         folder / "dull.jsonl", f"same={folder / 'dull.jsonl'}", "--real", folder / "real.txt", *JUDGE,
-        "--judge", other, "--controls", *outputs,
+        "--judge", other, "--controls", "--gradient-moment", *outputs,
     )  # fmt: skip
     assert result.exit_code == 0, result.output
     text = " ".join(result.output.split())
@@ -243,6 +243,10 @@ def test_several_judges_and_controls_stand_in_every_output(folder, tmp_path):
     assert {"control: unigram draws", "control: 3-gram draws", "control: tiled text", "real text"} <= set(lines)
     assert float(lines["dull"][f"bits_per_byte ({other})"]) == pytest.approx(float(lines["dull"]["bits_per_byte"]))
     html = (tmp_path / "report.html").read_text(encoding="utf-8")
+    moment = found["rows"][0]["gradient_moment"]["estimate"]
+    assert moment > 0 and moment == pytest.approx(float(lines["dull"]["gradient_moment"]))
+    assert found["rows"][0]["gradient_moment_z"]["estimate"] > 5 and found["settings"]["gradient_moment"]
+    assert "gradient" in result.output and all(f"{moment:.3f}" in shown for shown in (html, result.output))
     assert "Whether the judges agree" in html and "bits/byte, other" in html
     again = run(folder / "dull.jsonl", "--real", folder / "real.txt", *JUDGE, "--judge", PRETRAINED / "judge")
     assert again.exit_code == 2 and "judge must name one or several different judges" in again.output

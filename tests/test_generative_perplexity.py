@@ -274,6 +274,8 @@ def test_only_parity_mode_charges_a_sample_for_not_ending():
     upstream = generative_perplexity(samples, bigram, eos_id=0, pad_eos=True)
     assert fair.sample_tokens.tolist() == [2, 4]
     assert upstream.sample_tokens.tolist() == [3, 4]
+    # The end of text that is added for the judge was not generated.
+    assert fair.sample_generated.tolist() == upstream.sample_generated.tolist() == [3, 5]
 
 
 def test_truncate_scores_the_first_tokens_only():

@@ -17,6 +17,7 @@ from tokendrift.evaluation import (
     character_features,
     check_samples,
     evaluate,
+    gradient_features,
     kernel_distance,
     measure,
 )
@@ -242,3 +243,22 @@ def test_which_perturbations_are_far_from_real_text_in_character_ngrams(world, p
     texts = [decode(world.tokenizer, ids.tolist()) for ids in (perturbation(world), world.real)]
     found = kernel_distance(*map(character_features, texts), kernel="energy", permutations=199, resamples=1)
     assert (found.z_score.estimate > 5) == (perturbation in ENERGY_REACTS)
+
+
+GRADIENT_REACTS = (tiled, shuffled, repeated, truncated)
+
+
+@pytest.fixture(scope="module")
+def gradients_of_real(world):
+    return gradient_features(world.real, world.judge)
+
+
+@pytest.mark.parametrize(
+    "perturbation",
+    [pytest.param(each, marks=() if each is shuffled else pytest.mark.slow, id=each.__name__) for each in REACTIONS],
+)
+def test_which_perturbations_are_far_from_real_text_in_gradient(world, gradients_of_real, perturbation):
+    """The judge is the small model that ships with the package, since one that knows pairs sees nothing in tiles."""
+    features = gradient_features(perturbation(world), world.judge)
+    found = kernel_distance(features, gradients_of_real, kernel="linear", permutations=199, resamples=1)
+    assert (found.z_score.estimate > 5) == (perturbation in GRADIENT_REACTS), found

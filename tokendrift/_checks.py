@@ -152,7 +152,7 @@ def check_ids(name: str, value: object, vocab_size: int, like: Tensor | None = N
             "Cut both to the same positions.",
             **{name: ids, "logits": like},
         )
-    if ids.device.type == "cpu" and not torch.compiler.is_compiling():
+    if can_be_read(ids):
         low, high = int(ids.min()), int(ids.max())
         if low < 0 or high >= vocab_size:
             raise fail(
@@ -203,7 +203,7 @@ def check_times(t: object, rows: int) -> Tensor:
     if len(times) != rows:
         raise fail(f"t must have shape (B,) = ({rows},): one time for each row.", t=times)
     check_floating("t", times)
-    if times.device.type == "cpu" and not torch.compiler.is_compiling() and not ((times >= 0) & (times <= 1)).all():
+    if can_be_read(times) and not ((times >= 0) & (times <= 1)).all():
         raise fail("t must lie in [0, 1]: 0 is clean, 1 is noise.", "Pass times, not sigma or step numbers.", t=times)
     return times
 
@@ -270,44 +270,43 @@ def check_clouds(
     negatives: Tensor,
     exclude_positive: Tensor | None,
     exclude_negative: Tensor | None,
+    positive_weights: Tensor | None,
+    negative_weights: Tensor | None,
 ) -> None:
-    """Require anchors (N, M), positives (P, M), negatives (Q, M) and exclusions (N,) that go together."""
+    """Require anchors (N, M), positives (P, M), negatives (Q, M), exclusions (N,) and weights that go together."""
     check_floating("anchors", check_tensor("anchors", anchors, ("N", "M")))
     check_floating("positives", check_tensor("positives", positives, ("P", "M")))
     if not isinstance(negatives, Tensor) or negatives.ndim != 2:
         raise fail("negatives must be a tensor of shape (Q, M).", negatives=negatives)
     check_floating("negatives", negatives)
-    for name, cloud in (("positives", positives), ("negatives", negatives)):
+    for side, symbol, cloud, index, weights in (
+        ("positive", "P", positives, exclude_positive, positive_weights),
+        ("negative", "Q", negatives, exclude_negative, negative_weights),
+    ):
         if cloud.shape[1] != anchors.shape[1]:
             raise fail(
-                f"{name} has width M = {cloud.shape[1]} but anchors have M = {anchors.shape[1]}.",
+                f"{side}s has width M = {cloud.shape[1]} but anchors have M = {anchors.shape[1]}.",
                 "Take all features from one feature map.",
                 anchors=anchors,
-                **{name: cloud},
+                **{f"{side}s": cloud},
             )
-    for name, index in (("exclude_positive", exclude_positive), ("exclude_negative", exclude_negative)):
-        wrong = not isinstance(index, Tensor) or index.shape != anchors.shape[:1] or index.dtype != torch.int64
-        if index is not None and wrong:
-            raise fail(
-                f"{name} must be int64 of shape (N,): for each anchor the index of one reference, -1 for none.",
-                anchors=anchors,
-                **{name: index},
-            )
-    check_same_device(
-        "anchors",
-        anchors,
-        positives=positives,
-        negatives=negatives,
-        exclude_positive=exclude_positive,
-        exclude_negative=exclude_negative,
-    )
-    check_exclusion("exclude_positive", exclude_positive, positives, "P")
-    check_exclusion("exclude_negative", exclude_negative, negatives, "Q")
+        check_same_device("anchors", anchors, **{f"{side}s": cloud})
+        if index is not None:
+            check_exclusion(f"exclude_{side}", index, anchors, cloud, symbol)
+        if weights is not None:
+            check_weights(f"{side}_weights", weights, anchors, cloud, symbol)
 
 
-def check_exclusion(name: str, index: Tensor | None, references: Tensor, symbol: str) -> None:
+def check_exclusion(name: str, index: Tensor, anchors: Tensor, references: Tensor, symbol: str) -> None:
     """Require indices from -1 to the last reference. The range is checked on the CPU only, to avoid synchronisation."""
-    if index is None or index.device.type != "cpu" or torch.compiler.is_compiling():
+    if not isinstance(index, Tensor) or index.shape != anchors.shape[:1] or index.dtype != torch.int64:
+        raise fail(
+            f"{name} must be int64 of shape (N,): for each anchor the index of one reference, -1 for none.",
+            anchors=anchors,
+            **{name: index},
+        )
+    check_same_device("anchors", anchors, **{name: index})
+    if not can_be_read(index):
         return
     low, high = int(index.min()), int(index.max())
     if low < -1 or high >= len(references):
@@ -319,21 +318,16 @@ def check_exclusion(name: str, index: Tensor | None, references: Tensor, symbol:
         )
 
 
-def check_weights(anchors: Tensor, **sides: tuple[Tensor, Tensor | None]) -> None:
+def check_weights(name: str, weights: Tensor, anchors: Tensor, references: Tensor, symbol: str) -> None:
     """Require one weight of zero or above for each reference; the sign is read on the CPU only."""
-    for side, (cloud, weights) in sides.items():
-        name, symbol = f"{side[:-1]}_weights", side[0].upper().replace("N", "Q")
-        if weights is None:
-            continue
-        if not isinstance(weights, Tensor) or weights.shape != cloud.shape[:1] or not weights.is_floating_point():
-            raise fail(
-                f"{name} must be floating point of shape ({symbol},): one weight for each reference.",
-                **{name: weights, "references": cloud},
-            )
-        check_same_device("anchors", anchors, **{name: weights})
-        # Read on the CPU only: on an accelerator it would wait for the device.
-        if weights.device.type == "cpu" and not torch.compiler.is_compiling() and not (weights >= 0).all():
-            raise fail(f"{name} must not contain negative numbers.", **{name: weights, "least": weights.min().item()})
+    if not isinstance(weights, Tensor) or weights.shape != references.shape[:1] or not weights.is_floating_point():
+        raise fail(
+            f"{name} must be floating point of shape ({symbol},): one weight for each reference.",
+            **{name: weights, "references": references},
+        )
+    check_same_device("anchors", anchors, **{name: weights})
+    if can_be_read(weights) and not (weights >= 0).all():
+        raise fail(f"{name} must not contain negative numbers.", **{name: weights, "least": weights.min().item()})
 
 
 def check_frozen(name: str, module: nn.Module) -> None:

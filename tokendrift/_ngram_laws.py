@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from tokendrift._operators import wide_dtype
 from tokendrift.kernels import exact_matmul
 
 TILE = {"cpu": 2**20, "cuda": 2**23}  # probabilities in a tile: 4 MB on a CPU, 32 MB on a GPU
@@ -178,7 +179,7 @@ class _ExpectedSums(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(logits, noisy_ids, predicted, text)
         ctx.options = mask_id, law, lags
-        sums = torch.zeros(len(lags), *law.shape, dtype=_wide(logits), device=logits.device)
+        sums = torch.zeros(len(lags), *law.shape, dtype=wide_dtype(logits.dtype), device=logits.device)
         corrupted = Corrupted(noisy_ids, predicted, text, mask_id)
         with exact_matmul(logits.device):
             for tile, starts in _tiles(logits, law, lags):
@@ -212,11 +213,6 @@ class _ExpectedSums(torch.autograd.Function):
         return gradient, *[None] * 6
 
 
-def _wide(logits: Tensor) -> torch.dtype:
-    """Return the dtype of the arithmetic: float32, or float64 for float64."""
-    return torch.promote_types(logits.dtype, torch.float32)
-
-
 def _tiles(logits: Tensor, law: Law, lags: Sequence[int]) -> Iterator[tuple[tuple[slice, slice], int]]:
     """Yield tiles of sequences and positions, and at how many of a tile's positions an n-gram may start.
 
@@ -238,7 +234,7 @@ def _tiles(logits: Tensor, law: Law, lags: Sequence[int]) -> Iterator[tuple[tupl
 
 def _probabilities(logits: Tensor, corrupted: Corrupted, tile: tuple[slice, slice]) -> Tensor:
     """Return what each position of a tile holds, (B, N, V): the predicted law, an observed token, or nothing."""
-    part = logits[tile].to(_wide(logits), copy=True)
+    part = logits[tile].to(wide_dtype(logits.dtype), copy=True)
     if corrupted.mask_id is not None:
         part[..., corrupted.mask_id] = -torch.inf
     p = part.softmax(dim=-1)

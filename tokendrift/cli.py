@@ -14,10 +14,13 @@ from typing import Annotated, Any
 import torch
 
 from tokendrift import __version__
+from tokendrift.demo import DemoConfig
+from tokendrift.doctor import diagnose
 from tokendrift.errors import TokenDriftError
 from tokendrift.evaluation.report import EvaluateConfig
 from tokendrift.files import reason
 from tokendrift.plain_text import printable
+from tokendrift.probes import probe_checkpoints
 from tokendrift.sampling.named import sampler_names
 from tokendrift.sampling.to_file import SampleConfig
 from tokendrift.training.config import setting_help
@@ -35,10 +38,7 @@ except ImportError as error:
 NO_MEMORY = ("MemoryError", "can't allocate memory")  # of Python, of accelerators, and of PyTorch on the CPU
 LESS_MEMORY = "Choose smaller batches, shorter sequences, fewer samples, or a smaller model."
 
-DeviceOption = Annotated[
-    str, typer.Option(help="Device such as cpu or cuda:0; auto takes cuda if it is available, else cpu.")
-]
-
+CheckpointArgument = Annotated[str, typer.Argument(help="Hub id, folder, safetensors file or Lightning .ckpt.")]
 TrainingDeviceOption = Annotated[
     str, typer.Option(help="Device such as cpu or cuda:0; auto takes cuda if it is available, else mps, else cpu.")
 ]
@@ -106,34 +106,13 @@ def _root(
 
 
 @app.command()
+@options_of(DemoConfig, omit=("samples", "nfes", "judges"), window={"min": 1}, seed={"min": 0})
 def demo(
-    process: Annotated[
-        str, typer.Option(help="Corruption process of the model: masked (as MDLM) or uniform (as DUO).")
-    ] = "masked",
-    objective: Annotated[
-        str,
-        typer.Option(
-            help="What refines the model: matching (distribution matching), drift (the loss of the paper) or pairs."
-        ),
-    ] = "matching",
-    text: Annotated[
-        list[Path] | None,
-        typer.Option(help="UTF-8 text file to refine on; repeatable. Default: the documentation inside CPython."),
-    ] = None,
-    models: Annotated[
-        Path | None,
-        typer.Option(help="Folder with the models masked, uniform and judge. Default: those of the package."),
-    ] = None,
     steps: Annotated[
         int | None,
         typer.Option(min=1, help="Optimiser steps of each refinement. Default: 80; --quick: 8; --full: 1500."),
     ] = None,
-    window: Annotated[
-        int, typer.Option(min=1, help="Tokens pooled into one feature; the paper pools whole sequences, here 32.")
-    ] = 2,
-    seed: Annotated[int, typer.Option(min=0, help="Random seed.")] = 0,
     seeds: Annotated[int, typer.Option(min=1, help="Successive seeds to run with, each in a folder of its own.")] = 1,
-    device: DeviceOption = "auto",
     judge: Annotated[
         list[str] | None,
         typer.Option(
@@ -148,9 +127,7 @@ def demo(
         bool, typer.Option("--full", help="Train longer, and sample more and at 4 to 32 function evaluations.")
     ] = False,
     from_scratch: Annotated[bool, typer.Option("--from-scratch", hidden=True)] = False,
-    output: Annotated[
-        Path, typer.Option(help="Folder for report.html, results.json, the refined models and their samples.")
-    ] = Path("demo-output"),
+    **options: Any,
 ) -> None:
     """Refine a small model on real English text and show the effect on sampling in few steps.
 
@@ -158,17 +135,17 @@ def demo(
     and compared at equal entropy. After an interruption, run the same command again to resume.
     """
     with plain_errors():
-        from tokendrift.demo import PRETRAINED, DemoConfig, run_demo
+        from tokendrift.demo import run_demo
         from tokendrift.demo.demonstration import show
 
-        sizes = _demo_size(quick, full, from_scratch)
+        options |= _demo_size(quick, full, from_scratch) | ({} if steps is None else {"steps": steps})
+        options |= {"text": tuple(options["text"]), "judges": tuple(judge or ())}
         console = _console(100)
         console.width = min(console.width, 100)
-        options = sizes if steps is None else sizes | {"steps": steps}
-        options |= {"text": tuple(text or ()), "models": models or PRETRAINED, "judges": tuple(judge or ())}
+        output, seed = options.pop("output"), options.pop("seed")
         for number in range(seed, seed + seeds):
             place = output if seeds == 1 else output / f"seed-{number}"
-            config = DemoConfig(process, objective, output=place, window=window, seed=number, device=device, **options)
+            config = DemoConfig(output=place, seed=number, **options)
             show(run_demo(config, PlainConsole(stderr=True)), config, console)
 
 
@@ -309,48 +286,23 @@ def sample(
 
 
 @app.command()
+@options_of(diagnose, omit=("source", "config", "progress"), tokens={"min": 1}, seed={"min": 0})
 def doctor(
-    checkpoint: Annotated[str, typer.Argument(help="Hub id, folder, safetensors file or Lightning .ckpt.")],
-    text: Annotated[
-        Path | None,
-        typer.Option(help="UTF-8 text file to measure the NELBO on. Default: Python's own documentation."),
-    ] = None,
-    tokenizer: Annotated[
-        str | None,
-        typer.Option(
-            help="Tokenizer: a tokenizer.json, a folder or a hub id. Default: that of the checkpoint, or that of GPT-2 "
-            "if the vocabulary has its size."
-        ),
-    ] = None,
-    revision: Annotated[
-        str | None, typer.Option(help="Branch, tag or commit of a hub id. Default: the main branch.")
-    ] = None,
+    checkpoint: CheckpointArgument,
     checkpoint_config: CheckpointConfigOption = None,
-    tokens: Annotated[int, typer.Option(min=1, help="Number of tokens of text to measure the NELBO on.")] = 16_384,
-    seed: Annotated[int, typer.Option(min=0, help="Random seed of the noise that the NELBO is measured with.")] = 0,
-    device: DeviceOption = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
+    **options: Any,
 ) -> None:
     """Check the weights, vocabulary, tokenizer and mask id of a checkpoint, and measure its NELBO on text.
 
     The exit code is 0 if nothing is wrong, 1 if something is, and 2 if the checkpoint cannot be examined.
     """
     with plain_errors():
-        from tokendrift.doctor import diagnose
         from tokendrift.models import checkpoint_fields
 
+        fields = checkpoint_fields(checkpoint_config or ())
         with _status("examining") as progress:
-            found = diagnose(
-                checkpoint,
-                text=text,
-                tokenizer=tokenizer,
-                revision=revision,
-                config=checkpoint_fields(checkpoint_config or ()),
-                tokens=tokens,
-                seed=seed,
-                device=device,
-                progress=progress,
-            )
+            found = diagnose(checkpoint, config=fields, progress=progress, **options)
     if as_json:
         typer.echo(json.dumps(found.as_dict(), indent=2))
     else:
@@ -362,62 +314,37 @@ def doctor(
 
 
 @app.command()
+@options_of(
+    probe_checkpoints,
+    omit=("config", "batch_size", "progress"),
+    judge={"type": str},
+    prompts={"min": 2},
+    prompt_length={"min": 1},
+    positions={"min": 1},
+    draws={"min": 1},
+    seed={"min": 0},
+)
 def probe(
-    checkpoint: Annotated[str, typer.Argument(help="Hub id, folder, safetensors file or Lightning .ckpt.")],
-    text: Annotated[Path, typer.Option(help="UTF-8 text file from which prompts and unigram frequencies are taken.")],
-    compare: Annotated[
-        str | None, typer.Option(help="Refined checkpoint to compare with the first one. Default: none.")
-    ] = None,
-    judge: Annotated[
-        str, typer.Option(help="Causal language model that scores text: hub id or folder.")
-    ] = "gpt2-large",
-    judge_reads_ids: Annotated[
-        bool,
-        typer.Option(
-            "--judge-reads-ids", help="The judge has the vocabulary of the denoiser and reads its ids instead of text."
-        ),
-    ] = False,
-    tokenizer: Annotated[
-        str | None,
-        typer.Option(
-            help="Tokenizer of the denoiser: a tokenizer.json, a folder or a hub id. Default: that of the checkpoint, "
-            "or that of GPT-2 if the vocabulary has its size."
-        ),
-    ] = None,
-    judge_tokenizer: Annotated[
-        str | None,
-        typer.Option(help="Tokenizer of the judge: a tokenizer.json, a folder or a hub id. Default: the judge's own."),
-    ] = None,
+    checkpoint: CheckpointArgument,
+    text: Annotated[Path, typer.Option(help=descriptions(probe_checkpoints)["text"])],
     checkpoint_config: CheckpointConfigOption = None,
-    prompts: Annotated[int, typer.Option(min=2, help="Number of prompts, evenly spread over the text.")] = 64,
-    prompt_length: Annotated[
-        int | None, typer.Option(min=1, help="Tokens of a prompt. Default: 64, or less if the model is too short.")
-    ] = None,
-    positions: Annotated[
-        int | None,
-        typer.Option(min=1, help="Noisy positions after a prompt. Default: 32, or less if the model is too short."),
-    ] = None,
-    draws: Annotated[int, typer.Option(min=1, help="Number of draws for each prompt, which are averaged.")] = 4,
-    seed: Annotated[int, typer.Option(min=0, help="Random seed of the noise and the draws.")] = 0,
-    device: DeviceOption = "auto",
     output: Annotated[
         Path | None, typer.Option("--output", "-o", "--json", help="JSON file for all numbers. Default: none.")
     ] = None,
+    **options: Any,
 ) -> None:
     """Probe what a denoiser predicts far from its context, and what is lost when tokens are drawn in parallel.
 
     With --compare, the probes also show whether refinement reduces this loss by more than a lower sampling temperature
     does.
     """
-    options = {name: value for name, value in locals().items() if name not in ("checkpoint", "text", "output")}
     with plain_errors():
         from tokendrift.files import write_atomically
         from tokendrift.models import checkpoint_fields
-        from tokendrift.probes import probe_checkpoints
 
-        options["config"] = checkpoint_fields(options.pop("checkpoint_config") or ())
+        fields = checkpoint_fields(checkpoint_config or ())
         with _status("probing") as progress:
-            report = probe_checkpoints(checkpoint, text, progress=progress, **options)
+            report = probe_checkpoints(checkpoint, text, config=fields, progress=progress, **options)
         if output is not None:
             write_atomically(output, json.dumps(report.to_dict(), indent=2) + "\n")
         console = _console(130)
@@ -432,9 +359,6 @@ def probe(
     EvaluateConfig,
     nfe={"min": 1},
     n={"names": ("-n",), "min": 2},
-    controls={"names": ("--controls",)},
-    skip_bad={"names": ("--skip-bad",)},
-    lines={"names": ("--lines",)},
     resamples={"min": 1},
     seed={"min": 0},
     batch_size={"min": 1},

@@ -112,7 +112,8 @@ class PooledFeatures(nn.Module):
         mask = None if attention_mask is None else check_mask("attention_mask", attention_mask, embeds.shape[:2])
         level = {} if self.sigma == 0 else {"sigma": embeds.new_full((len(embeds),), self.sigma)}
         encoder: Any = self.encoder
-        hidden = encoder.hidden_states(embeds.to(_dtype(encoder, embeds)), attention_mask=mask, **level)
+        dtype = next((p.dtype for p in encoder.parameters() if p.is_floating_point()), embeds.dtype)
+        hidden = encoder.hidden_states(embeds.to(dtype), attention_mask=mask, **level)
         if any(not -len(hidden) <= layer < len(hidden) for layer in self.layers):
             raise fail(f"layers {self.layers} do not exist: the encoder returns {len(hidden)} hidden states.")
         with torch.autocast(embeds.device.type, enabled=False):
@@ -275,7 +276,3 @@ def _windows(window: int | Sequence[int | None] | None) -> tuple[int | None, ...
 def _takes(encoder: Any, name: str) -> bool:
     parameters = inspect.signature(encoder.hidden_states).parameters
     return name in parameters or any(each.kind is each.VAR_KEYWORD for each in parameters.values())
-
-
-def _dtype(module: nn.Module, embeds: Tensor) -> torch.dtype:
-    return next((p.dtype for p in module.parameters() if p.is_floating_point()), embeds.dtype)

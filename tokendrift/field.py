@@ -22,7 +22,6 @@ from tokendrift._checks import (
     check_count,
     check_positive,
     check_temperatures,
-    check_weights,
     fail,
 )
 from tokendrift.barycentres import Side, Sums, View, sum_references
@@ -225,8 +224,9 @@ class DriftField:
         pairs: Tensor | None = None,
     ) -> tuple[Tensor, FieldSums]:
         """Return the raw drifts (T, N, M), before RMS normalisation, and the sums they were computed from."""
-        check_clouds(anchors, positives, negatives, exclude_positive, exclude_negative)
-        check_weights(anchors, positives=(positives, positive_weights), negatives=(negatives, negative_weights))
+        check_clouds(
+            anchors, positives, negatives, exclude_positive, exclude_negative, positive_weights, negative_weights
+        )
         dtype = torch.promote_types(anchors.dtype, torch.float32)
         with exact_matmul(anchors.device):
             # 1. Distances by products cancel badly far from the origin, so all clouds are centred first. Any point
@@ -247,10 +247,6 @@ class DriftField:
         raw = raw * self._scale(raw.square().sum(-1).mean(-1), sums)[:, None, None]
         return raw.mean(dim=0) if self.aggregate == "mean" else raw.sum(dim=0)
 
-    @property
-    def _kernel(self) -> Kernel:
-        return self.kernels[self.kernel] if isinstance(self.kernel, str) else self.kernel
-
     def _block_for(self, anchors: Tensor) -> int:
         if self.block_size is not None:
             return self.block_size
@@ -263,7 +259,8 @@ class DriftField:
         """Return how centred anchors look at references."""
         # Near zero the root of a product-form distance is all rounding, and only the Gaussian takes no root.
         refine = self.kernel != "gaussian"
-        return View(anchors, centre, self._kernel, self.temperatures, self._block_for(anchors), refine)
+        kernel = self.kernels[self.kernel] if isinstance(self.kernel, str) else self.kernel
+        return View(anchors, centre, kernel, self.temperatures, self._block_for(anchors), refine)
 
     def _sum_sides(self, view: View, positive: Side, negative: Side) -> tuple[Sums, Sums]:
         """Return the sums of both sides: on one scale unless each side is normalised alone."""

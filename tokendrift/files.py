@@ -112,6 +112,17 @@ def read_text(path: str | os.PathLike[str], *, argument: str = "file") -> str:
             ) from None
 
 
+@contextmanager
+def writable(path: Path) -> Iterator[None]:
+    """Turn a full disk or a missing permission in the block into one error; what was written before stays."""
+    try:
+        yield
+    except OSError as error:
+        raise fail(
+            f"{path} cannot be written: {error.strerror or error}.", "Free some space, or write elsewhere."
+        ) from None
+
+
 def write_atomically(path: str | os.PathLike[str], text: str) -> None:
     """Write a UTF-8 file whole or not at all: if writing fails or is interrupted, an older file of that name remains.
 
@@ -170,21 +181,17 @@ def exclusive(lock: Path, target: Path) -> Iterator[None]:
     """
     from filelock import FileLock, Timeout
 
-    holder, held = "", FileLock(lock)
-    try:
+    held = FileLock(lock)
+    with writable(target):
         lock.parent.mkdir(parents=True, exist_ok=True)
-        if lock.exists():
-            holder = lock.read_text(encoding="utf-8", errors="replace")
-        held.acquire(timeout=0)
-    except Timeout:
-        raise fail(
-            f"{target} is in use by {holder or 'another process'}.",
-            "Wait until it has ended, or choose another output.",
-        ) from None
-    except OSError as error:
-        raise fail(
-            f"{target} cannot be written: {error.strerror or error}.", "Free some space, or write elsewhere."
-        ) from None
+        holder = lock.read_text(encoding="utf-8", errors="replace") if lock.exists() else ""
+        try:
+            held.acquire(timeout=0)
+        except Timeout:
+            raise fail(
+                f"{target} is in use by {holder or 'another process'}.",
+                "Wait until it has ended, or choose another output.",
+            ) from None
     try:
         with suppress(OSError):
             lock.write_text(f"process {os.getpid()} on {socket.gethostname()}", encoding="utf-8")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -61,16 +62,13 @@ def exact_matmul(device: torch.device) -> Iterator[None]:
             yield
             return
         matmul = torch.backends.cuda.matmul
+        switch: Callable[[str], object] = torch.set_float32_matmul_precision
         if hasattr(matmul, "fp32_precision"):  # from torch 2.9; knows what was set through the older functions as well
-            before, matmul.fp32_precision = matmul.fp32_precision, "ieee"
-            try:
-                yield
-            finally:
-                matmul.fp32_precision = before
+            before, exact, switch = matmul.fp32_precision, "ieee", partial(setattr, matmul, "fp32_precision")
         else:
-            precision = torch.get_float32_matmul_precision()
-            torch.set_float32_matmul_precision("highest")
-            try:
-                yield
-            finally:
-                torch.set_float32_matmul_precision(precision)
+            before, exact = torch.get_float32_matmul_precision(), "highest"
+        switch(exact)
+        try:
+            yield
+        finally:
+            switch(before)

@@ -96,7 +96,10 @@ def soft_token_lift(
     >>> soft_token_lift(torch.zeros(1, 1, 2), torch.tensor([[1.0], [3.0]]))
     tensor([[[2.]]])
     """
-    _check_lift(logits, embedding, mask_id)
+    check_floating("embedding", check_tensor("embedding", embedding, ("V", "D")))
+    check_one_vocabulary(logits, embedding)
+    check_same_device("embedding", embedding, logits=logits)
+    check_mask_id(mask_id, logits.shape[-1])
     check_positive("workspace_mib", workspace_mib)
     batch, length, vocab = logits.shape
     dtype = product_dtype(logits.dtype, embedding.dtype)
@@ -286,16 +289,3 @@ def check_linear(logits: LinearLogits, embedding: Tensor) -> None:
         if len(bias) != len(weight):
             raise fail(f"bias must have V = {len(weight)} entries, one for each row of weight.", bias=bias)
     check_same_device("hidden", hidden, weight=weight, bias=bias, embedding=embedding)
-
-
-def _check_lift(logits: Tensor, embedding: Tensor, mask_id: int | None) -> None:
-    check_floating("embedding", check_tensor("embedding", embedding, ("V", "D")))
-    check_one_vocabulary(logits, embedding)
-    if logits.device != embedding.device:
-        raise fail(
-            f"logits is on {logits.device} but embedding is on {embedding.device}.",
-            "Move the embedding (or the whole loss with loss.to(device)).",
-            logits=logits,
-            embedding=embedding,
-        )
-    check_mask_id(mask_id, logits.shape[-1])

@@ -115,7 +115,7 @@ class TextFiles:
             listed = json_list(file, path)
         found: Iterator[tuple[Any, Place]]
         if listed is None:
-            found = ((_parsed(line.text), line.at) for line in self._lines(number, place, -1) if line.text.strip())
+            found = ((parsed(line.text), line.at) for line in self._lines(number, place, -1) if line.text.strip())
         else:
             first = place["line"]
             found = ((v, {"file": number, "byte": 0, "line": n}) for n, v in enumerate(listed[first:], first))
@@ -156,33 +156,31 @@ def _pieces(lines: Iterator[_TextLine], documents: str) -> Iterator[Piece]:
     for line in lines:
         blank = documents == "paragraph" and not line.text.strip()
         if size >= PIECE and not blank:
-            piece = _piece(held, False, documents)
-            if piece is not None:
-                yield piece
+            begun = _piece(held, False, documents)
+            yield from begun
+            if begun:
                 line = line._replace(at={**line.at, "part": 1})  # noqa: PLW2901
             held, size = [], 0
         if not blank:
             held.append(line)
             size += len(line.text)
         if blank or (documents == "line" and line.whole):
-            if (piece := _piece(held, True, documents)) is not None:
-                yield piece
+            yield from _piece(held, True, documents)
             held, size = [], 0
-    if (piece := _piece(held, True, documents)) is not None:
-        yield piece
+    yield from _piece(held, True, documents)
 
 
-def _piece(held: Sequence[_TextLine], ends: bool, documents: str) -> Piece | None:
-    """Return lines as a piece, or None where they hold no text and no document is open."""
+def _piece(held: Sequence[_TextLine], ends: bool, documents: str) -> list[Piece]:
+    """Return lines as one piece, or none where they hold no text and no document is open."""
     if not held:
-        return None
+        return []
     at, text = held[0].at, "".join(line.text for line in held)
     if documents == "paragraph":
         text = text if "part" in at else text.lstrip()
         text = text.rstrip() if ends else text
     elif documents == "line":
         text = text.rstrip("\n")
-    return Piece(text, ends, at) if text.strip() or "part" in at else None
+    return [Piece(text, ends, at)] if text.strip() or "part" in at else []
 
 
 # ------------------------------------------------------------------------------------------------------------- JSON
@@ -198,13 +196,13 @@ def json_list(file: IO[bytes], path: str | os.PathLike[str]) -> list[Any] | None
         TokenDriftError: If an object has several lists of texts and none is called ``generated_seqs``.
     """
     first = next((line for line in file if line.strip().removeprefix(b"\xef\xbb\xbf")), b"")
-    value = _parsed(first.decode("utf-8-sig", errors="replace"))
+    value = parsed(first.decode("utf-8-sig", errors="replace"))
     if value is not _BROKEN and any(line.strip() for line in file):
         return None
     if value is _BROKEN:
         if not first.lstrip(b"\xef\xbb\xbf \t").startswith((b"{", b"[")):
             return None
-        value = _parsed((first + file.read()).decode("utf-8-sig", errors="replace"))
+        value = parsed((first + file.read()).decode("utf-8-sig", errors="replace"))
     if value is _BROKEN or isinstance(value, list):
         return value if isinstance(value, list) else None
     lists = {
@@ -251,7 +249,7 @@ def read_documents(path: str | os.PathLike[str], *, argument: str = "text file")
 _BROKEN = object()
 
 
-def _parsed(text: str) -> Any:
+def parsed(text: str) -> Any:
     """Return the value of JSON, or a mark where it is none."""
     try:
         return json.loads(text)

@@ -19,6 +19,7 @@ from tokendrift.demo.shipped import PRETRAINED
 from tokendrift.devices import resolve_device
 from tokendrift.evaluation.plots import require_matplotlib
 from tokendrift.evaluation.report import EvaluateConfig, EvaluationReport, as_json, evaluate_files, page
+from tokendrift.evaluation.report.evaluation_report import short_name
 from tokendrift.files import write_atomically
 from tokendrift.training import RefineConfig, make_config, refine
 from tokendrift.training.processes import make_accelerator
@@ -54,22 +55,20 @@ class DemoConfig:
     """What a run of the demo depends on.
 
     Attributes:
-        process: Corruption process of the model to refine: ``"masked"`` (as MDLM) or ``"uniform"`` (as DUO).
-            Default: ``"masked"``.
-        objective: ``"matching"`` for distribution matching, ``"drift"`` for the loss of the paper, ``"pairs"`` for the
-            drift of token pairs on the model's own chains. Default: ``"matching"``.
-        text: UTF-8 text files to refine on. Default: the documentation that CPython carries.
-        models: Folder that holds the models ``masked``, ``uniform`` and ``judge``. Default: those of the package.
+        process: Corruption process of the model: masked (as MDLM) or uniform (as DUO). Default: masked.
+        objective: What refines the model: matching (distribution matching), drift (the loss of the paper) or pairs (the
+            drift of token pairs on the model's own chains). Default: matching.
+        text: UTF-8 text file to refine on; repeatable. Default: the documentation inside CPython.
+        models: Folder with the models masked, uniform and judge. Default: those of the package.
         judges: Judges of the samples, as ``tokendrift evaluate --judge`` takes them; the first one makes the table.
             Default: those of `default_judges`.
-        output: Folder for the report, the refined models and the samples. Default: ``demo-output``.
+        output: Folder for report.html, results.json, the refined models and their samples. Default: demo-output.
         steps: Optimiser steps of each refinement. Default: 80.
         samples: Samples of each model at each number of function evaluations. Default: 128.
         nfes: Numbers of function evaluations. Default: 4 and 16.
-        window: Tokens that ``drift`` pools into one feature. Default: 2; the paper pools whole sequences.
+        window: Tokens pooled into one feature by drift; the paper pools whole sequences, here 32. Default: 2.
         seed: Random seed of the refinements, the samples and the bootstrap. Default: 0.
-        device: Device of everything, such as ``"cpu"`` or ``"cuda:0"``. Default: ``"auto"``, CUDA if it is available,
-            else the CPU.
+        device: Device such as cpu or cuda:0; auto takes cuda if it is available, else cpu. Default: auto.
     """
 
     process: str = "masked"
@@ -204,9 +203,10 @@ def show(report: EvaluationReport, config: DemoConfig, console: Console) -> None
     from rich.padding import Padding
     from rich.text import Text
 
+    judge = short_name(report.evaluation.rows[0].measures.perplexity.judge)
     console.print(table(report))
     console.print(
-        f"Judge: {judge_name(report)}. Brackets hold {report.level} intervals by resampling. NFE is the number of "
+        f"Judge: {judge}. Brackets hold {report.level} intervals by resampling. NFE is the number of "
         "function evaluations, T the sampling temperature. Entropies are in nats, of the tokens of a sample and of all "
         f"tokens together. Rows with an equals sign show the {CONTINUED} at the temperature that gives it that entropy "
         f"of {config.refined}.",
@@ -259,11 +259,6 @@ def table(report: EvaluationReport) -> Table:
     for _, _, found in report.matched:
         add(f"{CONTINUED} = {found.kind}", found.temperature, found.baseline)
     return view
-
-
-def judge_name(report: EvaluationReport) -> str:
-    """Return the name of a judge without the folder that it lies in."""
-    return Path(report.evaluation.rows[0].measures.perplexity.judge).name
 
 
 def examples(report: EvaluationReport) -> dict[str, list[str]]:

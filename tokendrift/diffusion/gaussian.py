@@ -177,7 +177,9 @@ class GaussianUniformDiffusion(UniformDiffusion):
     ) -> None:
         super().__init__(vocab_size, GaussianDuality(vocab_size, gamma_min, gamma_max))
         self.temperature = check_positive("temperature", temperature)
-        self.top_k = check_top_k(top_k, vocab_size)
+        if top_k is not None and check_count("top_k", top_k, least=1) >= vocab_size:
+            raise fail(f"top_k must lie in [1, V) with V = {vocab_size}.", top_k=top_k)
+        self.top_k = top_k
 
     def _corrupted(self, x0: Tensor, t: Tensor, generator: torch.Generator | None) -> Corruption:
         draw = self._dense if self.top_k is None else self._sparse
@@ -238,10 +240,3 @@ class ArgmaxNoise(NamedTuple):
     def ids(self, x0: Tensor, gamma: Tensor) -> Tensor:
         """Return the noisy ids (B, L) at log noise-to-signal ratios gamma (B,)."""
         return torch.where(self.own + torch.exp(-gamma.double() / 2)[:, None] > self.largest, x0, self.other)
-
-
-def check_top_k(top_k: int | None, vocab_size: int) -> int | None:
-    """Require None or an integer in [1, V)."""
-    if top_k is not None and check_count("top_k", top_k, least=1) >= vocab_size:
-        raise fail(f"top_k must lie in [1, V) with V = {vocab_size}.", top_k=top_k)
-    return top_k

@@ -184,16 +184,21 @@ def wide(logits: Tensor) -> Tensor:
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
+def check_columns(name: str, value: Tensor, vocab_size: int) -> None:
+    """Require a floating-point tensor (B, L, V) with a column for each entry of the vocabulary."""
+    check_floating(name, check_tensor(name, value, ("B", "L", "V")))
+    if value.shape[-1] != vocab_size:
+        raise fail(
+            f"{name} must have V = {vocab_size} columns, one for each entry of the vocabulary of the process.",
+            **{name: value},
+        )
+
+
 def check_objective(
     vocab_size: int, logits: Tensor, x0: Tensor, x_t: Tensor, t: Tensor | None = None, *, name: str = "logits"
 ) -> None:
     """Apply the input rules that the objectives of all processes share."""
-    check_floating(name, check_tensor(name, logits, ("B", "L", "V")))
-    if logits.shape[-1] != vocab_size:
-        raise fail(
-            f"{name} must have V = {vocab_size} columns, one for each entry of the vocabulary of the process.",
-            **{name: logits},
-        )
+    check_columns(name, logits, vocab_size)
     check_ids("x0", x0, vocab_size, like=logits)
     check_ids("x_t", x_t, vocab_size, like=logits)
     if t is not None:

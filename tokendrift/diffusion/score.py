@@ -21,9 +21,9 @@ import math
 import torch
 from torch import Tensor, nn
 
-from tokendrift._checks import check_ids, check_tensor, fail
+from tokendrift._checks import check_ids, fail
 from tokendrift.diffusion._row_ops import EXCLUDED
-from tokendrift.diffusion.process import Denoiser, Process, check_objective, wide
+from tokendrift.diffusion.process import Denoiser, Process, check_columns, check_objective, wide
 
 
 def network_log_score(process: Process, output: Tensor, x_t: Tensor, sigma: Tensor) -> Tensor:
@@ -245,12 +245,7 @@ def _log_expm1(sigma: Tensor, like: Tensor) -> Tensor:
 
 
 def _check_rows(process: Process, name: str, value: Tensor, x_t: Tensor, sigma: Tensor) -> None:
-    check_tensor(name, value, ("B", "L", "V"))
-    if value.shape[-1] != process.vocab_size:
-        raise fail(
-            f"{name} must have V = {process.vocab_size} columns, one for each entry of the vocabulary of the process.",
-            **{name: value},
-        )
+    check_columns(name, value, process.vocab_size)
     check_ids("x_t", x_t, process.vocab_size, like=value)
     if not isinstance(sigma, Tensor) or sigma.shape != value.shape[:1]:
         raise fail(

@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -49,15 +49,15 @@ def diagnose(
 
     Args:
         source: Hub id, folder or file, as for `load_denoiser`.
-        text: UTF-8 text to measure the NELBO on. Default: documentation that CPython carries.
-        tokenizer: A ``tokenizer.json``, folder or hub name. Default: that of the checkpoint's folder, or GPT-2's for a
-            vocabulary of GPT-2's size.
-        revision: Branch, tag or commit of a hub id.
+        text: UTF-8 text file to measure the NELBO on. Default: Python's own documentation.
+        tokenizer: Tokenizer: a tokenizer.json, a folder or a hub id. Default: that of the checkpoint, or that of GPT-2
+            if the vocabulary has its size.
+        revision: Branch, tag or commit of a hub id. Default: the main branch.
         config: Fields that replace or complete those of the configuration, as for `load_denoiser`.
-        tokens: Number of tokens of text to measure on. Default: 16,384.
+        tokens: Number of tokens of text to measure the NELBO on. Default: 16384.
         seed: Random seed of the noise that the NELBO is measured with. Default: 0.
-        device: Device to measure on. Default: CUDA if it is available, else the CPU.
-        progress: Called with a sentence about what is being done.
+        device: Device such as cpu or cuda:0; auto takes cuda if it is available, else cpu. Default: auto.
+        progress: Called with a sentence about what is being done. Default: a function that does nothing.
 
     Raises:
         TokenDriftError: If the checkpoint, text or tokenizer that was named cannot be read, or the device not be used.
@@ -194,10 +194,12 @@ def check_nelbo(
     better = _best_alternative(base, few, alternatives, bound if useless else None, nelbo)
     # 3. The verdict.
     if better is not None:
-        report.figures["perplexity_otherwise"] = better.found.perplexity
+        alternative, other = better
+        report.figures["perplexity_otherwise"] = other.perplexity
         report.add("NELBO", "fail", measured)
-        said = f"perplexity {_figure(better.found)} with this, {_figure(better.base)} without, on {len(few)} windows"
-        report.add("what is wrong", "fail", f"{better.alternative.diagnosis} ({said})")
+        without = _figure(probes.estimate(base))
+        said = f"perplexity {_figure(other)} with this, {without} without, on {len(few)} windows"
+        report.add("what is wrong", "fail", f"{alternative.diagnosis} ({said})")
     elif useless:
         report.add("NELBO", "fail", measured)
         report.add("what is wrong", "fail", _useless(model, process, found, share, unigram, windows.shape[1]))
@@ -213,22 +215,14 @@ def _alternatives(model: LoadedDenoiser, process: Process, tokenizer: Any, *, us
         yield from probes.process_alternatives(model, process, masks)
 
 
-class _Better(NamedTuple):
-    """An alternative, its NELBO, and the NELBO of the checkpoint as it is on the same windows."""
-
-    alternative: Alternative
-    found: Estimate
-    base: Estimate
-
-
 def _best_alternative(
     base: Tensor,
     windows: Tensor,
     alternatives: Iterator[Alternative],
     bound: float | None,
     nelbo: Callable[..., Tensor],
-) -> _Better | None:
-    """Return the best alternative that is better beyond doubt, None if there is none.
+) -> tuple[Alternative, Estimate] | None:
+    """Return the best alternative that is better beyond doubt with its NELBO, None if there is none.
 
     With a bound, for a network that knows no more than word counts, an alternative must know more than those. Without
     one it must be better than what works already, under the same noise.
@@ -238,8 +232,8 @@ def _best_alternative(
         values = nelbo(each.model, each.process, windows, counted=False if bound is None else None)
         found, gain = probes.estimate(values), probes.estimate(base - values)
         if gain.mean > max(4 * gain.error, 0.005) if bound is None else found.mean + 2 * found.error < bound:
-            sure.append(_Better(each, found, probes.estimate(base)))
-    return min(sure, key=lambda better: better.found.mean, default=None)
+            sure.append((each, found))
+    return min(sure, key=lambda better: better[1].mean, default=None)
 
 
 def _useless(

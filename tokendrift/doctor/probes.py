@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -15,23 +15,6 @@ from tokendrift.diffusion import Denoiser, MaskedDiffusion, Process, UniformDiff
 from tokendrift.models import DiT, MaskedLMDenoiser
 
 LOGITS_AT_ONCE = 1 << 26  # entries of one batch of logits; 256 MiB in float32
-
-
-class OtherCondition(nn.Module):
-    """A network that receives another value instead of sigma.
-
-    Args:
-        model: The network.
-        replace: Maps sigma (B,) to what the network is given.
-    """
-
-    def __init__(self, model: nn.Module, replace: Callable[[Tensor], Tensor]) -> None:
-        super().__init__()
-        self.model, self.replace = model, replace
-
-    def forward(self, x_t: Tensor, sigma: Tensor) -> Tensor:
-        """Return the network's logits for noisy ids (B, L) and what stands in for sigma (B,)."""
-        return self.model(x_t, self.replace(sigma))
 
 
 class Alternative(NamedTuple):
@@ -52,11 +35,6 @@ class Estimate(NamedTuple):
     def perplexity(self) -> float:
         """``exp`` of the mean, infinite where it overflows."""
         return math.exp(self.mean) if self.mean < 700 else math.inf
-
-
-def countable(model: Denoiser, process: Process) -> bool:
-    """Tell whether the NELBO is an expectation over the number of masks alone."""
-    return isinstance(process, MaskedDiffusion) and not getattr(model, "time_conditioned", True)
 
 
 @torch.no_grad()
@@ -82,31 +60,26 @@ def window_nelbo(
     order = torch.randperm(len(ids), generator=generator, device=ids.device)
     # 2. Noise and loss, in batches that hold few logits at once.
     rows = max(1, LOGITS_AT_ONCE // (ids.shape[1] * process.vocab_size))
-    draw = _counted if (countable(model, process) if counted is None else counted) else _corrupted
+    if counted is None:
+        counted = isinstance(process, MaskedDiffusion) and not getattr(model, "time_conditioned", True)
+    law = MaskedDiffusion(process.vocab_size, process.mask_id) if counted else process
     found = []
     for batch, share in zip(ids[order].split(rows), times.split(rows), strict=True):
-        x_t, t, law = draw(process, batch, share, generator)
+        if counted:
+            x_t, t = _counted(process, batch, share, generator)
+        else:
+            x_t, _, t, _ = process.corrupt(batch, 1e-3 + (1 - 1e-3) * share, generator=generator)
         found.append(law.nelbo(model(x_t, law.sigma(t)), batch, x_t, t).double().mean(dim=1).cpu())
     return torch.cat(found)
 
 
-def _corrupted(
-    process: Process, ids: Tensor, share: Tensor, generator: torch.Generator
-) -> tuple[Tensor, Tensor, Process]:
-    """Draw from the process at times 1e-3..1; return noisy ids, times (B,), and the process."""
-    corrupted = process.corrupt(ids, 1e-3 + (1 - 1e-3) * share, generator=generator)
-    return corrupted.x_t, corrupted.t, process
-
-
-def _counted(
-    process: Process, ids: Tensor, share: Tensor, generator: torch.Generator
-) -> tuple[Tensor, Tensor, Process]:
+def _counted(process: Process, ids: Tensor, share: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """Mask ceil(share L) positions of each row; k/L is then a log-linear time, whose loss weight is L/k."""
     length = ids.shape[1]
     count = (share * length).ceil().clamp(1, length)
     rank = torch.rand(ids.shape, generator=generator, device=ids.device).argsort(dim=1).argsort(dim=1)
     x_t = torch.where(rank < count[:, None], process.prior(ids.shape, device=ids.device), ids)
-    return x_t, count / length, MaskedDiffusion(process.vocab_size, process.mask_id)
+    return x_t, count / length
 
 
 def estimate(values: Tensor) -> Estimate:
@@ -146,12 +119,12 @@ def sigma_alternatives(model: Denoiser, process: Process) -> Iterator[Alternativ
         yield Alternative(
             "the network reads its second argument as the time t, not as sigma = -log(alpha_t): the checkpoint was "
             "trained with other code; wrap the network to convert sigma",
-            OtherCondition(model, time),
+            lambda x_t, sigma: model(x_t, time(sigma)),
             process,
         )
         yield Alternative(
             "the network does better when it is not given the noise level: set time_conditioning to false",
-            OtherCondition(model, torch.zeros_like),
+            lambda x_t, sigma: model(x_t, torch.zeros_like(sigma)),
             process,
         )
     elif isinstance(model, DiT):

@@ -24,6 +24,7 @@ from tokendrift.evaluation.generative_perplexity import (
     PerplexityResult,
     generative_perplexity,
 )
+from tokendrift.evaluation.gradient_moment import gradient_features, gradient_moment
 from tokendrift.evaluation.guard import Verdict, check_samples
 from tokendrift.evaluation.matching import (
     DrawSamples,
@@ -81,6 +82,8 @@ __all__ = [
     "encoder_features",
     "evaluate",
     "generative_perplexity",
+    "gradient_features",
+    "gradient_moment",
     "judge_features",
     "kernel_distance",
     "longest_repeat",

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from tokendrift.evaluation._ngrams import NONE, ngrams
-from tokendrift.evaluation.bootstrap import halves, redraws
+from tokendrift.evaluation.bootstrap import draw_counts, halves, redraws
 from tokendrift.evaluation.protocols import log_perplexity
 
 HALVES = 200  # enough for a spread known to 5 %
@@ -80,11 +80,8 @@ class Resampling:
     @cached_property
     def _weights(self) -> Tensor:
         """How often each sample stands in each redraw, (R, n)."""
-        parts = []
-        for index in redraws(self.n, self.resamples, self._generator()):
-            ones = torch.ones(index.shape, dtype=torch.float64)
-            parts.append(torch.zeros_like(ones).scatter_add_(1, index, ones))
-        return torch.cat(parts)
+        drawn = redraws(self.n, self.resamples, self._generator())
+        return torch.cat([draw_counts(index, self.n) for index in drawn])
 
     @cached_property
     def _halves(self) -> Tensor:

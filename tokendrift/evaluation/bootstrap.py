@@ -12,6 +12,7 @@ Variance Estimation (Annals of Statistics 1989), for the halves.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -107,7 +108,7 @@ def perplexity_interval(
         level: As for `bootstrap_interval`.
         seed: As for `bootstrap_interval`.
     """
-    log = _log_perplexity_of(scored.protocol)
+    log = partial(log_perplexity, protocol=scored.protocol)
     per_sample = scored.sample_nll, scored.sample_tokens
     return bootstrap_interval(log, *per_sample, resamples=resamples, level=level, seed=seed).exp()
 
@@ -143,7 +144,7 @@ def perplexity_ratio_interval(
             f"a was scored under protocol {a.protocol!r} and b under {b.protocol!r}; the two cannot be compared.",
             "Score both under one protocol.",
         )
-    log = _log_perplexity_of(a.protocol)
+    log = partial(log_perplexity, protocol=a.protocol)
     first = _check_arrays((a.sample_nll, a.sample_tokens))
     second = _check_arrays((b.sample_nll, b.sample_tokens))
     generator = torch.Generator().manual_seed(seed)
@@ -165,6 +166,12 @@ def redraws(n: int, resamples: int, generator: torch.Generator) -> Iterator[Tens
     block = max(1, BLOCK // n)
     for start in range(0, resamples, block):
         yield torch.randint(n, (min(block, resamples - start), n), generator=generator)
+
+
+def draw_counts(index: Tensor, n: int) -> Tensor:
+    """Return how often each of n things stands in each row of indices (R, K), float64 (R, n)."""
+    counts = torch.zeros(len(index), n, dtype=torch.float64)
+    return counts.scatter_add_(1, index, torch.ones(index.shape, dtype=torch.float64))
 
 
 def halves(n: int, resamples: int, generator: torch.Generator) -> Tensor:
@@ -216,10 +223,6 @@ def _checked(values: Tensor, resamples: int) -> Tensor:
             values=values,
         )
     return values.double()
-
-
-def _log_perplexity_of(protocol: str) -> Callable[[Tensor, Tensor], Tensor]:
-    return lambda nll, tokens: log_perplexity(nll, tokens, protocol)
 
 
 def check_resampling(level: float, resamples: int) -> None:

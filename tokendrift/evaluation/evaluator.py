@@ -13,14 +13,16 @@ from tokendrift.evaluation.bootstrap import Interval
 from tokendrift.evaluation.comparison import Comparison, compare
 from tokendrift.evaluation.figures import Figure, main_figures
 from tokendrift.evaluation.generative_perplexity import GenerativePerplexity
+from tokendrift.evaluation.gradient_moment import differentiable_parameters, gradient_features
 from tokendrift.evaluation.guard import Verdict, check_samples
-from tokendrift.evaluation.measures import Measures, as_sample_set, measure, training_ids
+from tokendrift.evaluation.measures import Measures, as_sample_set, measure, texts_of, training_ids
 from tokendrift.evaluation.samples import SampleInput, cleaned, id_sequences, spread
 from tokendrift.evaluation.two_sample import character_features, kernel_distance
 from tokendrift.models.tokenizer import decode, encode
 from tokendrift.sampling import SampleSet
 
 WIDTH = 26  # of a column of the printed table
+KERNEL_OF = {"energy_distance": "energy", "gradient_moment": "linear"}  # figures between a set and real text
 
 
 @dataclass(frozen=True)
@@ -109,6 +111,7 @@ def evaluate(
     seed: int = 0,
     skip_bad: bool = False,
     panel: Sequence[GenerativePerplexity] = (),
+    gradient_moment: bool = False,
     progress: Callable[[int], object] | None = None,
 ) -> Evaluation:
     """Measure sets of samples and real text alike, and check each set with the guard.
@@ -132,10 +135,13 @@ def evaluate(
         seed: Seed of the redraws. Default: 0.
         skip_bad: As for `measure`. Default: False.
         panel: Further judges, as for `measure`. Default: none.
+        gradient_moment: Include the gradient moment under the judge and its z-score, see
+            `tokendrift.evaluation.gradient_moment`. It takes a forward and a backward pass for each sample, of real
+            text as well. Default: False.
         progress: As for `GenerativePerplexity.update`.
 
     Raises:
-        TokenDriftError: If there is no set, or one cannot be scored.
+        TokenDriftError: If there is no set, one cannot be scored, or the judge has no gradient that is asked for.
 
     >>> import torch
     >>> judge = GenerativePerplexity(lambda ids, mask: torch.zeros(*ids.shape, 10), protocol="all")
@@ -146,6 +152,8 @@ def evaluate(
     """
     if not sets:
         raise fail("evaluate needs at least one set of samples.")
+    if gradient_moment:
+        differentiable_parameters(judge)
     # 1. All sets and real text in one vocabulary.
     given = {name: as_sample_set(samples) for name, samples in sets.items()}
     real_set = as_sample_set(real)
@@ -166,33 +174,47 @@ def evaluate(
             panel=panel, progress=progress,
         )  # fmt: skip
 
+    def features(samples: SampleSet) -> dict[str, Tensor]:
+        texts = texts_of(samples, tokenizer, clean_up_spaces=False)
+        found = {} if texts is None else {"energy_distance": character_features(texts)}
+        if gradient_moment:
+            read = texts_of(samples, tokenizer, clean_up_spaces)
+            found["gradient_moment"] = _gradients(samples if read is None else read, judge, seed, progress)
+        return found
+
     # 2. Each set, and beside it real text of its lengths; sets of the same lengths share theirs.
-    real_measures: dict[tuple[bool, tuple[int, ...]], tuple[Measures, Tensor | None]] = {}
+    real_measures: dict[tuple[bool, tuple[int, ...]], tuple[Measures, dict[str, Tensor]]] = {}
     rows = []
     for name, samples in given.items():
         measures = measured(samples, (nelbo or {}).get(name))
         key = measures.retokenised, measures.falling_lengths()
         if key not in real_measures:
             cut = cut_to_lengths(real_set, key[1], own_tokenizer, vocabulary, as_text=measures.retokenised)
-            real_measures[key] = measured(cut), _features(cut, tokenizer)
-        expected, features = real_measures[key]
-        own = None if features is None else _features(samples, tokenizer)
-        if own is not None and features is not None:
-            options: dict[str, Any] = {"resamples": resamples, "level": level, "seed": seed}
-            distance = kernel_distance(own, features, kernel="energy", **options)
-            added = {"energy_distance": distance.distance, "energy_distance_z": distance.z_score}
-            measures = replace(measures, figures={**measures.figures, **added})
+            real_measures[key] = measured(cut), features(cut)
+        expected, features_of_real = real_measures[key]
+        added = _distances(features(samples), features_of_real, resamples=resamples, level=level, seed=seed)
+        measures = replace(measures, figures={**measures.figures, **added})
         # 3. The set against real text: what differs, and what looks bought.
         compared, verdict = compare(measures, expected), check_samples(measures, expected)
         rows.append(EvaluatedSet(name, measures, expected, compared, verdict))
     return Evaluation(tuple(rows))
 
 
-def _features(samples: SampleSet, tokenizer: Any) -> Tensor | None:
-    """Return the `character_features` of samples, None if their texts are not known."""
-    if samples.texts is None and tokenizer is None:
-        return None
-    return character_features(samples.texts if samples.texts is not None else decode(tokenizer, samples.ids or []))
+def _gradients(
+    samples: SampleInput, judge: GenerativePerplexity, seed: int, progress: Callable[[int], object] | None
+) -> Tensor:
+    """Return the `gradient_features` of the samples that are long enough; `measure` has reported the others."""
+    read = [ids for ids in id_sequences(samples, None, judge.judge.tokenizer)[0] if len(ids) > 1]
+    return gradient_features(read, judge, seed=seed, progress=progress)
+
+
+def _distances(own: Mapping[str, Tensor], real: Mapping[str, Tensor], **options: Any) -> dict[str, Interval]:
+    """Return the distances between features of the same figure, and their z-scores."""
+    added: dict[str, Interval] = {}
+    for figure in [name for name in own if name in real]:
+        found = kernel_distance(own[figure], real[figure], kernel=KERNEL_OF[figure], **options)
+        added |= {figure: found.distance, f"{figure}_z": found.z_score}
+    return added
 
 
 def cut_to_lengths(

@@ -237,6 +237,8 @@ FIGURES: dict[str, Figure] = {
         Figure("length", "length", "length", 1, per_sample(_length), "tokens"),
         Figure("energy_distance", "energy distance", "energy distance to real text in character 3-grams", 4, None),
         Figure("energy_distance_z", "energy z", "the same over its spread between real texts", 1, None),
+        Figure("gradient_moment", "gradient moment", "gradient moment to real text", 3, None, main=True),
+        Figure("gradient_moment_z", "gradient z", "the same over its spread between real texts", 1, None, main=True),
         Figure("nelbo", "NELBO", "held-out NELBO", 3, None, "nats per token"),
     )
 }

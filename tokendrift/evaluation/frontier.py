@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 from tokendrift._checks import check_count, fail
-from tokendrift.evaluation.bootstrap import Interval, interval_from
-from tokendrift.evaluation.comparison import check_alike, log_figure
+from tokendrift.evaluation.bootstrap import Interval
+from tokendrift.evaluation.comparison import check_alike, log_figure, ratio_interval
 from tokendrift.evaluation.guard import SAME_SIZE
 from tokendrift.evaluation.matching import KINDS, DrawSamples, MeasureSamples, entropy, entropy_name
 from tokendrift.evaluation.measures import Measures, as_sample_set
-from tokendrift.evaluation.plots import canvas, error_bar_lengths, estimates
+from tokendrift.evaluation.plots import canvas, error_bars
 from tokendrift.evaluation.samples import SampleInput, spread
 from tokendrift.sampling import SamplingSetting
 
@@ -140,12 +140,7 @@ class Frontier:
             check_alike(measures, self.real)
             _check_number(self.real.samples, measures.samples)
         # 2. log Gen.-PPL between the two, for the estimates and again on every redraw.
-        ends = [(entropy(m, kind).estimate, m.log_gen_ppl) for m in bracket]
-        numbers = [torch.tensor(x, dtype=torch.float64) for x in (target, *ends[0], *ends[1])]
-        name = entropy_name(kind)
-        redrawn = [x for m in bracket for x in (m.replicates[name], m.replicates["gen_ppl"])]
-        estimate = float(_on_the_line(*numbers))
-        return interval_from(estimate, _on_the_line(self.real.replicates[name], *redrawn), self.real.level).exp()
+        return ratio_interval(_between(bracket, self.real, kind, "gen_ppl"), self.real.level)
 
     def to_dict(self) -> dict[str, Any]:
         """Return every number for JSON: those behind the plots, and Gen.-PPL at the entropies of real text."""
@@ -181,11 +176,10 @@ class Frontier:
             up = [point.measures.gen_ppl for point in curve]
             cost = f"{setting.steps} steps" if measures.nfe is None else f"{measures.nfe} NFE"
             nucleus = "" if setting.top_p == 1 else f", top-p {setting.top_p:g}"
-            axes.errorbar(
-                estimates(across),
-                estimates(up),
-                xerr=error_bar_lengths(across),
-                yerr=error_bar_lengths(up),
+            error_bars(
+                axes,
+                across,
+                up,
                 linestyle=LINE_STYLES[steps.index(setting.steps) % len(LINE_STYLES)],
                 color=f"C{models.index(model)}",
                 marker="o",
@@ -194,10 +188,8 @@ class Frontier:
                 elinewidth=0.7,
                 label=f"{model}, {cost}{nucleus}",
             )
-        across, up = [entropy(self.real, kind)], [self.real.gen_ppl]
-        star: dict[str, Any] = {"fmt": "*", "color": "black", "markersize": 13, "label": "real text"}
-        star |= {"xerr": error_bar_lengths(across), "yerr": error_bar_lengths(up), "elinewidth": 0.7}
-        axes.errorbar(estimates(across), estimates(up), **star)
+        star = {"fmt": "*", "color": "black", "markersize": 13, "label": "real text", "elinewidth": 0.7}
+        error_bars(axes, [entropy(self.real, kind)], [self.real.gen_ppl], **star)
         axes.set_yscale("log")
         axes.set_xlabel(f"{kind} entropy (nats); temperature falls to the left")
         axes.set_ylabel("Gen.-PPL")
@@ -224,21 +216,14 @@ def ratio_at_entropy(
     Raises:
         TokenDriftError: If the sets were not measured with the same options.
     """
-    name = entropy_name(kind)
     points = sorted(curve, key=lambda measures: entropy(measures, kind).estimate)
     for point in points:
         check_alike(model, point)
     bracket = _bracket(points, kind, entropy(model, kind).estimate)
     if bracket is None:
         return None
-    sets = (model, *bracket)
-    across = [torch.tensor(entropy(m, kind).estimate, dtype=torch.float64) for m in sets]
-    up = [log_figure((m, *m.panel)[judge], figure) for m in sets]
-    heights = [torch.tensor(height, dtype=torch.float64) for height, _ in up]
-    estimate = heights[0] - _on_the_line(across[0], across[1], heights[1], across[2], heights[2])
-    x, x0, x1 = (m.replicates[name] for m in sets)
-    redrawn = up[0][1] - _on_the_line(x, x0, up[1][1], x1, up[2][1])
-    return interval_from(float(estimate), redrawn, model.level).exp()
+    ours, theirs = log_figure((model, *model.panel)[judge], figure), _between(bracket, model, kind, figure, judge)
+    return ratio_interval((ours[0] - theirs[0], ours[1] - theirs[1]), model.level)
 
 
 def _check_number(real: int, count: int) -> None:
@@ -258,6 +243,19 @@ def _bracket(curve: list[Measures], kind: str, target: float) -> tuple[Measures,
         if min(ends) <= target <= max(ends):
             return colder, warmer
     return None
+
+
+def _between(
+    bracket: tuple[Measures, Measures], other: Measures, kind: str, figure: str, judge: int = 0
+) -> tuple[float, Tensor]:
+    """Return the logarithm of a figure between two sets, at the entropy of another, and the same on every redraw."""
+    name = entropy_name(kind)
+    estimate, redrawn = [entropy(other, kind).estimate], [other.replicates[name]]
+    for measures in bracket:
+        height, heights = log_figure((measures, *measures.panel)[judge], figure)
+        estimate += [entropy(measures, kind).estimate, height]
+        redrawn += [measures.replicates[name], heights]
+    return float(_on_the_line(*torch.tensor(estimate, dtype=torch.float64))), _on_the_line(*redrawn)
 
 
 def _on_the_line(x: Tensor, x0: Tensor, y0: Tensor, x1: Tensor, y1: Tensor) -> Tensor:

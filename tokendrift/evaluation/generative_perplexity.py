@@ -226,8 +226,7 @@ class GenerativePerplexity:
         progress: Callable[[int], object] | None = None,
     ) -> PerplexityResult:
         """Return Gen.-PPL of these samples alone; arguments as for `update`, whose state it leaves as it is."""
-        sequences = self._prepare(samples, attention_mask)
-        read = self.judge.with_start(sequences)
+        sequences, read = self._prepare(samples, attention_mask)
         pieces = [
             (owner, window)
             for owner, ids in enumerate(read)
@@ -253,6 +252,21 @@ class GenerativePerplexity:
             return scored.with_sizes([str(text) for text in samples], None) if whole else scored
         return scored.with_sizes(None, sequences)
 
+    def sample_losses(self, samples: SampleInput) -> Iterator[tuple[int, Tensor, int]]:
+        """Yield the index of a sample, the summed NLL of its counted tokens, and their number, for each of its windows.
+
+        A window is read alone, when it is asked for. The NLL is a scalar, differentiable if gradients are switched on.
+
+        Args:
+            samples: As for `update`.
+        """
+        _, read = self._prepare(samples, None)
+        for owner, sequence in enumerate(read):
+            for window in plan_windows(len(sequence), self.max_length, self.stride):
+                ids, mask, counted = self._collate(read, [(owner, window)])
+                each, _ = self.judge.token_nll(ids, mask)
+                yield owner, torch.where(counted, each, 0).sum(), int(counted.sum())
+
     def _batches(self, pieces: list[tuple[int, Window]]) -> Iterator[list[tuple[int, Window]]]:
         """Yield windows of like length together: hardly any padding, and no dependence on the order given.
 
@@ -266,8 +280,8 @@ class GenerativePerplexity:
             yield pieces[first : first + count]
             first += count
 
-    def _prepare(self, samples: SampleInput, attention_mask: Tensor | None) -> list[Tensor]:
-        """Return one tensor of ids a sample: cut, dropped or closed as the options ask, and checked."""
+    def _prepare(self, samples: SampleInput, attention_mask: Tensor | None) -> tuple[list[Tensor], list[Tensor]]:
+        """Return the ids of each sample, cut or dropped as the options ask, and what the judge reads of them."""
         sequences, width = id_sequences(samples, attention_mask, self.judge.tokenizer)
         if self.truncate is not None:
             sequences, width = [ids[: self.truncate] for ids in sequences], min(width, self.truncate)
@@ -287,10 +301,11 @@ class GenerativePerplexity:
                     "Pass protocol='all', which uses sliding windows for long samples, or truncate=max_length.",
                 )
         check_range(torch.cat(sequences), self.judge.vocab_size)
+        closed = sequences
         if self.pad_eos and self.protocol == "mdlm":
             closing = torch.tensor([self.eos_id])
-            sequences = [torch.cat([ids, closing]) if len(ids) < width else ids for ids in sequences]
-        return sequences
+            closed = [torch.cat([ids, closing]) if len(ids) < width else ids for ids in sequences]
+        return sequences, self.judge.with_start(closed)
 
     def _collate(self, sequences: list[Tensor], batch: Sequence[tuple[int, Window]]) -> tuple[Tensor, Tensor, Tensor]:
         """Return ids, attention mask and counted targets (B, L) of windows, padded on the right."""

@@ -119,11 +119,13 @@ class Judge:
         start = torch.tensor([self.start_id])
         return [ids if int(ids[0]) == self.start_id else torch.cat([start, ids]) for ids in sequences]
 
-    def _call(self, ids: Tensor, attention_mask: Tensor, **more: Any) -> Any:
+    def _call(self, ids: Tensor, attention_mask: Tensor, *, part: Any = None, **more: Any) -> Any:
+        """Call the model, or a part of it."""
         ids, attention_mask = ids.to(self.device), attention_mask.to(self.device)
+        called = self.model if part is None else part
         if self._by_name:
-            return self.model(input_ids=ids, attention_mask=attention_mask, **self._keywords, **more)
-        return self.model(ids, attention_mask, **more)
+            return called(input_ids=ids, attention_mask=attention_mask, **self._keywords, **more)
+        return called(ids, attention_mask, **more)
 
     def hidden(self, ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Return the last hidden states (B, L, M) of a transformers model for ids and mask (B, L)."""
@@ -170,10 +172,8 @@ class Judge:
         return token_nll(states, ids, head=head), self.precision(states)
 
     def _hidden_before_head(self, ids: Tensor, attention_mask: Tensor) -> Tensor:
-        base: Any = self.model.base_model  # type: ignore[attr-defined]
-        states: Tensor = base(
-            input_ids=ids.to(self.device), attention_mask=attention_mask.to(self.device), **self._keywords
-        ).last_hidden_state
+        base = self.model.base_model  # type: ignore[attr-defined]
+        states: Tensor = self._call(ids, attention_mask, part=base).last_hidden_state
         return states
 
     def _head(self, ids: Tensor, attention_mask: Tensor) -> Callable[[Tensor], Tensor] | None:

@@ -196,7 +196,7 @@ def measure(
     given = as_sample_set(samples)
     nfe = given.nfe if nfe is None else check_count("nfe", nfe)
     # 1. What the judge reads: texts if there are any, else the ids.
-    texts = _texts(given, tokenizer, clean_up_spaces)
+    texts = texts_of(given, tokenizer, clean_up_spaces)
     if panel and texts is None:
         raise fail("several judges read texts, and ids came without a tokenizer.", "Pass tokenizer=..., or texts.")
     judges, sources = (judge, *panel), given.scored() if texts is None else texts
@@ -239,7 +239,7 @@ def measure(
     return replace(of_judges[0], panel=tuple(of_judges[1:]))
 
 
-def _texts(given: SampleSet, tokenizer: Any, clean_up_spaces: bool) -> list[str] | None:
+def texts_of(given: SampleSet, tokenizer: Any, clean_up_spaces: bool) -> list[str] | None:
     """Return the texts that came with the samples, or else those that the tokenizer decodes; None without either."""
     texts = given.texts if given.texts is not None or tokenizer is None else decode(tokenizer, given.ids or [])
     return [cleaned(text) for text in texts] if texts is not None and clean_up_spaces else texts

@@ -80,18 +80,13 @@ def _clipped(rows: Tensor, n: int) -> Tensor:
     grams, ranks = codes[kept].unique(return_inverse=True)
     pairs, counts = (ranks * len(rows) + owners).unique(return_counts=True)
     gram, owner = torch.div(pairs, len(rows), rounding_mode="floor"), pairs % len(rows)
-    # Within each n-gram the largest count first: its two leading entries are all that clipping asks for.
-    order = (gram * (int(counts.max()) + 1 if len(counts) else 1) - counts).argsort()
-    gram, owner, counts = gram[order], owner[order], counts[order]
-    first = torch.searchsorted(gram, torch.arange(len(grams)))
-    largest = counts[first]
-    second = torch.where(
-        (first + 1 < len(gram)) & (gram[(first + 1).clamp(max=len(gram) - 1)] == gram[first]),
-        counts[(first + 1).clamp(max=len(gram) - 1)],
-        0,
-    )
-    place = torch.arange(len(gram))
-    elsewhere = torch.where(place == first[gram], second[gram], largest[gram])
+    # The largest count of each n-gram and the largest below it: what a row alone at the top is compared with.
+    none = torch.zeros(len(grams), dtype=torch.int64)
+    largest = none.scatter_reduce(0, gram, counts, "amax")[gram]
+    top = counts == largest
+    alone = top & (none.index_add(0, gram, top.long())[gram] == 1)
+    below = none.scatter_reduce(0, gram, torch.where(top, 0, counts), "amax")[gram]
+    elsewhere = torch.where(alone, below, largest)
     clipped = torch.minimum(counts, elsewhere).double()
     return torch.zeros(len(rows), dtype=torch.float64).index_add_(0, owner, clipped)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from tokendrift.errors import TokenDriftError
 from tokendrift.evaluation.bootstrap import Interval
@@ -47,6 +47,12 @@ def error_bar_lengths(intervals: Sequence[Interval]) -> list[list[float]]:
     below = [max(0.0, interval.estimate - interval.low) for interval in intervals]
     above = [max(0.0, interval.high - interval.estimate) for interval in intervals]
     return [below, above]
+
+
+def error_bars(axes: Axes, across: Sequence[Interval], up: Sequence[Interval], **style: Any) -> None:
+    """Draw points with the intervals of both of their coordinates."""
+    across_errors, up_errors = error_bar_lengths(across), error_bar_lengths(up)
+    axes.errorbar(estimates(across), estimates(up), xerr=across_errors, yerr=up_errors, **style)
 
 
 def plot_band(ax: Axes, x: Sequence[int], intervals: list[Interval], colour: str, style: str, label: str) -> None:

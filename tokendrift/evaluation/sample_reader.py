@@ -8,6 +8,7 @@ import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
+from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,7 +16,7 @@ from tokendrift._checks import TYPES, fail
 from tokendrift.errors import TokenDriftError
 from tokendrift.files import file_kind, read_text
 from tokendrift.sampling import BadLine, SampleSet
-from tokendrift.text_files import HEADER, JSON_KINDS, is_blank, json_list
+from tokendrift.text_files import HEADER, JSON_KINDS, is_blank, json_list, parsed
 
 LARGEST_ID = 2**31 - 1  # of a token, which every tokenizer and every model can hold
 LONGEST = 2**24  # characters or ids of a sample
@@ -63,7 +64,9 @@ def read_samples(
     place = Path(path)
     content = read_text(place, argument="samples file")
     if file_kind(place) not in JSON_KINDS and not has_header(content):
-        texts = [line for line in content.split("\n") if line.strip()] if lines else list(_paragraphs(content))
+        runs = groupby(content.split("\n"), key=lambda line: bool(line.strip()))
+        paragraphs = [list(run) for written, run in runs if written]
+        texts = [line for part in paragraphs for line in part] if lines else ["\n".join(part) for part in paragraphs]
         if not texts:
             raise _empty(place, ())
         if max(map(len, texts)) > LONGEST:
@@ -122,24 +125,17 @@ def _entries(content: str, place: Path) -> Iterator[tuple[int, Callable[[], Any]
     """Yield the entries of a JSON file by number, from 1, as functions that parse them."""
     listed = json_list(io.BytesIO(content.encode()), place)
     if listed is not None:
-        yield from ((number, partial(_same, entry)) for number, entry in enumerate(listed, start=1))
+        yield from ((number, lambda entry=entry: entry) for number, entry in enumerate(listed, start=1))
         return
     for number, line in enumerate(content.split("\n"), start=1):  # splitlines would also break at U+2028 within a text
         if line.strip():
             yield number, partial(_parse, line)
 
 
-def _same(entry: Any) -> Any:
-    return entry
-
-
 def has_header(content: str) -> bool:
     """Return whether the first line of a file is the header that `tokendrift sample` writes."""
-    first = content.lstrip().partition("\n")[0]
-    try:
-        return first.startswith("{") and HEADER in _as_object(_parse(first))
-    except ValueError:
-        return False
+    first = parsed(content.lstrip().partition("\n")[0])
+    return isinstance(first, dict) and HEADER in first
 
 
 def _parse(line: str) -> Any:
@@ -232,13 +228,3 @@ def _flops(metadata: Mapping[str, Any]) -> float | None:
 def _empty(place: Path, bad: tuple[BadLine, ...]) -> TokenDriftError:
     lines = f" ({len(bad)} lines were left out, the first is line {bad[0].number}: {bad[0].reason})" if bad else ""
     return fail(f"{place} holds no sample{lines}.", "A .jsonl file has one object with text or ids on each line.")
-
-
-def _paragraphs(content: str) -> Iterator[str]:
-    part: list[str] = []
-    for line in [*content.split("\n"), ""]:
-        if line.strip():
-            part.append(line)
-        elif part:
-            yield "\n".join(part)
-            part = []

@@ -13,13 +13,14 @@ from torch import Tensor, nn
 
 from tokendrift._checks import check_choice, check_count, check_floating, check_ids, check_positive, check_tensor, fail
 from tokendrift.errors import TokenDriftError
-from tokendrift.evaluation.bootstrap import Interval, check_resampling, interval_from, redraws
+from tokendrift.evaluation.bootstrap import Interval, check_resampling, draw_counts, interval_from, redraws
 from tokendrift.evaluation.judge import Judge, check_range
 from tokendrift.evaluation.samples import SampleInput, id_sequences
 from tokendrift.modes import evaluation_mode
 
 PERMUTATIONS_AT_ONCE = 64
-KERNELS = ("gaussian", "energy")
+EXACT = "donot_use_mm_for_euclid_dist"
+KERNELS = ("gaussian", "energy", "linear")
 
 
 class KernelDistance(NamedTuple):
@@ -30,7 +31,7 @@ class KernelDistance(NamedTuple):
             law, it is close to 0 and may be negative.
         p_value: Share of permutations that give at least this distance; small if the laws differ.
         spread: Standard deviation of the distance over the permutations, which is that between two sets of one law.
-        bandwidth: Bandwidth of the Gaussian kernel, in feature units; None for the energy distance.
+        bandwidth: Bandwidth of the Gaussian kernel, in feature units; None for the other kernels.
         generated: Number of generated vectors.
         real: Number of real ones.
         permutations: Number of permutations.
@@ -70,14 +71,15 @@ def kernel_distance(
     .. math:: \widehat{\mathrm{MMD}}^2 = \frac1{n(n-1)}\sum_{i\ne j}k(x_i,x_j) + \frac1{m(m-1)}\sum_{i\ne j}k(y_i,y_j)
         - \frac2{nm}\sum_{ij}k(x_i,y_j), \qquad k(x,y) = e^{-\lVert x-y\rVert^2/2s^2}
 
-    With ``kernel="energy"``, :math:`k(x, y) = -\lVert x - y \rVert`, it is the energy distance, which has no bandwidth.
+    With ``kernel="energy"``, :math:`k(x, y) = -\lVert x - y \rVert`, it is the energy distance, and with
+    ``kernel="linear"``, :math:`k(x, y) = x \cdot y`, the squared distance of the means. Both have no bandwidth.
 
     The p-value permutes which vector came from where, and is exact for samples that are independent.
 
     Args:
         generated: (n, M), one vector a sample; n at least 2.
         real: (m, M), of real text of the same length.
-        kernel: ``"gaussian"`` or ``"energy"``. Default: ``"gaussian"``.
+        kernel: ``"gaussian"``, ``"energy"`` or ``"linear"``. Default: ``"gaussian"``.
         bandwidth: Bandwidth s of the Gaussian kernel. Default: the median distance between all vectors.
         permutations: Permutations of the test; the smallest p-value is 1 / (permutations + 1). Default: 999.
         resamples: Redraws for the interval; pairs of a vector with itself are left out. Default: 1000.
@@ -100,14 +102,15 @@ def kernel_distance(
     x, y = _clouds(generated, real)
     n, m = len(x), len(y)
     # 1. The kernel between all vectors, without the pairs of a vector with itself.
+    if kernel != "gaussian" and bandwidth is not None:
+        raise fail(f"the {kernel} distance has no bandwidth.", "Leave bandwidth out.", bandwidth=bandwidth)
     both = torch.cat([x, y])
-    between = torch.cdist(both, both, compute_mode="donot_use_mm_for_euclid_dist")
-    if kernel == "energy":
-        if bandwidth is not None:
-            raise fail("the energy distance has no bandwidth.", "Leave bandwidth out.", bandwidth=bandwidth)
-        similarity = between.neg_()
+    if kernel == "linear":
+        similarity = (both @ both.T).fill_diagonal_(0)
+    elif kernel == "energy":
+        similarity = torch.cdist(both, both, compute_mode=EXACT).neg_()
     else:
-        squared = between.square_()
+        squared = torch.cdist(both, both, compute_mode=EXACT).square_()
         if bandwidth is None:
             upper = squared[torch.ones_like(squared, dtype=torch.bool).triu_(1)]
             bandwidth = math.sqrt(float(upper.median())) or 1.0  # equal points: any width gives zero distance
@@ -126,7 +129,7 @@ def kernel_distance(
     law = torch.cat(permuted)
     at_least = int((law >= observed - 1e-12).sum())
     # 3. The interval, from vectors redrawn within each set.
-    counts = [_counts(torch.cat(list(redraws(size, resamples, generator))), size) for size in (n, m)]
+    counts = [draw_counts(torch.cat(list(redraws(size, resamples, generator))), size) for size in (n, m)]
     interval = interval_from(observed, _resampled_mmd(similarity, *counts), level)
     spread = float(law.std()) if permutations > 1 else 0.0
     return KernelDistance(interval, (1 + at_least) / (1 + permutations), spread, bandwidth, n, m, permutations)
@@ -335,16 +338,11 @@ def _resampled_mmd(kernel: Tensor, first: Tensor, second: Tensor) -> Tensor:
     return within(first, upper, n) + within(second, lower, m) - 2 * ((first @ across) * second).sum(dim=1) / (n * m)
 
 
-def _counts(index: Tensor, n: int) -> Tensor:
-    ones = torch.ones(index.shape, dtype=torch.float64)
-    return torch.zeros(len(index), n, dtype=torch.float64).scatter_add_(1, index, ones)
-
-
 def _redrawn(histogram: Any, count: int, resamples: int, generator: torch.Generator) -> Tensor:
     """Return histograms of ``count`` draws from one, (R, K)."""
     share = torch.as_tensor(histogram, dtype=torch.float64)
     drawn = torch.multinomial(share, resamples * count, replacement=True, generator=generator)
-    return _counts(drawn.view(resamples, count), len(share)) / count
+    return draw_counts(drawn.view(resamples, count), len(share)) / count
 
 
 def _mauve_score(p: Tensor, q: Tensor, scaling_factor: float, points: int = 25) -> Tensor:

@@ -229,17 +229,13 @@ class DiT(nn.Module):
         """
         check_ids("x_t", x_t, self.vocab_size)
         condition = self.condition(len(x_t), sigma)
-        embeds = self.vocab_embed(x_t, embed) if normals is None else self._with_normals(x_t, embed, normals)
+        if normals is not None and not self.config.random_input:
+            raise fail("normals were given, but the model has no random input.", "Leave them out.", normals=normals)
+        embeds = self.vocab_embed(x_t, embed, *([] if normals is None else [normals]))
         if embeds.shape != (*x_t.shape, self.config.hidden_dim):
             raise fail(f"embed must return (B, L, D) = {(*x_t.shape, self.config.hidden_dim)}.", embeds=embeds)
         result: Tensor | T = self.output_layer(self._blocks(embeds, condition, None)[-1], condition, head, wanted)
         return result
-
-    def _with_normals(self, x_t: Tensor, embed: Callable[[Tensor], Tensor] | None, normals: Tensor) -> Tensor:
-        if not self.config.random_input:
-            raise fail("normals were given, but the model has no random input.", "Leave them out.", normals=normals)
-        found: Tensor = self.vocab_embed(x_t, embed, normals)
-        return found
 
     def logits_at(self, x_t: Tensor, sigma: Tensor | None, wanted: Tensor, *, normals: Tensor | None = None) -> Tensor:
         """Return the logits at some positions only, which saves most of the product with the vocabulary.

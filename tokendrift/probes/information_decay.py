@@ -139,13 +139,12 @@ def information_decay(
                 divergence[span, d] = torch.special.xlogy(p, p).sum(dim=-1) - torch.special.xlogy(p, law).sum(dim=-1)
                 mean[d] += p.sum(dim=0)
     probability, token = (mean / rows).topk(min(TOP, process.vocab_size), dim=-1)
+    of_prompts = (figure.view(-1, draws, positions).mean(dim=1) for figure in (entropy, divergence))
+    entropies, divergences = ([interval(column) for column in each.T] for each in of_prompts)
     return InformationDecay(
-        entropy=[interval(column) for column in entropy.view(-1, draws, positions).mean(dim=1).T],
-        divergence=[interval(column) for column in divergence.view(-1, draws, positions).mean(dim=1).T],
-        top=[
-            [Share(int(v), float(p)) for v, p in zip(tokens, shares, strict=True)]
-            for tokens, shares in zip(token, probability, strict=True)
-        ],
+        entropies,
+        divergences,
+        top=[list(map(Share, *pair)) for pair in zip(token.tolist(), probability.tolist(), strict=True)],
         corpus_entropy=float(torch.special.entr(law).sum()),
         prompts=len(prompts),
         prompt_length=prompts.shape[1],
@@ -226,14 +225,9 @@ def decay_table(
         for name in probes:
             table.add_column(f"{heading}\n{name}".strip(), justify=justify, no_wrap=justify == "right")  # type: ignore[arg-type]
     for d in distances or range(1, len(first.entropy) + 1):
-        shown = [
-            f"{probe.entropy[d - 1]:.2f}" if alone else f"{probe.entropy[d - 1].estimate:.2f}"
-            for probe in probes.values()
-        ]
-        shown += [
-            f"{probe.divergence[d - 1]:.2f}" if alone else f"{probe.divergence[d - 1].estimate:.2f}"
-            for probe in probes.values()
-        ]
+        figures = [probe.entropy[d - 1] for probe in probes.values()]
+        figures += [probe.divergence[d - 1] for probe in probes.values()]
+        shown = [f"{figure:.2f}" if alone else f"{figure.estimate:.2f}" for figure in figures]
         for probe in probes.values():
             tokens = (f"{escape(repr(decode(share.token)))} {share.probability:.2f}" for share in probe.top[d - 1])
             shown.append("  ".join(token.replace(" ", "\u00a0") for token in tokens))  # lines break between tokens

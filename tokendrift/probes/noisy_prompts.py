@@ -8,9 +8,10 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from tokendrift._checks import check_count, check_ids, check_tensor, fail
+from tokendrift._checks import check_count, check_ids, fail
 from tokendrift.diffusion.process import Denoiser, Process, wide
 from tokendrift.evaluation.bootstrap import Interval, check_resampling, mean_interval
+from tokendrift.sampling.categorical import check_logits
 
 
 class NoisyPrompts:
@@ -69,13 +70,8 @@ class NoisyPrompts:
         rows, length = ids.shape
         alpha = torch.tensor(1 - noisy / length, dtype=torch.float64)
         sigma = self.process.sigma(self.process.schedule.time(alpha)).float().expand(rows).to(self.device)
-        logits = check_tensor("denoiser(x_t, sigma)", self.denoiser(ids, sigma), ("B", "L", "V"))
-        if logits.shape != (rows, length, self.process.vocab_size):
-            raise fail(
-                f"the denoiser must return logits (B, L, V) = {(rows, length, self.process.vocab_size)}.",
-                "Build the process with the vocabulary of the denoiser.",
-                logits=logits,
-            )
+        shape = (rows, length, self.process.vocab_size)
+        logits = check_logits("denoiser(x_t, sigma)", self.denoiser(ids, sigma), shape)
         return self.process.log_probs(wide(logits[:, -noisy:]) / temperature, ids[:, -noisy:])
 
 

@@ -123,26 +123,25 @@ def probe_checkpoints(
 ) -> ProbeReport:
     """Probe one checkpoint, or two side by side on the same prompts and random numbers.
 
+    The trap is measured at powers of two up to 16, as far as there are noisy positions.
+
     Args:
         checkpoint: Hub id, folder or file, as `tokendrift.models.load_denoiser` takes it.
-        text: UTF-8 file; prompts are spread evenly over it, and its tokens give the unigram law.
-        compare: Refined checkpoint of the same vocabulary. Default: None, for one checkpoint alone.
-        judge: As for `GenerativePerplexity`. Default: ``"gpt2-large"``.
-        judge_reads_ids: Whether the judge has the denoiser's vocabulary, so that nothing is decoded and retokenised.
-            Default: False.
-        judge_tokenizer: Tokenizer of the judge: ``tokenizer.json``, folder or hub name. Default: the judge's own.
-        tokenizer: ``tokenizer.json``, folder or hub name. Default: the tokenizer in the first checkpoint's folder, or
-            GPT-2's for a vocabulary of its size.
+        text: UTF-8 text file from which prompts and unigram frequencies are taken.
+        compare: Refined checkpoint to compare with the first one. Default: none.
+        judge: Causal language model that scores text: hub id or folder. Default: gpt2-large.
+        judge_reads_ids: The judge has the vocabulary of the denoiser and reads its ids instead of text.
+        judge_tokenizer: Tokenizer of the judge: a tokenizer.json, a folder or a hub id. Default: the judge's own.
+        tokenizer: Tokenizer of the denoiser: a tokenizer.json, a folder or a hub id. Default: that of the checkpoint,
+            or that of GPT-2 if the vocabulary has its size.
         config: Fields that replace or complete those of the configuration of both, as for `load_denoiser`.
-        prompts: Number of prompts n. Default: 64.
-        prompt_length: Tokens of a prompt P. Default: 64, or what the model's length leaves.
-        positions: Noisy positions K of `information_decay`. The trap is measured at powers of two up to 16 within K.
-            Default: 32, or half of the model's length.
-        draws: Noise patterns, and pairs of draws, for each prompt. Default: 4.
+        prompts: Number of prompts, evenly spread over the text. Default: 64.
+        prompt_length: Tokens of a prompt. Default: 64, or less if the model is too short.
+        positions: Noisy positions after a prompt. Default: 32, or less if the model is too short.
+        draws: Number of draws for each prompt, which are averaged. Default: 4.
         batch_size: Sequences in a forward call. Default: 64.
-        seed: Random seed of noise and draws. Default: 0.
-        device: Device of the denoisers and of a judge loaded by name. Default: ``"auto"``, CUDA if it is
-            available, else the CPU.
+        seed: Random seed of the noise and the draws. Default: 0.
+        device: Device such as cpu or cuda:0; auto takes cuda if it is available, else cpu. Default: auto.
         progress: Called with a description of each stage. Default: a function that does nothing.
 
     Raises:

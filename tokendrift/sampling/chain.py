@@ -8,10 +8,10 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from tokendrift._checks import check_count, check_denoiser, check_tensor, fail
+from tokendrift._checks import check_count, check_denoiser, fail
 from tokendrift.diffusion.process import Denoiser, Mixture, Process
 from tokendrift.models.random_input import random_numbers
-from tokendrift.sampling.categorical import draw, not_finite
+from tokendrift.sampling.categorical import check_logits, draw, not_finite
 from tokendrift.sampling.noise import RowNoise
 from tokendrift.sampling.shaping import Shaping
 
@@ -223,19 +223,12 @@ class Chain:
         options = {}
         if self._numbers:
             options["normals"] = self._noise.normal(self._moves, ids.shape[1], self._numbers)[rows]
-        shape: tuple[int, ...]
+        size = self.process.vocab_size
         if head is not None and wanted is not None:
-            name, shape = "denoiser.logits_at(x_t, sigma, wanted)", (int(wanted.sum()), self.process.vocab_size)
-            logits = check_tensor(name, head(ids, sigma, wanted, **options), ("K", "V"))
+            found, shape = head(ids, sigma, wanted, **options), (int(wanted.sum()), size)
+            logits = check_logits("denoiser.logits_at(x_t, sigma, wanted)", found, shape)
         else:
-            name, shape = "denoiser(x_t, sigma)", (*ids.shape, self.process.vocab_size)
-            logits = check_tensor(name, self._denoiser(ids, sigma, **options), ("B", "L", "V"))
-        if logits.shape != shape:
-            raise fail(
-                f"{name} must return logits {'(K, V)' if head else '(B, L, V)'} = {shape}.",
-                "Build the process with the vocabulary of the denoiser.",
-                logits=logits,
-            )
+            logits = check_logits("denoiser(x_t, sigma)", self._denoiser(ids, sigma, **options), (*ids.shape, size))
         self.nfe += 1
         self.row_nfe[rows.cpu()] += 1
         return logits

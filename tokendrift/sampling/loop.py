@@ -138,10 +138,7 @@ def sample(
     seed = int(torch.randint(2**62, ())) if seed is None else seed
 
     # 2. Draw batch after batch; each row has the random numbers of its number within the run.
-    run = _Run(
-        denoiser, process, sampler or Ancestral(), steps, shaping, noise_removal == "greedy",
-        0.0 if noise_removal == "ancestral" else LAST_TIME, trajectory, progress,
-    )  # fmt: skip
+    run = _Run(denoiser, process, sampler or Ancestral(), steps, shaping, noise_removal, trajectory, progress)
     batches: list[Samples] = []
     with evaluation_mode(denoiser):
         for first in range(0, rows, size):
@@ -167,8 +164,7 @@ class _Run:
     sampler: Sampler
     steps: int | None
     shaping: Shaping
-    greedy: bool
-    end: float
+    noise_removal: str
     trajectory: bool
     progress: Callable[[int], object] | None
 
@@ -191,7 +187,8 @@ class _Run:
         noise = RowNoise(seed, first_row, len(given), given.device)
         prior = [self.process.prior((1, given.shape[1]), generator=own) for own in noise.generators]
         ids = torch.where(free, torch.cat(prior).to(given.device), given)
-        chain = Chain(self.denoiser, self.process, ids, free.clone(), noise, shaping=self.shaping, end=self.end)
+        end = 0.0 if self.noise_removal == "ancestral" else LAST_TIME
+        chain = Chain(self.denoiser, self.process, ids, free.clone(), noise, shaping=self.shaping, end=end)
         states, taken = [chain.ids], 0
 
         def count() -> None:
@@ -204,7 +201,7 @@ class _Run:
             chain.move(law)
             taken += 1
             count()
-        if self.greedy:
+        if self.noise_removal == "greedy":
             chain.at(LAST_TIME)
             chain.take_likeliest()
             count()

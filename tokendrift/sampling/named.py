@@ -12,11 +12,6 @@ from tokendrift.sampling.first_hitting import FirstHitting
 from tokendrift.sampling.psi import Psi
 from tokendrift.sampling.remdm import ReMDM, remdm_loop
 
-
-def _psi(eta: float, high: str, middle: str, low: str, profile: str = "linear") -> Psi:
-    return Psi(high, middle, low, profile=profile)
-
-
 SAMPLERS: dict[str, Callable[..., Sampler]] = {
     "ancestral": lambda eta: Ancestral(),
     "analytic": lambda eta: Analytic(),
@@ -25,7 +20,7 @@ SAMPLERS: dict[str, Callable[..., Sampler]] = {
     "remdm-rescale": lambda eta: ReMDM("rescale", eta),
     "remdm-conf": lambda eta: ReMDM("conf", eta),
     "remdm-loop": remdm_loop,
-    "psi": _psi,
+    "psi": lambda eta, high, middle, low, profile="linear": Psi(high, middle, low, profile=profile),
 }
 """Samplers by name; add your own with ``SAMPLERS["mine"] = lambda eta: MySampler()``.
 

@@ -63,16 +63,13 @@ class RowNoise:
         return torch.stack([torch.randn(shape, generator=generator) for generator in generators]).to(self.device)
 
 
-def random_input(
-    denoiser: object, noise: Callable[[Tensor], RowNoise], ids: Tensor, *, step: int = 0
-) -> dict[str, Tensor]:
+def random_input(denoiser: object, noise: Callable[[Tensor], RowNoise], ids: Tensor) -> dict[str, Tensor]:
     """Return the keyword arguments of a call that hold the numbers of a random input; none for other denoisers.
 
     Args:
         denoiser: The network, wrapped or not.
         noise: Returns the streams of the rows of ids; it is called only if the denoiser has a random input.
         ids: What the denoiser is called with, (B, L).
-        step: Number of the step, each of which has numbers of its own. Default: 0.
     """
     numbers = random_numbers(denoiser)
-    return {"normals": noise(ids).normal(step, ids.shape[1], numbers)} if numbers else {}
+    return {"normals": noise(ids).normal(0, ids.shape[1], numbers)} if numbers else {}

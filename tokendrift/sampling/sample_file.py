@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from tokendrift._checks import fail
+from tokendrift.files import writable
 from tokendrift.text_files import HEADER
 
 # Fields of the header that are filled in at the end; the others must not change.
@@ -43,7 +43,7 @@ class SampleFile:
         self.count, self.complete = 0, False
         self.nfe: dict[str, float] = {}
         self.flops: float | None = None
-        with _plain_errors(path):
+        with writable(path):
             if path.exists() and path.stat().st_size:
                 self._read()
             else:
@@ -52,7 +52,7 @@ class SampleFile:
 
     def keep(self, count: int) -> None:
         """Drop all samples after the first ``count``, and whatever a crash left of a line."""
-        with _plain_errors(self.path), self.path.open("r+b") as file:
+        with writable(self.path), self.path.open("r+b") as file:
             for _ in range(1 + count):
                 file.readline()
             file.truncate(file.tell())
@@ -60,7 +60,7 @@ class SampleFile:
 
     def append(self, samples: Sequence[Mapping[str, Any]]) -> None:
         """Write some samples; if this is interrupted, the incomplete part is dropped when the run is resumed."""
-        with _plain_errors(self.path), self.path.open("ab") as file:
+        with writable(self.path), self.path.open("ab") as file:
             file.write(b"".join(_line(sample) for sample in samples))
         self.count += len(samples)
 
@@ -88,7 +88,7 @@ class SampleFile:
         """Write the header anew. The file is replaced as a whole or not at all."""
         part = self.path.with_name(f".{self.path.name}.part")
         try:
-            with _plain_errors(self.path), self.path.open("rb") as file, part.open("wb") as new:
+            with writable(self.path), self.path.open("rb") as file, part.open("wb") as new:
                 file.readline()
                 new.write(_line(self._header()))
                 new.writelines(file)
@@ -155,14 +155,3 @@ def _summary(nfe: Sequence[int]) -> dict[str, float]:
 
 def _line(value: Mapping[str, Any]) -> bytes:
     return (json.dumps(value, ensure_ascii=False) + "\n").encode()
-
-
-@contextmanager
-def _plain_errors(path: Path) -> Iterator[None]:
-    """Turn a full disk or a missing permission into one message; what was written before stays."""
-    try:
-        yield
-    except OSError as error:
-        raise fail(
-            f"{path} cannot be written: {error.strerror or error}.", "Free some space, or write elsewhere."
-        ) from None

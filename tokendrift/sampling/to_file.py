@@ -24,6 +24,9 @@ from tokendrift.sampling.shaping import Shaping
 
 MOST = {"n": 10**7, "batch_size": 10**6, "steps": 10**6, "length": 10**6, "stride": 10**6}
 MOST_TOKENS = 2**32  # of all samples of a file
+# Settings that are options of `sample` under the same name.
+SHAPING = ("temperature", "top_k", "top_p", "nucleus")
+PASSED_ON = ("steps", *SHAPING, "noise_removal", "batch_size", "stride", "seed", "device")
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 
@@ -171,23 +174,14 @@ class CheckpointSampler:
             self.model,
             self.process,
             (count, self.length),
-            steps=config.steps,
             sampler=named_sampler(config.sampler, eta=config.eta),
-            temperature=config.temperature,
-            top_k=config.top_k,
-            top_p=config.top_p,
-            nucleus=config.nucleus,
-            noise_removal=config.noise_removal,
             given=given.expand(count, -1),
             given_mask=given_mask.expand(count, -1),
-            batch_size=config.batch_size,
             window=self.window,
-            stride=config.stride,
-            seed=config.seed,
             first_row=first,
-            device=config.device,
             progress=progress,
             on_batch=on_batch,
+            **{name: getattr(config, name) for name in PASSED_ON},
         )
 
     def lines(self, drawn: Samples) -> list[dict[str, Any]]:

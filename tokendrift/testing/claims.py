@@ -24,22 +24,17 @@ Potential = Callable[[Tensor, Tensor, Tensor], Tensor]
 """Points (N, M), positives and negatives to one number a point, (N,), differentiable in the points."""
 
 
-def log_density(x: Tensor, cloud: Tensor, temperature: float) -> Tensor:
-    """Return the log of the sum of exp(-d^2 / tau) over a cloud, (N,)."""
-    return (-(x[:, None] - cloud).square().sum(-1) / temperature).logsumexp(dim=1)
-
-
 def _log_ratio(x: Tensor, positives: Tensor, negatives: Tensor, temperature: float) -> Tensor:
-    gap = log_density(x, positives, temperature) - log_density(x, negatives, temperature)
-    return temperature / 2 * gap
+    """Return the log of the ratio of the sums of exp(-d^2 / tau) over positives and over negatives, (N,)."""
+    scaled = (-(x[:, None] - cloud).square().sum(-1) / temperature for cloud in (positives, negatives))
+    above, below = (each.logsumexp(dim=1) for each in scaled)
+    return above - below
 
 
-def _discriminator(x: Tensor, positives: Tensor, negatives: Tensor, temperature: float) -> Tensor:
-    gap = log_density(x, positives, temperature) - log_density(x, negatives, temperature)
-    return temperature / 2 * gap.sigmoid()
-
-
-POTENTIALS = {"log_ratio": _log_ratio, "discriminator": _discriminator}
+POTENTIALS: dict[str, Callable[[Tensor, Tensor, Tensor, float], Tensor]] = {
+    "log_ratio": lambda x, positives, negatives, tau: tau / 2 * _log_ratio(x, positives, negatives, tau),
+    "discriminator": lambda x, positives, negatives, tau: tau / 2 * _log_ratio(x, positives, negatives, tau).sigmoid(),
+}
 """Named potentials of `assert_score_identity`."""
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tokendrift._checks import check_clouds, check_temperatures, check_weights
+from tokendrift._checks import check_clouds, check_temperatures
 from tokendrift.kernels import exact_matmul, squared_distances
 
 
@@ -69,8 +69,9 @@ class ImageDriftField:
         negative_weights: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Return the raw drifts (T, N, M) of features in units of S, and S, the mean distance over the root of M."""
-        check_clouds(anchors, positives, negatives, exclude_positive, exclude_negative)
-        check_weights(anchors, positives=(positives, positive_weights), negatives=(negatives, negative_weights))
+        check_clouds(
+            anchors, positives, negatives, exclude_positive, exclude_negative, positive_weights, negative_weights
+        )
         x = anchors.to(torch.promote_types(anchors.dtype, torch.float32))
         y = torch.cat([negatives.to(x), positives.to(x)])
         weight, far = x.new_ones(len(y)), x.new_zeros(len(x), len(y))

@@ -274,31 +274,19 @@ class EvaluationReport:
         """Return the table as CSV, a line for each set and for real text, every figure with its interval."""
         out = io.StringIO()
         names = [f"{name}{end}" for name in FIGURES for end in ENDS]
-        general = (
-            "name",
-            "model",
-            "nfe",
-            "samples",
-            "flops",
-            "protocol",
-            "precision",
-            "judge",
-            "revision",
-            "vocabulary",
-        )
+        measured, how = ("nfe", "samples", "flops"), ("protocol", "precision", "judge", "revision")
         beside = [f"{name}{end} ({judge})" for judge in self.panel for name in LIKELIHOODS for end in ENDS]
-        writer = csv.DictWriter(out, [*general, *names, "flags", *beside], lineterminator="\n")
+        columns = ["name", "model", *measured, *how, "vocabulary", *names, "flags", *beside]
+        writer = csv.DictWriter(out, columns, lineterminator="\n")
         writer.writerow({name: spreadsheet_cell(name) for name in writer.fieldnames})
         for name, measures, row in self.entries():
-            judged = measures.perplexity
             line: dict[str, Any] = {"name": name, "model": self.model(name), "vocabulary": measures.vocabulary}
-            line |= {key: getattr(measures, key) for key in ("nfe", "samples", "flops")}
-            line |= {key: getattr(judged, key) for key in ("protocol", "precision", "judge", "revision")}
+            line |= {key: getattr(measures, key) for key in measured}
+            line |= {key: getattr(measures.perplexity, key) for key in how}
             for i, one in enumerate((measures, *measures.panel)):
                 by = f" ({one.perplexity.judge})" if i else ""
                 for figure, value in one.figures.items():
-                    columns = (f"{figure}{end}{by}" for end in ENDS)
-                    line |= dict(zip(columns, map(_finite, value), strict=True))
+                    line |= {f"{figure}{end}{by}": _finite(x) for end, x in zip(ENDS, value, strict=True)}
             line["flags"] = "" if row is None else " ".join(row.verdict.flags)
             writer.writerow({name: spreadsheet_cell(value) for name, value in line.items()})
         return out.getvalue()

@@ -77,6 +77,10 @@ class EvaluateConfig:
         revision: Branch, tag or commit of the first judge. Default: the main branch.
         dtype: Precision of the judges: float32 or bfloat16. Default: float32.
         protocol: Protocol of Gen.-PPL: mdlm, sedd, sdtt, bd3 or all. Default: mdlm.
+        gradient_moment: Measure the gradient moment of each set under the first judge: the squared distance, in (nats
+            per token)^2, between the mean gradients of the judge's loss on the samples and on real text, with its
+            z-score. It takes a forward and a backward pass of the judge for each sample, one at a time. A judge does
+            not see what is wrong with text that it has generated itself. Default: no.
         skip_bad: Leave out lines and samples that cannot be read or scored, and report their number. Default: an error.
         lines: Whether each line of a samples file of plain text is a sample, instead of each paragraph. Default: no.
         resamples: Number of bootstrap resamples for the intervals. Default: 1000.
@@ -106,6 +110,7 @@ class EvaluateConfig:
     revision: str | None = None
     dtype: str = "float32"
     protocol: str = "mdlm"
+    gradient_moment: bool = False
     skip_bad: bool = False
     lines: bool = False
     resamples: int = 1000
@@ -192,7 +197,10 @@ def evaluate_files(
     sets = {name: source.samples for name, source in zip(names, sources, strict=True)}
     options: dict[str, Any] = {"training": training, "resamples": config.resamples, "seed": config.seed}
     options |= {"skip_bad": config.skip_bad, "progress": _count_samples(progress)}
-    evaluation = evaluate(sets, judge, real=real_set, tokenizer=tokenizer, nelbo=nelbo, panel=panel, **options)
+    evaluation = evaluate(
+        sets, judge, real=real_set, tokenizer=tokenizer, nelbo=nelbo, panel=panel,
+        gradient_moment=config.gradient_moment, **options,
+    )  # fmt: skip
     # 4. Compare every set with the baseline at equal entropy.
     matched: tuple[MatchedSet, ...] = ()
     if config.baseline is not None:

@@ -22,23 +22,21 @@ SIZE = (5.6, 3.8)  # inches; the page scales plots to its columns
 LEGEND_WIDTH, HANDLE_WIDTH, LONGEST_LABEL = 85, 8, 60  # letters
 
 
-def render(template: str, *, package: str = "tokendrift.evaluation.report", script: str = "", **values: Any) -> str:
+def render(template: str, *, script: str = "", **values: Any) -> str:
     """Return a page made from a template. All values are escaped, and a policy allows no script but ``script``.
 
     Control characters in values are replaced.
 
     Args:
-        template: File in ``package/templates``; it may extend ``base.html.j2``.
-        package: Package of the template.
+        template: File in the folder ``templates``; it may extend ``base.html.j2``.
         script: JavaScript of the page. Default: empty.
         **values: Values that the template shows.
     """
-    from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined
+    from jinja2 import Environment, PackageLoader, StrictUndefined
     from markupsafe import Markup
 
-    loaders = [PackageLoader(name, "templates") for name in dict.fromkeys((package, "tokendrift.evaluation.report"))]
     environment = Environment(
-        loader=ChoiceLoader(loaders),
+        loader=PackageLoader("tokendrift.evaluation.report"),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from tokendrift.evaluation.bootstrap import Interval
 from tokendrift.evaluation.figures import FIGURES, Figure
 from tokendrift.evaluation.measures import Measures
-from tokendrift.evaluation.plots import error_bar_lengths, estimates
+from tokendrift.evaluation.plots import error_bar_lengths, error_bars, estimates
 from tokendrift.evaluation.report.evaluation_report import (
     ENTROPIES,
     EvaluationReport,
@@ -111,16 +111,13 @@ def _against_entropy(report: EvaluationReport, headline: Figure, entropy: Figure
     def draw(axes: Axes) -> None:
         for number, (model, points) in enumerate(_curves(report).items()):
             across, up = _intervals(points, entropy), _intervals(points, headline)
-            bars: dict[str, Any] = {"xerr": error_bar_lengths(across), "yerr": error_bar_lengths(up)}
-            axes.errorbar(estimates(across), estimates(up), **bars, **_style(number, model))
+            error_bars(axes, across, up, **_style(number, model))
             for m, x, y in zip(points, estimates(across), estimates(up), strict=True) if len(points) > 1 else ():
                 axes.annotate(f"{m.nfe} NFE", (x, y), xytext=(4, 4), textcoords="offset points", fontsize=8)
         for number, (name, m) in enumerate(_real(report)):
-            across, up = _intervals([m], entropy), _intervals([m], headline)
             star: dict[str, Any] = {"color": REAL_COLOUR, "fmt": "*", "markersize": 14, "label": as_label(name)}
-            star |= {"xerr": error_bar_lengths(across), "yerr": error_bar_lengths(up), "capsize": 2}
-            star |= {"markerfacecolor": "none"} if number else {}
-            axes.errorbar(estimates(across), estimates(up), **star)
+            star |= {"capsize": 2} | ({"markerfacecolor": "none"} if number else {})
+            error_bars(axes, _intervals([m], entropy), _intervals([m], headline), **star)
         axes.margins(x=0.12)  # room for the NFE beside the points
         axes.set_xlabel(entropy.label)
         _value_axis(axes, headline)
