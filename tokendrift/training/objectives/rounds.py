@@ -174,7 +174,7 @@ class RoundDistillation(StatefulObjective, ABC):
         After the last round, beyond which the teacher would take too few steps, nothing changes.
 
         Args:
-            parameters: The student's parameters or their averages, in the order of ``model.parameters()``. Every
+            parameters: All parameters of the student or their averages, as ``model.parameters()`` returns them. Every
                 process has to call if they are sharded.
         """
         if round(self.steps / self.config.growth) < self.config.least_steps:
@@ -185,6 +185,11 @@ class RoundDistillation(StatefulObjective, ABC):
         self.round += 1
 
     def after_step(self, finished: int, optimization: Optimization | None = None) -> None:
+        if self.config.teacher_average and optimization is not None and not optimization.average.values:
+            raise fail(
+                "teacher_average is True, but this training keeps no average of the weights.",
+                "Set ema above 0, or teacher_average to False. The Trainer of transformers keeps no average.",
+            )
         if finished % self.config.round_steps == 0:
             if optimization is None:
                 raise fail(
@@ -192,7 +197,7 @@ class RoundDistillation(StatefulObjective, ABC):
                     "Call next_round(parameters) yourself, or pass the optimization that training uses.",
                 )
             with optimization.average.applied() if self.config.teacher_average else nullcontext():
-                self.next_round(optimization.parameters)
+                self.next_round(optimization.bare_network.parameters())  # the frozen ones among them
 
     # ------------------------------------------------------------------------------------------ loss
 
