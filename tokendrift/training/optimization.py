@@ -318,7 +318,8 @@ def train(
 ) -> list[Record]:
     """Train in place and in memory; the model ends with its averaged weights, in evaluation mode.
 
-    For runs of minutes. A run that should survive interruptions or use several devices is one for `refine`.
+    For runs of minutes. A run that should survive interruptions or use several devices is one for `refine`. The hooks
+    of a `StatefulObjective` are called at every step; call its ``before_training`` yourself, since it needs the text.
 
     Args:
         model: The denoiser; its device decides where batches go.

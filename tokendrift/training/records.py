@@ -143,28 +143,33 @@ class Records:
         """
         if not self.path.exists():
             return
-        kept = []
-        for line in self.path.read_text(encoding="utf-8", errors="replace").splitlines():
-            try:
-                entry = json.loads(line)
-                last = step - 1 if evaluation_due and entry["kind"] != "train" else step
-                if step > 0 and entry["step"] <= last:
-                    kept.append(line)
-            except (ValueError, KeyError, TypeError, RecursionError):
-                continue
+        kept = [
+            line
+            for line, entry in _entries(self.path)
+            if 0 < step >= entry["step"] + (evaluation_due and entry["kind"] != "train")
+        ]
         write_atomically(self.path, "".join(f"{line}\n" for line in kept))
 
 
 def read_log(folder: str | Path, kind: str | None = None) -> list[dict[str, Any]]:
-    """Return the lines of a run's log, or only those of one kind.
+    """Return the lines of a run's log, or only those of one kind. A line that a crash has left incomplete is left out.
 
     Args:
         folder: Folder of the run.
         kind: ``"train"``, ``"evaluation"``, ``"real_text"`` or ``"message"``. Default: all.
     """
-    lines = (Path(folder) / LOG).read_text(encoding="utf-8").splitlines()
-    entries = [json.loads(line) for line in lines]
-    return [entry for entry in entries if kind is None or entry["kind"] == kind]
+    return [entry for _, entry in _entries(Path(folder) / LOG) if kind is None or entry["kind"] == kind]
+
+
+def _entries(log: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield the lines of a log with what they say, except for those that are no line of a log."""
+    for line in log.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            entry = json.loads(line)
+            if isinstance(entry["kind"], str) and isinstance(entry["step"], int):
+                yield line, entry
+        except (ValueError, KeyError, TypeError, RecursionError):
+            continue
 
 
 def _finite(value: Any) -> Any:

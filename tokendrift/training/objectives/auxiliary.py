@@ -123,5 +123,5 @@ class AuxiliaryModel:
 def _diverged() -> TokenDriftError:
     return fail(
         "the loss of the auxiliary model or its gradient is not finite; its weights were not changed.",
-        "Restart from a checkpoint with a lower auxiliary_rate.",
+        "Lower auxiliary_rate and begin a new run: a run to be resumed keeps its settings.",
     )

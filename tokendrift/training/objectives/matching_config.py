@@ -93,6 +93,12 @@ class MatchingConfig(ChainsConfig):
             check_positive("field_clip", self.field_clip)
         if self.renoising_reach > 1:
             raise fail("renoising_reach must lie in (0, 1].", renoising_reach=self.renoising_reach)
+        if self.renoising_reach < 1 and self.renoising != "earlier":
+            raise fail(
+                f"renoising_reach bounds earlier times, but renoising is {self.renoising!r}.",
+                "Leave one of the two out.",
+                renoising_reach=self.renoising_reach,
+            )
         check_count("auxiliary_rank", self.auxiliary_rank)
         check_count("auxiliary_steps", self.auxiliary_steps, least=1)
         if self.random_input is not None:
@@ -110,6 +116,12 @@ class MatchingConfig(ChainsConfig):
         if given and numbers is None:
             raise fail(
                 "random_input needs a DiT, and the checkpoint is another network.", "Leave it out.", random_input=given
+            )
+        if self.replaced_only and masked:
+            raise fail(
+                "replaced_only was given, but a masked model is read where its completion is masked again.",
+                "Leave it out.",
+                replaced_only=True,
             )
         chains = self.chains or ((1, 2, 4) if given or numbers else (2, 4))
         weight = self.pair_weight if self.pair_weight is not None else (0.2 if masked else 1.0)
