@@ -289,8 +289,8 @@ class ObjectiveTrainer(Trainer):
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         super()._load_rng_state(checkpoint)
-        file = Path(checkpoint or "") / NOISE.format(self.args.process_index)
-        if self._generator is not None and file.is_file():  # versions before 0.1 wrote none
+        file = None if checkpoint is None else Path(checkpoint) / NOISE.format(self.args.process_index)
+        if self._generator is not None and file is not None and file.is_file():  # versions before 0.1 wrote none
             self._generator.set_state(torch.load(file, weights_only=True))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:

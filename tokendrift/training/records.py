@@ -8,7 +8,6 @@ import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from tokendrift._checks import warn_user
@@ -16,7 +15,6 @@ from tokendrift.files import write_atomically
 
 LOG, CURVES = "log.jsonl", "tensorboard"
 WANDB = "wandb-id.txt"  # under which id Weights & Biases knows the run
-_LOST = "the curves cannot be written ({}); training continues without them."
 
 
 class Records:
@@ -54,7 +52,9 @@ class Records:
         evaluation_due: bool = False,
     ) -> None:
         self.path, self.main, self._failed = folder / LOG, main, False
-        self.curves = _tensorboard(folder / CURVES, step) if main and tensorboard else None
+        self.curves: Any = None
+        with self._losing_curves():
+            self.curves = _tensorboard(folder / CURVES, step) if main and tensorboard else None
         self.wandb = _wandb(wandb, folder, dict(config or {})) if main and wandb else None
         self.label = label
         self.bar = _bar(f"{label}training", step, steps) if main and progress else None
@@ -64,16 +64,12 @@ class Records:
     def __enter__(self) -> Records:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *details: object) -> None:
         if self.bar is not None:
             self.bar.stop()
-        if self.curves is not None:
-            try:
+        with self._losing_curves():
+            if self.curves is not None:
                 self.curves.close()
-            except OSError as problem:
-                self._lose_curves(problem)
         if self.wandb is not None:
             self.wandb.finish(exit_code=0 if kind is None else 1)
 
@@ -88,12 +84,9 @@ class Records:
             for name, value in values.items()
             if isinstance(value, (int, float)) and math.isfinite(value) and name not in ("step", "nfe")
         }
-        if self.curves is not None:
-            try:
-                for name, value in scalars.items():
-                    self.curves.add_scalar(name, value, step)
-            except OSError as error:
-                self._lose_curves(error)
+        with self._losing_curves():
+            for name, value in scalars.items() if self.curves is not None else ():
+                self.curves.add_scalar(name, value, step)
         if self.wandb is not None:
             self.wandb.log(scalars, step=step)
 
@@ -122,10 +115,14 @@ class Records:
         finally:
             bar.remove_task(task)
 
-    def _lose_curves(self, error: OSError) -> None:
-        """Continue without curves: after an error, TensorBoard's writer raises it again at every call."""
-        self.curves = None
-        warn_user(_LOST.format(error))
+    @contextmanager
+    def _losing_curves(self) -> Iterator[None]:
+        """Continue without curves after an error: TensorBoard's writer raises it again at every call."""
+        try:
+            yield
+        except OSError as error:
+            self.curves = None
+            warn_user(f"the curves cannot be written ({error}); training continues without them.")
 
     def _line(self, entry: Mapping[str, Any]) -> None:
         try:
@@ -182,11 +179,7 @@ def _tensorboard(folder: Path, step: int) -> Any:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         return None
-    try:
-        return SummaryWriter(str(folder), purge_step=step + 1 if step else None)
-    except OSError as error:
-        warn_user(_LOST.format(error))
-        return None
+    return SummaryWriter(str(folder), purge_step=step + 1 if step else None)
 
 
 def _wandb(project: str, folder: Path, config: dict[str, Any]) -> Any:

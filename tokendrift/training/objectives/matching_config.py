@@ -7,7 +7,7 @@ import math
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from tokendrift._checks import check_count, check_positive, fail
+from tokendrift._checks import check_betas, check_count, check_fraction, check_positive, fail
 from tokendrift.diffusion import Process
 from tokendrift.models import DiT, LoadedDenoiser
 from tokendrift.models.random_input import add_random_input
@@ -93,20 +93,13 @@ class MatchingConfig(ChainsConfig):
             check_positive("field_clip", self.field_clip)
         if self.renoising_reach > 1:
             raise fail("renoising_reach must lie in (0, 1].", renoising_reach=self.renoising_reach)
-        if self.renoising_reach < 1 and self.renoising != "earlier":
-            raise fail(
-                f"renoising_reach bounds earlier times, but renoising is {self.renoising!r}.",
-                "Leave one of the two out.",
-                renoising_reach=self.renoising_reach,
-            )
         check_count("auxiliary_rank", self.auxiliary_rank)
         check_count("auxiliary_steps", self.auxiliary_steps, least=1)
         if self.random_input is not None:
             check_count("random_input", self.random_input)
-        if self.start_share is not None and not 0 <= self.start_share <= 1:
-            raise fail("start_share must lie in [0, 1], or be left out.", start_share=self.start_share)
-        if len(self.auxiliary_betas) != 2 or not all(0 <= beta < 1 for beta in self.auxiliary_betas):
-            raise fail("auxiliary_betas must be two numbers in [0, 1).", auxiliary_betas=self.auxiliary_betas)
+        if self.start_share is not None:
+            check_fraction("start_share", self.start_share, ", or be left out", closed=True)
+        check_betas("auxiliary_betas", self.auxiliary_betas)
 
     def for_process(self, process: Process, numbers: int | None = 0) -> MatchingConfig:
         masked = process.mask_id is not None

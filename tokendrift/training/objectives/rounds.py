@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, cast, get_args
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast, get_args
 
 import torch
 from torch import Tensor, nn
@@ -126,7 +126,7 @@ class RoundDistillation(StatefulObjective, ABC):
         process: Corruption and posterior.
         teacher: Frozen denoiser, usually a copy of the checkpoint that the student starts from. `next_round` overwrites
             its weights.
-        config: Settings.
+        config: Settings. Default: those of the class, ``settings()``.
         drift: Drifting loss for ``config.drift_weight``.
         generator: Source of times and noise, on the device of the text. Default: PyTorch's global one.
         share: Number of this process, and how many train together. Default: (0, 1).
@@ -139,11 +139,13 @@ class RoundDistillation(StatefulObjective, ABC):
         TokenDriftError: If the teacher is not frozen, or one of drift and ``drift_weight`` is missing.
     """
 
+    settings: ClassVar[type[RoundsConfig]]
+
     def __init__(
         self,
         process: Process,
         teacher: nn.Module,
-        config: RoundsConfig,
+        config: RoundsConfig | None = None,
         *,
         drift: TokenDriftLoss | MirrorTeacherLoss | None = None,
         generator: torch.Generator | None = None,
@@ -151,6 +153,7 @@ class RoundDistillation(StatefulObjective, ABC):
         autocast: torch.dtype | None = None,
     ) -> None:
         check_frozen("teacher", teacher)
+        config = config or self.settings()
         if (drift is None) != (not config.drift_weight):
             raise fail(
                 f"drift {'is missing' if drift is None else 'was given'}, but drift_weight is {config.drift_weight:g}.",
