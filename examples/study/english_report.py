@@ -146,6 +146,7 @@ def plot(real: Measures, cells: Cells) -> Figure:
     """Draw bits per byte under the first judge against sample entropy at 4 NFE, a panel for each process."""
     kinds = [kind for kind in NAMES if any(cell.kind == kind for cell in cells)]
     figure = Figure(figsize=(5.0 * len(kinds), 4.2), layout="constrained")
+    cells = {cell: rows for cell, rows in cells.items() if ", " not in cell.arm}  # variants of an arm are in the tables
     arms = list(dict.fromkeys(cell.arm for cell in cells if cell.kind in NAMES))  # an arm has one colour everywhere
     panels = figure.subplots(1, len(kinds), squeeze=False, sharey=True)[0]
     for axes, kind in zip(panels, kinds, strict=True):

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 
-from tokendrift._checks import check_count, check_frozen, check_ids, fail
+from tokendrift._checks import check_count, check_frozen, check_ids, fail, warn_user
 from tokendrift.diffusion import Corruption, Process
 from tokendrift.distribution_matching import (
     ConditionalField,
@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 
 Result = TypeVar("Result")
 
+LEAST_ENTROPY = 0.7  # of the tokens of a completion, as a share of that of the text, before a warning is given
 ELEMENTS = {"cpu": 2**20, "cuda": 2**25}  # logits that are widened at a time while completions are drawn
 
 
@@ -134,6 +135,7 @@ class DistributionMatching(StatefulObjective):
         self.completions: list[Tensor] = []
         self.times: list[Tensor] = []
         self._calls = 0
+        self._warned = False
 
     @property
     def module(self) -> nn.ModuleList:
@@ -209,7 +211,7 @@ class DistributionMatching(StatefulObjective):
         loss, diagnostics = self._matched(logits, teacher, auxiliary, read, noised)
         if not loss.isfinite():  # an accelerator has been waited for already, to draw the completion
             raise not_finite(logits, teacher, auxiliary, read)
-        watched = self._watched(completion, noised, options) if log else {}
+        watched = self._watched(completion, x0, noised, options) if log else {}
         return _FieldPart(number, x_t, predicted, logits, loss, diagnostics, watched)
 
     def update_auxiliary(self) -> Tensor:
@@ -388,7 +390,9 @@ class DistributionMatching(StatefulObjective):
             return found
 
     @torch.no_grad()
-    def _watched(self, completion: Tensor, noised: Corruption, options: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def _watched(
+        self, completion: Tensor, x0: Tensor, noised: Corruption, options: Mapping[str, Tensor]
+    ) -> dict[str, Tensor]:
         """Return how far the auxiliary model is from the teacher on the student's samples, and their entropy.
 
         It draws no random number: what is logged changes no result. Counting tokens waits for an accelerator.
@@ -398,8 +402,17 @@ class DistributionMatching(StatefulObjective):
             with self._autocast():
                 logits = network(noised.x_t, noised.sigma, **options)
             found[name] = self.process.nelbo(logits, completion, noised.x_t, noised.t).mean()
-        shares = [row.unique(return_counts=True)[1] / len(row) for row in completion]
-        found["completion_entropy"] = torch.stack([torch.special.entr(share).sum() for share in shares]).mean()
+        for name, ids in (("completion_entropy", completion), ("text_entropy", x0)):
+            shares = [row.unique(return_counts=True)[1] / len(row) for row in ids]
+            found[name] = torch.stack([torch.special.entr(share).sum() for share in shares]).mean()
+        drawn, text = found["completion_entropy"].item(), found["text_entropy"].item()
+        if drawn < LEAST_ENTROPY * text and not self.share[0] and not self._warned:
+            self._warned = True
+            warn_user(
+                f"the student writes repetitive text: the tokens of its completions have an entropy of {drawn:.2f} "
+                f"nats, those of the text {text:.2f}. It moves faster than the auxiliary model can follow. "
+                "If it does not recover as the learning rate falls, lower the learning rate."
+            )
         return found
 
     def _auxiliary_losses(self) -> Iterator[Tensor]:
