@@ -248,6 +248,22 @@ def test_the_teacher_takes_the_averaged_weights_if_asked():
     assert all(torch.equal(a, b) for a, b in zip(learn.teacher.parameters(), student.parameters(), strict=True))
 
 
+def test_a_round_of_a_partly_frozen_student_gives_the_teacher_all_its_weights():
+    process = LANGUAGE.process("masked")
+    learn = build(SelfDistillation, process, small_model(process), round_steps=1)
+    student = small_model(process, 1)
+    student.vocab_embed.requires_grad_(False)
+    train(student, learn, iter(lambda: LANGUAGE.sample(4, seed=0), None), LoopConfig(1, ema=0.0))
+    assert all(torch.equal(a, b) for a, b in zip(learn.teacher.parameters(), student.parameters(), strict=True))
+
+
+def test_an_average_that_training_does_not_keep_is_refused_at_the_first_step():
+    process = LANGUAGE.process("masked")
+    learn = build(SelfDistillation, process, small_model(process), teacher_average=True)
+    with pytest.raises(TokenDriftError, match=r"(?s)teacher_average is True, but .* no average .*Set ema above 0"):
+        train(small_model(process), learn, iter([LANGUAGE.sample(4, seed=0)]), LoopConfig(1, ema=0.0))
+
+
 @ALL
 def test_two_processes_learn_what_one_learns_from_all_rows(kind, method):
     process, x0 = LANGUAGE.process(kind), LANGUAGE.sample(8, seed=0)

@@ -246,6 +246,11 @@ def test_training_follows_the_curriculum_and_counts_its_steps(backbone):
     objective = CurriculumContinuation(curriculum, torch.Generator().manual_seed(3))
     train(model, objective, iter(batches), LoopConfig(2, batch_size=4))
     assert objective.step == 2
+    with torch.no_grad():  # an evaluation
+        objective(model, batches[2])
+    resumed = CurriculumContinuation(curriculum)
+    resumed.load_state_dict(objective.state_dict())
+    assert objective.step == resumed.step == 2
     state = objective.generator.get_state()
     after = objective(model, batches[2]).loss
     plain = Continuation(curriculum.process, torch.Generator().set_state(state))

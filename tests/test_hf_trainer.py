@@ -5,10 +5,11 @@ from __future__ import annotations
 import copy
 import dataclasses
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 import torch
-from transformers import BertConfig, BertForMaskedLM, TrainingArguments
+from transformers import BertConfig, BertForMaskedLM, TrainerState, TrainingArguments
 
 from tokendrift import TokenDriftError, TokenDriftLoss
 from tokendrift.diffusion import MaskedDiffusion
@@ -160,6 +161,28 @@ def test_a_checkpoint_without_queues_is_said(make, tmp_path):
     (tmp_path / "checkpoint-2" / QUEUES).unlink()
     with pytest.warns(UserWarning, match=r"checkpoint-2 has no tokendrift_loss.pt, so the queues start empty"):
         make()[0].train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+
+
+@pytest.mark.parametrize("kind", ["drift", "continuation"])
+def test_a_generator_of_the_objective_is_resumed_to_the_bit(make, tmp_path, kind):
+    ends = []
+    for begin in (None, str(tmp_path / "checkpoint-2")):
+        trainer, model = make(kind)
+        trainer.train(resume_from_checkpoint=begin)
+        ends.append(model.state_dict())
+    assert all(torch.equal(tensor, ends[1][name]) for name, tensor in ends[0].items())
+
+
+def test_the_queues_of_a_checkpoint_are_written_before_what_completes_it(make, monkeypatch):
+    save, complete = TrainerState.save_to_json, []
+
+    def watched(self, path):
+        complete.append((Path(path).parent / QUEUES).is_file())
+        save(self, path)
+
+    monkeypatch.setattr(TrainerState, "save_to_json", watched)
+    make()[0].train()
+    assert complete == [True, True]
 
 
 def test_queues_are_in_the_checkpoint_and_come_back(make, tmp_path):

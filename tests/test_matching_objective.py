@@ -376,6 +376,12 @@ def test_the_second_term_of_d_mmd_keeps_the_auxiliary_model_near_the_teacher():
         objective(process, model, auxiliary_teacher_weight=1.0)
 
 
+def test_a_setting_of_uniform_state_models_is_refused_for_masked_ones():
+    process = LANGUAGE.process("masked")
+    with pytest.raises(TokenDriftError, match="replaced_only was given, but a masked model is read"):
+        objective(process, small_model(process), replaced_only=True)
+
+
 # ------------------------------------------------------------------------------------------------ state and ranks
 
 

@@ -12,8 +12,9 @@ from tokendrift import TokenDriftError
 from tokendrift.training.processes import check_accelerator, make_accelerator
 
 
-def accelerator(kind, *, fsdp2=False, accumulation=1):
-    return SimpleNamespace(distributed_type=kind, is_fsdp2=fsdp2, gradient_accumulation_steps=accumulation)
+def accelerator(kind, *, fsdp2=False, accumulation=1, precision="no"):
+    options = {"is_fsdp2": fsdp2, "gradient_accumulation_steps": accumulation, "mixed_precision": precision}
+    return SimpleNamespace(distributed_type=kind, **options)
 
 
 @pytest.mark.parametrize("kind", [DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU])
@@ -47,3 +48,8 @@ def test_a_device_is_chosen_for_this_call_alone(monkeypatch):
 def test_an_accelerator_that_divides_gradients_is_refused():
     with pytest.raises(TokenDriftError, match=r"(?s)gradient_accumulation_steps of accelerate must be 1.*micro_batch"):
         check_accelerator(accelerator(DistributedType.NO, accumulation=8))
+
+
+def test_an_accelerator_with_a_precision_of_its_own_is_refused():
+    with pytest.raises(TokenDriftError, match=r"(?s)mixed_precision of accelerate must be 'no'.*set precision to"):
+        check_accelerator(accelerator(DistributedType.NO, precision="bf16"))

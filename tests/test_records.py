@@ -73,3 +73,12 @@ def test_weights_and_biases_knows_folders_of_one_name_apart_and_a_resumed_run_ag
     first, second, again = (options["id"] for options in seen)
     assert first == again != second
     assert {options["name"] for options in seen} == {"refined"}
+
+
+def test_a_line_that_a_kill_left_incomplete_is_no_entry_of_the_log(tmp_path):
+    with Records(tmp_path, 0, 2, progress=False) as records:
+        for step in (1, 2):
+            records.figures("train", step, {"drift": 0.5})
+    log = tmp_path / "log.jsonl"
+    log.write_text(log.read_text()[:-5])
+    assert [entry["step"] for entry in read_log(tmp_path)] == [1]

@@ -177,6 +177,23 @@ def check_mask(name: str, value: object, shape: torch.Size) -> Tensor:
     return mask.bool()
 
 
+def check_corrupted(
+    noisy_ids: object, predicted: object, *, mask_id: int | None, vocab_size: int, like: Tensor
+) -> tuple[Tensor | None, Tensor | None]:
+    """Require ids x_t and predicted positions that go together; by default the positions of the mask are predicted."""
+    if noisy_ids is None and predicted is None:
+        return None, None
+    if noisy_ids is None:
+        raise fail(
+            "predicted was given without noisy_ids, so the ids at the other positions are unknown.",
+            "Pass noisy_ids=x_t, or leave predicted out: every position is predicted then.",
+        )
+    ids = check_ids("noisy_ids", noisy_ids, vocab_size, like=like)
+    if predicted is not None:
+        return ids, check_mask("predicted", predicted, like.shape[:2])
+    return ids, None if mask_id is None else ids == mask_id
+
+
 def check_same_device(reference_name: str, reference: Tensor, **others: Tensor | None) -> None:
     """Require all tensors on one device."""
     for name, value in others.items():
@@ -262,6 +279,12 @@ def check_temperatures(temperatures: Sequence[float], *, symbol: str) -> tuple[f
     if not isinstance(temperatures, Sequence) or not temperatures:
         raise fail("temperatures must be a tuple of numbers above 0.", temperatures=temperatures)
     return tuple(check_positive("temperatures", temperature, symbol=symbol) for temperature in temperatures)
+
+
+def check_betas(name: str, betas: Sequence[float]) -> None:
+    """Require the two decay rates of the moments of AdamW."""
+    if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
+        raise fail(f"{name} must be two numbers in [0, 1).", **{name: betas})
 
 
 def check_clouds(

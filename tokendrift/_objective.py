@@ -15,6 +15,7 @@ from tokendrift._checks import (
     can_be_read,
     check_choice,
     check_clean_ids,
+    check_corrupted,
     check_count,
     check_floating,
     check_frozen,
@@ -263,23 +264,13 @@ class DriftObjective(nn.Module):
             predicted=predicted,
             attention_mask=attention_mask,
         )
-        if noisy_ids is not None:
-            noisy_ids = check_ids("noisy_ids", noisy_ids, size, like=like)
-            if predicted is None and self.mask_id is not None:
-                predicted = noisy_ids == self.mask_id
-        elif predicted is not None:
-            raise fail(
-                "predicted was given without noisy_ids, so the ids at the other positions are unknown.",
-                "Pass noisy_ids=x_t, or leave predicted out to lift every position.",
-            )
-        elif self.mask_id is not None:
+        noisy_ids, predicted = check_corrupted(noisy_ids, predicted, mask_id=self.mask_id, vocab_size=size, like=like)
+        if noisy_ids is None and self.mask_id is not None:
             raise fail(
                 f"mask_id is {self.mask_id}, but neither noisy_ids nor predicted was given: every position would count "
                 "as predicted.",
                 "Pass noisy_ids=x_t. Where the whole text is masked, that is torch.full_like(clean_ids, mask_id).",
             )
-        if predicted is not None:
-            predicted = check_mask("predicted", predicted, like.shape[:2])
         if attention_mask is not None:
             attention_mask = check_mask("attention_mask", attention_mask, like.shape[:2])
             if noisy_ids is None:

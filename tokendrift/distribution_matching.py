@@ -213,20 +213,18 @@ def distribution_matching_loss(
     # With ``read``, this waits for an accelerator: K is the size of what is computed.
     index = torch.arange(len(rows), device=rows.device) if read is None else read.flatten().nonzero()[:, 0]
     sides = [_rows(name, x, len(index)) for name, x in _named(teacher_logits, auxiliary_logits)]
-    closed = -1 if mask_id is None else mask_id
     run = cast(Any, _ExpectedField.apply)  # torch leaves it without types
-    expected, clipped, entropy = run(rows, index, *sides, field, closed, return_diagnostics)
+    expected, clipped, entropy = run(rows, index, *sides, field, mask_id, return_diagnostics)
     if can_be_read(expected) and not expected.isfinite().all():
         raise not_finite(logits, teacher_logits, auxiliary_logits, read)
 
-    loss: Tensor
-    if reduction == "none":
+    loss, count = -expected.sum(), max(1, len(index))
+    if reduction == "mean":
+        loss = loss / count
+    elif reduction == "none":
         loss = -expected.new_zeros(len(rows)).index_copy(0, index, expected).view(logits.shape[:2])
-    else:
-        loss = -expected.sum() / (max(1, len(index)) if reduction == "mean" else 1)
     if not return_diagnostics:
         return loss
-    count = max(1, len(index))
     mean_field, clipped_share, token_entropy = (x.detach().sum() / count for x in (expected, clipped, entropy))
     return MatchingOutput(loss, MatchingDiagnostics(mean_field, clipped_share, token_entropy, len(index)))
 
@@ -295,13 +293,13 @@ class _ExpectedField(torch.autograd.Function):
         teacher: Tensor,
         auxiliary: Tensor,
         field: ConditionalField,
-        closed: int,
+        mask_id: int | None,
         diagnose: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
         ctx.save_for_backward(rows, index, teacher, auxiliary)
-        ctx.field, ctx.closed = field, closed
+        ctx.field, ctx.mask_id = field, mask_id
         out = rows.new_zeros(3, len(index), dtype=torch.promote_types(rows.dtype, torch.float32))
-        for span, p, ratio in _tiles(rows, index, teacher, auxiliary, closed):
+        for span, p, ratio in _tiles(rows, index, teacher, auxiliary, mask_id):
             out[0, span] = (p * _field_under(p, field, ratio)).sum(dim=-1)
             if diagnose:
                 if field.form == "log_ratio":
@@ -316,7 +314,7 @@ class _ExpectedField(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor, *unused: Tensor) -> tuple[Tensor | None, ...]:
         rows, index, teacher, auxiliary = ctx.saved_tensors
         found = torch.zeros_like(rows)
-        for span, p, ratio in _tiles(rows, index, teacher, auxiliary, ctx.closed):
+        for span, p, ratio in _tiles(rows, index, teacher, auxiliary, ctx.mask_id):
             # d <p, v> / d logits = p (v - <p, v>)
             v = _field_under(p, ctx.field, ratio)
             v.sub_((p * v).sum(dim=-1, keepdim=True)).mul_(p).mul_(grad[span, None])
@@ -325,10 +323,10 @@ class _ExpectedField(torch.autograd.Function):
 
 
 def _tiles(
-    rows: Tensor, index: Tensor, teacher: Tensor, auxiliary: Tensor, closed: int
+    rows: Tensor, index: Tensor, teacher: Tensor, auxiliary: Tensor, mask_id: int | None
 ) -> Iterator[tuple[slice, Tensor, Tensor]]:
     """Yield p and the log-ratio, (k, V) each, for some of the positions at a time."""
-    mask_id, dtype = None if closed < 0 else closed, torch.promote_types(rows.dtype, torch.float32)
+    dtype = torch.promote_types(rows.dtype, torch.float32)
     step = max(1, TILE.get(rows.device.type, TILE["cpu"]) // rows.shape[1])
     for start in range(0, len(index), step):
         span = slice(start, min(start + step, len(index)))

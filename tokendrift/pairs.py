@@ -10,7 +10,9 @@ from torch import Tensor, distributed, nn
 
 from tokendrift._checks import (
     can_be_read,
+    check_corrupted,
     check_count,
+    check_fraction,
     check_ids,
     check_mask,
     check_mask_id,
@@ -152,9 +154,8 @@ class PairDriftLoss(nn.Module):
         if not self.lags:
             raise fail("lags must name at least one distance, such as (1,).", lags=lags)
         check_count("strata", strata, least=1)
-        for name, value in (("decay", decay), ("backoff", backoff)):
-            if not 0 <= value < 1:
-                raise fail(f"{name} must lie in [0, 1).", **{name: value})
+        check_fraction("decay", decay)
+        check_fraction("backoff", backoff)
         self.decay, self.backoff = decay, backoff
         self.smoothing = check_positive("smoothing", smoothing)
         self.law = _law(vocab_size, check_count("order", order, least=2), buckets)
@@ -306,14 +307,9 @@ class PairDriftLoss(nn.Module):
             raise fail(f"sequences must be longer than an n-gram at the largest lag, {reach}.", logits=logits)
         if not 0 <= check_count("stratum", stratum) < len(self.generated):
             raise fail(f"stratum must lie in 0 to {len(self.generated) - 1}.", stratum=stratum)
-        if noisy_ids is not None:
-            noisy_ids = check_ids("noisy_ids", noisy_ids, self.vocab_size, like=logits)
-            if predicted is not None:
-                predicted = check_mask("predicted", predicted, logits.shape[:2])
-            elif self.mask_id is not None:
-                predicted = noisy_ids == self.mask_id
-        elif predicted is not None:
-            raise fail("predicted was given without noisy_ids.", "Pass noisy_ids=x_t.")
+        noisy_ids, predicted = check_corrupted(
+            noisy_ids, predicted, mask_id=self.mask_id, vocab_size=self.vocab_size, like=logits
+        )
         text = None if attention_mask is None else check_mask("attention_mask", attention_mask, logits.shape[:2])
         return clean_ids, Corrupted(noisy_ids, predicted, text, self.mask_id)
 

@@ -27,6 +27,7 @@ from tokendrift.training.objectives.objective import Objective, StatefulObjectiv
 from tokendrift.training.optimization import LoopConfig, Optimization
 
 QUEUES = "tokendrift_loss.pt"  # the state of the objective; that of a drifting loss is its queues
+NOISE = "tokendrift_noise_{}.pt"  # the state of the objective's generator on a process
 
 
 class Backbone(nn.Module):
@@ -142,7 +143,7 @@ class ObjectiveTrainer(Trainer):
 
     The hooks of a `StatefulObjective` are called as `refine` calls them, so that `DistributionMatching` trains its
     auxiliary model. Its modules, such as a drifting loss, move to the Trainer's device. Its state, such as the queues,
-    is written into every checkpoint and read when training resumes from one.
+    is written into every checkpoint and read when training resumes from one; so is that of its ``generator``.
 
     `load_denoiser` reads what it saves. So does ``from_pretrained`` for a model of transformers inside a
     `MaskedLMDenoiser`; adapters of peft stand beside the weights that the Trainer itself resumes from.
@@ -183,6 +184,11 @@ class ObjectiveTrainer(Trainer):
             hooks = StepHooks(stateful, self)
             self._step = hooks.step
             self.add_callback(hooks)
+
+    @property
+    def _generator(self) -> torch.Generator | None:
+        """Source of the objective's random numbers, if it has one of its own."""
+        return getattr(self.objective, "generator", None)
 
     def train(self, *args: Any, **options: Any) -> Any:
         """Train as the Trainer does."""
@@ -225,8 +231,7 @@ class ObjectiveTrainer(Trainer):
     @contextmanager
     def _own_noise(self) -> Iterator[None]:
         """Draw the same noise in every evaluation, and let training go on as if there had been none."""
-        device = self.args.device
-        generator: torch.Generator | None = getattr(self.objective, "generator", None)
+        device, generator = self.args.device, self._generator
         state = None if generator is None else generator.get_state()
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
             torch.manual_seed(self.args.seed)
@@ -269,11 +274,24 @@ class ObjectiveTrainer(Trainer):
             save_denoiser(network, folder, getattr(self.objective, "process", None))
 
     def _save_checkpoint(self, model: nn.Module, trial: Any, *args: Any, **options: Any) -> None:
-        super()._save_checkpoint(model, trial, *args, **options)
         folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
         state = {} if self._state is None else self._state.state_dict()
+        # First, since the Trainer ends with the removal of older checkpoints: this one must be complete by then.
         if state and self.args.should_save:
+            folder.mkdir(parents=True, exist_ok=True)
             torch.save(state, folder / QUEUES)
+        super()._save_checkpoint(model, trial, *args, **options)
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        super()._save_rng_state(output_dir)
+        if self._generator is not None:
+            torch.save(self._generator.get_state(), Path(output_dir) / NOISE.format(self.args.process_index))
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        super()._load_rng_state(checkpoint)
+        file = None if checkpoint is None else Path(checkpoint) / NOISE.format(self.args.process_index)
+        if self._generator is not None and file is not None and file.is_file():  # versions before 0.1 wrote none
+            self._generator.set_state(torch.load(file, weights_only=True))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)

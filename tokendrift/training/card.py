@@ -32,7 +32,9 @@ def model_card(
         random_input: Random numbers that the network takes at each masked position. Default: 0.
     """
     source = ", ".join(config.text) or config.dataset or "text of the caller"
-    base = f"base_model: {config.checkpoint}\n" if _on_the_hub(config.checkpoint) else ""
+    # A relative path may look like a name on the hub.
+    on_the_hub = is_hub_id(config.checkpoint) and not Path(config.checkpoint).exists()
+    base = f"base_model: {config.checkpoint}\n" if on_the_hub else ""
     tokens = "" if config.length is None else f" of {config.length} tokens"
     return f"""---
 library_name: tokendrift
@@ -72,7 +74,7 @@ Text: {source}. {steps:,} optimiser steps of {config.batch_size} sequences{token
 - Gen.-PPL falls when samples lose variety. Read it with the entropies, and against the unrefined model sampled at
   the temperature that gives the same entropy.
 - Refinement improves sampling in few steps. With many steps, and in likelihood, the unrefined model may be better.
-- Drifting does not train the likelihood bound; the NELBO of this model says little about its samples.
+- The NELBO of this model says little about its samples in few steps, whether or not the objective lowers it.
 - The model has the biases of its training text, and nothing was done to make its output true, safe or polite.
 """
 
@@ -121,11 +123,6 @@ def _about_network(config: RefineConfig, random_input: int) -> str:
             "the samplers pass them, and other callers may pass `normals`."
         )
     return kept
-
-
-def _on_the_hub(checkpoint: str) -> bool:
-    """Return whether a checkpoint is on the hub. A relative path may look the same."""
-    return is_hub_id(checkpoint) and not Path(checkpoint).exists()
 
 
 def _table(config: RefineConfig, rows: Sequence[dict[str, Any]], judge: str | None) -> str:

@@ -142,7 +142,7 @@ def load_checkpoint(place: Path, needs: Mapping[str, type | tuple[type, ...]] = 
                 raise fail(f"{file} was changed after it was written: its SHA-256 differs.")
             tensors[group] = load_file(file)
         for name, kind in needs.items():
-            if not isinstance(state[name], kind):
+            if name not in state or not isinstance(state[name], kind):
                 raise fail(f"{place / STATE} has no valid entry {name!r}.")
     except (*_UNREADABLE, SafetensorError) as error:
         raise fail(f"the checkpoint {place} cannot be read: {str(error).rstrip('.')}.") from None

@@ -252,14 +252,13 @@ def all_setting_types() -> dict[str, SettingType]:
     """Return the type of every setting, under its flat name; those of all objectives are among them."""
     found = {**setting_types(RefineConfig), "objective": SettingType(str)}
     for objective in OBJECTIVES.values():
-        found = {**setting_types(objective), **found}
+        found |= {name: kind for name, kind in setting_types(objective).items() if name not in found}
     return found
 
 
 def check_setting_names(settings: Iterable[str]) -> None:
     """Require that all names are settings; the error names the nearest setting."""
-    names = [field.name for field in dataclasses.fields(RefineConfig)]
-    names += [name for name in all_setting_types() if name not in names]
+    names = all_setting_types().keys()
     for name in settings:
         if name not in names and name not in RETIRED:
             near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
@@ -269,16 +268,15 @@ def check_setting_names(settings: Iterable[str]) -> None:
 
 def _check_unused(name: str, value: Any) -> None:
     """Require that at least one objective takes a value."""
-    refusal: TokenDriftError | None = None
+    refusals = []
     for objective in OBJECTIVES.values():
         if name in setting_types(objective):
             try:
                 objective(**{name: value})
                 return
             except TokenDriftError as error:
-                refusal = refusal or error
-    if refusal is not None:
-        raise refusal
+                refusals.append(error)
+    raise refusals[0]
 
 
 def setting_help(name: str) -> str:
@@ -288,10 +286,13 @@ def setting_help(name: str) -> str:
     return describe_setting(RefineConfig, name)
 
 
+# AdamW as all published recipes below have it.
+_CONSTANT_RATE = {"schedule": "constant", "weight_decay": 0.0, "betas": (0.9, 0.999)}
 # What the paper states (section 4 and appendix F): batch, steps, rate, queues, temperatures, alpha, no base loss,
 # micro-batches of 2. It gives two rates and does not say which backbone had which. Warm-up, clipping, averaging and
 # precision are those that the backbones were trained with (mdlm and duo, configs/config.yaml).
 _PAPER = {
+    **_CONSTANT_RATE,
     "dataset": "Skylion007/openwebtext",
     "objective": "drift",
     "steps": 13_000,
@@ -300,10 +301,7 @@ _PAPER = {
     "queue_size": 1024,
     "temperatures": (0.02, 0.05, 0.2),
     "drift_scale": 1.0,
-    "schedule": "constant",
     "warmup": 2500,
-    "weight_decay": 0.0,
-    "betas": (0.9, 0.999),
     "clip": 1.0,
     "ema": 0.9999,
     "precision": "bf16",
@@ -339,6 +337,7 @@ _MATCHING = {
 # clips no gradient, and warms up the auxiliary model too. The paper draws the time of re-noising independently, but in
 # the code both times of a text come from the same one of 512 strata: they are equal to within 1/512.
 _IDLM = {
+    **_CONSTANT_RATE,
     "objective": "matching",
     "student_inputs": "text",
     "renoising": "same",
@@ -353,10 +352,7 @@ _IDLM = {
     "auxiliary_clip": 1e6,
     "batch_size": 512,
     "learning_rate": 1e-6,
-    "schedule": "constant",
     "warmup": 2500,
-    "weight_decay": 0.0,
-    "betas": (0.9, 0.999),
     "clip": 1e6,
     "ema": 0.9999,
     "precision": "fp32",
@@ -375,13 +371,11 @@ _D_MMD = _MATCHING | {
 # The settings of the released distillations. SDTT's rate is the one reported for it, and its warm-up is that of DCD's
 # script, since its configuration file has those of its base models (3e-4, 2,500 steps).
 _DISTILLED = {
+    **_CONSTANT_RATE,
     "dataset": "Skylion007/openwebtext",
     "batch_size": 128,
     "learning_rate": 6e-5,
-    "schedule": "constant",
     "warmup": 500,
-    "weight_decay": 0.0,
-    "betas": (0.9, 0.999),
     "clip": 1.0,
     "precision": "bf16",
     "divergence": "kl_student_teacher",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch import Tensor
 from tokendrift._checks import fail
 from tokendrift.diffusion import Process
 from tokendrift.models.tokenizer import TextTokenizer
+from tokendrift.training.config import RefineConfig
 from tokendrift.training.optimization import Optimization
 from tokendrift.training.packing import mix
 from tokendrift.training.processes import any_rank
@@ -26,40 +28,30 @@ class FewStepEvaluation:
     """Samples at a few numbers of function evaluations and measures them, with the same random numbers at every call.
 
     Attributes:
+        config: The settings of the run. The judge is that of the next attribute instead.
+        judge: A `GenerativePerplexity`, or the judge to make one of: name or folder of a causal language model, model
+            or callable. None measures entropy and diversity alone.
         process: The process of the model.
         tokenizer: Tokenizer of the model, for a judge with tokens of its own.
         real: Real text to compare with, ids (n, L); as many sequences of that length are sampled.
-        nfes: Numbers of function evaluations.
-        judge: A `GenerativePerplexity`, or the judge to make one of: name or folder of a causal language model, model
-            or callable. None measures entropy and diversity alone.
-        batch: Sequences sampled at a time.
         seed: Random seed of the samples.
         device: Device for sampling and for the judge.
-        tolerance: Share by which the sample entropy may fall below that of real text without a warning.
-        judge_tokenizer: Tokenizer of a judge that is loaded by name, instead of its own: a ``tokenizer.json``, a folder
-            or a hub id.
     """
 
+    config: RefineConfig
+    judge: Any
     process: Process
     tokenizer: TextTokenizer
     real: Tensor
-    nfes: tuple[int, ...] = (4, 8)
-    judge: Any = None
-    batch: int = 16
-    seed: int = 0
-    device: torch.device | str = "cpu"
-    tolerance: float = 0.02
-    judge_tokenizer: str | None = None
-
-    def __post_init__(self) -> None:
-        self._metric: Any = None
-        self._real_row: Row | None = None
+    seed: int
+    device: torch.device
 
     @property
     def conditions(self) -> dict[str, Any]:
         """Everything except the model that the figures depend on, for JSON; required to be equal for a comparison."""
-        found = {"judge": judge_name(self.judge), "nfes": list(self.nfes), "samples": len(self.real)}
-        return found if self.judge_tokenizer is None else found | {"judge_tokenizer": self.judge_tokenizer}
+        nfes, tokenizer = list(self.config.evaluate_nfe), self.config.judge_tokenizer
+        found = {"judge": judge_name(self.judge), "nfes": nfes, "samples": len(self.real)}
+        return found if tokenizer is None else found | {"judge_tokenizer": tokenizer}
 
     def sample_all(
         self, optimization: Optimization, accelerator: Any, progress: Callable[[], object] = lambda: None
@@ -84,7 +76,7 @@ class FewStepEvaluation:
         error: Exception | None = None
         try:
             with optimization.evaluating():
-                for nfe in self.nfes:
+                for nfe in self.config.evaluate_nfe:
                     found[nfe] = self.sample(network, nfe, share=share)
                     progress()
         except Exception as caught:
@@ -117,48 +109,53 @@ class FewStepEvaluation:
                 steps=nfe,
                 seed=mix(self.seed, nfe),
                 first_row=first,
-                batch_size=self.batch,
+                batch_size=self.config.evaluate_batch,
                 device=self.device,
             ).ids.cpu()
         return found
 
     def measure(self, ids: Tensor) -> Row:
         """Return the figures of ids (n, L)."""
-        from tokendrift.evaluation import GenerativePerplexity, distinct_n, measure, sample_entropy, unigram_entropy
-        from tokendrift.models.tokenizer import load_tokenizer
+        from tokendrift.evaluation import distinct_n, measure, sample_entropy, unigram_entropy
 
-        if self.judge is None:
+        if self._metric is None:
             return {
                 "sample_entropy": float(sample_entropy(ids).mean()),
                 "unigram_entropy": float(unigram_entropy(ids)),
                 "distinct_3": float(distinct_n(ids, 3)),
             }
-        if self._metric is None:
-            own = isinstance(self.judge, GenerativePerplexity)
-            options: dict[str, Any] = {"device": self.device, "batch_size": self.batch}
-            named = None if self.judge_tokenizer is None else load_tokenizer(self.judge_tokenizer)
-            self._metric = self.judge if own else GenerativePerplexity(self.judge, named, **options)
         # A judge without a tokenizer reads the ids as they are: it shares their vocabulary.
         tokenizer = None if self._metric.judge.tokenizer is None else self.tokenizer.tokenizer
         found = measure(ids, self._metric, tokenizer=tokenizer, skip_bad=True)
         return {name: interval.estimate for name, interval in found.intervals().items()}
 
+    @cached_property
     def real_row(self) -> Row:
-        """Return the figures of the real text."""
-        if self._real_row is None:
-            self._real_row = self.measure(self.real)
-        return self._real_row
+        """The figures of the real text."""
+        return self.measure(self.real)
+
+    @cached_property
+    def _metric(self) -> Any:
+        """The judge as a `GenerativePerplexity`; None without a judge."""
+        from tokendrift.evaluation import GenerativePerplexity
+        from tokendrift.models.tokenizer import load_tokenizer
+
+        if self.judge is None or isinstance(self.judge, GenerativePerplexity):
+            return self.judge
+        name = self.config.judge_tokenizer
+        tokenizer = None if name is None else load_tokenizer(name)
+        return GenerativePerplexity(self.judge, tokenizer, device=self.device, batch_size=self.config.evaluate_batch)
 
     def warnings(self, rows: Sequence[Row]) -> list[str]:
         """Return a message for each row whose samples have less entropy than real text."""
-        real = self.real_row()["sample_entropy"]
+        real = self.real_row["sample_entropy"]
         return [
             f"at {row['nfe']} function evaluations the samples have an entropy of {row['sample_entropy']:.2f} nats, "
             f"real text has {real:.2f}: the model repeats itself, and from now on a lower Gen.-PPL is not an "
             "improvement. "
             "Take an earlier checkpoint, a lower learning rate, or the objective 'combined'."
             for row in rows
-            if row["sample_entropy"] < (1 - self.tolerance) * real
+            if row["sample_entropy"] < (1 - self.config.entropy_tolerance) * real
         ]
 
     def score(self, rows: Sequence[Row]) -> float | None:

@@ -11,12 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tokendrift._checks import check_choice, check_count, check_fraction, check_positive, fail
+from tokendrift._checks import check_betas, check_choice, check_count, check_fraction, check_positive, fail
 from tokendrift.training.averaging import WeightAverage
-from tokendrift.training.objectives.objective import Objective, StatefulObjective
+from tokendrift.training.objectives.objective import Objective, StatefulObjective, grouped
 
 SCHEDULES = ("cosine", "constant", "linear")
-BETWEEN = "/"  # parameter and moment in the names of AdamW's tensors
 
 Record = dict[str, float]
 Tensors = dict[str, Tensor]
@@ -59,8 +58,7 @@ class LoopConfig:
         check_positive("learning_rate", self.learning_rate)
         check_positive("clip", self.clip)
         check_choice("schedule", self.schedule, SCHEDULES)
-        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
-            raise fail("betas must be two numbers in [0, 1).", betas=self.betas)
+        check_betas("betas", self.betas)
         check_fraction("ema", self.ema, "; 0 keeps no average")
         if not 0 <= self.weight_decay < math.inf:
             raise fail("weight_decay must be 0 or above, and finite.", weight_decay=self.weight_decay)
@@ -108,13 +106,14 @@ class Optimization:
 
     Attributes:
         network: The model as objectives call it, under autocast if that was requested.
+        bare_network: The same without the wrapper of several processes, which would wait for all of them to call.
         frozen: Names of the parameters that are not trained, which `state` leaves out.
     """
 
     def __init__(
         self, model: nn.Module, config: LoopConfig, *, accelerator: Any = None, autocast: torch.dtype | None = None
     ) -> None:
-        self.config, self.accelerator, self.autocast = config, accelerator, autocast
+        self.config, self.accelerator = config, accelerator
         optimizer: Any = torch.optim.AdamW(
             [parameter for parameter in model.parameters() if parameter.requires_grad],
             lr=config.learning_rate,
@@ -127,18 +126,14 @@ class Optimization:
         # After `prepare`: sharding puts other parameters in the place of the old ones.
         self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self.device = self.parameters[0].device
-        bare = model if accelerator is None else accelerator.unwrap_model(model)
+        bare: nn.Module = model if accelerator is None else accelerator.unwrap_model(model)
         # Under all names of each: tied weights have several.
         named = bare.named_parameters(remove_duplicate=False)
         self.frozen = {name for name, parameter in named if not parameter.requires_grad}
         self.average = WeightAverage(self.parameters, config.ema)
-        self.network: nn.Module = model if autocast is None else Autocast(model, self.device.type, autocast)
-
-    @property
-    def bare_network(self) -> nn.Module:
-        """The model without the wrapper of several processes, which would wait for all of them to call."""
-        model: nn.Module = self.model if self.accelerator is None else self.accelerator.unwrap_model(self.model)
-        return model if self.autocast is None else Autocast(model, self.device.type, self.autocast)
+        self.network, self.bare_network = (
+            each if autocast is None else Autocast(each, self.device.type, autocast) for each in (model, bare)
+        )
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:
@@ -184,7 +179,7 @@ class Optimization:
             for number, x0 in enumerate(batches):
                 with self._accumulating(last=number == count - 1):
                     loss, found = objective(self.network, x0.to(self.device), log=log)
-                    self._backward(loss if count == 1 else loss / count)
+                    (loss if count == 1 else loss / count).backward()
                 for name, value in found.items():
                     logs[name] = logs.get(name, torch.zeros_like(value)) + value / count
         # 2. Clip, step, and take the weights into the average.
@@ -203,10 +198,7 @@ class Optimization:
         Frozen parameters, such as the model to which adapters belong, are left out: they are those of the checkpoint
         that is refined. Every process must call; processes other than the main one may get empty groups.
         """
-        from torch.distributed.checkpoint import state_dict
-
-        whole: Any = state_dict  # its types admit more than tensors
-        options = self._whole(offload=True)
+        whole, options = self._whole(offload=True)
 
         def weights() -> Tensors:
             named = whole.get_model_state_dict(self.model, options=options)
@@ -217,25 +209,15 @@ class Optimization:
             with self.average.applied():
                 found["average"] = weights()
         moments = whole.get_optimizer_state_dict(self.model, self._adamw, options=options).get("state", {})
-        found["optimizer"] = {
-            f"{name}{BETWEEN}{kind}": value for name, of_one in moments.items() for kind, value in of_one.items()
-        }
+        found["optimizer"] = {f"{name}/{kind}": value for name, own in moments.items() for kind, value in own.items()}
         return found
 
     def load_state(self, state: dict[str, Tensors]) -> None:
         """Restore what `state` returned on the main process; every process must call, each with all of it."""
-        from torch.distributed.checkpoint import state_dict
-
-        whole: Any = state_dict
-        options = self._whole()
+        whole, options = self._whole()
         groups = whole.get_optimizer_state_dict(self.model, self._adamw)["param_groups"]
-        moments: dict[str, Tensors] = {}
-        for key, value in state["optimizer"].items():
-            name, kind = key.split(BETWEEN)
-            moments.setdefault(name, {})[kind] = value
-        whole.set_optimizer_state_dict(
-            self.model, self._adamw, {"state": moments, "param_groups": groups}, options=options
-        )
+        moments = {"state": grouped(state["optimizer"]), "param_groups": groups}
+        whole.set_optimizer_state_dict(self.model, self._adamw, moments, options=options)
         if self.average.values:
             whole.set_model_state_dict(self.model, state["average"], options=options)
             self.average.take()
@@ -254,21 +236,18 @@ class Optimization:
         inner: torch.optim.Optimizer = getattr(self.optimizer, "optimizer", self.optimizer)
         return inner
 
-    def _whole(self, *, offload: bool = False) -> Any:
-        from torch.distributed.checkpoint.state_dict import StateDictOptions
+    def _whole(self, *, offload: bool = False) -> tuple[Any, Any]:
+        """Return the functions of PyTorch for unsharded states, whose types admit more than tensors, and options."""
+        from torch.distributed.checkpoint import state_dict
 
-        return StateDictOptions(full_state_dict=True, cpu_offload=offload, strict=not self.frozen)
+        return state_dict, state_dict.StateDictOptions(
+            full_state_dict=True, cpu_offload=offload, strict=not self.frozen
+        )
 
     def _accumulating(self, *, last: bool) -> AbstractContextManager[None]:
         alone = last or self.accelerator is None
         context: AbstractContextManager[None] = nullcontext() if alone else self.accelerator.no_sync(self.model)
         return context
-
-    def _backward(self, loss: Tensor) -> None:
-        if self.accelerator is None:
-            loss.backward()
-        else:
-            self.accelerator.backward(loss)
 
     def _clip(self) -> Tensor:
         if self.accelerator is None:
@@ -318,7 +297,8 @@ def train(
 ) -> list[Record]:
     """Train in place and in memory; the model ends with its averaged weights, in evaluation mode.
 
-    For runs of minutes. A run that should survive interruptions or use several devices is one for `refine`.
+    For runs of minutes. A run that should survive interruptions or use several devices is one for `refine`. The hooks
+    of a `StatefulObjective` are called at every step; call its ``before_training`` yourself, since it needs the text.
 
     Args:
         model: The denoiser; its device decides where batches go.

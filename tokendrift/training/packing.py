@@ -97,16 +97,10 @@ class PackedText:
 
     def _next_block(self) -> Tensor:
         if self._block is not None:
-            first = self._held[0] if self._held else None
-            if first is None:  # the block came out even: the next piece says where it starts
+            if not self._held:  # the block came out even: the next piece says where it starts
                 self._read_lot()
-                first = self._held[0]
-            self._at = {
-                "epoch": first.epoch,
-                "start": first.start,
-                "used": self._used,
-                "block": self._at["block"] + 1,
-            }
+            first, block = self._held[0], self._at["block"] + 1
+            self._at = {"epoch": first.epoch, "start": first.start, "used": self._used, "block": block}
         self._taken = 0
         return self._read_block()
 

@@ -49,11 +49,11 @@ def make_accelerator(device: str = "auto") -> Any:
 
 
 def check_accelerator(accelerator: Any) -> None:
-    """Require an accelerator that trains alone, by DDP or by FSDP2, and does not accumulate gradients itself.
+    """Require an accelerator that trains alone, by DDP or by FSDP2, and leaves precision and accumulation to the run.
 
     Raises:
         TokenDriftError: For FSDP of version 1, DeepSpeed and all others, and for an accelerator that accumulates
-            gradients itself.
+            gradients itself or has mixed precision.
     """
     kind = str(getattr(accelerator.distributed_type, "value", accelerator.distributed_type))
     sharded = kind == "FSDP" and getattr(accelerator, "is_fsdp2", False)  # accelerate before 1.6 has no FSDP2
@@ -68,6 +68,12 @@ def check_accelerator(accelerator: Any) -> None:
             "gradient_accumulation_steps of accelerate must be 1: gradients would be divided by it again.",
             "Leave it out and set micro_batch: gradients are accumulated over the micro-batches of each batch_size.",
             gradient_accumulation_steps=accelerator.gradient_accumulation_steps,
+        )
+    if accelerator.mixed_precision != "no":
+        raise fail(
+            "mixed_precision of accelerate must be 'no': it would act beside the setting precision.",
+            "Leave it out, and set precision to 'bf16' for a network under autocast.",
+            mixed_precision=accelerator.mixed_precision,
         )
 
 

@@ -8,7 +8,6 @@ import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from tokendrift._checks import warn_user
@@ -16,7 +15,6 @@ from tokendrift.files import write_atomically
 
 LOG, CURVES = "log.jsonl", "tensorboard"
 WANDB = "wandb-id.txt"  # under which id Weights & Biases knows the run
-_LOST = "the curves cannot be written ({}); training continues without them."
 
 
 class Records:
@@ -54,7 +52,9 @@ class Records:
         evaluation_due: bool = False,
     ) -> None:
         self.path, self.main, self._failed = folder / LOG, main, False
-        self.curves = _tensorboard(folder / CURVES, step) if main and tensorboard else None
+        self.curves: Any = None
+        with self._losing_curves():
+            self.curves = _tensorboard(folder / CURVES, step) if main and tensorboard else None
         self.wandb = _wandb(wandb, folder, dict(config or {})) if main and wandb else None
         self.label = label
         self.bar = _bar(f"{label}training", step, steps) if main and progress else None
@@ -64,16 +64,12 @@ class Records:
     def __enter__(self) -> Records:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *details: object) -> None:
         if self.bar is not None:
             self.bar.stop()
-        if self.curves is not None:
-            try:
+        with self._losing_curves():
+            if self.curves is not None:
                 self.curves.close()
-            except OSError as problem:
-                self._lose_curves(problem)
         if self.wandb is not None:
             self.wandb.finish(exit_code=0 if kind is None else 1)
 
@@ -88,12 +84,9 @@ class Records:
             for name, value in values.items()
             if isinstance(value, (int, float)) and math.isfinite(value) and name not in ("step", "nfe")
         }
-        if self.curves is not None:
-            try:
-                for name, value in scalars.items():
-                    self.curves.add_scalar(name, value, step)
-            except OSError as error:
-                self._lose_curves(error)
+        with self._losing_curves():
+            for name, value in scalars.items() if self.curves is not None else ():
+                self.curves.add_scalar(name, value, step)
         if self.wandb is not None:
             self.wandb.log(scalars, step=step)
 
@@ -122,10 +115,14 @@ class Records:
         finally:
             bar.remove_task(task)
 
-    def _lose_curves(self, error: OSError) -> None:
-        """Continue without curves: after an error, TensorBoard's writer raises it again at every call."""
-        self.curves = None
-        warn_user(_LOST.format(error))
+    @contextmanager
+    def _losing_curves(self) -> Iterator[None]:
+        """Continue without curves after an error: TensorBoard's writer raises it again at every call."""
+        try:
+            yield
+        except OSError as error:
+            self.curves = None
+            warn_user(f"the curves cannot be written ({error}); training continues without them.")
 
     def _line(self, entry: Mapping[str, Any]) -> None:
         try:
@@ -143,28 +140,33 @@ class Records:
         """
         if not self.path.exists():
             return
-        kept = []
-        for line in self.path.read_text(encoding="utf-8", errors="replace").splitlines():
-            try:
-                entry = json.loads(line)
-                last = step - 1 if evaluation_due and entry["kind"] != "train" else step
-                if step > 0 and entry["step"] <= last:
-                    kept.append(line)
-            except (ValueError, KeyError, TypeError, RecursionError):
-                continue
+        kept = [
+            line
+            for line, entry in _entries(self.path)
+            if 0 < step >= entry["step"] + (evaluation_due and entry["kind"] != "train")
+        ]
         write_atomically(self.path, "".join(f"{line}\n" for line in kept))
 
 
 def read_log(folder: str | Path, kind: str | None = None) -> list[dict[str, Any]]:
-    """Return the lines of a run's log, or only those of one kind.
+    """Return the lines of a run's log, or only those of one kind. A line that a crash has left incomplete is left out.
 
     Args:
         folder: Folder of the run.
         kind: ``"train"``, ``"evaluation"``, ``"real_text"`` or ``"message"``. Default: all.
     """
-    lines = (Path(folder) / LOG).read_text(encoding="utf-8").splitlines()
-    entries = [json.loads(line) for line in lines]
-    return [entry for entry in entries if kind is None or entry["kind"] == kind]
+    return [entry for _, entry in _entries(Path(folder) / LOG) if kind is None or entry["kind"] == kind]
+
+
+def _entries(log: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield the lines of a log with what they say, except for those that are no line of a log."""
+    for line in log.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            entry = json.loads(line)
+            if isinstance(entry["kind"], str) and isinstance(entry["step"], int):
+                yield line, entry
+        except (ValueError, KeyError, TypeError, RecursionError):
+            continue
 
 
 def _finite(value: Any) -> Any:
@@ -177,11 +179,7 @@ def _tensorboard(folder: Path, step: int) -> Any:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         return None
-    try:
-        return SummaryWriter(str(folder), purge_step=step + 1 if step else None)
-    except OSError as error:
-        warn_user(_LOST.format(error))
-        return None
+    return SummaryWriter(str(folder), purge_step=step + 1 if step else None)
 
 
 def _wandb(project: str, folder: Path, config: dict[str, Any]) -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,10 +15,10 @@ from torch import Tensor
 from tokendrift._checks import fail
 from tokendrift.errors import TokenDriftError
 from tokendrift.files import weight_digest
-from tokendrift.models.checkpoints import LoadedDenoiser, build, checkpoint_fields, empty_like, read_checkpoint
+from tokendrift.models.checkpoints import build, checkpoint_fields, empty_like, read_checkpoint
 from tokendrift.models.random_input import without_random_input
 from tokendrift.models.tokenizer import text_tokenizer
-from tokendrift.training.checkpointing import Stored, load_checkpoint
+from tokendrift.training.checkpointing import Stored
 from tokendrift.training.config import RefineConfig, objective_name
 from tokendrift.training.few_step import FewStepEvaluation, Row, judge_name
 from tokendrift.training.objectives.objective import ObjectiveSetup
@@ -133,7 +133,11 @@ class Run:
         self.micro_batches = config.accumulation(self.ranks)
         # 1. The checkpoint, first on the main process: a hub id is downloaded once.
         with accelerator.main_process_first():
-            base = self._load(config)
+            fields = checkpoint_fields(config.checkpoint_config)
+            checkpoint = read_checkpoint(config.checkpoint, revision=config.revision, config=fields)
+            base, self.process = build(checkpoint)
+            place, trusted = checkpoint.folder, checkpoint.trusted
+            self.tokenizer = text_tokenizer(config.tokenizer, place, base.vocab_size, trusted=trusted)
         self.length: int = config.length or base.config.model_length
         objective = config.objective.for_process(self.process, base.config.random_input)
         self.config = config = dataclasses.replace(config, length=self.length, objective=objective)
@@ -158,18 +162,8 @@ class Run:
         self.optimization = Optimization(model, config.loop(), accelerator=accelerator, autocast=autocast)
         # 4. The evaluation, and the folder of the run.
         judge = judge if judge is not None else config.judge
-        self.evaluator = FewStepEvaluation(
-            self.process,
-            self.tokenizer,
-            real,
-            nfes=config.evaluate_nfe,
-            judge=judge,
-            judge_tokenizer=config.judge_tokenizer,
-            batch=config.evaluate_batch,
-            seed=mix(config.seed, SAMPLES),
-            device=accelerator.device,
-            tolerance=config.entropy_tolerance,
-        )
+        text, seed = (self.process, self.tokenizer, real), mix(config.seed, SAMPLES)
+        self.evaluator = FewStepEvaluation(config, judge, *text, seed, accelerator.device)
         self.evaluations: list[Row] = []
         self.conditions = self.evaluator.conditions
         self.folder = RunFolder(
@@ -183,15 +177,6 @@ class Run:
             text=[real[0].tolist(), source.identity() if isinstance(source, TextFiles) else None],
             judge=judge_name(judge),
         )
-
-    def _load(self, config: RefineConfig) -> LoadedDenoiser:
-        """Return the network of the checkpoint; its process and its tokenizer become attributes."""
-        fields = checkpoint_fields(config.checkpoint_config)
-        checkpoint = read_checkpoint(config.checkpoint, revision=config.revision, config=fields)
-        base, self.process = build(checkpoint)
-        place, trusted = checkpoint.folder, checkpoint.trusted
-        self.tokenizer = text_tokenizer(config.tokenizer, place, base.vocab_size, trusted=trusted)
-        return base
 
     def run(self, progress: bool, on_step: Callable[[int], object] | None, label: str = "") -> list[Row]:
         """Train from the newest checkpoint to the end; return the evaluations, on the main process alone."""
@@ -301,7 +286,7 @@ class Run:
             progress()
         messages, score = self.evaluator.warnings(rows), self.evaluator.score(rows)
         if finished == 0:
-            self.evaluations.append({"step": 0, "nfe": None, **self.evaluator.real_row()})
+            self.evaluations.append({"step": 0, "nfe": None, **self.evaluator.real_row})
             self.records.figures("real_text", 0, self.evaluations[0])
         # 2. Log, and warn of collapse.
         self.evaluations += rows
@@ -326,14 +311,11 @@ class Run:
             return
         best = better or self.best
         changes = {"evaluations": self.evaluations, "best": best, "evaluation_due": False}
-        try:
+        with self._tolerant(finished, f"the figures of step {finished} could not be written"):
             self.folder.update(finished, changes, keep=[int(best["step"])] if best else [])
-        except (TokenDriftError, OSError) as error:
-            self.records.warn(finished, f"the figures of step {finished} could not be written ({error}).")
-            return
-        self.best = best
-        if better:
-            self._export_best(finished, groups)
+            self.best = best
+            if better:
+                self._export_best(finished, groups)
 
     def _save(self, finished: int, better: Best | None = None, *, evaluation_due: bool = False) -> None:
         """Write a checkpoint; every process must call."""
@@ -345,44 +327,44 @@ class Run:
     def _write(
         self, finished: int, groups: Mapping[str, Tensors], better: Best | None, evaluation_due: bool = False
     ) -> None:
-        """Write a checkpoint; if that fails, warn and go on, since the checkpoint before is complete."""
+        """Write a checkpoint; if that fails, the checkpoint before is complete."""
         best = better or self.best
         state: dict[str, Any] = {"data": self.data.position(), "evaluations": self.evaluations, "way": self.conditions}
         state |= {"best": best, "evaluation_due": evaluation_due}
-        try:
+        rest = "; training continues, and an interrupted run would resume from the previous one"
+        with self._tolerant(finished, f"the checkpoint of step {finished} could not be written", rest):
             self.folder.save(finished, groups, state, keep=[int(best["step"])] if best else [])
-        except OSError as error:
-            self.records.warn(
-                finished,
-                f"the checkpoint of step {finished} could not be written ({error}); training continues, and an "
-                "interrupted run would resume from the previous one.",
-            )
-            return
-        self.saved = finished
-        self.best = best  # not before: the checkpoint of the old best is kept until that of the new one is complete
-        if better:
-            self._export_best(finished, groups)
+            self.saved = finished
+            self.best = best  # not before: the checkpoint of the old best is kept until that of the new one is complete
+            if better:
+                self._export_best(finished, groups)
 
     def _export_best(self, step: int, groups: Mapping[str, Tensors]) -> None:
-        """Write the best model; if that fails, warn: its checkpoint is kept, and the next start tries again."""
-        try:
+        """Write the best model; if that fails, its checkpoint is kept, and the next start tries again."""
+        with self._tolerant(step, f"the best model, of step {step}, could not be written"):
             self.folder.export(groups, self._rows(step), step, best=True)
-        except OSError as error:
-            self.records.warn(step, f"the best model, of step {step}, could not be written ({error}).")
+
+    @contextmanager
+    def _tolerant(self, step: int, complaint: str, rest: str = "") -> Iterator[None]:
+        """Warn if a file cannot be read or written inside the block, and leave the block: the run goes on."""
+        try:
+            yield
+        except (TokenDriftError, OSError) as error:
+            self.records.warn(step, f"{complaint} ({error}){rest}.")
 
     def _newest(self, warn: Callable[[str], object]) -> Stored | None:
         """Read the newest complete checkpoint, which must be of this run; return None if there is none."""
-        read: list[Stored] = []
+        stored: Stored | None = None
 
-        def newest() -> str | None:
-            found = self.folder.newest(warn)
-            read.extend([found[1]] if found else [])
-            return str(found[0]) if found else None
+        def newest() -> int | None:
+            nonlocal stored
+            stored = self.folder.newest(warn)
+            return None if stored is None else int(stored.state["step"])
 
-        place = done_by_main(self.accelerator, newest)
-        if place is None:
+        step = done_by_main(self.accelerator, newest)
+        if step is None:
             return None
-        stored = read[0] if read else load_checkpoint(Path(place))
+        stored = stored or self.folder.load_step(step)
         self.folder.check_same_run(stored.state)
         return stored
 
@@ -423,15 +405,10 @@ class Run:
 
     def _restore_best(self) -> None:
         """Write the best model again from its checkpoint: the run may have been killed before it was written."""
-        if self.best is None:
-            return
-        step = int(self.best["step"])
-        try:
-            groups = self.folder.load_step(step).tensors
-        except (TokenDriftError, OSError) as error:
-            self.records.warn(step, f"the best model, of step {step}, was not written again: {error}")
-        else:
-            self._export_best(step, groups)
+        if self.best is not None:
+            step = int(self.best["step"])
+            with self._tolerant(step, f"the best model, of step {step}, was not written again"):
+                self._export_best(step, self.folder.load_step(step).tensors)
 
     def _finish(self, evaluation_due: bool) -> None:
         """Write the refined model, its tokenizer and its card; then evaluate it, and write the card anew."""
@@ -450,11 +427,9 @@ class Run:
         done_by_main(self.accelerator, export)
         if evaluation_due:
             self._evaluate_saved(steps)
-            try:
-                if self.main:
+            if self.main:
+                with self._tolerant(steps, "the model card could not be written"):
                     self.folder.write_card(self.folder.path, self._rows(steps), steps)
-            except OSError as error:
-                self.records.warn(steps, f"the model card could not be written ({error}).")
         self.accelerator.wait_for_everyone()
 
     def _rows(self, steps: int) -> list[Row]:

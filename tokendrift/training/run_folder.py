@@ -140,9 +140,10 @@ class RunFolder:
                 f"output {self.path} cannot be written: {error}.", "Free some space, or choose another folder."
             ) from None
 
-    def newest(self, warn: Callable[[str], object]) -> tuple[Path, Stored] | None:
+    def newest(self, warn: Callable[[str], object]) -> Stored | None:
         """Return the newest complete checkpoint, or None if there is none; warn of damaged ones."""
-        return latest_checkpoint(self.path / CHECKPOINTS, warn, NEEDED)
+        found = latest_checkpoint(self.path / CHECKPOINTS, warn, NEEDED)
+        return None if found is None else found[1]
 
     def update(self, step: int, changes: Mapping[str, Any], *, keep: Sequence[int] = ()) -> None:
         """Change entries of the state of a checkpoint, and remove those that need not be kept any longer.
@@ -237,6 +238,6 @@ class RunFolder:
             OSError: If it cannot be written.
         """
         kind = "masked" if self.process.mask_id is not None else "uniform-state"
-        about = {"judge": self.judge, "random_input": self.model.config.random_input or 0}
-        card = model_card(self.config, rows, steps=steps, process=kind, **about)  # type: ignore[arg-type]
+        numbers = self.model.config.random_input or 0
+        card = model_card(self.config, rows, steps=steps, process=kind, judge=self.judge, random_input=numbers)
         write_atomically(folder / CARD, card)

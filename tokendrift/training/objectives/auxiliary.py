@@ -10,6 +10,7 @@ from torch import Tensor, distributed, nn
 from tokendrift._checks import fail
 from tokendrift.errors import TokenDriftError
 from tokendrift.references import add_over_ranks
+from tokendrift.training.objectives.objective import grouped
 
 MOMENTS = {"step": True, "exp_avg": False, "exp_avg_sq": False}  # of AdamW, and whether each is a single number
 OWN_CALL = -1  # distinguishes its meetings of the ranks from those of the objective
@@ -94,10 +95,7 @@ class AuxiliaryModel:
         Raises:
             TokenDriftError: If it is the state of another model.
         """
-        kinds: dict[str, dict[str, Tensor]] = {}
-        for key, value in state.items():
-            kind, _, name = key.partition("/")
-            kinds.setdefault(kind, {})[name] = value
+        kinds = grouped(state)
         weights = kinds.pop("weights", {})
         shapes = {name: parameter.shape for name, parameter in self.trained.items()}
         moments = [kinds.get(kind, {}) for kind in MOMENTS]
@@ -123,5 +121,5 @@ class AuxiliaryModel:
 def _diverged() -> TokenDriftError:
     return fail(
         "the loss of the auxiliary model or its gradient is not finite; its weights were not changed.",
-        "Restart from a checkpoint with a lower auxiliary_rate.",
+        "Lower auxiliary_rate and begin a new run: a run to be resumed keeps its settings.",
     )

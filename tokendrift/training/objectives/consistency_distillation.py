@@ -70,12 +70,13 @@ class ConsistencyDistillation(RoundDistillation):
     is in evaluation mode.
     """
 
+    settings = ConsistencyDistillationConfig
     config: ConsistencyDistillationConfig
 
     def __init__(
         self, process: Process, teacher: nn.Module, config: ConsistencyDistillationConfig | None = None, **options: Any
     ) -> None:
-        super().__init__(process, teacher, config or ConsistencyDistillationConfig(), **options)
+        super().__init__(process, teacher, config, **options)
         if process.mask_id is not None:
             raise fail(
                 "discrete consistency distillation needs a uniform-state model, but this one is masked.",

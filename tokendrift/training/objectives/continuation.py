@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -95,7 +96,7 @@ class CurriculumContinuation(StatefulObjective):
     Attributes:
         curriculum: Gives the process of each step.
         generator: Source of times and noise; PyTorch's global generator by default.
-        step: Number of calls so far; set it to resume.
+        step: Number of calls so far that trained. It is part of ``state_dict``.
     """
 
     curriculum: GaussianCurriculum
@@ -104,8 +105,14 @@ class CurriculumContinuation(StatefulObjective):
 
     def __call__(self, model: Network, x0: Tensor, *, log: bool = False) -> StepLoss:
         found = Continuation(self.curriculum.at(self.step), self.generator)(model, x0, log=log)
-        self.step += 1
+        self.step += torch.is_grad_enabled()  # an evaluation does not move the curriculum
         return found
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return {"step": torch.tensor(self.step)}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        self.step = int(state["step"])
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ import math
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from tokendrift._checks import check_count, check_positive, fail
+from tokendrift._checks import check_betas, check_count, check_fraction, check_positive, fail
 from tokendrift.diffusion import Process
 from tokendrift.models import DiT, LoadedDenoiser
 from tokendrift.models.random_input import add_random_input
@@ -97,10 +97,9 @@ class MatchingConfig(ChainsConfig):
         check_count("auxiliary_steps", self.auxiliary_steps, least=1)
         if self.random_input is not None:
             check_count("random_input", self.random_input)
-        if self.start_share is not None and not 0 <= self.start_share <= 1:
-            raise fail("start_share must lie in [0, 1], or be left out.", start_share=self.start_share)
-        if len(self.auxiliary_betas) != 2 or not all(0 <= beta < 1 for beta in self.auxiliary_betas):
-            raise fail("auxiliary_betas must be two numbers in [0, 1).", auxiliary_betas=self.auxiliary_betas)
+        if self.start_share is not None:
+            check_fraction("start_share", self.start_share, ", or be left out", closed=True)
+        check_betas("auxiliary_betas", self.auxiliary_betas)
 
     def for_process(self, process: Process, numbers: int | None = 0) -> MatchingConfig:
         masked = process.mask_id is not None
@@ -110,6 +109,12 @@ class MatchingConfig(ChainsConfig):
         if given and numbers is None:
             raise fail(
                 "random_input needs a DiT, and the checkpoint is another network.", "Leave it out.", random_input=given
+            )
+        if self.replaced_only and masked:
+            raise fail(
+                "replaced_only was given, but a masked model is read where its completion is masked again.",
+                "Leave it out.",
+                replaced_only=True,
             )
         chains = self.chains or ((1, 2, 4) if given or numbers else (2, 4))
         weight = self.pair_weight if self.pair_weight is not None else (0.2 if masked else 1.0)

@@ -28,7 +28,7 @@ from tokendrift.references import add_over_ranks, refuse_recomputation
 from tokendrift.sampling import draw
 from tokendrift.training.objectives.auxiliary import AuxiliaryModel
 from tokendrift.training.objectives.matching_config import MatchingConfig
-from tokendrift.training.objectives.objective import Network, StatefulObjective, StepLoss
+from tokendrift.training.objectives.objective import Network, StatefulObjective, StepLoss, grouped
 from tokendrift.training.objectives.own_chains import OwnChains, check_strata, count_pairs, pair_logs
 from tokendrift.training.objectives.rounds import total_divergence
 
@@ -220,7 +220,8 @@ class DistributionMatching(StatefulObjective):
         Call it once after each step of the student's optimiser, when the student's graph is gone. Every process has to.
 
         Returns:
-            Its mean NELBO on them before the last of its steps, nats a token, on this process; a detached scalar.
+            Its mean loss on them before the last of its steps, by default the NELBO in nats per token, on this process;
+            a detached scalar.
 
         Raises:
             TokenDriftError: If there was no call, or, on all processes, if a loss or a gradient is not finite. The
@@ -260,17 +261,15 @@ class DistributionMatching(StatefulObjective):
             TokenDriftError: If it is the state of another auxiliary model, lacks the pairs or the generator, or holds
                 values that no state has.
         """
-        groups: dict[str, dict[str, Tensor]] = {}
-        for key, value in state.items():
-            group, _, name = key.partition("/")
-            groups.setdefault(group, {})[name] = value
+        groups = grouped(state)
         needed = {"auxiliary": True, "pairs": self.pair_loss is not None, "generator": self.generator is not None}
         missing = [name for name, own in needed.items() if own and name not in groups]
         if missing:
             raise fail(f"the state lacks {' and '.join(missing)}.", "Build the objective as the one that was saved.")
-        pending = [groups.get("completions", {}).get(str(n)) for n in range(len(groups.get("completions", {})))]
+        waiting = groups.get("completions", {})
+        pending = [waiting.get(str(number)) for number in range(len(waiting))]  # in their order, not that of a file
         completions = [check_ids("completions", ids, self.process.vocab_size).to(self._device) for ids in pending]
-        times = [groups.get("times", {})[str(number)].to(self._device) for number in range(len(completions))]
+        times = [groups["times"][str(number)].to(self._device) for number in range(len(waiting))]
         self.auxiliary.load_state_dict(groups["auxiliary"])
         if self.pair_loss is not None:
             self.pair_loss.load_state_dict(groups["pairs"])

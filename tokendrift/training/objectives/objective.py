@@ -148,6 +148,15 @@ class ObjectiveConfig(Settings, ABC):
         """
 
 
+def grouped(state: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    """Return tensors named ``group/name`` by group and name; a name without a slash is a group with one empty name."""
+    groups: dict[str, dict[str, Tensor]] = {}
+    for key, value in state.items():
+        group, _, name = key.partition("/")
+        groups.setdefault(group, {})[name] = value
+    return groups
+
+
 def corrupt_rows(
     process: Process,
     x0: Tensor,

@@ -114,7 +114,9 @@ def chain_positions(
     counts = sorted({check_count("steps", n, least=1) for n in steps})
     start = process.mask_id is None if start is None else start
     if not counts or (not start and max(counts) < 2):
-        raise fail("steps must name a chain of at least 1 step, of 2 for masked models.", steps=steps)
+        raise fail(
+            "chains: the numbers of steps must name a chain of at least 1 step, of 2 for masked models.", chains=steps
+        )
     first = [(counts[-1], 0)] if start else []
     return (*first, *((n, k) for n in counts for k in range(1, n)))
 

@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, cast, get_args
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast, get_args
 
 import torch
 from torch import Tensor, nn
@@ -126,7 +126,7 @@ class RoundDistillation(StatefulObjective, ABC):
         process: Corruption and posterior.
         teacher: Frozen denoiser, usually a copy of the checkpoint that the student starts from. `next_round` overwrites
             its weights.
-        config: Settings.
+        config: Settings. Default: those of the class, ``settings()``.
         drift: Drifting loss for ``config.drift_weight``.
         generator: Source of times and noise, on the device of the text. Default: PyTorch's global one.
         share: Number of this process, and how many train together. Default: (0, 1).
@@ -139,11 +139,13 @@ class RoundDistillation(StatefulObjective, ABC):
         TokenDriftError: If the teacher is not frozen, or one of drift and ``drift_weight`` is missing.
     """
 
+    settings: ClassVar[type[RoundsConfig]]
+
     def __init__(
         self,
         process: Process,
         teacher: nn.Module,
-        config: RoundsConfig,
+        config: RoundsConfig | None = None,
         *,
         drift: TokenDriftLoss | MirrorTeacherLoss | None = None,
         generator: torch.Generator | None = None,
@@ -151,6 +153,7 @@ class RoundDistillation(StatefulObjective, ABC):
         autocast: torch.dtype | None = None,
     ) -> None:
         check_frozen("teacher", teacher)
+        config = config or self.settings()
         if (drift is None) != (not config.drift_weight):
             raise fail(
                 f"drift {'is missing' if drift is None else 'was given'}, but drift_weight is {config.drift_weight:g}.",
@@ -174,7 +177,7 @@ class RoundDistillation(StatefulObjective, ABC):
         After the last round, beyond which the teacher would take too few steps, nothing changes.
 
         Args:
-            parameters: The student's parameters or their averages, in the order of ``model.parameters()``. Every
+            parameters: All parameters of the student or their averages, as ``model.parameters()`` returns them. Every
                 process has to call if they are sharded.
         """
         if round(self.steps / self.config.growth) < self.config.least_steps:
@@ -185,6 +188,11 @@ class RoundDistillation(StatefulObjective, ABC):
         self.round += 1
 
     def after_step(self, finished: int, optimization: Optimization | None = None) -> None:
+        if self.config.teacher_average and optimization is not None and not optimization.average.values:
+            raise fail(
+                "teacher_average is True, but this training keeps no average of the weights.",
+                "Set ema above 0, or teacher_average to False. The Trainer of transformers keeps no average.",
+            )
         if finished % self.config.round_steps == 0:
             if optimization is None:
                 raise fail(
@@ -192,7 +200,7 @@ class RoundDistillation(StatefulObjective, ABC):
                     "Call next_round(parameters) yourself, or pass the optimization that training uses.",
                 )
             with optimization.average.applied() if self.config.teacher_average else nullcontext():
-                self.next_round(optimization.parameters)
+                self.next_round(optimization.bare_network.parameters())  # the frozen ones among them
 
     # ------------------------------------------------------------------------------------------ loss
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from tokendrift._checks import check_count
-from tokendrift.diffusion import Corruption, Mixture, Process
+from tokendrift.diffusion import Corruption, Mixture
 from tokendrift.sampling import Chain, Shaping
 from tokendrift.training.objectives.objective import ObjectiveSetup
 from tokendrift.training.objectives.rounds import RoundDistillation, RoundsConfig
@@ -85,12 +85,8 @@ class SelfDistillation(RoundDistillation):
     Source: SDTT (arXiv 2410.21035), algorithm 1.
     """
 
+    settings = SelfDistillationConfig
     config: SelfDistillationConfig
-
-    def __init__(
-        self, process: Process, teacher: nn.Module, config: SelfDistillationConfig | None = None, **options: Any
-    ) -> None:
-        super().__init__(process, teacher, config or SelfDistillationConfig(), **options)
 
     @property
     def step(self) -> float:
