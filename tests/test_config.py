@@ -56,6 +56,8 @@ def test_presets_have_the_values_of_the_paper(preset, rate):
 def test_the_preset_of_pairs_serves_any_checkpoint_at_twice_the_rate():
     with pytest.raises(TokenDriftError, match="no checkpoint to refine"):
         make_config(preset="pairs")
+    with pytest.raises(TokenDriftError, match="no checkpoint to refine"):
+        make_config(values={"checkpoint": None})
     made = make_config(preset="pairs", values={"checkpoint": "base", "text": ["a.txt"]})
     assert made.objective == PairsConfig(chains=(2, 4), base_weight=0.1, pair_decay=0.95)
     assert made.learning_rate == 2 * RefineConfig("base").learning_rate

@@ -27,6 +27,8 @@ from tokendrift.training import DistributionMatching, MatchingConfig, make_confi
 
 PAGE = Path(__file__).parents[1] / "docs" / "matching.md"
 LANGUAGE = MarkovLanguage.random(words=6, successors=2, length=8, seed=0)
+# The small students of these tests write anything, which is warned of.
+pytestmark = pytest.mark.filterwarnings("ignore:the student writes repetitive text")
 KINDS = pytest.mark.parametrize("kind", ["masked", "uniform"])
 
 
@@ -317,6 +319,7 @@ def test_loss_and_gradient_of_idlm_are_those_of_its_code():
 
 
 @KINDS
+@pytest.mark.filterwarnings("always:the student writes repetitive text")
 def test_a_student_that_repeats_one_token_is_warned_of_once(kind, recwarn):
     process = LANGUAGE.process(kind)
     text, teacher = LANGUAGE.sample(8, seed=0), small_model(process)

@@ -81,7 +81,7 @@ ARMS["SDTT with drift"] = ARMS["SDTT"] | {"drift_weight": 1.0}
 ARMS[EQUAL_COMPUTE] = ARMS[BEST] | {"learning_rate": 2e-4}  # the rate for short runs
 FEWER = {"masked": 5 / 12, "uniform": 4 / 12}
 ONE_PROCESS = {"no random input": "masked", "SDTT": "masked", "SDTT with drift": "masked", "DCD": "uniform"}
-GREEDY_ARMS = {"masked": ("SDTT", BEST), "uniform": ("DCD", BEST)}
+GREEDY_ARMS = (BASE, "DCD", BEST)  # of uniform-state models: after the last step of a masked one, no mask is left
 CURVE = (
     *(SamplingSetting(4, temperature) for temperature in (1.1, 1.0, 0.95, 0.9, 0.85, 0.8, 0.7)),
     *(SamplingSetting(4, 1.0, top_p) for top_p in (0.95, 0.9, 0.8)),
@@ -97,7 +97,7 @@ ROWS: dict[str, tuple[SamplingSetting, ...]] = {
         *(SamplingSetting(steps) for steps in (2, 1, 8, 16, 32)),
     ),
     "": (SamplingSetting(4), SamplingSetting(4, 0.8), SamplingSetting(2), SamplingSetting(16)),
-    **dict.fromkeys((*CONTROL_NAMES, *(arm + GREEDY for arm in (BASE, BEST, "SDTT", "DCD"))), (SamplingSetting(4),)),
+    **dict.fromkeys((*CONTROL_NAMES, *(arm + GREEDY for arm in GREEDY_ARMS)), (SamplingSetting(4),)),
 }
 
 
@@ -255,7 +255,7 @@ def cells(plan: Plan, seeds: int) -> list[Cell]:
         for kind in plan.kinds
         if ONE_PROCESS.get(arm, kind) == kind
     ]
-    greedy = [Cell(kind, arm + GREEDY, 0) for kind in plan.kinds for arm in (BASE, *GREEDY_ARMS[kind])]
+    greedy = [Cell("uniform", arm + GREEDY, 0) for arm in GREEDY_ARMS if "uniform" in plan.kinds]
     return untrained + found + greedy
 
 

@@ -195,6 +195,8 @@ class RefineConfig(Settings):
         """
         check_setting_names(settings)
         given = {name: value for name, value in settings.items() if value is not None and name not in RETIRED}
+        if "checkpoint" not in given:
+            raise fail("no checkpoint to refine.", "Pass one on the command line, in the TOML file or by a preset.")
         objective = given.get("objective", DEFAULT_OBJECTIVE)
         if not isinstance(objective, ObjectiveConfig):
             chosen = objective_class(objective)
@@ -453,8 +455,6 @@ def make_config(
         if layer.get("dataset"):
             chosen.pop("text", None)
         chosen |= layer
-    if "checkpoint" not in chosen:
-        raise fail("no checkpoint to refine.", "Pass one on the command line, in the TOML file or by a preset.")
     return RefineConfig.from_settings(chosen)
 
 
