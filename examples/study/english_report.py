@@ -172,7 +172,7 @@ def _draw(axes: Axes, real: Measures, cells: Cells, arms: list[str]) -> None:
         if cell.arm == BASE:
             nucleus = [m for s, m in rows.items() if s.steps == 4 and s.temperature == 1]
             _line(axes, nucleus, "base, nucleus", color=colour, linestyle=":")
-            _line(axes, [m for s, m in rows.items() if s.steps == 64], "base, 64 NFE", color="0.6", linestyle="--")
+            _line(axes, [m for s, m in rows.items() if s.steps == 64], "base, 64 NFE", color="black", linestyle="--")
     axes.plot(
         real.sample_entropy.estimate, real.bits_per_byte.estimate, "*", color="black", markersize=12, label="real text"
     )
