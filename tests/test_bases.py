@@ -32,8 +32,9 @@ def test_orthogonalised_matrices_have_singular_values_near_one(study):
 def test_a_model_that_knows_nothing_pays_the_logarithm_of_the_vocabulary(study):
     bases = study["bases"]
     x0 = torch.randint(0, 4096, (32, 64), generator=torch.Generator().manual_seed(0))
-    process = bases.make_process("masked")
-    model = bases.make_denoiser(process)  # the head starts at zero: every token is equally likely
+    settings = bases.Settings()
+    process = bases.make_process("masked", settings.vocabulary)
+    model = bases.make_denoiser(process, settings)  # the head starts at zero: every token is equally likely
     for bound, tolerance in ((False, 1e-3), (True, 0.5)):
         loss = bases.denoising_loss(model, process, x0, torch.Generator().manual_seed(1), bound=bound)
         assert abs(loss.item() - math.log(4096)) < tolerance
@@ -49,7 +50,7 @@ def test_a_stopped_training_resumes_and_a_uniform_base_starts_from_a_masked_one(
     bases.train_base("uniform", text, tmp_path, short, tmp_path / "masked")
     for kind in ("masked", "uniform"):
         model, process = load_denoiser(tmp_path / kind)
-        assert type(process) is type(bases.make_process(kind))
+        assert type(process) is type(bases.make_process(kind, short.vocabulary))
         assert sum(part.numel() for part in model.parameters()) < 5_000_000
         assert (tmp_path / kind / "model.safetensors").stat().st_size < 10_000_000
 

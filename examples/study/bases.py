@@ -1,12 +1,14 @@
-"""Train the bases of the study: a masked and a uniform-state model of about 3.6 million parameters.
+"""Train bases on the World English Bible: a masked and a uniform-state model, of about 3.6 million parameters.
 
-torchrun --nproc-per-node 2 examples/study/bases.py OUT masked --minutes 65
-torchrun --nproc-per-node 2 examples/study/bases.py OUT uniform --minutes 40 --init OUT/masked
+    torchrun --nproc-per-node 2 examples/study/bases.py OUT masked --minutes 65
+    torchrun --nproc-per-node 2 examples/study/bases.py OUT uniform --minutes 40 --init OUT/masked
+    python examples/study/bases.py SMALL masked --minutes 25 --width 128 --vocabulary 1024 --length 32 --batch-size 64
 
-Each process runs on one CPU thread; plain ``python`` in place of torchrun trains in one process. A training ends after
-the minutes given, however fast the machine is: the learning rate follows the clock. A run that was stopped resumes from
-its last saved state when the same command is given again. The finished model lies in OUT/masked or OUT/uniform, in the
-layout of `save_denoiser`, with its tokenizer.
+The third line trains a model of the size of those that ship with the package. Each process runs on one CPU thread;
+plain ``python`` in place of torchrun trains in one process. A training ends after the minutes given, however fast the
+machine is: the learning rate follows the clock. A run that was stopped resumes from its last saved state when the same
+command is given again. The finished model lies in OUT/masked or OUT/uniform, in the layout of `save_denoiser`, with its
+tokenizer.
 """
 
 from __future__ import annotations
@@ -32,8 +34,6 @@ from tokendrift.models import DiT, DiTConfig, load_denoiser, save_denoiser
 from tokendrift.training import windows
 
 EOS = "<eos>"
-VOCABULARY = 4096  # BPE entries; the masked process adds one for its mask
-LENGTH = 64  # tokens a sequence, about 50 words
 
 
 @dataclass(frozen=True)
@@ -42,6 +42,9 @@ class Settings:
 
     Attributes:
         minutes: Length of the training by the clock.
+        width: Hidden size of the model.
+        vocabulary: BPE entries; the masked process adds one for its mask.
+        length: Tokens a sequence; 64 tokens of 4,096 entries are about 50 words.
         batch_size: Sequences a step in each process.
         matrix_rate: Peak rate of the orthogonalised steps of the blocks' matrices.
         other_rate: Peak rate of AdamW for embeddings, vocabulary head, norms and modulation.
@@ -54,6 +57,9 @@ class Settings:
     """
 
     minutes: float = 110.0
+    width: int = 192
+    vocabulary: int = 4096
+    length: int = 64
     batch_size: int = 32
     matrix_rate: float = 0.02
     other_rate: float = 3e-3
@@ -72,13 +78,13 @@ class Settings:
 # ---------------------------------------------------------------------------------------------------- text to tokens
 
 
-def make_tokenizer(documents: Iterable[str]) -> Tokenizer:
-    """Return a byte-level BPE of `VOCABULARY` entries."""
+def make_tokenizer(documents: Iterable[str], vocabulary: int) -> Tokenizer:
+    """Return a byte-level BPE of that many entries."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY,
+        vocab_size=vocabulary,
         special_tokens=[EOS],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
@@ -96,20 +102,20 @@ def encode(documents: list[str], tokenizer: Tokenizer) -> Tensor:
 # ---------------------------------------------------------------------------------------------- model and objective
 
 
-def make_process(kind: str) -> Process:
+def make_process(kind: str, vocabulary: int) -> Process:
     """Return the corruption process of a kind of base."""
-    return UniformDiffusion(VOCABULARY) if kind == "uniform" else MaskedDiffusion(VOCABULARY + 1)
+    return UniformDiffusion(vocabulary) if kind == "uniform" else MaskedDiffusion(vocabulary + 1)
 
 
-def make_denoiser(process: Process) -> DiT:
+def make_denoiser(process: Process, settings: Settings) -> DiT:
     """Return an untrained denoiser."""
     sizes = DiTConfig(
         process.vocab_size,
-        LENGTH,
-        hidden_dim=192,
+        settings.length,
+        hidden_dim=settings.width,
         cond_dim=32,
         n_blocks=4,
-        n_heads=6,
+        n_heads=settings.width // 32,
         dropout=0.0,
         time_conditioning=isinstance(process, UniformDiffusion),
         mask_id=process.mask_id,
@@ -221,8 +227,8 @@ class Training:
 
     def __init__(self, kind: str, settings: Settings, start: Path | None = None) -> None:
         torch.manual_seed(settings.seed)
-        self.settings, self.process = settings, make_process(kind)
-        self.model = make_denoiser(self.process)
+        self.settings, self.process = settings, make_process(kind, settings.vocabulary)
+        self.model = make_denoiser(self.process, settings)
         if start is not None:
             start_from(self.model, start)
         self.parameters = list(self.model.parameters())
@@ -313,13 +319,13 @@ def train_base(kind: str, text: Text, out: Path, settings: Settings, start: Path
         start: See `Training`.
     """
     out.mkdir(parents=True, exist_ok=True)
-    tokenizer = make_tokenizer(text.train)
+    tokenizer = make_tokenizer(text.train, settings.vocabulary)
     stream = encode(text.train, tokenizer)
     training, saved = Training(kind, settings, start), out / f"{kind}-state.pt"
     if saved.is_file():
         training.load_state(torch.load(saved))
         print(f"resuming at step {training.steps}", flush=True)
-    batches = windows(stream, LENGTH, settings.batch_size, seed=training.seed_of(2))
+    batches = windows(stream, settings.length, settings.batch_size, seed=training.seed_of(2))
     clock = last_saved = time.monotonic()
     mean: float | None = None
     while training.progress < 1:
@@ -348,9 +354,14 @@ if __name__ == "__main__":
     parser.add_argument("out", type=Path, help="Folder for the bases.")
     parser.add_argument("kind", choices=("masked", "uniform"), help="Which base to train.")
     parser.add_argument("--minutes", type=float, default=Settings.minutes, help="Length of the training by the clock.")
+    parser.add_argument("--width", type=int, default=Settings.width, help="Hidden size, a multiple of 32.")
+    parser.add_argument("--vocabulary", type=int, default=Settings.vocabulary, help="BPE entries.")
+    parser.add_argument("--length", type=int, default=Settings.length, help="Tokens of a sequence.")
+    parser.add_argument("--batch-size", type=int, default=Settings.batch_size, help="Sequences a step in each process.")
     parser.add_argument("--init", type=Path, help="Masked base that a uniform-state one starts from.")
     options = parser.parse_args()
     torch.set_num_threads(1)
     if "WORLD_SIZE" in os.environ:  # under torchrun
         dist.init_process_group("gloo")
-    train_base(options.kind, world_english_bible(), options.out, Settings(options.minutes), options.init)
+    sizes = {name: getattr(options, name) for name in ("minutes", "width", "vocabulary", "length", "batch_size")}
+    train_base(options.kind, world_english_bible(), options.out, Settings(**sizes), options.init)
