@@ -175,16 +175,13 @@ def check_samples(generated: Measures, real: Measures, *, deviations: float = DE
 
 def _sizes(generated: Measures, real: Measures) -> list[Finding]:
     """Return a comment for each way in which the two sets differ in size."""
-    found = []
-    for name, value, level, meaning in (
-        (
-            "samples",
-            generated.samples,
-            real.samples,
-            "figures of the whole set depend on this number and were not checked",
-        ),
+    unchecked = "figures of the whole set depend on this number and were not checked"
+    sizes = (
+        ("samples", float(generated.samples), float(real.samples), unchecked),
         ("length", generated.length.estimate, real.length.estimate, "entropy and repetition depend on the length"),
-    ):
-        if abs(value - level) > SAME_SIZE * level:
-            found.append(Finding(name, "comment", float(value), float(level), math.nan, meaning))
-    return found
+    )
+    return [
+        Finding(name, "comment", value, level, math.nan, meaning)
+        for name, value, level, meaning in sizes
+        if abs(value - level) > SAME_SIZE * level
+    ]
