@@ -251,3 +251,6 @@ def test_a_gguf_file_is_converted_once_and_a_package_needs_exactly_one(tmp_path,
     for name, says in (("package:os.path", "is not an installed package"), ("nowhere.gguf", "is no file")):
         with pytest.raises(TokenDriftError, match=says):
             gguf_judge.folder_of_gguf(name)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(package / "model-q4.gguf"))  # a file, where there should be a folder
+    with pytest.raises(TokenDriftError, match="judges cannot be written"):
+        gguf_judge.folder_of_gguf("package:carries_a_judge")

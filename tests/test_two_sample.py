@@ -102,6 +102,15 @@ def test_sets_of_a_few_vectors_have_an_interval(n):
     assert math.isfinite(found.distance.low) and found.distance.excludes(0.0)
 
 
+def test_equal_vectors_do_not_take_the_scale_from_the_others():
+    x, y = torch.zeros(20, 2).double(), torch.zeros(20, 2).double()
+    y[:3] = 1e-3 * cloud(3, seed=0, width=2)
+    small, large = (kernel_distance(unit * x, unit * y, permutations=9, resamples=9) for unit in (1.0, 1e6))
+    assert 0 < small.bandwidth < 0.01 and small.distance.estimate > 1e-3
+    assert large.distance.estimate == pytest.approx(small.distance.estimate, rel=1e-9)
+    assert kernel_distance(x, x, permutations=9, resamples=9).distance == (0, 0, 0)
+
+
 def test_one_permutation_gives_no_spread_and_no_z_score():
     found = kernel_distance(cloud(9, seed=0), cloud(9, seed=1, shift=3.0), permutations=1, resamples=10)
     assert math.isnan(found.spread) and math.isnan(found.z_score.estimate)

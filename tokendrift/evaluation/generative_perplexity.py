@@ -65,7 +65,8 @@ class PerplexityResult(NamedTuple):
     def bits_per_byte(self) -> float | None:
         """Total NLL in bits over all UTF-8 bytes, which compares across judges; None if the bytes are not known.
 
-        A judge never scores the first token of a sample, whose bytes are counted all the same.
+        Tokens that the protocol does not count add their bytes all the same: the first token of a window, unless the
+        judge reads a start token before it, and end-of-text tokens that are written in a text.
         """
         return None if self.sample_bytes is None else self.nll / math.log(2) / int(self.sample_bytes.sum())
 

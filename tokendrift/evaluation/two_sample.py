@@ -81,7 +81,8 @@ def kernel_distance(
         generated: (n, M), one vector a sample; n at least 2.
         real: (m, M), of real text of the same length.
         kernel: ``"gaussian"``, ``"energy"`` or ``"linear"``. Default: ``"gaussian"``.
-        bandwidth: Bandwidth s of the Gaussian kernel. Default: the median distance between all vectors.
+        bandwidth: Bandwidth s of the Gaussian kernel. Default: the median distance between all vectors, or between
+            those that differ if most are equal.
         permutations: Permutations of the test; the smallest p-value is 1 / (permutations + 1). Default: 999.
         resamples: Redraws for the interval. Pairs of a vector with itself are left out, and so are redraws in which a
             set has no other pair, as may happen to sets of a few vectors. Default: 1000.
@@ -114,8 +115,10 @@ def kernel_distance(
     else:
         squared = torch.cdist(both, both, compute_mode=EXACT).square_()
         if bandwidth is None:
-            upper = squared[torch.ones_like(squared, dtype=torch.bool).triu_(1)]
-            bandwidth = math.sqrt(float(upper.median())) or 1.0  # equal points: any width gives zero distance
+            pairs = squared[torch.ones_like(squared, dtype=torch.bool).triu_(1)]
+            if not pairs.median():  # most vectors are equal, which says nothing about the scale
+                pairs = pairs[pairs > 0]
+            bandwidth = math.sqrt(float(pairs.median())) if len(pairs) else 1.0  # with no distance, any width will do
         check_positive("bandwidth", bandwidth)
         similarity = squared.div_(-2 * bandwidth**2).exp_().fill_diagonal_(0)
     generator = torch.Generator().manual_seed(seed)
