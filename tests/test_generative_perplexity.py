@@ -288,6 +288,19 @@ def test_only_parity_mode_charges_a_sample_for_not_ending():
     assert fair.sample_generated.tolist() == upstream.sample_generated.tolist() == [3, 5]
 
 
+def test_ends_of_text_that_are_not_counted_add_no_bytes():
+    ended, padded = "a b c<|endoftext|>", "a b c" + 20 * "<|endoftext|>"
+    options = {"tokenizer": word_tokenizer(), "eos_id": 0}
+    for protocol, size in (("mdlm", len(ended)), ("bd3", len("a b c"))):
+        found = generative_perplexity([ended, padded, padded], bigram, protocol=protocol, **options)
+        assert found.sample_bytes.tolist() == [size] * 3
+        assert found.sample_nll.unique().numel() == 1
+    # Under "all" every end is counted, and so are its bytes; the end that pad_eos adds is no part of the text.
+    assert generative_perplexity([padded], bigram, protocol="all", **options).sample_bytes.item() == len(padded)
+    closed = generative_perplexity(["a b c", ended, padded], bigram, pad_eos=True, **options)
+    assert closed.sample_bytes.tolist() == [len("a b c"), len(ended), len(ended)]
+
+
 def test_truncate_scores_the_first_tokens_only():
     long = texts_of([30, 6])
     cut = generative_perplexity(long, bigram, protocol="all", truncate=10)

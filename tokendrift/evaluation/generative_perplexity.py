@@ -22,6 +22,7 @@ from tokendrift.evaluation.protocols import (
     scored_targets,
 )
 from tokendrift.evaluation.samples import SampleInput, id_sequences
+from tokendrift.models.tokenizer import decode
 from tokendrift.modes import evaluation_mode
 from tokendrift.references import rank_count
 from tokendrift.sampling import SampleSet
@@ -43,8 +44,9 @@ class PerplexityResult(NamedTuple):
         revision: Commit or branch of its weights, None if unknown.
         sample_nll: What each sample adds to ``nll``, float64 (n,), in the order given.
         sample_tokens: What each sample adds to ``tokens``, int64 (n,).
-        sample_bytes: UTF-8 bytes of the text of each sample, int64 (n,); None if the judge read ids, or a part of the
-            text.
+        sample_ends: UTF-8 bytes of the end-of-text tokens of each sample that the protocol does not count, int64 (n,).
+        sample_bytes: UTF-8 bytes of the text of each sample without these, int64 (n,); None if the judge read ids, or a
+            part of the text.
         sample_generated: Tokens of each sample as the denoiser generated it, int64 (n,); None if they are not known.
     """
 
@@ -58,6 +60,7 @@ class PerplexityResult(NamedTuple):
     revision: str | None
     sample_nll: Tensor
     sample_tokens: Tensor
+    sample_ends: Tensor
     sample_bytes: Tensor | None = None
     sample_generated: Tensor | None = None
 
@@ -65,8 +68,8 @@ class PerplexityResult(NamedTuple):
     def bits_per_byte(self) -> float | None:
         """Total NLL in bits over all UTF-8 bytes, which compares across judges; None if the bytes are not known.
 
-        Tokens that the protocol does not count add their bytes all the same: the first token of a window, unless the
-        judge reads a start token before it, and end-of-text tokens that are written in a text.
+        The first token of a window, which no protocol counts unless the judge reads a start token before it, adds its
+        bytes all the same. End-of-text tokens that the protocol does not count add none.
         """
         return None if self.sample_bytes is None else self.nll / math.log(2) / int(self.sample_bytes.sum())
 
@@ -78,7 +81,7 @@ class PerplexityResult(NamedTuple):
     def with_sizes(self, texts: Sequence[str] | None, ids: Sequence[Sequence[int] | Tensor] | None) -> PerplexityResult:
         """Return the result with the bytes of the texts and the number of ids as generated of each sample."""
         return self._replace(
-            sample_bytes=None if texts is None else torch.tensor([len(text.encode()) for text in texts]),
+            sample_bytes=None if texts is None else torch.tensor([len(x.encode()) for x in texts]) - self.sample_ends,
             sample_generated=None if ids is None else torch.tensor([len(row) for row in ids]),
         )
 
@@ -212,7 +215,7 @@ class GenerativePerplexity:
         if len(conventions) > 1:
             shown = ", ".join(sorted(f"{protocol} in {precision}" for protocol, precision in conventions))
             raise fail(f"the ranks used different options: {shown}.", "Build the same evaluator on every rank.")
-        contributions = [part[-4:] for part in parts]
+        contributions = [part[-5:] for part in parts]
         sizes = (None if any(x is None for x in each) else torch.cat(each) for each in zip(*contributions, strict=True))
         return self._counted(self._result(parts[0].precision, *sizes))  # type: ignore[arg-type]
 
@@ -236,7 +239,7 @@ class GenerativePerplexity:
         sequences, read = self._prepare(samples, attention_mask)
         pieces = [(owner, window) for owner, ids in enumerate(read) for window in self._windows(len(ids))]
         nll = torch.zeros(len(sequences), dtype=torch.float64)
-        tokens = torch.zeros(len(sequences), dtype=torch.int64)
+        tokens, ends = torch.zeros(2, len(sequences), dtype=torch.int64)
         precision = ""
         with evaluation_mode(self.judge.model):
             for batch in self._batches(pieces):
@@ -245,9 +248,10 @@ class GenerativePerplexity:
                 each, precision = self.judge.token_nll(ids, mask)
                 nll.index_add_(0, owners, torch.where(counted, each, 0).sum(dim=1))
                 tokens.index_add_(0, owners, counted.sum(dim=1))
+                ends.index_add_(0, owners, (counted & self._is_end(ids)).sum(dim=1))
                 if progress is not None:
                     progress(len(batch))
-        scored = self._result(precision, nll, tokens)
+        scored = self._result(precision, nll, tokens, self._left_out(sequences, ends))
         whole = self.truncate is None and len(sequences) == len(samples)
         if isinstance(samples, SampleSet):
             return scored.with_sizes(samples.texts, samples.ids) if whole else scored
@@ -330,11 +334,25 @@ class GenerativePerplexity:
         fresh = position >= first[:, None]
         return ids, real.long(), scored_targets(ids, self.protocol, self.eos_id) & real & fresh
 
-    def _result(self, precision: str, nll: Tensor, tokens: Tensor, *sizes: Tensor | None) -> PerplexityResult:
+    def _is_end(self, ids: Tensor) -> Tensor:
+        """Return which ids are end-of-text tokens that the protocol treats specially, bool."""
+        return torch.zeros_like(ids, dtype=torch.bool) if self.eos_id is None else ids == self.eos_id
+
+    def _left_out(self, sequences: Sequence[Tensor], counted: Tensor) -> Tensor:
+        """Return the bytes of the end-of-text tokens of each sample beyond those counted, (n,)."""
+        more = torch.stack([self._is_end(ids).sum() for ids in sequences]) - counted
+        if self.eos_id is None or self.judge.tokenizer is None or not (more > 0).any():
+            return torch.zeros_like(more)
+        # Below 0 is an end that pad_eos has added, which is not in the text.
+        return more.clamp_min(0) * len(decode(self.judge.tokenizer, [[self.eos_id]])[0].encode())
+
+    def _result(
+        self, precision: str, nll: Tensor, tokens: Tensor, ends: Tensor, *sizes: Tensor | None
+    ) -> PerplexityResult:
         log = float(log_perplexity(nll, tokens, self.protocol))
         perplexity = math.exp(log) if log < 709 else math.inf
         made = len(nll), self.protocol, precision, self.judge.name, self.judge.revision
-        return PerplexityResult(perplexity, float(nll.sum()), int(tokens.sum()), *made, nll, tokens, *sizes)
+        return PerplexityResult(perplexity, float(nll.sum()), int(tokens.sum()), *made, nll, tokens, ends, *sizes)
 
     def _counted(self, result: PerplexityResult) -> PerplexityResult:
         """Return a result if it counts a token. A batch may count none, but not all of them together."""
