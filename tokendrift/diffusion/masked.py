@@ -7,7 +7,7 @@ from torch import Tensor
 
 from tokendrift._checks import check_mask_id
 from tokendrift.diffusion._row_ops import EXCLUDED
-from tokendrift.diffusion.process import Mixture, Process, check_objective, wide
+from tokendrift.diffusion.process import LEAST_NOISE, Mixture, Process, check_objective, wide
 from tokendrift.diffusion.schedules import Schedule
 
 
@@ -66,12 +66,12 @@ class MaskedDiffusion(Process):
             logits: Raw denoiser output (B, L, V).
             x0: Clean ids (B, L).
             x_t: Noisy ids (B, L).
-            t: Times (B,) in (0, 1].
+            t: Times (B,) in [0, 1].
         """
         check_objective(self.vocab_size, logits, x0, x_t, t)
         nll = self.nll(logits, x0, x_t)
         t = t.to(torch.promote_types(t.dtype, nll.dtype))
-        weight = -self.schedule.dalpha(t) / self.schedule.noise(t)
+        weight = -self.schedule.dalpha(t) / self.schedule.noise(t).clamp_min(LEAST_NOISE)
         return weight.to(nll.dtype)[:, None] * nll
 
     def posterior(self, logits: Tensor, x_t: Tensor, t: Tensor, s: Tensor) -> Tensor:

@@ -12,12 +12,14 @@ from tokendrift._checks import check_count, check_denoiser, check_floating, chec
 from tokendrift.diffusion._row_ops import log_prob_at
 from tokendrift.diffusion.schedules import LogLinear, Schedule, sample_times
 
+LEAST_NOISE = 1e-30  # 1 - alpha in objectives: their limit at t = 0, where they would divide by zero
+
 
 class Denoiser(Protocol):
     """A network that returns raw logits, without SUBS or log-softmax.
 
-    The vocabulary and the mask belong to the process. If the network has an attribute ``time_conditioned`` that is
-    False, its output does not depend on sigma, and samplers skip calls whose result they know.
+    The vocabulary and the mask belong to the process. A network whose output does not depend on sigma can say so by an
+    attribute ``time_conditioned`` that is False.
     """
 
     def __call__(self, x_t: Tensor, sigma: Tensor | None, /) -> Tensor:
@@ -31,7 +33,7 @@ class Corruption(NamedTuple):
     Attributes:
         x_t: Noisy ids, int64 (B, L).
         predicted: Positions the model has to predict (the paper's M), bool (B, L).
-        t: Diffusion times, float (B,), in (0, 1].
+        t: Diffusion times, float (B,), in [0, 1].
         sigma: ``-log alpha_t``, float (B,): what denoisers take as their second argument.
     """
 
@@ -93,7 +95,7 @@ class Process(ABC):
 
         Args:
             x0: Clean ids (B, L), an integer dtype, in [0, V).
-            t: Times (B,) in (0, 1]; drawn by `sample_times` when omitted.
+            t: Times (B,) in [0, 1]; drawn by `sample_times` when omitted.
             antithetic: Stratify the drawn times over the batch.
             generator: Source of randomness for times and tokens, on the device of x0.
 
