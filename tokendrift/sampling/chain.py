@@ -8,7 +8,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from tokendrift._checks import check_count, check_denoiser, fail
+from tokendrift._checks import can_be_read, check_count, check_denoiser, fail
 from tokendrift.diffusion.process import Denoiser, Mixture, Process
 from tokendrift.models.random_input import random_numbers
 from tokendrift.sampling.categorical import check_logits, draw, not_finite
@@ -16,6 +16,7 @@ from tokendrift.sampling.noise import RowNoise
 from tokendrift.sampling.shaping import Shaping
 
 LAST_TIME = 1e-5  # upstream's grid ends here; noise removal is the call after it
+SLACK = 1e-5  # of the sums of a sampler's probabilities, which may be float32
 CPU_ELEMENTS, DEVICE_ELEMENTS = 2**20, 2**25  # logits that are widened at a time: 4 MiB stay in a CPU's cache
 
 
@@ -131,6 +132,14 @@ class Chain:
         if law.stay.shape != self.ids.shape or law.denoise.shape != self.ids.shape:
             raise fail(
                 f"a sampler must yield probabilities of shape (B, L) = {tuple(self.ids.shape)}.",
+                stay=law.stay,
+                denoise=law.denoise,
+            )
+        # Compared with NaN every chance is false. On an accelerator, this would wait for the device.
+        if can_be_read(law.stay) and not ((law.denoise >= -SLACK) & (law.stay + law.denoise <= 1 + SLACK)).all():
+            raise fail(
+                "a sampler must yield probabilities: stay and denoise, which together are at most 1.",
+                "Look for NaN, and for a division by the noise or the signal at an end of time.",
                 stay=law.stay,
                 denoise=law.denoise,
             )
