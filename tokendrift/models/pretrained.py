@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from tokendrift._checks import check_flag, fail
+from tokendrift._checks import fail
 from tokendrift.errors import TokenDriftError
 from tokendrift.files import foreign_errors
 from tokendrift.models import hub
@@ -53,7 +53,6 @@ def stated_config(folder: Path, given: Mapping[str, Any]) -> dict[str, Any] | No
             f"config has fields that a model of transformers does not take: {', '.join(sorted(unknown))}.",
             f"The fields are {', '.join(FIELDS)}.",
         )
-    check_flag("trust_remote_code", given.get("trust_remote_code", False))
     found = {name: value for name, value in found.items() if name not in FIELDS or name == "vocab_size"}
     if (folder / OPTIONS).is_file():
         found |= {name: value for name, value in read_json(folder / OPTIONS).items() if name in STORED}
