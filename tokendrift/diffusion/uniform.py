@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Generator, Tensor
 
 from tokendrift._checks import fail
 from tokendrift._operators import wide_dtype
 from tokendrift.diffusion._row_ops import uniform_terms
-from tokendrift.diffusion.process import LEAST_NOISE, Mixture, Process, check_objective, wide
+from tokendrift.diffusion.process import LEAST_NOISE, Device, Mixture, Process, check_objective, wide
 
 
 class UniformDiffusion(Process):
@@ -19,14 +19,8 @@ class UniformDiffusion(Process):
         schedule: Signal level over time; log-linear by default.
     """
 
-    def prior(
-        self,
-        shape: torch.Size | tuple[int, int],
-        *,
-        generator: torch.Generator | None = None,
-        device: torch.device | str | None = None,
-    ) -> Tensor:
-        ids = torch.empty(tuple(shape), dtype=torch.int64, device=device)
+    def prior(self, shape: tuple[int, ...], *, generator: Generator | None = None, device: Device = None) -> Tensor:
+        ids = torch.empty(shape, dtype=torch.int64, device=device)
         return ids.random_(0, self.vocab_size, generator=generator)
 
     def predicted(self, x_t: Tensor) -> Tensor:
