@@ -8,10 +8,9 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from tokendrift._checks import check_count, check_ids, fail
+from tokendrift._checks import check_count, check_ids, check_logits, fail
 from tokendrift.diffusion.process import Denoiser, Process, wide
 from tokendrift.evaluation.bootstrap import Interval, check_resampling, mean_interval
-from tokendrift.sampling.categorical import check_logits
 from tokendrift.sampling.noise import RowNoise, random_input, subseed
 
 

@@ -8,10 +8,10 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from tokendrift._checks import can_be_read, check_count, check_denoiser, fail
+from tokendrift._checks import can_be_read, check_count, check_denoiser, check_logits, fail
 from tokendrift.diffusion.process import Denoiser, Mixture, Process
 from tokendrift.models.random_input import random_numbers
-from tokendrift.sampling.categorical import check_logits, draw, not_finite
+from tokendrift.sampling.categorical import draw, not_finite
 from tokendrift.sampling.noise import RowNoise
 from tokendrift.sampling.shaping import Shaping
 
@@ -90,11 +90,7 @@ class Chain:
 
     def at(self, t: float) -> None:
         """Set the time at which the denoiser is called from now on."""
-        self.at_sigma(torch.full((len(self.ids),), self.sigma_at(t), dtype=torch.float64))
-
-    def sigma_at(self, t: float) -> float:
-        """Return the noise level ``-log alpha_t`` of a time."""
-        return self.process.sigma(torch.tensor(t, dtype=torch.float64)).item()
+        self.at_sigma(self.process.sigma(torch.tensor(t, dtype=torch.float64)).expand(len(self.ids)))
 
     def at_sigma(self, sigma: Tensor) -> None:
         """Set the noise levels ``-log alpha`` (B,) at which the denoiser is called from now on."""
