@@ -249,9 +249,8 @@ class DiT(nn.Module):
         Returns:
             Shape (K, V), row after row.
         """
-        options = {} if normals is None else {"normals": normals}
         # A call of the module: hooks, FSDP and subclasses take part.
-        logits: Tensor = self(x_t, sigma, wanted=wanted, **options)
+        logits: Tensor = self(x_t, sigma, wanted=wanted, normals=normals)
         return logits
 
     def hidden_states(
