@@ -120,8 +120,6 @@ def sigma_alternatives(model: Denoiser, process: Process) -> Iterator[Alternativ
 
     The noise level that it was given in training may be the time t, none, or sigma; its logits may be shifted.
     """
-    if not isinstance(model, nn.Module):
-        return
     if getattr(model, "time_conditioned", False):
 
         def time(sigma: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from tokendrift.errors import TokenDriftError
 from tokendrift.files import foreign_errors
 from tokendrift.models import hub
 from tokendrift.models.adapters import MaskedLMDenoiser
-from tokendrift.models.tokenizer import has_tokenizer, load_tokenizer
+from tokendrift.models.tokenizer import load_tokenizer
 from tokendrift.models.weight_files import CONFIG, read_json
 
 ADAPTERS = "adapter_config.json"
@@ -144,7 +144,7 @@ def load_masked_lm(folder: Path, base: Path, config: Mapping[str, Any], tokenize
             model = PeftModel.from_pretrained(model, str(folder), is_trainable=True)
     settings = getattr(model, "config", None)
     mask = config.get("mask_id", getattr(settings, "mask_token_id", None))
-    if mask is None and has_tokenizer(tokenizer):
+    if mask is None:  # older folders have a vocabulary instead of a tokenizer.json, which is read as well
         with suppress(TokenDriftError):  # the error below says what to do
             mask = getattr(load_tokenizer(tokenizer, fetch=False, trusted=trusted), "mask_token_id", None)
     if mask is None:
