@@ -490,3 +490,12 @@ def test_a_file_cannot_permit_its_own_code(model, tmp_path):
     path.write_text(json.dumps(json.loads(path.read_text()) | {"trust_remote_code": True}))
     assert not read_checkpoint(tmp_path).trusted
     assert read_checkpoint(tmp_path, config={"trust_remote_code": True}).trusted
+    for text in ("False", "no"):  # what the command line passes for words that JSON does not know
+        with pytest.raises(TokenDriftError, match="trust_remote_code must be true or false"):
+            read_checkpoint(tmp_path, config={"trust_remote_code": text})
+
+
+def test_a_schedule_that_cannot_be_built_is_named(model, tmp_path):
+    save_denoiser(model, tmp_path)
+    with pytest.raises(TokenDriftError, match=r"schedule in config.json does not fit Linear: could not convert"):
+        load_denoiser(tmp_path, config={"schedule": {"name": "Linear", "sigma_max": "a"}})

@@ -248,6 +248,8 @@ def test_the_published_value_is_compared_where_it_can_be(process, perplexity, so
     report = Diagnosis({"source": source})
     examine._compare(report, model, process, Estimate(math.log(perplexity), 0.01))
     assert (report.checks[0].verdict, said in report.checks[0].message) == (verdict, True)
+    examine._compare(report, model, process, Estimate(math.log(perplexity), math.inf))  # of a single window
+    assert report.checks[1].verdict == verdict
 
 
 # ---------------------------------------------------------------------------------------- measurement

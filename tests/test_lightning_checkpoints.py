@@ -173,6 +173,13 @@ def test_the_schedule_is_that_of_the_training_run(lightning, config, schedule):
     assert load_denoiser(lightning(config)[0])[1].schedule == schedule
 
 
+def test_a_schedule_that_is_not_known_is_not_taken_for_another(lightning):
+    path, _ = lightning(mdlm_config(noise={"type": "polynomial"}))
+    with pytest.raises(TokenDriftError, match=r"schedule in config.json must be one of(.|\n)*polynomial"):
+        load_denoiser(path)
+    assert load_denoiser(path, config={"schedule": "Cosine"})[1].schedule == Cosine()
+
+
 def test_a_bert_tokenizer_has_its_mask_at_103(lightning):
     path, _ = lightning(mdlm_config(data={"tokenizer_name_or_path": "bert-base-uncased"}))
     assert read_checkpoint(path).config["mask_id"] == 103

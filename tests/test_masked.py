@@ -111,6 +111,15 @@ def test_the_objective_is_the_weighted_surprise_at_masks_and_nothing_elsewhere(s
         torch.testing.assert_close(loss[masked], (surprise / t[:, None])[masked], rtol=1e-12, atol=0)
 
 
+@pytest.mark.parametrize("name", CASES)
+def test_the_objective_is_zero_at_the_clean_end(name):
+    process, clean = MaskedDiffusion(V, MASK, CASES[name]), torch.tensor([[2, 5, 0, 3]])
+    logits = torch.randn(1, 4, V, requires_grad=True)
+    loss = process.nelbo(logits, clean, clean, torch.zeros(1))
+    assert torch.equal(loss, torch.zeros_like(loss))
+    assert torch.equal(torch.autograd.grad(loss.sum(), logits)[0], torch.zeros_like(logits))
+
+
 @given(seed=st.integers(0, 2**31 - 1), final=st.booleans())
 def test_the_posterior_is_a_law_and_equals_its_mixture(seed, final):
     logits, _, x_t, t = noised_batch(MASKED, seed, rows=1)

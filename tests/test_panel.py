@@ -219,11 +219,18 @@ def test_a_judge_that_is_no_stranger_to_the_denoiser_is_named(tmp_path):
 
 
 def test_loading_a_judge_shows_no_bar_and_leaves_those_of_others_on(capfd):
+    from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
     from transformers.utils import logging
 
     load_judge(str(PRETRAINED / "judge"))
     assert "it/s" not in capfd.readouterr().err
-    assert logging.is_progress_bar_enabled()
+    assert logging.is_progress_bar_enabled() and not are_progress_bars_disabled()
+    disable_progress_bars()
+    try:
+        load_judge(str(PRETRAINED / "judge"))
+        assert logging.is_progress_bar_enabled() and are_progress_bars_disabled()
+    finally:
+        enable_progress_bars()
 
 
 def test_a_gguf_file_is_converted_once_and_a_package_needs_exactly_one(tmp_path, monkeypatch):

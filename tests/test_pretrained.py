@@ -312,6 +312,8 @@ def test_what_is_missing_or_does_not_fit_is_named(folders, tmp_path):
         load_denoiser(tmp_path / "alone")
     model, _ = load_denoiser(tmp_path / "alone", config={"mask_id": 7, "model_length": 5, "shifted": True})
     assert (model.mask_id, model.config.model_length, model.config.shifted) == (7, 5, True)
+    (tmp_path / "alone" / "vocab.txt").write_text("[PAD]\n[UNK]\n[CLS]\n[SEP]\n[MASK]\nthe\n", encoding="utf-8")
+    assert load_denoiser(tmp_path / "alone")[0].mask_id == 4
     with pytest.raises(TokenDriftError, match="does not take: n_heads"):
         load_denoiser(folder, config={"n_heads": 2})
     with pytest.raises(TokenDriftError, match="more tokens than the model has positions, 12"):

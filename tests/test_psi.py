@@ -110,7 +110,13 @@ def test_the_plateau_of_an_inverse_profile_lies_at_its_signal_level(schedule):
 def test_the_regions_are_the_grid_however_their_shares_round(shares, steps):
     sampler = Psi(high_frac=shares[0], middle_frac=shares[1], profile="linear-constant-linear-0.5")
     assert [point for region in sampler.regions(steps + 1) for point in region] == [*range(steps + 1)]
-    assert len(sampler.times(PROCESSES["masked"], steps)) == steps + 1
+    times = sampler.times(PROCESSES["masked"], steps)
+    assert len(times) == steps + 1 and times[0] == 1
+
+
+def test_small_numbers_are_read_as_python_writes_them():
+    kappas = Psi(f"constant-{1e-5}", "constant-remdm-2e-05").kappas(PROCESSES["masked"], [1.0, 0.8, 0.6, 0.4, 0.2])
+    assert kappas[0] == 1e-5 and kappas[1] == pytest.approx(1, abs=1e-4) and kappas[1] < 1
 
 
 @pytest.mark.parametrize("mode", ["constant-remdm", "max-capped", "max-rescale"])

@@ -11,6 +11,7 @@ import torch
 
 from tokendrift import TokenDriftError
 from tokendrift.diffusion import MaskedDiffusion, Mixture
+from tokendrift.doctor.probes import marginal, window_nelbo
 from tokendrift.evaluation.nelbo import sequence_nelbo
 from tokendrift.models import DiT, DiTConfig, load_denoiser, save_denoiser
 from tokendrift.models.layers import Embedding
@@ -20,6 +21,7 @@ from tokendrift.models.random_input import (
     random_numbers,
     without_random_input,
 )
+from tokendrift.probes import information_decay, unigram_law
 from tokendrift.sampling import Analytic, Ancestral, FirstHitting, ReMDM, sample
 from tokendrift.sampling.noise import RowNoise
 from tokendrift.training.optimization import Autocast
@@ -196,5 +198,18 @@ def test_without_its_random_input_a_model_predicts_what_it_did_before():
     before = model(IDS.repeat(1, 2))
     add_random_input(model, K)
     with without_random_input(torch.nn.Sequential(model)):
+        with without_random_input(model):
+            pass
         assert torch.equal(model(IDS.repeat(1, 2)), before)
     assert not torch.equal(model(IDS.repeat(1, 2)), before)
+
+
+def test_the_measures_of_the_doctor_and_of_the_probes_are_fixed_by_their_seed():
+    model, process, ids = mixture(0), MaskedDiffusion(V, MASK), torch.arange(24).view(4, 6) % MASK
+    add_random_input(model, K)
+    first, same, other = (window_nelbo(model, process, ids, seed=seed) for seed in (1, 1, 2))
+    assert torch.equal(first, same) and not torch.equal(first, other)
+    assert torch.equal(*(marginal(model, process, 6) for _ in range(2)))
+    law, options = unigram_law(ids, process), {"positions": 2, "resamples": 10}
+    one, split = (information_decay(model, process, ids[:, :4], law, batch_size=n, **options) for n in (4, 3))
+    torch.testing.assert_close(torch.tensor(one.entropy), torch.tensor(split.entropy), atol=1e-6, rtol=0)

@@ -106,6 +106,20 @@ def test_the_loop_is_the_published_profile():
     assert loop == Psi(
         middle="max-capped-0.01", high_frac=0.45, middle_frac=0.5, profile="linear-constant-linear-0.9-inv"
     )
+    assert remdm_loop(1e-5).middle == "max-capped-1e-05"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"eta": 2.0}, r"eta must lie in \[0, 1\]: it is a probability"),
+        ({"t_on": 0.1, "t_off": 0.5}, "t_on and t_off must be shares of the steps, t_off at most t_on"),
+        ({"alpha_on": 1.0}, "alpha_on must lie between 0 and 1"),
+    ],
+)
+def test_bad_options_of_the_loop_are_named(options, message):
+    with pytest.raises(TokenDriftError, match=message):
+        remdm_loop(**options)
 
 
 @pytest.mark.parametrize(

@@ -242,6 +242,16 @@ def test_bad_options_are_one_message_and_no_file(run, checkpoint, tmp_path, opti
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_prefix_has_tokens_of_the_model_alone(run, backbone, tmp_path, kind):
+    process = MaskedDiffusion(1024, 10) if kind == "masked" else UniformDiffusion(8)
+    save_denoiser(backbone(vocab_size=process.vocab_size), tmp_path / "model", process)
+    options = ("--steps", 2, "--prefix", "*", "--tokenizer", TOKENIZER, "-o", tmp_path / "s.jsonl")
+    result = run(tmp_path / "model", *options)
+    assert result.exit_code == 2 and "prefix contains id 10, which is the mask" in result.stderr
+    assert not (tmp_path / "s.jsonl").exists()
+
+
 def test_a_place_that_cannot_be_written_is_one_message(run, checkpoint, tmp_path):
     (tmp_path / "file").write_text("in the way")
     result = run(checkpoint, "--steps", 2, "-n", 2, "-o", tmp_path / "file" / "s.jsonl")

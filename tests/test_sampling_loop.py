@@ -341,6 +341,13 @@ def test_the_greedy_tail_takes_no_token_from_bad_numbers():
             {"sampler": lambda chain, steps: iter([Mixture(torch.ones(5), torch.zeros(5))])},
             r"probabilities of shape \(B, L\) = \(2, 5\)",
         ),
+        *(
+            (
+                {"sampler": lambda chain, steps, law=law: iter([Mixture(*torch.full((2, 2, 5), law))])},
+                "probabilities: stay and denoise, which together are at most 1",
+            )
+            for law in (torch.nan, 0.7)
+        ),
         (
             {"sampler": lambda chain, steps: iter([chain.process.mixture(None, chain.ids, 1, 0)])},
             "the time at which the denoiser is called is not set",

@@ -110,6 +110,19 @@ def test_the_objective_is_the_sum_it_is_defined_by(seed):
     torch.testing.assert_close(process.nelbo(logits, clean, x_t, t), expected, rtol=1e-9, atol=1e-10)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_objective_has_its_limits_at_both_ends_of_time(dtype):
+    clean = torch.tensor([[2, 5, 0, 3]])
+    logits = torch.sin(torch.arange(4.0 * V, dtype=dtype)).view(1, 4, V).requires_grad_()
+    start = UNIFORM.nelbo(logits, clean, clean, torch.zeros(1, dtype=dtype))  # -alpha' / V (1 / p - 1)
+    p = logits.softmax(-1).gather(-1, clean[..., None])[..., 0]
+    torch.testing.assert_close(start, (1 - UNIFORM.schedule.eps) / V * (1 / p - 1), rtol=1e-4, atol=0)
+    end = UniformDiffusion(V, LogLinear(eps=0)).nelbo(logits, clean, clean, torch.ones(1, dtype=dtype))
+    assert torch.equal(end, torch.zeros_like(end))  # alpha = 0: x_t does not depend on x0
+    (slope,) = torch.autograd.grad((start + end).sum(), logits)
+    assert slope.isfinite().all()
+
+
 @given(seed=st.integers(0, 2**31 - 1), final=st.booleans())
 def test_the_posterior_is_bayes_rule_and_equals_its_mixture(seed, final):
     logits, _, x_t, t = noised_batch(UNIFORM, seed, rows=1)

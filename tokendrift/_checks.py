@@ -108,6 +108,20 @@ def check_tensor(name: str, value: object, symbols: Sequence[str]) -> Tensor:
     return value
 
 
+def check_logits(name: str, logits: object, shape: tuple[int, ...]) -> Tensor:
+    """Require that what a network returned, by this name, are logits (B, L, V), or (K, V) at K positions."""
+    symbols = ("B", "L", "V") if len(shape) == 3 else ("K", "V")
+    found = check_tensor(name, logits, symbols)
+    if found.shape != shape:
+        raise fail(
+            f"{name} must return logits ({', '.join(symbols)}) = {shape}.",
+            "Pass the vocabulary size that it returns, to the process too; wrap a network that shifts or crops its "
+            "output.",
+            logits=found,
+        )
+    return found
+
+
 def check_denoiser(denoiser: object) -> None:
     """Require that a denoiser is not a bare model of transformers, which would take sigma for an attention mask."""
     if not isinstance(denoiser, nn.Module) or torch.compiler.is_compiling():

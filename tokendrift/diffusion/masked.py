@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Generator, Tensor
 
 from tokendrift._checks import check_mask_id
 from tokendrift.diffusion._row_ops import EXCLUDED
-from tokendrift.diffusion.process import Mixture, Process, check_objective, wide
+from tokendrift.diffusion.process import LEAST_NOISE, Device, Mixture, Process, check_objective, wide
 from tokendrift.diffusion.schedules import Schedule
 
 
@@ -30,13 +30,7 @@ class MaskedDiffusion(Process):
         self.mask_id = vocab_size - 1 if mask_id is None else mask_id
         check_mask_id(self.mask_id, vocab_size)
 
-    def prior(
-        self,
-        shape: torch.Size | tuple[int, int],
-        *,
-        generator: torch.Generator | None = None,
-        device: torch.device | str | None = None,
-    ) -> Tensor:
+    def prior(self, shape: tuple[int, ...], *, generator: Generator | None = None, device: Device = None) -> Tensor:
         return torch.full(shape, self.mask_id, dtype=torch.int64, device=device)
 
     def predicted(self, x_t: Tensor) -> Tensor:
@@ -66,12 +60,12 @@ class MaskedDiffusion(Process):
             logits: Raw denoiser output (B, L, V).
             x0: Clean ids (B, L).
             x_t: Noisy ids (B, L).
-            t: Times (B,) in (0, 1].
+            t: Times (B,) in [0, 1].
         """
         check_objective(self.vocab_size, logits, x0, x_t, t)
         nll = self.nll(logits, x0, x_t)
         t = t.to(torch.promote_types(t.dtype, nll.dtype))
-        weight = -self.schedule.dalpha(t) / self.schedule.noise(t)
+        weight = -self.schedule.dalpha(t) / self.schedule.noise(t).clamp_min(LEAST_NOISE)
         return weight.to(nll.dtype)[:, None] * nll
 
     def posterior(self, logits: Tensor, x_t: Tensor, t: Tensor, s: Tensor) -> Tensor:

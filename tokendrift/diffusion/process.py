@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, TypeAlias
 
 import torch
-from torch import Tensor
+from torch import Generator, Tensor
 
 from tokendrift._checks import check_count, check_denoiser, check_floating, check_ids, check_tensor, check_times, fail
 from tokendrift.diffusion._row_ops import log_prob_at
 from tokendrift.diffusion.schedules import LogLinear, Schedule, sample_times
 
+Device: TypeAlias = torch.device | str | None
+LEAST_NOISE = 1e-30  # 1 - alpha in objectives: their limit at t = 0, where they would divide by zero
+
 
 class Denoiser(Protocol):
     """A network that returns raw logits, without SUBS or log-softmax.
 
-    The vocabulary and the mask belong to the process. If the network has an attribute ``time_conditioned`` that is
-    False, its output does not depend on sigma, and samplers skip calls whose result they know.
+    The vocabulary and the mask belong to the process. A network whose output does not depend on sigma can say so by an
+    attribute ``time_conditioned`` that is False.
     """
 
     def __call__(self, x_t: Tensor, sigma: Tensor | None, /) -> Tensor:
@@ -31,7 +34,7 @@ class Corruption(NamedTuple):
     Attributes:
         x_t: Noisy ids, int64 (B, L).
         predicted: Positions the model has to predict (the paper's M), bool (B, L).
-        t: Diffusion times, float (B,), in (0, 1].
+        t: Diffusion times, float (B,), in [0, 1].
         sigma: ``-log alpha_t``, float (B,): what denoisers take as their second argument.
     """
 
@@ -87,13 +90,13 @@ class Process(ABC):
         t: Tensor | None = None,
         *,
         antithetic: bool = True,
-        generator: torch.Generator | None = None,
+        generator: Generator | None = None,
     ) -> Corruption:
         """Draw noisy ids from the forward process.
 
         Args:
             x0: Clean ids (B, L), an integer dtype, in [0, V).
-            t: Times (B,) in (0, 1]; drawn by `sample_times` when omitted.
+            t: Times (B,) in [0, 1]; drawn by `sample_times` when omitted.
             antithetic: Stratify the drawn times over the batch.
             generator: Source of randomness for times and tokens, on the device of x0.
 
@@ -108,20 +111,14 @@ class Process(ABC):
             t = sample_times(len(x0), antithetic=antithetic, generator=generator, device=x0.device)
         return self._corrupted(x0, check_times(t, len(x0)), generator)
 
-    def _corrupted(self, x0: Tensor, t: Tensor, generator: torch.Generator | None) -> Corruption:
+    def _corrupted(self, x0: Tensor, t: Tensor, generator: Generator | None) -> Corruption:
         chance = torch.empty(x0.shape, device=x0.device).uniform_(generator=generator)  # see sample_times
         moved = chance < self.schedule.noise(t)[:, None]
         x_t = torch.where(moved, self.prior(x0.shape, generator=generator, device=x0.device), x0)
         return Corruption(x_t, self.predicted(x_t), t, self.sigma(t))
 
     @abstractmethod
-    def prior(
-        self,
-        shape: torch.Size | tuple[int, int],
-        *,
-        generator: torch.Generator | None = None,
-        device: torch.device | str | None = None,
-    ) -> Tensor:
+    def prior(self, shape: tuple[int, ...], *, generator: Generator | None = None, device: Device = None) -> Tensor:
         """Draw ids (B, L) at t = 1."""
 
     @abstractmethod

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tokendrift._checks import check_count, fail
+from tokendrift._checks import check_count, check_fraction, fail
 
 BISECTIONS = 60  # halvings of [0, 1]: to the last bit of float64
 
@@ -146,8 +146,18 @@ class DuoCosine(Schedule):
         return (torch.asin((1 - alpha).clamp(0, 1)) * (2 / math.pi) / (1 - self.eps)).clamp(0, 1)
 
 
+class SigmaSchedule(Schedule):
+    r"""A schedule that is stated as :math:`\sigma`."""
+
+    def alpha(self, t: Tensor) -> Tensor:
+        return torch.exp(-self.sigma(t))
+
+    def noise(self, t: Tensor) -> Tensor:
+        return -torch.expm1(-self.sigma(t))
+
+
 @dataclass(frozen=True)
-class Linear(Schedule):
+class Linear(SigmaSchedule):
     r"""MDLM's linear :math:`\sigma = \sigma_{min} + t(\sigma_{max} - \sigma_{min})`."""
 
     sigma_min: float = 0.0
@@ -156,24 +166,15 @@ class Linear(Schedule):
     def __post_init__(self) -> None:
         _check_range(self.sigma_min, self.sigma_max, above=False)
 
-    def alpha(self, t: Tensor) -> Tensor:
-        return torch.exp(-self.sigma(t))
-
     def dalpha(self, t: Tensor) -> Tensor:
         return -(self.sigma_max - self.sigma_min) * self.alpha(t)
-
-    def noise(self, t: Tensor) -> Tensor:
-        return -torch.expm1(-self.sigma(t))
 
     def sigma(self, t: Tensor) -> Tensor:
         return self.sigma_min + t * (self.sigma_max - self.sigma_min)
 
-    def time(self, alpha: Tensor) -> Tensor:
-        return ((-torch.log(alpha) - self.sigma_min) / (self.sigma_max - self.sigma_min)).clamp(0, 1)
-
 
 @dataclass(frozen=True)
-class Geometric(Schedule):
+class Geometric(SigmaSchedule):
     r"""The geometric :math:`\sigma = \sigma_{min}^{1-t}\,\sigma_{max}^{t}` of MDLM and SEDD.
 
     SEDD trains uniform-state models with ``sigma_max=20``; 1 leaves 37 % of the tokens clean at t = 1.
@@ -185,21 +186,11 @@ class Geometric(Schedule):
     def __post_init__(self) -> None:
         _check_range(self.sigma_min, self.sigma_max, above=True)
 
-    def alpha(self, t: Tensor) -> Tensor:
-        return torch.exp(-self.sigma(t))
-
     def dalpha(self, t: Tensor) -> Tensor:
         return -math.log(self.sigma_max / self.sigma_min) * self.sigma(t) * self.alpha(t)
 
-    def noise(self, t: Tensor) -> Tensor:
-        return -torch.expm1(-self.sigma(t))
-
     def sigma(self, t: Tensor) -> Tensor:
         return self.sigma_min ** (1 - t) * self.sigma_max**t
-
-    def time(self, alpha: Tensor) -> Tensor:
-        level = torch.log(-torch.log(alpha) / self.sigma_min)
-        return (level / math.log(self.sigma_max / self.sigma_min)).clamp(0, 1)
 
 
 def sample_times(
@@ -237,8 +228,7 @@ def sample_times(
     Source: MDLM, diffusion.py ``_sample_t``.
     """
     check_count("count", count, least=1)
-    if not 0 <= smallest < 1:
-        raise fail("smallest must lie in [0, 1).", smallest=smallest)
+    check_fraction("smallest", smallest)
     # As torch.rand draws; but that takes no generator where the compiler does not know the count.
     draw = torch.empty(count, device=device, dtype=dtype).uniform_(generator=generator)
     times = stratify(draw, smallest) if antithetic else (1 - smallest) * draw + smallest

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Generator, Tensor
 
 from tokendrift._checks import fail
 from tokendrift._operators import wide_dtype
 from tokendrift.diffusion._row_ops import uniform_terms
-from tokendrift.diffusion.process import Mixture, Process, check_objective, wide
+from tokendrift.diffusion.process import LEAST_NOISE, Device, Mixture, Process, check_objective, wide
 
 
 class UniformDiffusion(Process):
@@ -19,14 +19,8 @@ class UniformDiffusion(Process):
         schedule: Signal level over time; log-linear by default.
     """
 
-    def prior(
-        self,
-        shape: torch.Size | tuple[int, int],
-        *,
-        generator: torch.Generator | None = None,
-        device: torch.device | str | None = None,
-    ) -> Tensor:
-        ids = torch.empty(tuple(shape), dtype=torch.int64, device=device)
+    def prior(self, shape: tuple[int, ...], *, generator: Generator | None = None, device: Device = None) -> Tensor:
+        ids = torch.empty(shape, dtype=torch.int64, device=device)
         return ids.random_(0, self.vocab_size, generator=generator)
 
     def predicted(self, x_t: Tensor) -> Tensor:
@@ -53,7 +47,7 @@ class UniformDiffusion(Process):
             logits: Raw denoiser output (B, L, V).
             x0: Clean ids (B, L).
             x_t: Noisy ids (B, L).
-            t: Times (B,) in (0, 1].
+            t: Times (B,) in [0, 1].
 
         Source: DUO, equation 5 (algo.py ``DUO_BASE.nll_per_token``).
         """
@@ -61,7 +55,7 @@ class UniformDiffusion(Process):
         size, same, dtype = self.vocab_size, x_t == x0, wide_dtype(logits.dtype)
         t = t.to(torch.promote_types(t.dtype, dtype))[:, None]
         alpha, dalpha = self.schedule.alpha(t), self.schedule.dalpha(t)
-        kappa = (size * alpha / self.schedule.noise(t)).expand(x_t.shape)
+        kappa = (size * alpha / self.schedule.noise(t).clamp_min(LEAST_NOISE)).expand(x_t.shape)
         rows, noisy, clean = logits.flatten(0, 1), x_t.long().flatten(), x0.long().flatten()
         terms = uniform_terms(rows, noisy, clean, kappa.to(dtype).flatten())
         total, p_noisy, p_clean = terms.view(3, *x_t.shape)
@@ -73,8 +67,8 @@ class UniformDiffusion(Process):
         kept = -r_off * ((total - at_noisy) + (size - 1) * gap)
         moved = torch.log1p(kappa) - (total - size * at_noisy) + kappa * (gap + at_noisy)
         excess = (size + kappa) * (torch.exp(-at_noisy) - r_off)  # sum_j (rhat_j - r_j), by sum_j p_j = 1
-        loss = -dalpha / (size * alpha) * (torch.where(same, kept, moved) + excess)
-        return loss.to(dtype)
+        rate = torch.where(alpha > 0, -dalpha / (size * alpha), 0.0)  # without signal, the loss is 0
+        return (rate * (torch.where(same, kept, moved) + excess)).to(dtype)
 
     def posterior(self, logits: Tensor, x_t: Tensor, t: Tensor, s: Tensor) -> Tensor:
         r"""Return q(x_s | x_t) (B, L, V) for times (B,); ``s = 0`` means alpha_s = 1.

@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import math
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -44,7 +45,7 @@ def window_nelbo(
     r"""Return the NELBO of each window (n, L), nats per token, float64 (n,), in the order of their noise.
 
     Times are stratified over all windows, whatever the size of a batch, and times and noise are fixed by the seed:
-    two models are compared under the same noise.
+    two models are compared under the same noise. So are the numbers of a random input.
 
     A masked model that does not read sigma has the same NELBO under every schedule, and integrating over time
     leaves an expectation over the number k of masks, uniform on 1..L:
@@ -64,13 +65,22 @@ def window_nelbo(
         counted = isinstance(process, MaskedDiffusion) and not getattr(model, "time_conditioned", True)
     law = MaskedDiffusion(process.vocab_size, process.mask_id) if counted else process
     found = []
-    for batch, share in zip(ids[order].split(rows), times.split(rows), strict=True):
-        if counted:
-            x_t, t = _counted(process, batch, share, generator)
-        else:
-            x_t, _, t, _ = process.corrupt(batch, 1e-3 + (1 - 1e-3) * share, generator=generator)
-        found.append(law.nelbo(model(x_t, law.sigma(t)), batch, x_t, t).double().mean(dim=1).cpu())
+    with _seeded(seed, ids.device):
+        for batch, share in zip(ids[order].split(rows), times.split(rows), strict=True):
+            if counted:
+                x_t, t = _counted(process, batch, share, generator)
+            else:
+                x_t, _, t, _ = process.corrupt(batch, 1e-3 + (1 - 1e-3) * share, generator=generator)
+            found.append(law.nelbo(model(x_t, law.sigma(t)), batch, x_t, t).double().mean(dim=1).cpu())
     return torch.cat(found)
+
+
+@contextmanager
+def _seeded(seed: int, device: torch.device) -> Iterator[None]:
+    """Seed PyTorch's global generators for a block, from which a network draws the numbers of a random input."""
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        yield
 
 
 def _counted(process: Process, ids: Tensor, share: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -100,7 +110,8 @@ def marginal(model: Denoiser, process: Process, length: int, *, rows: int = 16, 
     device = next(model.parameters()).device if isinstance(model, nn.Module) else torch.device("cpu")
     rows = max(1, min(rows, LOGITS_AT_ONCE // (length * process.vocab_size)))
     noise = process.prior((rows, length), generator=torch.Generator(device).manual_seed(seed), device=device)
-    logits = model(noise, process.sigma(torch.ones(rows, device=device)))
+    with _seeded(seed, device):
+        logits = model(noise, process.sigma(torch.ones(rows, device=device)))
     return process.log_probs(logits, noise).double().exp().mean(dim=(0, 1)).cpu()
 
 
@@ -109,8 +120,6 @@ def sigma_alternatives(model: Denoiser, process: Process) -> Iterator[Alternativ
 
     The noise level that it was given in training may be the time t, none, or sigma; its logits may be shifted.
     """
-    if not isinstance(model, nn.Module):
-        return
     if getattr(model, "time_conditioned", False):
 
         def time(sigma: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from tokendrift._checks import check_count, check_flag, check_ids, check_mask_id, check_tensor, fail
+from tokendrift._checks import check_count, check_flag, check_ids, check_logits, check_mask_id, fail
 from tokendrift.encoders import unwrapped
 
 SCORES = ("ar", "score", "sedd")  # parameterizations whose output is no distribution of x0
@@ -139,7 +139,7 @@ class MaskedLMDenoiser(nn.Module):
                 x_t=x_t,
             )
         output = self.module(x_t)
-        logits = _checked(getattr(output, "logits", output), x_t, self.vocab_size)
+        logits = check_logits("module(x_t)", getattr(output, "logits", output), (*x_t.shape, self.vocab_size))
         return torch.cat([logits[:, :1], logits[:, :-1]], dim=1) if self.config.shifted else logits
 
 
@@ -179,7 +179,7 @@ class OfficialDenoiser(nn.Module):
             sigma = torch.zeros(len(x_t), device=x_t.device)
         if sigma is None or sigma.shape != x_t.shape[:1]:
             raise fail("sigma must have shape (B,): one noise level -log(alpha_t) for each row.", sigma=sigma, x_t=x_t)
-        return _checked(self.module(x_t, sigma[:, None]), x_t, self.vocab_size)
+        return check_logits("module(x_t, sigma)", self.module(x_t, sigma[:, None]), (*x_t.shape, self.vocab_size))
 
 
 def _is_causal(module: nn.Module) -> bool:
@@ -207,15 +207,3 @@ def _given(name: str, value: int | None, holder: Any, attribute: str) -> int:
     if found is None:
         raise fail(f"{name} was not passed, and is not an attribute {attribute} of the model.", f"Pass {name}=....")
     return check_count(name, found)
-
-
-def _checked(logits: object, x_t: Tensor, vocab_size: int) -> Tensor:
-    tensor = check_tensor("the model's output", logits, ("B", "L", "V"))
-    if tensor.shape != (*x_t.shape, vocab_size):
-        raise fail(
-            f"the model must return logits (B, L, V) = {(*x_t.shape, vocab_size)}.",
-            "Pass the vocab_size that it returns; wrap a model that shifts or crops its output.",
-            x_t=x_t,
-            logits=tensor,
-        )
-    return tensor

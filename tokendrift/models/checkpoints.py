@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from tokendrift import diffusion
-from tokendrift._checks import check_device, fail
+from tokendrift._checks import check_device, check_flag, fail
 from tokendrift.diffusion import MaskedDiffusion, Process, UniformDiffusion
 from tokendrift.models import hub, lightning, pretrained
 from tokendrift.models.adapters import MaskedLMConfig, MaskedLMDenoiser
@@ -120,6 +120,7 @@ def read_checkpoint(
     elif revision is not None:
         raise fail(f"revision belongs to hub ids, and {source} is a local path.", "Leave it out.", revision=revision)
     given = dict(config or {})
+    check_flag("trust_remote_code", given.get("trust_remote_code", False))
     stated = pretrained.stated_config(path, given)
     if stated is not None:
         if commit is not None:
@@ -356,7 +357,7 @@ def _make_schedule(stated: dict[str, Any] | None) -> diffusion.Schedule | None:
         raise fail(f"schedule in config.json must be one of {', '.join(SCHEDULES)}.", name=name)
     try:
         schedule: diffusion.Schedule = getattr(diffusion, name)(**options)
-    except (TypeError, OverflowError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         raise fail(f"schedule in config.json does not fit {name}: {error}.", schedule=stated) from None
     return schedule
 

@@ -187,10 +187,10 @@ class DiT(nn.Module):
         return self.config.time_conditioning
 
     def trainable_copy(self, dropout: float | None = None) -> DiT:
-        """Return a new network with the same weights, to be trained; dropout replaces that of the configuration."""
+        """Return a float32 copy on the same device, to be trained; dropout replaces that of the configuration."""
         copied = DiT(self.config if dropout is None else dataclasses.replace(self.config, dropout=dropout))
         copied.load_state_dict(self.state_dict())
-        return copied
+        return copied.to(self.output_layer.linear.weight.device)
 
     def forward(
         self,
@@ -249,9 +249,8 @@ class DiT(nn.Module):
         Returns:
             Shape (K, V), row after row.
         """
-        options = {} if normals is None else {"normals": normals}
         # A call of the module: hooks, FSDP and subclasses take part.
-        logits: Tensor = self(x_t, sigma, wanted=wanted, **options)
+        logits: Tensor = self(x_t, sigma, wanted=wanted, normals=normals)
         return logits
 
     def hidden_states(

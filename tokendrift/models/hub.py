@@ -83,3 +83,5 @@ def without_loading_bars() -> Iterator[None]:
     finally:
         if shown:
             logging.enable_progress_bar()
+        if not downloads:  # which the line above has switched on
+            hub.disable_progress_bars()

@@ -190,17 +190,19 @@ def _stand_in(name: str) -> type[StandIn]:
 
 
 def _schedule(noise: dict[str, Any], *, duo_repository: bool) -> dict[str, Any] | None:
-    kind = str(noise.get("type")).replace("-", "")
+    stated = noise.get("type") or "loglinear"
+    kind = str(stated).replace("-", "")
     ends = {name: noise[name] for name in ("sigma_min", "sigma_max") if isinstance(noise.get(name), (int, float))}
     if kind == "cosine" and duo_repository:
         return {"name": "DuoCosine"}
-    schedules: dict[str, dict[str, Any]] = {
+    schedules: dict[str, dict[str, Any] | None] = {
+        "loglinear": None,
         "cosine": {"name": "Cosine"},
         "cosinesqr": {"name": "Cosine", "power": 2},
         "linear": {"name": "Linear", **ends},
         "geometric": {"name": "Geometric", **ends},
     }
-    return schedules.get(kind)
+    return schedules.get(kind, {"name": stated})  # one that is not known is refused when the process is built
 
 
 def _section(config: Any, name: str) -> dict[str, Any]:

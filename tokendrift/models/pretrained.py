@@ -8,15 +8,15 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from tokendrift._checks import check_flag, fail
+from tokendrift._checks import fail
 from tokendrift.errors import TokenDriftError
 from tokendrift.files import foreign_errors
 from tokendrift.models import hub
 from tokendrift.models.adapters import MaskedLMDenoiser
-from tokendrift.models.tokenizer import has_tokenizer, load_tokenizer
+from tokendrift.models.tokenizer import load_tokenizer
 from tokendrift.models.weight_files import CONFIG, read_json
 
 ADAPTERS = "adapter_config.json"
@@ -53,7 +53,6 @@ def stated_config(folder: Path, given: Mapping[str, Any]) -> dict[str, Any] | No
             f"config has fields that a model of transformers does not take: {', '.join(sorted(unknown))}.",
             f"The fields are {', '.join(FIELDS)}.",
         )
-    check_flag("trust_remote_code", given.get("trust_remote_code", False))
     found = {name: value for name, value in found.items() if name not in FIELDS or name == "vocab_size"}
     if (folder / OPTIONS).is_file():
         found |= {name: value for name, value in read_json(folder / OPTIONS).items() if name in STORED}
@@ -145,7 +144,7 @@ def load_masked_lm(folder: Path, base: Path, config: Mapping[str, Any], tokenize
             model = PeftModel.from_pretrained(model, str(folder), is_trainable=True)
     settings = getattr(model, "config", None)
     mask = config.get("mask_id", getattr(settings, "mask_token_id", None))
-    if mask is None and has_tokenizer(tokenizer):
+    if mask is None:  # older folders have a vocabulary instead of a tokenizer.json, which is read as well
         with suppress(TokenDriftError):  # the error below says what to do
             mask = getattr(load_tokenizer(tokenizer, fetch=False, trusted=trusted), "mask_token_id", None)
     if mask is None:
@@ -160,25 +159,6 @@ def load_masked_lm(folder: Path, base: Path, config: Mapping[str, Any], tokenize
     return MaskedLMDenoiser(model, mask_id=mask, shifted=shifted, **sizes).eval()
 
 
-def savable(denoiser: MaskedLMDenoiser) -> nn.Module:
-    """Return the model of transformers or peft inside a denoiser.
-
-    Raises:
-        TokenDriftError: If the denoiser holds another module.
-    """
-    inner: Any = denoiser.module
-    while isinstance(inner, DistributedDataParallel) or hasattr(inner, "_orig_mod"):
-        inner = inner.module if isinstance(inner, DistributedDataParallel) else inner._orig_mod
-    if not callable(getattr(inner, "save_pretrained", None)):
-        raise fail(
-            "the module in the denoiser is not a model of transformers or peft, so it cannot be written as one.",
-            "Save it yourself, for instance with torch.save(denoiser.module.state_dict(), file).",
-            module=type(inner),
-        )
-    model: nn.Module = inner
-    return model
-
-
 def save_masked_lm(denoiser: MaskedLMDenoiser, state: Mapping[str, Tensor], folder: Path) -> None:
     """Write a model as transformers does, adapters of peft as peft does.
 
@@ -186,8 +166,19 @@ def save_masked_lm(denoiser: MaskedLMDenoiser, state: Mapping[str, Tensor], fold
         denoiser: The denoiser; its own weights are not read and may be on the meta device.
         state: Weights by their names in the denoiser; for adapters, theirs suffice.
         folder: An empty folder.
+
+    Raises:
+        TokenDriftError: If the denoiser holds another module, or one with several adapters.
     """
-    model: Any = savable(denoiser)
+    model: Any = denoiser.module
+    while isinstance(model, DistributedDataParallel) or hasattr(model, "_orig_mod"):
+        model = model.module if isinstance(model, DistributedDataParallel) else model._orig_mod
+    if not callable(getattr(model, "save_pretrained", None)):
+        raise fail(
+            "the module in the denoiser is not a model of transformers or peft, so it cannot be written as one.",
+            "Save it yourself, for instance with torch.save(denoiser.module.state_dict(), file).",
+            module=type(model),
+        )
     adapters = list(getattr(model, "peft_config", ()))
     if len(adapters) > 1:
         raise fail("the model has several adapters.", "Keep one: model.delete_adapter(NAME).", adapters=adapters)

@@ -130,12 +130,13 @@ def random_numbers(model: object) -> int:
 @contextmanager
 def without_random_input(model: nn.Module) -> Iterator[None]:
     """Leave the random numbers out inside the block, so that a model predicts what it did before it was given them."""
-    for module in _embeddings(model):
+    modules = [module for module in _embeddings(model) if not module.silent]
+    for module in modules:
         module.silent = True
     try:
         yield
     finally:
-        for module in _embeddings(model):
+        for module in modules:
             module.silent = False
 
 

@@ -9,7 +9,6 @@ import hashlib
 import json
 import math
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -128,6 +127,10 @@ def require_tokenizer(
 # -------------------------------------------------------------------------------------------- text to ids and back
 
 
+usable = foreign_errors("the tokenizer fails", "Its files may be damaged; fetch them again.")
+
+
+@usable
 def encode(tokenizer: Any, texts: Sequence[str], *, special_tokens: bool = False) -> list[list[int]]:
     """Return the ids of each text, whole and without special tokens around it.
 
@@ -142,15 +145,6 @@ def encode(tokenizer: Any, texts: Sequence[str], *, special_tokens: bool = False
     Raises:
         TokenDriftError: If the tokenizer is of another kind, or a ``tokenizers.Tokenizer`` is set to truncate.
     """
-    with _usable():
-        return _encoded(tokenizer, texts, special_tokens)
-
-
-def _usable() -> AbstractContextManager[None]:
-    return foreign_errors("the tokenizer fails", "Its files may be damaged; fetch them again.")
-
-
-def _encoded(tokenizer: Any, texts: Sequence[str], special_tokens: bool) -> list[list[int]]:
     fast = getattr(tokenizer, "backend_tokenizer", None)
     if fast is not None:  # its file may say to truncate or to pad, which would lose text or add what is none
         fast.no_truncation()
@@ -185,6 +179,7 @@ def _encode_batch(tokenizer: Any, texts: Sequence[str], special_tokens: bool) ->
         tokenizer.encode_special_tokens = before
 
 
+@usable
 def decode(tokenizer: Any, ids: Tensor | Sequence[Sequence[int]] | Sequence[Tensor]) -> list[str]:
     """Return the text of each sequence of ids: special tokens are written out, and spaces stay as generated.
 
@@ -208,14 +203,12 @@ def decode(tokenizer: Any, ids: Tensor | Sequence[Sequence[int]] | Sequence[Tens
     size = vocabulary_size(tokenizer)
     unknown = [token for row in rows for token in row if token >= size]
     if not unknown:
-        with _usable():
-            return list(write(rows))
+        return list(write(rows))
     warn_user(
         f"{len(unknown)} of {sum(map(len, rows))} ids, such as {unknown[0]}, are not in the vocabulary of the "
         f"tokenizer, which has {size} entries. They are written as {UNKNOWN!r}."
     )
-    with _usable():
-        return [UNKNOWN.join(write(_split(row, size))) for row in rows]
+    return [UNKNOWN.join(write(_split(row, size))) for row in rows]
 
 
 def vocabulary_size(tokenizer: Any) -> float:

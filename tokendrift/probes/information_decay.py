@@ -132,7 +132,7 @@ def information_decay(
     with evaluation_mode(denoiser):
         for span in prompted.batches():
             ids = torch.cat([prompted.rows[span], noise[span]], dim=1)
-            log_p = prompted.predict(ids, noisy=positions, temperature=temperature)
+            log_p = prompted.predict(ids, span, noisy=positions, temperature=temperature)
             for d in range(positions):  # one distance at a time: float64 of the whole would be large
                 p = log_p[:, d].double().exp().cpu()
                 entropy[span, d] = torch.special.entr(p).sum(dim=-1)

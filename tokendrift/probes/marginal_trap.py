@@ -242,9 +242,11 @@ def matched_temperature(
 
     def mean_entropy(temperature: float) -> float:
         with evaluation_mode(denoiser):
-            rows = (torch.cat([prompted.rows[span], noise[span]], dim=1) for span in prompted.batches())
-            laws = (prompted.predict(ids, noisy=positions, temperature=temperature) for ids in rows)
-            return float(torch.cat([entropies(log_p) for log_p in laws]).mean())
+            found = []
+            for span in prompted.batches():
+                ids = torch.cat([prompted.rows[span], noise[span]], dim=1)
+                found.append(entropies(prompted.predict(ids, span, noisy=positions, temperature=temperature)))
+            return float(torch.cat(found).mean())
 
     if mean_entropy(1.0) <= entropy:
         return 1.0
@@ -261,13 +263,13 @@ def _draw_twice(
     """Return rows (R, P + k) with k tokens drawn at once and in turn, and the entropies (R, k) of the former's laws."""
     prompts, k = prompted.rows[span], noise.shape[1]
     ids = torch.cat([prompts, noise], dim=1)
-    log_p = prompted.predict(ids, noisy=k, temperature=temperature)
+    log_p = prompted.predict(ids, span, noisy=k, temperature=temperature)
     tokens = draw(log_p.flatten(0, 1), uniform=uniform.flatten()).ids.view(noise.shape)
     at_once, entropy = torch.cat([prompts, tokens], dim=1), entropies(log_p)
     first = prompts.shape[1]
     ids[:, first] = tokens[:, 0]
     for i in range(1, k):
-        log_p = prompted.predict(ids, noisy=k - i, temperature=temperature)
+        log_p = prompted.predict(ids, span, noisy=k - i, temperature=temperature)
         ids[:, first + i] = draw(log_p[:, 0], uniform=uniform[:, i].contiguous()).ids
     return at_once, ids, entropy
 

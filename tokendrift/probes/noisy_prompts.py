@@ -8,10 +8,10 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from tokendrift._checks import check_count, check_ids, fail
+from tokendrift._checks import check_count, check_ids, check_logits, fail
 from tokendrift.diffusion.process import Denoiser, Process, wide
 from tokendrift.evaluation.bootstrap import Interval, check_resampling, mean_interval
-from tokendrift.sampling.categorical import check_logits
+from tokendrift.sampling.noise import RowNoise, random_input, subseed
 
 
 class NoisyPrompts:
@@ -50,7 +50,8 @@ class NoisyPrompts:
         self.device = prompts.device if weights is None else weights.device
         self.prompts = prompts.long()
         self.rows = self.prompts.to(self.device).repeat_interleave(draws, dim=0)
-        self.generator = torch.Generator().manual_seed(check_count("seed", seed))
+        self.seed = check_count("seed", seed)
+        self.generator = torch.Generator().manual_seed(seed)
 
     def noise(self, positions: int) -> Tensor:
         """Return ids at t = 1 for every row, (R, K)."""
@@ -65,13 +66,21 @@ class NoisyPrompts:
         """Yield the rows of one forward call after another."""
         return (slice(start, start + self.batch_size) for start in range(0, len(self.rows), self.batch_size))
 
-    def predict(self, ids: Tensor, *, noisy: int, temperature: float) -> Tensor:
-        """Return log p at the last ``noisy`` positions of ids (B, L), the others being clean, (B, noisy, V)."""
+    def predict(self, ids: Tensor, span: slice, *, noisy: int, temperature: float) -> Tensor:
+        """Return log p at the last ``noisy`` positions of ids (B, L), the others being clean, (B, noisy, V).
+
+        The numbers of a random input are those of the rows of ``span``, and new for every number of noisy positions.
+        """
         rows, length = ids.shape
+
+        def noise(ids: Tensor) -> RowNoise:
+            return RowNoise(subseed(self.seed, noisy), span.start, rows, self.device)
+
         alpha = torch.tensor(1 - noisy / length, dtype=torch.float64)
         sigma = self.process.sigma(self.process.schedule.time(alpha)).float().expand(rows).to(self.device)
         shape = (rows, length, self.process.vocab_size)
-        logits = check_logits("denoiser(x_t, sigma)", self.denoiser(ids, sigma), shape)
+        found = self.denoiser(ids, sigma, **random_input(self.denoiser, noise, ids))
+        logits = check_logits("denoiser(x_t, sigma)", found, shape)
         return self.process.log_probs(wide(logits[:, -noisy:]) / temperature, ids[:, -noisy:])
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
@@ -36,8 +35,8 @@ class Analytic:
     :math:`\Delta = \sigma_t - \sigma_s`, the step draws from
     :math:`(e^{-\Delta Q} s)_j\,(e^{\Delta Q})_{x_t j}`. For a masked position that is
     :math:`s_j\,(e^\Delta - 1)` with :math:`s_j = p_j/(e^{\sigma_t}-1)`; for a uniform-state token it is again a
-    three-way mixture. A denoiser's scores are exact functions of its law, and then the step has the law of
-    `Ancestral`; the last one, to time 0, is the denoising step.
+    three-way mixture. A denoiser's scores are exact functions of its law, so that the step *is* that of `Ancestral`;
+    the last one, to time 0, is the denoising step. They differ with ``raw_scores`` alone.
 
     Attributes:
         raw_scores: The logits of a masked model are those of a score network, not normalised: SEDD's own sampler then
@@ -55,19 +54,9 @@ class Analytic:
         if self.raw_scores and chain.process.mask_id is None:
             raise fail("raw_scores belongs to masked models.", "Wrap uniform-state score networks in ScoreDenoiser.")
         for t, s in pairwise(chain.times(steps)):
-            now, then = (0.0 if not time else chain.sigma_at(time) for time in (t, s))
-            # e^Delta - 1 = gained / alpha_t, in a form that also holds where no signal is left: alpha_t = 0
-            level, gained = math.exp(-now), -math.exp(-then) * math.expm1(then - now)
-            chain.at(t)
-            if chain.process.mask_id is not None:
-                leave = chain.process.predicted(chain.ids).double() * (gained / -math.expm1(-now))
-                if self.raw_scores and s:  # the last step, SEDD's denoiser, leaves no mask whatever C is
-                    leave = (leave * chain.log_norm.double().exp() / (chain.process.vocab_size - 1)).clamp_max(1)
-                yield Mixture(1 - leave, leave)
-                continue
-            size = chain.process.vocab_size
-            # Total score V / (V alpha_t p_i + 1 - alpha_t), over V.
-            total = 1 / (level * size * chain.log_p.double().exp() - math.expm1(-now))
-            denoise = total * gained
-            noise = total * gained * math.expm1(then)
-            yield Mixture(1 - denoise - noise, denoise)
+            law = chain.posterior(t, s)
+            if self.raw_scores and s:  # the last step, SEDD's denoiser, leaves no mask whatever C is
+                size = chain.process.vocab_size
+                leave = (law.denoise * chain.log_norm.double().exp() / (size - 1)).clamp_max(1)
+                law = Mixture(1 - leave, leave)
+            yield law

@@ -86,19 +86,6 @@ def draw(logits: Tensor, *, uniform: Tensor | None = None, generator: torch.Gene
     return Drawn(ids[:, 0], (weights.gather(1, ids)[:, 0].double() / total).log_())
 
 
-def check_logits(name: str, logits: object, shape: tuple[int, ...]) -> Tensor:
-    """Require that what a denoiser returned, by this name, are logits (B, L, V), or (K, V) at K positions."""
-    symbols = ("B", "L", "V") if len(shape) == 3 else ("K", "V")
-    found = check_tensor(name, logits, symbols)
-    if found.shape != shape:
-        raise fail(
-            f"{name} must return logits ({', '.join(symbols)}) = {shape}.",
-            "Build the process with the vocabulary of the denoiser.",
-            logits=found,
-        )
-    return found
-
-
 def not_finite(logits: Tensor) -> TokenDriftError:
     """Build the error for logits that are not a distribution."""
     return fail(

@@ -8,14 +8,15 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from tokendrift._checks import check_count, check_denoiser, fail
+from tokendrift._checks import can_be_read, check_count, check_denoiser, check_logits, fail
 from tokendrift.diffusion.process import Denoiser, Mixture, Process
 from tokendrift.models.random_input import random_numbers
-from tokendrift.sampling.categorical import check_logits, draw, not_finite
+from tokendrift.sampling.categorical import draw, not_finite
 from tokendrift.sampling.noise import RowNoise
 from tokendrift.sampling.shaping import Shaping
 
 LAST_TIME = 1e-5  # upstream's grid ends here; noise removal is the call after it
+SLACK = 1e-5  # of the sums of a sampler's probabilities, which may be float32
 CPU_ELEMENTS, DEVICE_ELEMENTS = 2**20, 2**25  # logits that are widened at a time: 4 MiB stay in a CPU's cache
 
 
@@ -89,11 +90,7 @@ class Chain:
 
     def at(self, t: float) -> None:
         """Set the time at which the denoiser is called from now on."""
-        self.at_sigma(torch.full((len(self.ids),), self.sigma_at(t), dtype=torch.float64))
-
-    def sigma_at(self, t: float) -> float:
-        """Return the noise level ``-log alpha_t`` of a time."""
-        return self.process.sigma(torch.tensor(t, dtype=torch.float64)).item()
+        self.at_sigma(self.process.sigma(torch.tensor(t, dtype=torch.float64)).expand(len(self.ids)))
 
     def at_sigma(self, sigma: Tensor) -> None:
         """Set the noise levels ``-log alpha`` (B,) at which the denoiser is called from now on."""
@@ -131,6 +128,14 @@ class Chain:
         if law.stay.shape != self.ids.shape or law.denoise.shape != self.ids.shape:
             raise fail(
                 f"a sampler must yield probabilities of shape (B, L) = {tuple(self.ids.shape)}.",
+                stay=law.stay,
+                denoise=law.denoise,
+            )
+        # Compared with NaN every chance is false. On an accelerator, this would wait for the device.
+        if can_be_read(law.stay) and not ((law.denoise >= -SLACK) & (law.stay + law.denoise <= 1 + SLACK)).all():
+            raise fail(
+                "a sampler must yield probabilities: stay and denoise, which together are at most 1.",
+                "Look for NaN, and for a division by the noise or the signal at an end of time.",
                 stay=law.stay,
                 denoise=law.denoise,
             )

@@ -122,7 +122,7 @@ class Psi:
         return [range(high), range(high, high + middle), range(high + middle, points)]
 
     def times(self, process: Process, steps: int) -> list[float]:
-        """Return the N + 1 times of the profile, from 1 to 1e-5."""
+        """Return the N + 1 times of the profile, from 1 on; the last step goes to `Chain.end`, whatever the last is."""
         plateau = self._plateau()
         if plateau is None:
             whole: list[float] = torch.linspace(1, LAST_TIME, steps + 1, dtype=torch.float64).tolist()
@@ -134,7 +134,8 @@ class Psi:
             level = schedule.time(torch.tensor(level, dtype=torch.float64)).item()
         high, middle, low = (len(region) for region in self.regions(steps + 1))
         fall = torch.linspace(1, level, high, dtype=torch.float64).tolist()
-        return [*fall, *[level] * middle, *torch.linspace(level, LAST_TIME, low, dtype=torch.float64).tolist()]
+        grid = [*fall, *[level] * middle, *torch.linspace(level, LAST_TIME, low, dtype=torch.float64).tolist()]
+        return [1.0, *grid[1:]]  # with few steps, no point of the grid may be left for the first region
 
     def kappas(self, process: Process, times: list[float]) -> list[float]:
         """Return kappa for each point of the grid; the i-th belongs to the step from the i-th time."""
@@ -176,9 +177,9 @@ def _parse(name: str, text: str) -> tuple[str, float]:
     """Return mode and number of a kappa mode such as ``"max-capped-0.05"``."""
     if text in MODES[:2]:
         return text, 0.0
-    mode, _, tail = text.rpartition("-")
-    number = _number(tail)
-    if mode not in MODES[2:] or number is None or not 0 <= number <= 1:
+    mode = max((each for each in MODES[2:] if text.startswith(f"{each}-")), key=len, default="")
+    number = _number(text.removeprefix(f"{mode}-"))
+    if not mode or number is None or not 0 <= number <= 1:
         raise fail(
             f"{name} must be 'pure-posterior', 'pure-pc', or one of 'constant-X', 'constant-remdm-X', 'max-capped-X', "
             "'max-rescale-X' with X from 0 to 1.",

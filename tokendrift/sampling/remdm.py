@@ -8,7 +8,7 @@ from itertools import pairwise
 
 import torch
 
-from tokendrift._checks import check_choice, fail
+from tokendrift._checks import check_choice, check_fraction, fail
 from tokendrift.diffusion.process import Mixture
 from tokendrift.sampling.chain import Chain
 from tokendrift.sampling.psi import Psi, psi_step, remasking_kappa
@@ -36,8 +36,7 @@ class ReMDM:
 
     def __post_init__(self) -> None:
         check_choice("rule", self.rule, RULES)
-        if not 0 <= self.eta <= 1:
-            raise fail("eta must lie in [0, 1]: it is a probability.", eta=self.eta)
+        check_fraction("eta", self.eta, ": it is a probability", closed=True)
 
     def __call__(self, chain: Chain, steps: int | None) -> Iterator[Mixture]:
         """Yield steps that remask."""
@@ -73,8 +72,16 @@ def remdm_loop(eta: float = 0.02, *, t_on: float = 0.55, t_off: float = 0.05, al
         t_off: Share of the steps left when it ends.
         alpha_on: Signal level of the loop.
 
+    Raises:
+        TokenDriftError: If eta or alpha_on is out of range, or not 0 <= t_off <= t_on <= 1.
+
     Source: ReMDM, ``remdm-loop``; the grid is that of `Psi`, whose regions are whole points.
     """
+    check_fraction("eta", eta, ": it is a probability", closed=True)
+    if not 0 < alpha_on < 1:
+        raise fail("alpha_on must lie between 0 and 1: it is a signal level.", alpha_on=alpha_on)
+    if not 0 <= t_off <= t_on <= 1:
+        raise fail("t_on and t_off must be shares of the steps, t_off at most t_on.", t_on=t_on, t_off=t_off)
     return Psi(
         middle=f"max-capped-{eta}",
         high_frac=round(1 - t_on, 12),  # 0.45, whose share of the points rounds as upstream's

@@ -202,6 +202,12 @@ class CheckpointSampler:
                 f"prefix has {len(ids)} tokens, but a sample has only {self.length}.",
                 "Shorten the prefix, or increase length.",
             )
+        wrong = [token for token in ids if token >= self.process.vocab_size or token == self.process.mask_id]
+        if wrong:
+            raise fail(
+                f"prefix contains id {wrong[0]}, which is the mask of the model or is not in its vocabulary.",
+                "Leave the mask out of the prefix, or pass the tokenizer that belongs to the model.",
+            )
         return ids
 
 
