@@ -191,7 +191,8 @@ def check_corrupted(
     ids = check_ids("noisy_ids", noisy_ids, vocab_size, like=like)
     if predicted is not None:
         return ids, check_mask("predicted", predicted, like.shape[:2])
-    return ids, None if mask_id is None else ids == mask_id
+    # In int64: compared with a narrow dtype, an id would wrap around.
+    return ids, None if mask_id is None else ids.long() == mask_id
 
 
 def check_same_device(reference_name: str, reference: Tensor, **others: Tensor | None) -> None:
@@ -373,7 +374,7 @@ def check_mask_id(mask_id: int | None, vocab_size: int) -> None:
 
 def check_clean_ids(clean_ids: Tensor, mask_id: int, text: Tensor | None) -> None:
     """Require real text without the mask token. This reads the ids and therefore synchronises an accelerator."""
-    masks = clean_ids == mask_id
+    masks = clean_ids.long() == mask_id
     if (masks if text is None else masks & text).any():
         raise fail(
             f"clean_ids contain the mask token (mask_id = {mask_id}), which real text does not have.",
