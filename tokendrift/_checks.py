@@ -31,7 +31,7 @@ def describe(value: object) -> str:
         dtype = str(value.dtype).removeprefix("torch.")
         return f"{tuple(value.shape)} {dtype} {value.device.type}"
     try:
-        return f"{type(value).__name__} {value!r}"[:120]
+        return " ".join(f"{type(value).__name__} {value!r}".splitlines())[:120]
     except ValueError:  # an integer of more digits than Python writes
         return type(value).__name__
 
@@ -195,10 +195,10 @@ def check_corrupted(
     return ids, None if mask_id is None else ids.long() == mask_id
 
 
-def check_same_device(reference_name: str, reference: Tensor, **others: Tensor | None) -> None:
-    """Require all tensors on one device."""
+def check_same_device(reference_name: str, reference: Tensor, **others: object) -> None:
+    """Require all tensors on one device; that a value is a tensor is for other rules to say."""
     for name, value in others.items():
-        if value is not None and value.device != reference.device:
+        if isinstance(value, Tensor) and value.device != reference.device:
             raise fail(
                 f"{name} is on {value.device} but {reference_name} is on {reference.device}.",
                 f"Move it with {name}.to({reference_name}.device), or move the loss with loss.to(device).",

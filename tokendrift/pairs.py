@@ -12,6 +12,7 @@ from tokendrift._checks import (
     can_be_read,
     check_corrupted,
     check_count,
+    check_floating,
     check_fraction,
     check_ids,
     check_mask,
@@ -297,11 +298,12 @@ class PairDriftLoss(nn.Module):
         """Return the arguments of `forward` once they have been checked."""
         if self.training and not torch.compiler.is_compiling():
             refuse_recomputation("the laws")
-        check_tensor("logits", logits, ("B", "L", "V"))
+        check_floating("logits", check_tensor("logits", logits, ("B", "L", "V")))
         if logits.shape[2] != self.vocab_size:
             raise fail(f"logits must have V = {self.vocab_size} entries.", logits=logits)
         clean_ids = check_ids("clean_ids", clean_ids, self.vocab_size, like=logits)
-        check_same_device("logits", logits, laws=self.real, clean_ids=clean_ids, noisy_ids=noisy_ids)
+        given = {"noisy_ids": noisy_ids, "predicted": predicted, "attention_mask": attention_mask}
+        check_same_device("logits", logits, laws=self.real, clean_ids=clean_ids, **given)
         reach = (self.law.order - 1) * max(self.lags)
         if logits.shape[1] <= reach:
             raise fail(f"sequences must be longer than an n-gram at the largest lag, {reach}.", logits=logits)
