@@ -12,12 +12,14 @@ from torch import nn
 
 from tokendrift import (
     ConcatenatedFeatures,
+    FeatureQueue,
+    PairDriftLoss,
     PooledFeatures,
     TokenDriftError,
     TokenDriftLoss,
     soft_token_lift,
 )
-from tokendrift.features import IdentityFeatures, masked_mean
+from tokendrift.features import IdentityFeatures, masked_mean, unit_vectors
 from tokendrift.models import DiT, DiTConfig
 
 
@@ -368,3 +370,16 @@ def test_maps_that_do_not_go_together_are_named():
         ConcatenatedFeatures([IdentityFeatures(), IdentityFeatures(window=2)])(embeds)
     with pytest.raises(TokenDriftError, match=r"widths \[2, 2\] must add up to D = 3"):
         ConcatenatedFeatures([IdentityFeatures(), IdentityFeatures()], widths=[2, 2])(embeds)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_what_is_built_where_the_default_dtype_is_narrow_computes_in_float32(dtype):
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        queue, pairs = FeatureQueue(2, width=3), PairDriftLoss(4)
+        units = unit_vectors(torch.tensor([[0.0, 0.0], [3e25, 4e25]], dtype=torch.float32))
+    finally:
+        torch.set_default_dtype(before)
+    assert queue.buffer.dtype == pairs.real.dtype == pairs.generated.dtype == torch.float32
+    torch.testing.assert_close(units, torch.tensor([[0.0, 0.0], [0.6, 0.8]]))

@@ -286,3 +286,11 @@ def test_guidance_rests_where_the_generator_overshoots_the_condition():
 def test_guidance_that_makes_no_sense_is_refused(arguments, message):
     with pytest.raises(TokenDriftError, match=message):
         guidance_weight(arguments[0], negatives=arguments[1], unconditional=arguments[2])
+
+
+def test_a_queue_that_was_stored_in_bfloat16_is_read_into_float32():
+    queue, copied = FeatureQueue(3), FeatureQueue(3)
+    queue.push(numbered(0, 2))
+    copied.load_state_dict({"buffer": queue.buffer.bfloat16(), "pushed": queue.pushed})
+    assert copied.buffer.dtype == torch.float32
+    assert torch.equal(copied.features(), numbered(0, 2))

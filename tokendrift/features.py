@@ -238,7 +238,8 @@ def unit_vectors(features: Tensor) -> Tensor:
     """
     with torch.no_grad():
         size = features.abs().amax(dim=-1, keepdim=True)
-        scale = torch.where(size > 2.0**60, 2.0**-80, torch.where(size < 2.0**-40, 2.0**90, 1.0)).to(features)
+        # Filled in the dtype of the features: numbers of Python alone would have the default dtype.
+        scale = torch.ones_like(size).masked_fill_(size > 2.0**60, 2.0**-80).masked_fill_(size < 2.0**-40, 2.0**90)
     return nn.functional.normalize(features * scale, dim=-1)
 
 

@@ -23,6 +23,7 @@ from tokendrift._checks import (
     fail,
 )
 from tokendrift._ngram_laws import Corrupted, ExactPairs, HashedNgrams, expected_sums, windows
+from tokendrift._operators import wide_dtype
 from tokendrift.references import rank_count, refuse_recomputation
 
 __all__ = ["PairDriftLoss", "pair_drift"]
@@ -167,10 +168,11 @@ class PairDriftLoss(nn.Module):
                 backoff=backoff,
                 buckets=buckets,
             )
-        self.register_buffer("real", torch.zeros(len(self.lags), *self.law.shape))
-        self.register_buffer("generated", torch.zeros(strata, len(self.lags), *self.law.shape))
+        dtype = wide_dtype(torch.get_default_dtype())
+        self.register_buffer("real", torch.zeros(len(self.lags), *self.law.shape, dtype=dtype))
+        self.register_buffer("generated", torch.zeros(strata, len(self.lags), *self.law.shape, dtype=dtype))
         self.register_buffer("real_weight", torch.zeros(len(self.lags), dtype=torch.float64))
-        self.register_buffer("generated_weight", torch.zeros(strata))
+        self.register_buffer("generated_weight", torch.zeros(strata, dtype=dtype))
 
     def extra_repr(self) -> str:
         cells = "one for each pair" if isinstance(self.law, ExactPairs) else self.law.shape[0]
