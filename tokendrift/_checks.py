@@ -368,8 +368,12 @@ def check_frozen(name: str, module: nn.Module) -> None:
 
 def check_mask_id(mask_id: int | None, vocab_size: int) -> None:
     """Require an entry of the vocabulary, or None."""
-    if mask_id is not None and not 0 <= mask_id < vocab_size:
-        raise fail(f"mask_id must lie in [0, V) with V = {vocab_size}.", mask_id=mask_id)
+    if mask_id is None:
+        return
+    if isinstance(mask_id, bool) or not hasattr(mask_id, "__index__") or not 0 <= mask_id < vocab_size:
+        raise fail(
+            f"mask_id must lie in [0, V) with V = {vocab_size}: an id of the vocabulary, or None.", mask_id=mask_id
+        )
 
 
 def check_clean_ids(clean_ids: Tensor, mask_id: int, text: Tensor | None) -> None:
