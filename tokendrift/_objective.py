@@ -368,10 +368,10 @@ class DriftObjective(nn.Module):
         features = features if windows else features[:, None]
         rows, width = features.shape[:2]
         present = getattr(self.feature_map, "present", None)
-        if attention_mask is None or present is None:
+        here = None if attention_mask is None or present is None else present(attention_mask)
+        if here is None:
             sequence = torch.arange(rows, device=features.device)[:, None].expand(rows, width).flatten()
             return Features(features.flatten(0, 1), sequence, rows)
-        here = present(attention_mask)
         if here.shape != features.shape[:2]:
             raise fail("feature_map.present(attention_mask) must be bool (B, W).", present=here, features=features)
         # This waits for an accelerator: without padding, or a feature map with ``present``, it does not run.
