@@ -1133,3 +1133,11 @@ def test_checkpointing_the_loss_is_refused_unless_its_queues_are_frozen(cls, ree
     assert all(torch.equal(*each) for each in zip(found, expected, strict=True))
     for name in ("queue_real", "queue_generated"):
         assert torch.equal(getattr(other, name).features(), getattr(plain, name).features())
+
+
+@pytest.mark.parametrize("form", [lambda drift: drift[:1], lambda drift: drift[:, 0], lambda drift: drift.tolist()])
+def test_a_drift_that_would_be_broadcast_to_the_features_is_refused(form):
+    logits, clean, *_ = loss_inputs()
+    loss = build(field=lambda anchors, *_, **__: form(torch.ones_like(anchors)))
+    with pytest.raises(TokenDriftError, match=r"field must return a drift for each anchor, \(N, M\)"):
+        loss(logits, clean)

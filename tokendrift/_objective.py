@@ -439,6 +439,8 @@ class DriftObjective(nn.Module):
             drift, field = self.field.diagnose(generated, positives, negatives, **options, pairs=own)
         else:
             drift = self.field(generated, positives, negatives, **options)
+        if not isinstance(drift, Tensor) or drift.shape != generated.shape:
+            raise fail("field must return a drift for each anchor, (N, M).", drift=drift, anchors=generated)
         if alone:
             self._warn_of_zero(refills=self.training and self.queue_size > 0)
         elif can_be_read(drift):
