@@ -1141,3 +1141,11 @@ def test_a_drift_that_would_be_broadcast_to_the_features_is_refused(form):
     loss = build(field=lambda anchors, *_, **__: form(torch.ones_like(anchors)))
     with pytest.raises(TokenDriftError, match=r"field must return a drift for each anchor, \(N, M\)"):
         loss(logits, clean)
+
+
+def test_the_loss_runs_on_tensors_without_data():
+    with torch.device("meta"):
+        loss = TokenDriftLoss(torch.empty(V, D), IdentityFeatures())
+        logits = torch.empty(B, L, V, requires_grad=True)
+        loss(logits, torch.empty(B, L, dtype=torch.int64)).backward()
+    assert logits.grad.shape == logits.shape

@@ -33,6 +33,7 @@ from tokendrift._checks import (
 from tokendrift._diagnostics import Diagnostics, LossOutput, token_entropy
 from tokendrift.features import FeatureMap
 from tokendrift.field import DriftField, Field, FieldDiagnostics
+from tokendrift.kernels import without_autocast
 from tokendrift.lift import (
     LinearLogits,
     check_linear,
@@ -385,7 +386,7 @@ class DriftObjective(nn.Module):
             lift = partial(linear_soft_token_lift, *logits)
         else:
             lift = partial(LIFTS[self.lift], logits)
-        with torch.autocast(self.embedding.device.type, enabled=False):
+        with without_autocast(self.embedding.device):
             lifted = lift(
                 self.embedding,
                 noisy_ids=inputs.noisy_ids if predicted is not None else None,

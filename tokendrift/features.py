@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from tokendrift._checks import check_count, check_frozen, check_mask, check_positive, check_tensor, fail
 from tokendrift.encoders import as_encoder, input_embedding
+from tokendrift.kernels import without_autocast
 
 
 class FeatureMap(Protocol):
@@ -116,7 +117,7 @@ class PooledFeatures(nn.Module):
         hidden = encoder.hidden_states(embeds.to(dtype), attention_mask=mask, **level)
         if any(not -len(hidden) <= layer < len(hidden) for layer in self.layers):
             raise fail(f"layers {self.layers} do not exist: the encoder returns {len(hidden)} hidden states.")
-        with torch.autocast(embeds.device.type, enabled=False):
+        with without_autocast(embeds.device):
             chosen = [hidden[layer] for layer in self.layers]
             if self.windows is None:
                 features = torch.cat([masked_mean(layer, mask) for layer in chosen], dim=-1)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 
 import torch
@@ -50,14 +50,20 @@ def squared_distances(x: Tensor, y: Tensor, *, refine: bool = False) -> Tensor:
     return squared
 
 
+def without_autocast(device: torch.device) -> AbstractContextManager[object]:
+    """Return a block in which autocast is off, on a device that has none too."""
+    if not torch.amp.is_autocast_available(device.type):
+        return nullcontext()
+    return torch.autocast(device.type, enabled=False)
+
+
 @contextmanager
 def exact_matmul(device: torch.device) -> Iterator[None]:
     """Switch autocast and TF32 off inside the block, whichever of PyTorch's two interfaces TF32 was switched on with.
 
     In a compiled graph TF32 stays as it is set: the switch is not a part of graphs.
     """
-    autocast = torch.amp.is_autocast_available(device.type)
-    with torch.autocast(device.type, enabled=False) if autocast else nullcontext():
+    with without_autocast(device):
         if device.type != "cuda" or torch.compiler.is_compiling():
             yield
             return
