@@ -1143,6 +1143,11 @@ def test_a_drift_that_would_be_broadcast_to_the_features_is_refused(form):
         loss(logits, clean)
 
 
+def test_the_queues_of_a_loss_are_built_on_the_device_of_its_embedding():
+    loss = TokenDriftLoss(torch.empty(V, D, device="meta"), IdentityFeatures())
+    assert {buffer.device.type for buffer in loss.buffers()} == {"meta"}
+
+
 def test_the_loss_runs_on_tensors_without_data():
     with torch.device("meta"):
         loss = TokenDriftLoss(torch.empty(V, D), IdentityFeatures())

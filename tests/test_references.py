@@ -124,6 +124,12 @@ def test_a_queue_moves_to_a_device():
         assert copy.deepcopy(queue).to("meta", dtype).features().device.type == "meta"
 
 
+def test_a_queue_begins_on_the_device_of_its_first_features():
+    queue = FeatureQueue(4)
+    queue.push(torch.empty(3, 2, device="meta"))
+    assert queue.buffer.device.type == queue.pushed.device.type == "meta"
+
+
 def test_features_on_another_device_are_refused_and_change_nothing():
     queue = FeatureQueue(4)
     queue.push(numbered(0, 3))

@@ -201,8 +201,9 @@ class DriftObjective(nn.Module):
         self.lift, self.batch_as_references = lift, batch_as_references
         self.across_ranks = across_ranks
         self.workspace_mib = check_positive("workspace_mib", workspace_mib)
-        self.queue_real = FeatureQueue(queue_size)
-        self.queue_generated = FeatureQueue(queue_size)
+        # On the device of the embedding: a loss from a model on a GPU needs no .to() of its own.
+        self.queue_real = FeatureQueue(queue_size).to(embedding.device)
+        self.queue_generated = FeatureQueue(queue_size).to(embedding.device)
 
     @property
     def queue_size(self) -> int:

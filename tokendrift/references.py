@@ -208,6 +208,7 @@ class FeatureQueue(nn.Module):
             dtype = wide_dtype(features.dtype)
             with torch.inference_mode(False):  # a tensor born in inference mode could not be written to in training
                 self.buffer = features.new_zeros(self.capacity, features.shape[1], dtype=dtype)
+                self.pushed = self.pushed.to(features.device)
         self.check_width(features)
         check_same_device("queue", self.buffer, features=features)
         kept = features.detach()[-self.capacity :].to(self.buffer.dtype)
