@@ -382,7 +382,7 @@ class DriftObjective(nn.Module):
 
     def _generated(self, inputs: Inputs) -> Features:
         """Return the features of the lifted logits, with gradient."""
-        logits, predicted = inputs.logits, inputs.predicted
+        logits = inputs.logits
         if isinstance(logits, LinearLogits):
             lift = partial(linear_soft_token_lift, *logits)
         else:
@@ -390,8 +390,8 @@ class DriftObjective(nn.Module):
         with without_autocast(self.embedding.device):
             lifted = lift(
                 self.embedding,
-                noisy_ids=inputs.noisy_ids if predicted is not None else None,
-                predicted=predicted,
+                noisy_ids=inputs.noisy_ids,
+                predicted=inputs.predicted,
                 mask_id=self.mask_id,
                 workspace_mib=self.workspace_mib,
             )
