@@ -33,7 +33,6 @@ from tokendrift._checks import (
 from tokendrift._diagnostics import Diagnostics, LossOutput, token_entropy
 from tokendrift.features import FeatureMap
 from tokendrift.field import DriftField, Field, FieldDiagnostics
-from tokendrift.kernels import without_autocast
 from tokendrift.lift import (
     LinearLogits,
     check_linear,
@@ -42,6 +41,7 @@ from tokendrift.lift import (
     soft_token_lift,
     straight_through_lift,
 )
+from tokendrift.modes import without_autocast
 from tokendrift.references import FeatureQueue, Gathered, gather, rank_count
 
 T = TypeVar("T")

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from tokendrift._checks import check_count, check_frozen, check_mask, check_positive, check_tensor, fail
 from tokendrift.encoders import as_encoder, input_embedding
-from tokendrift.kernels import without_autocast
+from tokendrift.modes import without_autocast
 
 
 class FeatureMap(Protocol):

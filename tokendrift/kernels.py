@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from functools import partial
 
 import torch
 from torch import Tensor
+
+from tokendrift.modes import without_autocast
 
 Kernel = Callable[[Tensor, float], Tensor]
 """Squared distances and temperature to log-weights, elementwise."""
@@ -48,13 +50,6 @@ def squared_distances(x: Tensor, y: Tensor, *, refine: bool = False) -> Tensor:
             row, column = pairs.unbind(dim=1)
             squared[row, column] = (x[row] - y[column]).square().sum(-1)
     return squared
-
-
-def without_autocast(device: torch.device) -> AbstractContextManager[object]:
-    """Return a block in which autocast is off, on a device that has none too."""
-    if not torch.amp.is_autocast_available(device.type):
-        return nullcontext()
-    return torch.autocast(device.type, enabled=False)
 
 
 @contextmanager
