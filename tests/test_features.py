@@ -209,6 +209,11 @@ def test_sigma_is_what_the_encoder_is_told(backbone):
     assert not torch.allclose(told, PooledFeatures(encoder, layers=(-1,), normalize=False)(embeds))
 
 
+def test_sigma_for_a_backbone_that_does_not_use_it_is_refused(backbone):
+    with pytest.raises(TokenDriftError, match="not conditioned on a noise level"):
+        PooledFeatures(backbone(time_conditioning=False), sigma=0.7)
+
+
 def test_the_last_window_may_be_shorter(backbone):
     encoder, embeds = backbone(), torch.randn(2, 8, 16)
     hidden = encoder.hidden_states(embeds)[-1]
