@@ -372,6 +372,7 @@ def test_backoff_gives_unseen_pairs_the_chance_of_their_tokens():
     ("options", "named"),
     [
         ({"lags": ()}, "lags"),
+        ({"lags": 2}, r"lags must name at least one distance, such as \(1,\)"),
         ({"decay": 1.0}, "decay"),
         ({"backoff": -0.1}, "backoff"),
         ({"smoothing": 0.0}, "smoothing"),

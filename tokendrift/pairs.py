@@ -152,9 +152,9 @@ class PairDriftLoss(nn.Module):
         self.vocab_size = check_count("vocab_size", vocab_size, least=2)
         check_mask_id(mask_id, vocab_size)
         self.mask_id = mask_id
-        self.lags = tuple(check_count("lags", lag, least=1) for lag in lags)
-        if not self.lags:
+        if not isinstance(lags, Sequence) or not lags:
             raise fail("lags must name at least one distance, such as (1,).", lags=lags)
+        self.lags = tuple(check_count("lags", lag, least=1) for lag in lags)
         check_count("strata", strata, least=1)
         check_fraction("decay", decay)
         check_fraction("backoff", backoff)
