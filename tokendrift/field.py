@@ -240,7 +240,7 @@ class DriftField:
             # 2. Weighted sums of the references of both sides, block by block.
             view = self._view(anchors.to(dtype) - centre, centre, *sides)
             # 3. From their means and masses, the drift.
-            return self._drift(view, *self._sum_sides(view, *sides))
+            return self._drift(view, *(self._sum_side(view, side) for side in sides))
 
     def combine(self, raw: Tensor, sums: FieldSums) -> Tensor:
         """Return the drift (N, M) from the raw drifts (T, N, M): scales of the temperatures, then aggregation."""
@@ -262,10 +262,9 @@ class DriftField:
         kernel = self.kernels[self.kernel] if isinstance(self.kernel, str) else self.kernel
         return View(anchors, centre, kernel, self.temperatures, self._block_for(anchors), refine)
 
-    def _sum_sides(self, view: View, positive: Side, negative: Side) -> tuple[Sums, Sums]:
-        """Return the sums of both sides, each relative to a peak of its own."""
-        share = 0.5 if self.normalization == "two_sided" else 0.0
-        return sum_references(view, positive, column_share=share), sum_references(view, negative, column_share=share)
+    def _sum_side(self, view: View, side: Side) -> Sums:
+        """Return the sums of one side, relative to a peak of its own."""
+        return sum_references(view, side, column_share=0.5 if self.normalization == "two_sided" else 0.0)
 
     def _masses(self, pos: Sums, neg: Sums) -> tuple[Tensor, Tensor]:
         """Return the sums of A over positives and over negatives, (T, N) each; ones where each sums to one alone."""
