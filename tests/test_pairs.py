@@ -441,6 +441,12 @@ def test_a_loss_that_is_computed_again_in_the_backward_pass_is_refused(reentrant
         value.backward()
 
 
+def test_a_loss_stands_on_one_device_whatever_the_default():
+    with torch.device("meta"):
+        loss = PairDriftLoss(9, buckets=4)
+    assert {buffer.device.type for buffer in loss.buffers()} == {"meta"}
+
+
 def test_ids_of_a_narrow_dtype_are_not_taken_for_a_mask_that_they_cannot_hold():
     ids = torch.tensor([[43, 44, 45, 46]], dtype=torch.uint8)  # 299 is 43 modulo 256
     loss, logits = PairDriftLoss(300, mask_id=299), torch.randn(1, 4, 300)
