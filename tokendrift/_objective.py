@@ -364,7 +364,8 @@ class DriftObjective(nn.Module):
         check_tensor("feature_map(embeds)", features, ("B", "W", "M") if windows else ("B", "M"))
         if len(features) != len(embeds):
             raise fail(
-                "feature_map must return one row for each sequence: (B, M), or (B, W, M) for windows.", got=features
+                "feature_map must return one row for each sequence: (B, M), or (B, W, M) for windows.",
+                features=features,
             )
         features = features.to(torch.promote_types(features.dtype, torch.float32))
         features = features if windows else features[:, None]
