@@ -70,6 +70,14 @@ def test_centring_moves_the_interval_to_the_estimate_and_keeps_its_width():
     assert centred.high - centred.low == pytest.approx(bare.high - bare.low, rel=1e-12)
 
 
+def test_redraws_without_a_value_are_left_out_and_an_unknown_interval_excludes_nothing():
+    replicates = torch.tensor([0.0, math.nan, 1.0, 2.0])
+    assert interval_from(1.0, replicates, 0.5) == interval_from(1.0, replicates[[0, 2, 3]], 0.5) == (1.0, 0.5, 1.5)
+    for unknown in (interval_from(math.nan, replicates), interval_from(1.0, torch.full((3,), math.nan))):
+        assert math.isnan(unknown.low) and math.isnan(unknown.high)
+        assert not unknown.excludes(0.0)
+
+
 def test_same_seed_same_interval_and_the_global_state_stays():
     values = torch.arange(50.0)
     before = torch.get_rng_state()

@@ -173,11 +173,18 @@ def test_entropy_lies_between_nothing_and_that_of_all_different():
         ([[1, -100]], "ids must not be negative"),
         (["text"], "ids must be token ids"),
         (torch.rand(2, 2), "must hold integer token ids"),
+        ([[1], [1.5, 2.5]], "sample 1 must hold integer token ids"),
     ],
 )
 def test_what_has_no_diversity_is_named(ids, says):
     with pytest.raises(TokenDriftError, match=says):
         sample_entropy(ids)
+
+
+def test_negative_ids_of_training_text_are_refused_and_copy_nothing():
+    """(4, -6) would have the number of (2, 4) in a vocabulary of 5."""
+    with pytest.raises(TokenDriftError, match="ids must not be negative"):
+        copied_share([[2, 4]], [[4, -6]], n=2)
 
 
 def test_one_sample_has_no_self_bleu():

@@ -161,6 +161,17 @@ def test_a_ratio_at_equal_entropy_is_one_for_the_same_law_and_none_out_of_reach(
     assert ratio_at_entropy(curve[0], curve[1:]) is None
 
 
+def test_sets_of_two_sizes_are_not_compared_at_equal_unigram_entropy(frontier):
+    """The entropy of all tokens of a law grows with their number, so a smaller set looks colder than it is."""
+    curve = [point.measures for point in frontier.curve("the law", 4)]
+    few = figures(drawer(LAW, seed=4)(SamplingSetting(4, 0.85), 20))
+    with pytest.raises(TokenDriftError, match="the sets have 20 and 200 samples"):
+        ratio_at_entropy(few, curve, figure="gen_ppl", kind="unigram")
+    with pytest.raises(TokenDriftError, match="the sets have 200 and 20 samples"):
+        at_matched_entropy(curve[0], drawer(LAW), figures, real=frontier.real, steps=4, kind="unigram", count=20)
+    assert ratio_at_entropy(few, curve, figure="gen_ppl").excludes(2.0)
+
+
 def test_an_entropy_that_no_temperature_reaches_claims_nothing(frontier):
     flat = figures(drawer(LAW * 0)(SamplingSetting(4), 200))
     found = at_matched_entropy(flat, drawer(LAW), figures, real=frontier.real, steps=4)

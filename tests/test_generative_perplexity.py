@@ -227,6 +227,16 @@ def test_scoring_leaves_the_accumulated_state_alone():
     assert metric.compute().perplexity == before
 
 
+def test_a_batch_of_end_of_text_tokens_alone_counts_beside_others():
+    whole, parts = (GenerativePerplexity(bigram, protocol="mdlm", eos_id=0) for _ in range(2))
+    whole.update([[0, 0, 0], [1, 2, 3]])
+    parts.update([[0, 0, 0]])
+    with pytest.raises(TokenDriftError, match="counts no token of these 1 samples"):
+        parts.compute()
+    parts.update([[1, 2, 3]])
+    assert parts.compute().perplexity == whole.compute().perplexity
+
+
 def test_every_sample_pools_to_the_total():
     result = generative_perplexity(texts_of([3, 40, 8]), bigram, protocol="all", max_length=16)
     assert math.isclose(result.nll, result.sample_nll.sum().item(), rel_tol=1e-15)

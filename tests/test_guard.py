@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import pydoc_data.topics
 
 import pytest
@@ -16,6 +17,7 @@ from tokendrift.evaluation import (
     SampleSet,
     character_features,
     check_samples,
+    compare,
     evaluate,
     gradient_features,
     kernel_distance,
@@ -166,6 +168,24 @@ def test_the_guard_asks_for_figures_measured_alike(world, cheap):
     a, b = (measure(world.windows[:20], cheap, level=level, resamples=20) for level in (0.95, 0.9))
     with pytest.raises(TokenDriftError, match="were not measured in the same way: level"):
         check_samples(a, b)
+
+
+def test_a_figure_whose_variation_is_not_known_is_unchecked_and_not_passed_over(cheap):
+    """With one redraw nothing says how much a figure varies."""
+    words, dull = torch.arange(480).view(20, 24), torch.ones(20, 24, dtype=torch.int64)
+    flags = check_samples(*(measure(ids, cheap, resamples=20) for ids in (dull, words))).flags
+    verdict = check_samples(*(measure(ids, cheap, resamples=1) for ids in (dull, words)))
+    assert {"sample_entropy", "distinct_2", "repetition_4"} <= set(flags) <= set(verdict.unchecked)
+
+
+def test_halves_without_an_n_gram_do_not_hide_the_others():
+    """Two of many samples have 4 tokens, so many halves have no 4-gram at all."""
+    judge = GenerativePerplexity(lambda ids, mask: torch.zeros(*ids.shape, 60), protocol="all")
+    dull, real = [[1, 2, 3]] * 30 + [[1] * 40] * 2, [[1, 2, 3]] * 30 + [list(range(40)), list(range(10, 50))]
+    a, b = (measure(samples, judge, resamples=100) for samples in (dull, real))
+    assert math.isfinite(a.distinct_4.low) and "distinct_4" in check_samples(a, b).flags
+    short = [measure(ids, judge, resamples=20) for ids in ([[1, 2], [3, 4]], [[1, 5], [3, 6]])]
+    assert compare(*short).verdict("distinct_4") == "not distinguishable"
 
 
 def test_ids_outside_the_judge_are_named(world):

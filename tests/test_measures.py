@@ -206,6 +206,24 @@ def test_training_text_without_a_tokenizer_is_named(judge):
 # ------------------------------------------------------------------------------------------------ comparison
 
 
+def test_training_text_is_read_in_the_vocabulary_of_the_figures(judge):
+    ids, tokenizer = random_ids(9, 12).tolist(), DoubleLetters()
+    both = SampleSet(ids=ids, texts=tokenizer.decode_batch(ids, skip_special_tokens=False))
+    for vocabulary in ("generated", "judge"):
+        found = measure(both, judge, tokenizer=tokenizer, vocabulary=vocabulary, training=both, resamples=10)
+        assert found.copied_share.estimate == 1
+
+
+def test_a_judge_that_truncates_gives_no_figure_of_whole_samples():
+    options = {"tokenizer": DoubleLetters(), "resamples": 10}
+    cut = GenerativePerplexity(bigram, Letters(), protocol="all", truncate=6)
+    found = measure(random_ids(), cut, **options)
+    assert found.nats_per_generated_token is None and found.bits_per_byte is None
+    dropping = GenerativePerplexity(bigram, Letters(), protocol="all", drop_remainder=True)
+    with pytest.raises(TokenDriftError, match="drop_remainder leaves samples out"):
+        measure(random_ids(9), dropping, **options)
+
+
 def test_a_set_does_not_differ_from_itself_and_differences_turn_round(judge):
     a, b = (measure(random_ids(seed=seed), judge, resamples=200) for seed in (0, 1))
     same = compare(a, a)
@@ -301,6 +319,14 @@ def test_real_text_is_cleaned_before_it_is_cut(gappy):
     assert found["text"].real.length.estimate == found["text"].measures.length.estimate == 6
 
 
+def test_the_distance_to_real_text_is_that_of_the_texts_that_the_judge_reads(gappy):
+    texts = ["a .b .c .", "b .c ,d ."] * 5
+    closed = evaluate({"text": texts}, gappy, real=texts, clean_up_spaces=True, resamples=10)
+    texts = [cleaned(text) for text in texts]
+    again = evaluate({"text": texts}, gappy, real=texts, resamples=10)
+    assert closed["text"].measures.energy_distance == again["text"].measures.energy_distance
+
+
 @pytest.fixture
 def gappy():
     """Judge texts of the tokens a to d, blank, point and comma."""
@@ -354,6 +380,22 @@ def test_real_text_is_read_as_the_set_beside_it_was(judge):
     both = SampleSet(ids=ids, texts=Letters().decode_batch(ids, skip_special_tokens=False))
     found = evaluate({"ids": ids, "file": both}, judge, real=both, resamples=10)
     assert [(row.measures.retokenised, row.real.retokenised) for row in found.rows] == [(False, False), (True, True)]
+
+
+def test_samples_that_are_left_out_are_left_out_of_the_distances_too(judge):
+    texts = Letters().decode_batch(random_ids(30, 8).tolist(), skip_special_tokens=False)
+    options = {"real": texts[12:], "skip_bad": True, "resamples": 10}
+    whole, gaps = (evaluate({"set": some}, judge, **options)["set"] for some in (texts[:12], [*texts[:12], "", "a"]))
+    assert gaps.measures.skipped == 2 and gaps.measures.kept == tuple(range(12))
+    assert gaps.measures.energy_distance == whole.measures.energy_distance
+
+
+def test_real_ids_beside_texts_are_decoded_by_the_tokenizer_of_the_denoiser(judge):
+    ids, tokenizer = random_ids(30, 8).tolist(), DoubleLetters()
+    texts = tokenizer.decode_batch(ids, skip_special_tokens=False)
+    options = {"tokenizer": tokenizer, "resamples": 10}
+    by_ids, by_text = (evaluate({"set": texts[:9]}, judge, real=x[9:], **options)["set"].real for x in (ids, texts))
+    assert by_ids.gen_ppl == by_text.gen_ppl and by_ids.length == by_text.length
 
 
 def test_no_gen_ppl_is_printed_without_what_belongs_to_it(judge):

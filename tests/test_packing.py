@@ -204,6 +204,16 @@ def test_json_of_every_form_gives_its_texts(tmp_path, content):
     assert samples.texts == ["one", "two"]
 
 
+def test_an_object_with_a_text_or_ids_is_one_entry_whatever_lists_it_has(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "one", "tags": ["a", "b"]}')
+    assert read_samples(path).texts == read_documents(path) == ["one"]
+    path.write_text('{"body": "one", "tags": ["a", "b"]}')
+    assert [piece.text for piece in TextFiles([path], field="body").read()] == ["one"]
+    path.write_text('{"ids": [1, 2], "tokens": ["a", "b"]}')
+    assert read_samples(path).ids == [[1, 2]]
+
+
 def test_of_several_lists_the_right_one_must_be_named(tmp_path):
     (tmp_path / "a.json").write_text('{"a": ["one"], "b": ["two"]}')
     with pytest.raises(TokenDriftError, match=r"several lists of texts: a, b[\s\S]*generated_seqs"):

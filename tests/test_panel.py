@@ -4,13 +4,21 @@ from __future__ import annotations
 
 import json
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from tokendrift import TokenDriftError
 from tokendrift.demo import PRETRAINED
-from tokendrift.evaluation import GenerativePerplexity, compare_panels, evaluate, gguf_judge, measure
+from tokendrift.evaluation import (
+    GenerativePerplexity,
+    compare_panels,
+    evaluate,
+    gguf_judge,
+    judge_features,
+    measure,
+)
 from tokendrift.evaluation import judge as judge_module
 from tokendrift.evaluation.judge import Judge, load_judge
 from tokendrift.evaluation.panel import PanelComparison
@@ -163,9 +171,29 @@ def test_a_judge_with_a_start_token_reads_it_before_every_sample_and_scores_the_
     assert judge.judge.start_id == 26
     assert torch.cat([rows[:, 0] for rows in seen]).tolist() == [26, 26]
     assert found.sample_tokens.tolist() == [3, 2] and found.nll == pytest.approx(5 * math.log(28))
+    for protocol, sizes, tokens in (("all", [4, 4, 4, 4], 9), ("mdlm", [4, 4, 4], 9)):
+        seen.clear()
+        long = GenerativePerplexity(
+            model, StartingTokenizer(), protocol=protocol, max_length=4, batch_size=1, eos_id=27
+        )
+        assert long.score(["abcdefghi"]).tokens == tokens
+        assert [rows.shape[1] for rows in seen] == sizes and all(rows[0, 0] == 26 for rows in seen)
     ids = judge.score([[26, 0, 1], [0, 1, 2]])
     assert ids.sample_tokens.tolist() == [2, 3] and ids.sample_generated.tolist() == [3, 3]
     assert Judge(model, None).start_id is None
+
+
+def test_the_start_token_leaves_features_within_the_window_of_the_judge():
+    class Model:
+        config = SimpleNamespace(max_position_embeddings=4, vocab_size=28)
+
+        def __call__(self, ids, mask, output_hidden_states):
+            assert ids.shape[1] <= 4 and (ids[:, 0] == 26).all()
+            return SimpleNamespace(hidden_states=[ids[..., None].float()])
+
+    judge = Judge(Model(), StartingTokenizer())
+    assert judge_features(["abcdef", "ab"], judge).tolist() == [[2], [1]]
+    assert judge_features(["abcdef"], judge, truncate=2).tolist() == [[1]]
 
 
 def test_a_judge_that_is_no_stranger_to_the_denoiser_is_named(tmp_path):
@@ -223,3 +251,6 @@ def test_a_gguf_file_is_converted_once_and_a_package_needs_exactly_one(tmp_path,
     for name, says in (("package:os.path", "is not an installed package"), ("nowhere.gguf", "is no file")):
         with pytest.raises(TokenDriftError, match=says):
             gguf_judge.folder_of_gguf(name)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(package / "model-q4.gguf"))  # a file, where there should be a folder
+    with pytest.raises(TokenDriftError, match="judges cannot be written"):
+        gguf_judge.folder_of_gguf("package:carries_a_judge")

@@ -212,6 +212,10 @@ def test_the_verdict_is_one_sentence_about_the_fewest_evaluations(tokenizer, rep
     assert report.verdict().startswith(f"At 4 NFE, {EVIL_NAME} has 0.")
     assert "; dull has 0." in report.verdict() and "and the guard flags " in report.verdict()
     assert report.verdict().endswith("without a baseline, nothing is compared at equal entropy.")
+    unmatched = dataclasses.replace(report, settings={"baseline": "base"}).verdict()
+    assert unmatched.endswith(
+        "no other set has as many steps as the baseline, so nothing is compared at equal entropy."
+    )
     base, dull = (report.evaluation[f"{name}, 4 NFE"].measures for name in (EVIL_NAME, "dull"))
     found = [matched_entropy(m, base, base, kind="sample", temperature=1.0) for m in (base, dull)]
     matched = [MatchedSet(f"{EVIL_NAME}, 4 NFE", "base", found[0])]

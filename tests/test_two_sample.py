@@ -88,6 +88,34 @@ def test_equal_sets_have_no_distance_beyond_chance_and_far_ones_the_least_p():
     assert kernel_distance(torch.ones(4, 2), torch.ones(5, 2), permutations=9).p_value == 1.0
 
 
+@pytest.mark.parametrize("kernel", ["gaussian", "energy", "linear"])
+def test_the_test_does_not_depend_on_the_unit_of_the_features(kernel):
+    x, y = cloud(20, seed=0), cloud(20, seed=1, shift=3.0)
+    for unit in (1.0, 1e-8, 1e8):
+        assert kernel_distance(unit * x, unit * y, kernel=kernel, permutations=99, resamples=10).p_value == 0.01
+
+
+@pytest.mark.parametrize("n", [2, 3, 5])
+def test_sets_of_a_few_vectors_have_an_interval(n):
+    """Redraws that repeat one vector have no pair, and say nothing."""
+    found = kernel_distance(cloud(n, seed=0), cloud(n, seed=1, shift=9.0), permutations=9)
+    assert math.isfinite(found.distance.low) and found.distance.excludes(0.0)
+
+
+def test_equal_vectors_do_not_take_the_scale_from_the_others():
+    x, y = torch.zeros(20, 2).double(), torch.zeros(20, 2).double()
+    y[:3] = 1e-3 * cloud(3, seed=0, width=2)
+    small, large = (kernel_distance(unit * x, unit * y, permutations=9, resamples=9) for unit in (1.0, 1e6))
+    assert 0 < small.bandwidth < 0.01 and small.distance.estimate > 1e-3
+    assert large.distance.estimate == pytest.approx(small.distance.estimate, rel=1e-9)
+    assert kernel_distance(x, x, permutations=9, resamples=9).distance == (0, 0, 0)
+
+
+def test_one_permutation_gives_no_spread_and_no_z_score():
+    found = kernel_distance(cloud(9, seed=0), cloud(9, seed=1, shift=3.0), permutations=1, resamples=10)
+    assert math.isnan(found.spread) and math.isnan(found.z_score.estimate)
+
+
 def test_the_same_seed_gives_the_same_result():
     x, y = cloud(20, seed=0), cloud(30, seed=1)
     before = torch.get_rng_state()
@@ -177,6 +205,7 @@ def test_a_missing_package_is_named(monkeypatch):
         ),
         (lambda gpt2: kernel_distance(cloud(3, seed=0).long(), cloud(4, seed=1)), "generated must be floating point"),
         (lambda gpt2: kernel_distance(cloud(3, seed=0), cloud(4, seed=1), permutations=0), "permutations must be an"),
+        (lambda gpt2: kernel_distance(cloud(4, seed=0), cloud(4, seed=1).log()), "real has features that are NaN"),
         (lambda gpt2: judge_features([[1, 2]], Judge(lambda ids, mask: ids)), "the judge returns no hidden states"),
         (lambda gpt2: judge_features([[1], []], gpt2), "sample 1 is empty and has no features"),
         (lambda gpt2: judge_features([[20]], gpt2), "the judge's vocabulary V has 20 entries"),

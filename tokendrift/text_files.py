@@ -112,7 +112,7 @@ class TextFiles:
         """Yield the texts of a JSON file: its lines, or the entries of its list."""
         path = self.paths[number]
         with readable(path, COMPLETE, what="text"), open_bytes(path) as file:
-            listed = json_list(file, path)
+            listed = json_list(file, path, self.field)
         found: Iterator[tuple[Any, Place]]
         if listed is None:
             found = ((parsed(line.text), line.at) for line in self._lines(number, place, -1) if line.text.strip())
@@ -186,11 +186,17 @@ def _piece(held: Sequence[_TextLine], ends: bool, documents: str) -> list[Piece]
 # ------------------------------------------------------------------------------------------------------------- JSON
 
 
-def json_list(file: IO[bytes], path: str | os.PathLike[str]) -> list[Any] | None:
+def json_list(file: IO[bytes], path: str | os.PathLike[str], field: str = "text") -> list[Any] | None:
     """Return the entries of a file that holds one JSON value, or None if it is JSON Lines.
 
     The value is a list, or an object with one list of texts, such as the files that the code of MDLM, DUO and ReMDM
-    writes, with their texts under ``generated_seqs``. Any other object is the only entry.
+    writes, with their texts under ``generated_seqs``. Any other object is the only entry, as is one that has a text or
+    ids itself.
+
+    Args:
+        file: The file, from its beginning.
+        path: Its path, for messages.
+        field: Field of an entry that holds its text. Default: ``"text"``.
 
     Raises:
         TokenDriftError: If an object has several lists of texts and none is called ``generated_seqs``.
@@ -205,16 +211,19 @@ def json_list(file: IO[bytes], path: str | os.PathLike[str]) -> list[Any] | None
         value = parsed((first + file.read()).decode("utf-8-sig", errors="replace"))
     if value is _BROKEN or isinstance(value, list):
         return value if isinstance(value, list) else None
+    entries = value if isinstance(value, dict) else {}
     lists = {
         name: entry
-        for name, entry in (value.items() if isinstance(value, dict) else ())
+        for name, entry in entries.items()
         if isinstance(entry, list) and any(isinstance(one, str) for one in entry)
     }
-    if not lists:
+    if SAMPLES in lists:
+        return lists[SAMPLES]
+    if not lists or field in entries or "ids" in entries:
         return [value]
-    if len(lists) > 1 and SAMPLES not in lists:
+    if len(lists) > 1:
         raise fail(f"{path} has several lists of texts: {', '.join(lists)}.", f"Name the right one {SAMPLES!r}.")
-    return lists.get(SAMPLES) or next(iter(lists.values()))
+    return next(iter(lists.values()))
 
 
 def is_blank(entry: Any, field: str = "text") -> bool:

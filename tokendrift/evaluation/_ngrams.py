@@ -15,17 +15,22 @@ NONE = -1  # fills the rows of ragged sequences; no id is negative
 
 def rows_of(ids: Ids) -> tuple[Tensor, Tensor]:
     """Return ids as a rectangle int64 (n, L) filled up with `NONE`, and the lengths, float64 (n,)."""
-    if isinstance(ids, Sequence) and any(isinstance(sequence, str) for sequence in ids):
-        raise fail("ids must be token ids (n, L) or a list of id sequences, not texts.", "Tokenise the texts first.")
-    sequences, _ = id_sequences(ids)
+    sequences = _checked(ids)
     lengths = torch.tensor([len(sequence) for sequence in sequences])
     if int(lengths.min()) == 0:
         raise fail(f"sequence {int(lengths.argmin())} is empty.", "Leave empty sequences out.")
     rows = torch.nn.utils.rnn.pad_sequence(sequences, batch_first=True, padding_value=NONE)
-    real = torch.arange(rows.shape[1]) < lengths[:, None]
-    if bool((rows[real] < 0).any()):
-        raise fail("ids must not be negative.", "Labels of -100 mark padding: pass a list of unpadded sequences.")
     return rows, lengths.double()
+
+
+def _checked(ids: Ids) -> list[Tensor]:
+    """Return the sequences, which must hold ids of tokens: negative numbers would be taken for other n-grams."""
+    if isinstance(ids, Sequence) and any(isinstance(sequence, str) for sequence in ids):
+        raise fail("ids must be token ids (n, L) or a list of id sequences, not texts.", "Tokenise the texts first.")
+    sequences, _ = id_sequences(ids)
+    if any(bool((sequence < 0).any()) for sequence in sequences):
+        raise fail("ids must not be negative.", "Labels of -100 mark padding: pass a list of unpadded sequences.")
+    return sequences
 
 
 def runs(rows: Tensor) -> tuple[Tensor, Tensor]:
@@ -69,7 +74,7 @@ def stream(ids: Ids) -> tuple[Tensor, Tensor]:
 
     Unlike the rectangle it does not grow with the longest document.
     """
-    sequences, _ = id_sequences(ids)
+    sequences = _checked(ids)
     border = torch.tensor([NONE])
     places = torch.cat([part for sequence in sequences for part in (sequence, border)])
     lengths = torch.tensor([len(sequence) + 1 for sequence in sequences])

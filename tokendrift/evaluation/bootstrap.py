@@ -11,6 +11,7 @@ Variance Estimation (Annals of Statistics 1989), for the halves.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import NamedTuple
@@ -39,8 +40,8 @@ class Interval(NamedTuple):
     high: float
 
     def excludes(self, value: float) -> bool:
-        """Return whether a value lies outside."""
-        return not self.low <= value <= self.high
+        """Return whether a value lies outside. An interval that is not known (NaN) excludes nothing."""
+        return value < self.low or value > self.high
 
     def exp(self) -> Interval:
         """Return the interval of the exponential of the figure; infinite where that is too large for a float."""
@@ -183,6 +184,8 @@ def halves(n: int, resamples: int, generator: torch.Generator) -> Tensor:
 def interval_from(estimate: float, replicates: Tensor, level: float = 0.95, *, centred: bool = False) -> Interval:
     """Return the interval that holds a share ``level`` of the replicates.
 
+    Replicates on which the figure is not defined (NaN) are left out. Both ends are NaN if all are, or the estimate is.
+
     Args:
         estimate: The figure on all samples.
         replicates: The figure on resampled ones, (R,).
@@ -195,9 +198,11 @@ def interval_from(estimate: float, replicates: Tensor, level: float = 0.95, *, c
     """
     values = replicates.double()
     if centred:
-        values = values - values.mean() + estimate
+        values = values - values.nanmean() + estimate
+    if math.isnan(estimate):
+        return Interval(estimate, math.nan, math.nan)
     tails = torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.float64)
-    low, high = torch.quantile(values, tails).tolist()
+    low, high = torch.nanquantile(values, tails).tolist()
     return Interval(estimate, low, high)
 
 

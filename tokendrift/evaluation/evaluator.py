@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,7 +16,7 @@ from tokendrift.evaluation.generative_perplexity import GenerativePerplexity
 from tokendrift.evaluation.gradient_moment import differentiable_parameters, gradient_features
 from tokendrift.evaluation.guard import Verdict, check_samples
 from tokendrift.evaluation.measures import Measures, as_sample_set, measure, texts_of, training_ids
-from tokendrift.evaluation.samples import SampleInput, cleaned, id_sequences, spread
+from tokendrift.evaluation.samples import SampleInput, id_sequences, spread
 from tokendrift.evaluation.two_sample import character_features, kernel_distance
 from tokendrift.models.tokenizer import decode, encode
 from tokendrift.sampling import SampleSet
@@ -65,10 +65,7 @@ class Evaluation:
     rows: tuple[EvaluatedSet, ...]
 
     def __getitem__(self, name: str) -> EvaluatedSet:
-        for row in self.rows:
-            if row.name == name:
-                return row
-        raise KeyError(name)
+        return {row.name: row for row in self.rows}[name]
 
     def compare(self, name: str, other: str) -> Comparison:
         """Return the comparison of two of the sets."""
@@ -88,7 +85,7 @@ class Evaluation:
         judged = first.perplexity
         lines.append(
             f"judge {judged.judge}, {judged.precision}, protocol {judged.protocol}; entropies in nats, counted in "
-            f"{first.counted_in}; {first.level:.0%} intervals by resampling"
+            f"{first.counted_in}; {100 * first.level:g}% intervals by resampling"
         )
         for row in self.rows:
             lines += [f"{row.name}: {finding.level}: {finding}" for finding in row.verdict.findings]
@@ -156,16 +153,10 @@ def evaluate(
         differentiable_parameters(judge)
     # 1. All sets and real text in one vocabulary.
     given = {name: as_sample_set(samples) for name, samples in sets.items()}
-    real_set = as_sample_set(real)
-    if real_set.ids is None and tokenizer is not None:
-        real_set = replace(real_set, ids=encode(tokenizer, real_set.texts or []))
-    as_generated = all(one.ids is not None for one in (*given.values(), real_set))
-    vocabulary = "generated" if as_generated else "judge"
-    own_tokenizer = tokenizer if as_generated else judge.judge.tokenizer
+    real_set, vocabulary = _real_beside(given.values(), real, tokenizer, clean_up_spaces)
+    own_tokenizer = tokenizer if vocabulary == "generated" else judge.judge.tokenizer
     if training is not None:  # encoded once for all sets
-        training = training_ids(training, own_tokenizer)
-    if clean_up_spaces and real_set.texts is not None:  # before it is cut: closing a gap may take a token
-        real_set = replace(real_set, texts=[cleaned(text) for text in real_set.texts])
+        training = training_ids(training, own_tokenizer, vocabulary)
 
     def measured(samples: SampleInput, bound: Interval | None = None) -> Measures:
         return measure(
@@ -175,11 +166,11 @@ def evaluate(
         )  # fmt: skip
 
     def features(samples: SampleSet) -> dict[str, Tensor]:
-        texts = texts_of(samples, tokenizer, clean_up_spaces=False)
+        texts = texts_of(samples, tokenizer, clean_up_spaces)
         found = {} if texts is None else {"energy_distance": character_features(texts)}
         if gradient_moment:
-            read = texts_of(samples, tokenizer, clean_up_spaces)
-            found["gradient_moment"] = _gradients(samples if read is None else read, judge, seed, progress)
+            read = samples if texts is None else texts
+            found["gradient_moment"] = gradient_features(read, judge, seed=seed, progress=progress)
         return found
 
     # 2. Each set, and beside it real text of its lengths; sets of the same lengths share theirs.
@@ -190,9 +181,12 @@ def evaluate(
         key = measures.retokenised, measures.falling_lengths()
         if key not in real_measures:
             cut = cut_to_lengths(real_set, key[1], own_tokenizer, vocabulary, as_text=measures.retokenised)
-            real_measures[key] = measured(cut), features(cut)
+            expected = measured(cut)
+            real_measures[key] = expected, features(cut.only(expected.kept))
         expected, features_of_real = real_measures[key]
-        added = _distances(features(samples), features_of_real, resamples=resamples, level=level, seed=seed)
+        added = _distances(
+            features(samples.only(measures.kept)), features_of_real, resamples=resamples, level=level, seed=seed
+        )
         measures = replace(measures, figures={**measures.figures, **added})
         # 3. The set against real text: what differs, and what looks bought.
         compared, verdict = compare(measures, expected), check_samples(measures, expected)
@@ -200,12 +194,20 @@ def evaluate(
     return Evaluation(tuple(rows))
 
 
-def _gradients(
-    samples: SampleInput, judge: GenerativePerplexity, seed: int, progress: Callable[[int], object] | None
-) -> Tensor:
-    """Return the `gradient_features` of the samples that are long enough; `measure` has reported the others."""
-    read = [ids for ids in id_sequences(samples, None, judge.judge.tokenizer)[0] if len(ids) > 1]
-    return gradient_features(read, judge, seed=seed, progress=progress)
+def _real_beside(
+    sets: Iterable[SampleSet], real: SampleInput, tokenizer: Any, clean_up_spaces: bool
+) -> tuple[SampleSet, str]:
+    """Return real text, ready to be cut, and the vocabulary that it shares with all sets.
+
+    If they do not all have ids, it is text, since ids of the denoiser's tokenizer are none of the judge's. Gaps are
+    closed before the text is cut, because closing one may take a token.
+    """
+    found = as_sample_set(real)
+    if found.ids is None and tokenizer is not None:
+        found = replace(found, ids=encode(tokenizer, found.texts or []))
+    as_generated = all(one.ids is not None for one in (*sets, found))
+    texts = texts_of(found, None if as_generated else tokenizer, clean_up_spaces)
+    return replace(found, texts=texts), "generated" if as_generated else "judge"
 
 
 def _distances(own: Mapping[str, Tensor], real: Mapping[str, Tensor], **options: Any) -> dict[str, Interval]:

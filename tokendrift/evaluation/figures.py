@@ -162,7 +162,7 @@ def _mean(samples: ScoredSamples, values: Tensor) -> FigureValue:
 
 def _centred(estimate: float, replicates: Tensor) -> FigureValue:
     """Return a figure whose level depends on how many samples differ, its replicates set back to the estimate."""
-    return FigureValue(estimate, replicates - replicates.mean() + estimate)
+    return FigureValue(estimate, replicates - replicates.nanmean() + estimate)
 
 
 def _log_gen_ppl(samples: ScoredSamples) -> FigureValue:

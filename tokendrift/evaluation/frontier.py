@@ -14,7 +14,7 @@ from tokendrift._checks import check_count, fail
 from tokendrift.evaluation.bootstrap import Interval
 from tokendrift.evaluation.comparison import check_alike, log_figure, ratio_interval
 from tokendrift.evaluation.guard import SAME_SIZE
-from tokendrift.evaluation.matching import KINDS, DrawSamples, MeasureSamples, entropy, entropy_name
+from tokendrift.evaluation.matching import KINDS, DrawSamples, MeasureSamples, check_one_size, entropy, entropy_name
 from tokendrift.evaluation.measures import Measures, as_sample_set
 from tokendrift.evaluation.plots import canvas, error_bars
 from tokendrift.evaluation.samples import SampleInput, spread
@@ -214,11 +214,13 @@ def ratio_at_entropy(
         judge: Index of the judge, 0 for the first, 1 for the first of ``Measures.panel``. Default: 0.
 
     Raises:
-        TokenDriftError: If the sets were not measured with the same options.
+        TokenDriftError: If the sets were not measured with the same options, or differ in size at equal unigram
+            entropy.
     """
     points = sorted(curve, key=lambda measures: entropy(measures, kind).estimate)
     for point in points:
         check_alike(model, point)
+        check_one_size(kind, model.samples, point.samples)
     bracket = _bracket(points, kind, entropy(model, kind).estimate)
     if bracket is None:
         return None

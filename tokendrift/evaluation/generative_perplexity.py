@@ -65,7 +65,8 @@ class PerplexityResult(NamedTuple):
     def bits_per_byte(self) -> float | None:
         """Total NLL in bits over all UTF-8 bytes, which compares across judges; None if the bytes are not known.
 
-        A judge never scores the first token of a sample, whose bytes are counted all the same.
+        Tokens that the protocol does not count add their bytes all the same: the first token of a window, unless the
+        judge reads a start token before it, and end-of-text tokens that are written in a text.
         """
         return None if self.sample_bytes is None else self.nll / math.log(2) / int(self.sample_bytes.sum())
 
@@ -163,7 +164,9 @@ class GenerativePerplexity:
         if stride is not None and protocol not in SLIDING:
             raise fail(f"stride is for the protocols {', '.join(SLIDING)}, not for {protocol!r}.", stride=stride)
         self.stride = stride if protocol not in SLIDING or stride is not None else max(1, self.max_length // 2)
-        plan_windows(self.max_length, self.max_length, self.stride)  # refuses a bad stride now, not after sampling
+        start = self.judge.start_id
+        self._start = torch.tensor([] if start is None else [start], dtype=torch.int64)  # before every window
+        self._windows(self.max_length)  # refuses a bad stride now, not after sampling
         self.eos_id = self._end_of_text(eos_id)
         self.reset()
 
@@ -184,10 +187,9 @@ class GenerativePerplexity:
                 window unless it is longer than ``max_length``. Default: None.
 
         Raises:
-            TokenDriftError: For no samples, a sample without a target, ids outside the judge's vocabulary.
+            TokenDriftError: For no samples, a sample of fewer than 2 tokens, ids outside the judge's vocabulary.
         """
-        scored = self.score(samples, attention_mask=attention_mask, progress=progress)
-        self._scored.append(scored)
+        self._scored.append(self._score(samples, attention_mask, progress))
 
     def compute(self) -> PerplexityResult:
         """Return Gen.-PPL over all samples since the start or the last `reset`, on all ranks.
@@ -212,7 +214,7 @@ class GenerativePerplexity:
             raise fail(f"the ranks used different options: {shown}.", "Build the same evaluator on every rank.")
         contributions = [part[-4:] for part in parts]
         sizes = (None if any(x is None for x in each) else torch.cat(each) for each in zip(*contributions, strict=True))
-        return self._result(parts[0].precision, *sizes)  # type: ignore[arg-type]
+        return self._counted(self._result(parts[0].precision, *sizes))  # type: ignore[arg-type]
 
     def reset(self) -> None:
         """Forget all samples."""
@@ -226,12 +228,13 @@ class GenerativePerplexity:
         progress: Callable[[int], object] | None = None,
     ) -> PerplexityResult:
         """Return Gen.-PPL of these samples alone; arguments as for `update`, whose state it leaves as it is."""
+        return self._counted(self._score(samples, attention_mask, progress))
+
+    def _score(
+        self, samples: SampleInput, attention_mask: Tensor | None, progress: Callable[[int], object] | None
+    ) -> PerplexityResult:
         sequences, read = self._prepare(samples, attention_mask)
-        pieces = [
-            (owner, window)
-            for owner, ids in enumerate(read)
-            for window in plan_windows(len(ids), self.max_length, self.stride)
-        ]
+        pieces = [(owner, window) for owner, ids in enumerate(read) for window in self._windows(len(ids))]
         nll = torch.zeros(len(sequences), dtype=torch.float64)
         tokens = torch.zeros(len(sequences), dtype=torch.int64)
         precision = ""
@@ -262,10 +265,15 @@ class GenerativePerplexity:
         """
         _, read = self._prepare(samples, None)
         for owner, sequence in enumerate(read):
-            for window in plan_windows(len(sequence), self.max_length, self.stride):
+            for window in self._windows(len(sequence)):
                 ids, mask, counted = self._collate(read, [(owner, window)])
                 each, _ = self.judge.token_nll(ids, mask)
                 yield owner, torch.where(counted, each, 0).sum(), int(counted.sum())
+
+    def _windows(self, length: int) -> list[Window]:
+        """Return the windows of a sample, in which a start token is not counted but takes room."""
+        first = 1 - len(self._start)
+        return plan_windows(length, self.max_length - len(self._start), self.stride, first=first)
 
     def _batches(self, pieces: list[tuple[int, Window]]) -> Iterator[list[tuple[int, Window]]]:
         """Yield windows of like length together: hardly any padding, and no dependence on the order given.
@@ -275,13 +283,16 @@ class GenerativePerplexity:
         pieces = sorted(pieces, key=lambda piece: piece[1].start - piece[1].end)
         first = 0
         while first < len(pieces):
-            window = pieces[first][1]
-            count = max(1, self.batch_size * min(self.max_length, USUAL_LENGTH) // (window.end - window.start))
+            longest = len(self._start) + pieces[first][1].end - pieces[first][1].start
+            count = max(1, self.batch_size * min(self.max_length, USUAL_LENGTH) // longest)
             yield pieces[first : first + count]
             first += count
 
     def _prepare(self, samples: SampleInput, attention_mask: Tensor | None) -> tuple[list[Tensor], list[Tensor]]:
-        """Return the ids of each sample, cut or dropped as the options ask, and what the judge reads of them."""
+        """Return the ids of each sample, cut or dropped as the options ask, and what the judge reads after its start.
+
+        A start token that a sample has already is not read twice.
+        """
         sequences, width = id_sequences(samples, attention_mask, self.judge.tokenizer)
         if self.truncate is not None:
             sequences, width = [ids[: self.truncate] for ids in sequences], min(width, self.truncate)
@@ -294,60 +305,46 @@ class GenerativePerplexity:
                     "those before it, so a sample needs at least 2.",
                     "Leave such samples out and report how many there were.",
                 )
-            if self.protocol in WHOLE and len(ids) + (self.judge.start_id is not None) > self.max_length:
+        closed = sequences
+        if self.pad_eos and self.protocol == "mdlm":
+            closing = torch.tensor([self.eos_id])
+            closed = [torch.cat([ids, closing]) if len(ids) < width else ids for ids in sequences]
+        read = [ids[1:] if torch.equal(ids[:1], self._start) else ids for ids in closed]
+        for i, ids in enumerate(read):
+            if self.protocol in WHOLE and len(self._start) + len(ids) > self.max_length:
                 raise fail(
                     f"sample {i} has {len(ids)} tokens, but protocol {self.protocol!r} scores each sample as a whole "
                     f"and the judge accepts max_length = {self.max_length}.",
                     "Pass protocol='all', which uses sliding windows for long samples, or truncate=max_length.",
                 )
         check_range(torch.cat(sequences), self.judge.vocab_size)
-        closed = sequences
-        if self.pad_eos and self.protocol == "mdlm":
-            closing = torch.tensor([self.eos_id])
-            closed = [torch.cat([ids, closing]) if len(ids) < width else ids for ids in sequences]
-        return sequences, self.judge.with_start(closed)
+        return sequences, read
 
     def _collate(self, sequences: list[Tensor], batch: Sequence[tuple[int, Window]]) -> tuple[Tensor, Tensor, Tensor]:
         """Return ids, attention mask and counted targets (B, L) of windows, padded on the right."""
-        parts = [sequences[owner][window.start : window.end] for owner, window in batch]
+        parts = [torch.cat([self._start, sequences[owner][window.start : window.end]]) for owner, window in batch]
         ids = torch.nn.utils.rnn.pad_sequence(parts, batch_first=True)
         position = torch.arange(ids.shape[1])
         real = position < torch.tensor([len(part) for part in parts])[:, None]
-        fresh = position >= torch.tensor([window.first - window.start for _, window in batch])[:, None]
+        first = torch.tensor([len(self._start) + window.first - window.start for _, window in batch])
+        fresh = position >= first[:, None]
         return ids, real.long(), scored_targets(ids, self.protocol, self.eos_id) & real & fresh
 
-    def _result(
-        self,
-        precision: str,
-        nll: Tensor,
-        tokens: Tensor,
-        sample_bytes: Tensor | None = None,
-        sample_generated: Tensor | None = None,
-    ) -> PerplexityResult:
-        total, count = float(nll.sum()), int(tokens.sum())
-        if count == 0:
+    def _result(self, precision: str, nll: Tensor, tokens: Tensor, *sizes: Tensor | None) -> PerplexityResult:
+        log = float(log_perplexity(nll, tokens, self.protocol))
+        perplexity = math.exp(log) if log < 709 else math.inf
+        made = len(nll), self.protocol, precision, self.judge.name, self.judge.revision
+        return PerplexityResult(perplexity, float(nll.sum()), int(tokens.sum()), *made, nll, tokens, *sizes)
+
+    def _counted(self, result: PerplexityResult) -> PerplexityResult:
+        """Return a result if it counts a token. A batch may count none, but not all of them together."""
+        if result.tokens == 0:
             raise fail(
-                f"protocol {self.protocol!r} counts no token of these {len(nll)} samples: they consist of "
+                f"protocol {self.protocol!r} counts no token of these {result.samples} samples: they consist of "
                 "end-of-text tokens only.",
                 "Look at the samples.",
             )
-        log = float(log_perplexity(nll, tokens, self.protocol))
-        perplexity = math.exp(log) if log < 709 else math.inf
-        judge = self.judge
-        return PerplexityResult(
-            perplexity,
-            total,
-            count,
-            len(nll),
-            self.protocol,
-            precision,
-            judge.name,
-            judge.revision,
-            nll,
-            tokens,
-            sample_bytes,
-            sample_generated,
-        )
+        return result
 
     def _end_of_text(self, eos_id: int | None) -> int | None:
         """Return the EOS that the protocol needs, None if it needs none."""

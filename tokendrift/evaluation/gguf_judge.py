@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from tokendrift._checks import fail
-from tokendrift.files import file_digest
+from tokendrift.files import file_digest, writable
 
 PACKAGE = "package:"
 
@@ -29,7 +29,7 @@ def folder_of_gguf(name: str) -> Path:
         name: Path of a ``.gguf`` file, or ``package:NAME`` for the only such file of an installed package.
 
     Raises:
-        TokenDriftError: If there is no such file, or it cannot be converted.
+        TokenDriftError: If there is no such file, it cannot be converted, or the cache cannot be written.
     """
     file = _file_of_package(name.removeprefix(PACKAGE)) if name.startswith(PACKAGE) else Path(name)
     if not file.is_file():
@@ -37,10 +37,12 @@ def folder_of_gguf(name: str) -> Path:
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tokendrift" / "judges"
     folder = cache / f"{file.stem}-{file_digest(file)[:16]}"
     if not folder.is_dir():
-        cache.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=cache) as part:  # an interrupted conversion leaves nothing behind
-            _convert(file, Path(part) / "judge")
-            (Path(part) / "judge").replace(folder)
+        with writable(cache):
+            cache.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=cache) as part:  # an interrupted conversion leaves nothing behind
+                _convert(file, Path(part) / "judge")
+                if not folder.is_dir():  # another process may have been faster
+                    (Path(part) / "judge").replace(folder)
     return folder
 
 

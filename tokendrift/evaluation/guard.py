@@ -107,8 +107,8 @@ class Verdict(NamedTuple):
 
     Attributes:
         findings: Flags and comments, in the order of `RULES`.
-        unchecked: Figures that could not be checked, because they were not measured for both sets or because the sets
-            differ in size.
+        unchecked: Figures that could not be checked, because they were not measured for both sets, because the sets
+            differ in size, or because their variation is not known, as with a single redraw.
     """
 
     findings: tuple[Finding, ...]
@@ -150,15 +150,17 @@ def check_samples(generated: Measures, real: Measures, *, deviations: float = DE
         name = rule.figure
         if name in LIKELIHOODS and name != generated.headline:
             continue  # a figure per token of a judge with another tokenizer does not compare, and one of them is enough
-        measured = (
-            name in values and name in expected and math.isfinite(values[name].estimate + expected[name].estimate)
-        )
-        if not measured or (rule.whole_set and not same_number):
+        if name not in values or name not in expected or (rule.whole_set and not same_number):
             unchecked.append(name)
             continue
         value, level = values[name].estimate, expected[name].estimate
+        apart = generated.replicates[name] - real.replicates[name]
+        apart = apart[~apart.isnan()]  # a figure may be undefined on some redraws
+        error = float(apart.std()) if len(apart) > 1 else math.nan
+        if not math.isfinite(value + level + error):
+            unchecked.append(name)
+            continue
         # The threshold lies on the suspicious side of real text's figure, beyond chance and beyond the margin.
-        error = float((generated.replicates[name] - real.replicates[name]).std())
         if name == "gen_ppl":  # compared as a ratio: its replicates are logarithms
             threshold = level * math.exp(rule.side * deviations * error)
         else:
@@ -173,16 +175,13 @@ def check_samples(generated: Measures, real: Measures, *, deviations: float = DE
 
 def _sizes(generated: Measures, real: Measures) -> list[Finding]:
     """Return a comment for each way in which the two sets differ in size."""
-    found = []
-    for name, value, level, meaning in (
-        (
-            "samples",
-            generated.samples,
-            real.samples,
-            "figures of the whole set depend on this number and were not checked",
-        ),
+    unchecked = "figures of the whole set depend on this number and were not checked"
+    sizes = (
+        ("samples", float(generated.samples), float(real.samples), unchecked),
         ("length", generated.length.estimate, real.length.estimate, "entropy and repetition depend on the length"),
-    ):
-        if abs(value - level) > SAME_SIZE * level:
-            found.append(Finding(name, "comment", float(value), float(level), math.nan, meaning))
-    return found
+    )
+    return [
+        Finding(name, "comment", value, level, math.nan, meaning)
+        for name, value, level, meaning in sizes
+        if abs(value - level) > SAME_SIZE * level
+    ]

@@ -42,7 +42,7 @@ class Judge:
         window: Positions that the model knows, None if it does not say.
         vocab_size: V, None if the model does not say.
         start_id: Token that the tokenizer puts before every text, as those of Gemma and Llama do; None if it puts none.
-            Such a judge is lost without it, so `with_start` puts it before every sample.
+            Such a judge is lost without it, so it is put before every sample, and before every window of a long one.
         eos_id: End-of-text token of the tokenizer or else of the model, None if neither has exactly one.
     """
 

@@ -16,6 +16,7 @@ from tokendrift._checks import check_choice, check_count, check_positive, fail
 from tokendrift.evaluation.bootstrap import Interval
 from tokendrift.evaluation.comparison import Comparison, check_alike, compare
 from tokendrift.evaluation.figures import FIGURES
+from tokendrift.evaluation.guard import SAME_SIZE
 from tokendrift.evaluation.measures import Measures
 from tokendrift.evaluation.samples import SampleInput
 from tokendrift.sampling import SamplingSetting
@@ -141,10 +142,12 @@ def at_matched_entropy(
             grid is then not sampled. Default: None.
 
     Raises:
-        TokenDriftError: For an unknown kind, an empty grid, or sets not measured alike.
+        TokenDriftError: For an unknown kind, an empty grid, sets not measured alike, or another count at equal unigram
+            entropy.
     """
     check_choice("kind", kind, KINDS)
     count = model.samples if count is None else check_count("count", count, least=2)
+    check_one_size(kind, model.samples, count)
     if curve is None:
         grid = [check_positive("temperatures", t) for t in temperatures]
         curve = [(t, entropy(measure(baseline(SamplingSetting(steps, t), count)), kind).estimate) for t in grid]
@@ -169,6 +172,7 @@ def matched_entropy(
         at_end: Whether it is an end of the grid, with the model's entropy beyond it. Default: False.
     """
     check_alike(model, real)
+    check_one_size(kind, model.samples, baseline.samples)
     found = compare(model, baseline)
     difference = found.differences[entropy_name(kind)]
     return MatchedEntropy(found, kind, temperature, difference, model, baseline, real, at_end)
@@ -192,6 +196,15 @@ def temperature_at(curve: Sequence[tuple[float, float]], entropy: float) -> floa
         if low <= entropy <= high:
             return cold if high == low else cold + (warm - cold) * (entropy - low) / (high - low)
     return points[0][0]
+
+
+def check_one_size(kind: str, samples: int, count: int) -> None:
+    """Require two sets of one size at equal unigram entropy, which grows with the number of tokens."""
+    if kind == "unigram" and abs(samples - count) > SAME_SIZE * samples:
+        raise fail(
+            f"the sets have {samples} and {count} samples, and the entropy of all tokens depends on their number.",
+            "Compare sets of one size, or compare at equal sample entropy.",
+        )
 
 
 def entropy(measures: Measures, kind: str) -> Interval:

@@ -52,6 +52,7 @@ class Measures:
         nfe: Forward calls of the denoiser that a sample cost; None for real text.
         flops: Mean floating-point operations (FLOPs) that a sample cost, see `tokendrift.sampling.cost`; None for real
             text and where they are not known.
+        kept: Indices of the samples that were measured; `skipped` counts the others.
         vocabulary: What entropy, diversity and repetition are counted in: ``"generated"``, the ids as they came, or
             ``"judge"``, the judge's tokens of the texts.
         shared_tokenizer: Whether the judge reads text in the tokens of the denoiser. If it does not, or the denoiser's
@@ -82,6 +83,7 @@ class Measures:
     replicates: dict[str, Tensor]
     panel: tuple[Measures, ...] = ()
     flops: float | None = None
+    kept: tuple[int, ...] = ()
 
     def __getattr__(self, name: str) -> Any:
         """Return a figure by its name, None if it was not measured."""
@@ -124,7 +126,7 @@ class Measures:
         for name, interval in self.figures.items():
             plain[name] = {end: x if math.isfinite(x) else None for end, x in interval._asdict().items()}
         for field in fields(self)[1:]:
-            if field.name not in {"perplexity", "per_sample", "replicates", "panel"}:
+            if field.name not in {"perplexity", "per_sample", "replicates", "panel", "kept"}:
                 plain[field.name] = getattr(self, field.name)
         judged = self.perplexity
         plain |= {name: getattr(judged, name) for name in ("nll", "protocol", "precision", "judge", "revision")}
@@ -197,26 +199,25 @@ def measure(
     nfe = given.nfe if nfe is None else check_count("nfe", nfe)
     # 1. What the judge reads: texts if there are any, else the ids.
     texts = texts_of(given, tokenizer, clean_up_spaces)
-    if panel and texts is None:
-        raise fail("several judges read texts, and ids came without a tokenizer.", "Pass tokenizer=..., or texts.")
-    judges, sources = (judge, *panel), given.scored() if texts is None else texts
-    reads = [id_sequences(sources, None, each.judge.tokenizer)[0] for each in judges]
+    judges, given = (judge, *panel), replace(given, texts=texts)
+    reads = _reads(judges, given)
     # 2. What the other figures are counted in.
-    vocabulary = _vocabulary(vocabulary, given, texts)
+    vocabulary = _vocabulary(vocabulary, given)
     counted = reads[0] if vocabulary == "judge" else id_sequences(given.ids or [])[0]
     short = [min(len(ids) for ids in each) < 2 or not len(own) for *each, own in zip(*reads, counted, strict=True)]
     kept = [i for i, bad in enumerate(short) if not (skip_bad and bad)]
     if len(kept) < 2:
         raise fail(f"measures need at least 2 samples, and there are {len(kept)} to score.", "Draw more samples.")
     if training is not None:
-        training = training_ids(training, judge.judge.tokenizer if vocabulary == "judge" else tokenizer)
+        training = training_ids(training, judge.judge.tokenizer if vocabulary == "judge" else tokenizer, vocabulary)
     # 3. Every figure of the table, on the same redraws of the samples for every judge.
     known, resampling, counted = given.only(kept), Resampling(len(kept), resamples, seed), [counted[i] for i in kept]
     of_judges: list[Measures] = []
     for each, read in zip(judges, reads, strict=True):
         judged = each.score([read[i] for i in kept], progress=progress)
-        if each.truncate is None:
-            judged = judged.with_sizes(None if texts is None else [texts[i] for i in kept], known.ids)
+        if texts is not None:  # a judge that truncates read no whole sample
+            sizes = (known.texts, known.ids) if each.truncate is None else (None, None)
+            judged = judged.with_sizes(*sizes)
         values = _values(ScoredSamples(counted, judged, training, resampling), LIKELIHOODS if of_judges else FIGURES)
         of_judges.append(
             Measures(
@@ -230,6 +231,7 @@ def measure(
                 retokenised=texts is not None,
                 clean_up_spaces=clean_up_spaces if texts is not None else None,
                 skipped=len(short) - len(kept),
+                kept=tuple(kept),
                 level=level,
                 perplexity=judged,
                 per_sample={name: value.per_sample for name, value in values.items() if value.per_sample is not None},
@@ -239,7 +241,16 @@ def measure(
     return replace(of_judges[0], panel=tuple(of_judges[1:]))
 
 
-def texts_of(given: SampleSet, tokenizer: Any, clean_up_spaces: bool) -> list[str] | None:
+def _reads(judges: Sequence[GenerativePerplexity], given: SampleSet) -> list[list[Tensor]]:
+    """Return the ids that each judge reads of the samples."""
+    if len(judges) > 1 and given.texts is None:
+        raise fail("several judges read texts, and ids came without a tokenizer.", "Pass tokenizer=..., or texts.")
+    if any(each.drop_remainder for each in judges):
+        raise fail("drop_remainder leaves samples out that the other figures count.", "Build the judge without it.")
+    return [id_sequences(given, None, each.judge.tokenizer)[0] for each in judges]
+
+
+def texts_of(given: SampleSet, tokenizer: Any, clean_up_spaces: bool = False) -> list[str] | None:
     """Return the texts that came with the samples, or else those that the tokenizer decodes; None without either."""
     texts = given.texts if given.texts is not None or tokenizer is None else decode(tokenizer, given.ids or [])
     return [cleaned(text) for text in texts] if texts is not None and clean_up_spaces else texts
@@ -265,16 +276,17 @@ def as_sample_set(samples: SampleInput) -> SampleSet:
     return SampleSet(ids=[ids.tolist() for ids in id_sequences(samples)[0]])
 
 
-def training_ids(training: SampleInput, tokenizer: Any) -> list[Tensor]:
+def training_ids(training: SampleInput, tokenizer: Any, vocabulary: str) -> list[Tensor]:
     """Return the ids of training text; texts need the tokenizer of the vocabulary that figures are counted in."""
     if isinstance(training, SampleSet):
-        training = training.ids if training.ids is not None else training.scored()
+        own = training.ids if vocabulary == "generated" else None
+        training = training.scored() if own is None else own
     if tokenizer is None and not isinstance(training, Tensor) and any(isinstance(text, str) for text in training):
         raise fail("training is text, but there is no tokenizer to encode it.", "Pass tokenizer=..., or training ids.")
     return [ids for ids in id_sequences(training, None, tokenizer)[0] if len(ids)]
 
 
-def _vocabulary(requested: str | None, given: SampleSet, texts: list[str] | None) -> str:
+def _vocabulary(requested: str | None, given: SampleSet) -> str:
     """Return the vocabulary to count in. Ids that nothing decodes are never taken for the judge's tokens."""
     if requested is None:
         return "generated" if given.ids is not None else "judge"
@@ -284,7 +296,7 @@ def _vocabulary(requested: str | None, given: SampleSet, texts: list[str] | None
             "vocabulary='generated' needs the ids as generated, but only texts were given.",
             "Pass the ids together with the texts, or vocabulary='judge' for all sets.",
         )
-    if requested == "judge" and texts is None:
+    if requested == "judge" and given.texts is None:
         raise fail(
             "vocabulary='judge' counts tokens of the judge, but ids were given and there is no tokenizer to decode "
             "them.",

@@ -44,7 +44,7 @@ class PanelComparison:
         (one,) = gains
         for i, (estimate, replicates) in enumerate(self.logs):
             apart = estimate - self.logs[one][0], replicates - self.logs[one][1]
-            if i != one and interval_from(*apart, self.level).low <= 0:
+            if i != one and not interval_from(*apart, self.level).low > 0:
                 return None
         return self.judges[one]
 

@@ -41,7 +41,7 @@ class Window(NamedTuple):
     first: int
 
 
-def plan_windows(length: int, max_length: int, stride: int | None = None) -> list[Window]:
+def plan_windows(length: int, max_length: int, stride: int | None = None, *, first: int = 1) -> list[Window]:
     """Return the windows that score a sample of ``length`` tokens.
 
     Without ``stride``: disjoint chunks, each without context, so the first token of a chunk is no target.
@@ -52,6 +52,8 @@ def plan_windows(length: int, max_length: int, stride: int | None = None) -> lis
         length: L, tokens of the sample.
         max_length: Tokens that the judge reads at once.
         stride: Step of the sliding window, below ``max_length``.
+        first: The first target of a window without context: 0 if something is read before it, such as a start token.
+            Default: 1.
 
     Raises:
         TokenDriftError: If a number is out of range.
@@ -65,8 +67,8 @@ def plan_windows(length: int, max_length: int, stride: int | None = None) -> lis
     """
     check_count("max_length", max_length, least=2)
     if stride is None:
-        starts = range(0, length - 1, max_length)  # a last chunk of one token has no target
-        return [Window(start, min(start + max_length, length), start + 1) for start in starts]
+        starts = range(0, length - first, max_length)  # a last chunk of one token has no target
+        return [Window(start, min(start + max_length, length), start + first) for start in starts]
     check_count("stride", stride, least=1)
     if stride >= max_length:
         raise fail(
@@ -74,7 +76,7 @@ def plan_windows(length: int, max_length: int, stride: int | None = None) -> lis
             "Half of max_length is the usual choice.",
             stride=stride,
         )
-    windows = [Window(0, min(max_length, length), 1)]
+    windows = [Window(0, min(max_length, length), first)]
     while (last := windows[-1]).end < length:
         windows.append(Window(last.start + stride, min(last.start + stride + max_length, length), last.end))
     return windows

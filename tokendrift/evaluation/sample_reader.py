@@ -57,9 +57,10 @@ def read_samples(
 
     Raises:
         TokenDriftError: If the file cannot be read, holds no sample or more than a million, has a bad line, or mixes
-            lines with and without ids or text, or lines of several NFE. A sample of more than 2^24 characters or ids is
-            a bad line, too. Also if the header announces another number of samples than there are, or fewer in an
-            unfinished file; with ``skip_bad``, such a file is read, and its metadata say that it is not complete.
+            lines with text alone and lines with ids alone, or lines of several NFE. A sample of more than 2^24
+            characters or ids is a bad line, too. Also if the header announces another number of samples than there are,
+            or fewer in an unfinished file; with ``skip_bad``, such a file is read, and its metadata say that it is not
+            complete.
     """
     place = Path(path)
     content = read_text(place, argument="samples file")

@@ -69,11 +69,13 @@ def id_sequences(
         if not all(isinstance(sample, str) for sample in samples):
             raise fail("samples must be all texts or all ids.")
         samples = encode(tokenizer, [str(sample) for sample in samples], special_tokens=True)
-    sequences = [torch.as_tensor(sample, device="cpu").long() for sample in samples]
+    sequences = [torch.as_tensor(sample, device="cpu") for sample in samples]
     for i, ids in enumerate(sequences):
         if ids.ndim != 1:
             raise fail(f"sample {i} must be one sequence of ids, (L,).", sample=ids)
-    return sequences, max(map(len, sequences))
+        if len(ids) and ids.dtype not in INTEGER_DTYPES:
+            raise fail(f"sample {i} must hold integer token ids.", "Convert them with .long().", sample=ids)
+    return [ids.long() for ids in sequences], max(map(len, sequences))
 
 
 def spread(sizes: Sequence[int], lengths: Sequence[int]) -> list[int]:

@@ -30,7 +30,8 @@ class KernelDistance(NamedTuple):
         distance: Unbiased squared maximum mean discrepancy, with its bootstrap interval. If the two sets have the same
             law, it is close to 0 and may be negative.
         p_value: Share of permutations that give at least this distance; small if the laws differ.
-        spread: Standard deviation of the distance over the permutations, which is that between two sets of one law.
+        spread: Standard deviation of the distance over the permutations, which is that between two sets of one law. NaN
+            for a single permutation.
         bandwidth: Bandwidth of the Gaussian kernel, in feature units; None for the other kernels.
         generated: Number of generated vectors.
         real: Number of real ones.
@@ -80,14 +81,16 @@ def kernel_distance(
         generated: (n, M), one vector a sample; n at least 2.
         real: (m, M), of real text of the same length.
         kernel: ``"gaussian"``, ``"energy"`` or ``"linear"``. Default: ``"gaussian"``.
-        bandwidth: Bandwidth s of the Gaussian kernel. Default: the median distance between all vectors.
+        bandwidth: Bandwidth s of the Gaussian kernel. Default: the median distance between all vectors, or between
+            those that differ if most are equal.
         permutations: Permutations of the test; the smallest p-value is 1 / (permutations + 1). Default: 999.
-        resamples: Redraws for the interval; pairs of a vector with itself are left out. Default: 1000.
+        resamples: Redraws for the interval. Pairs of a vector with itself are left out, and so are redraws in which a
+            set has no other pair, as may happen to sets of a few vectors. Default: 1000.
         level: Confidence of the interval. Default: 0.95.
         seed: Random seed of permutations and redraws. Default: 0.
 
     Raises:
-        TokenDriftError: If widths differ, or a set has fewer than 2 vectors.
+        TokenDriftError: If widths differ, or a set has fewer than 2 vectors or numbers that are not finite.
 
     Source: Gretton et al., A Kernel Two-Sample Test (JMLR 2012), lemma 6 and section 8; Székely and Rizzo, Energy
     statistics (2013), for the energy distance.
@@ -112,8 +115,10 @@ def kernel_distance(
     else:
         squared = torch.cdist(both, both, compute_mode=EXACT).square_()
         if bandwidth is None:
-            upper = squared[torch.ones_like(squared, dtype=torch.bool).triu_(1)]
-            bandwidth = math.sqrt(float(upper.median())) or 1.0  # equal points: any width gives zero distance
+            pairs = squared[torch.ones_like(squared, dtype=torch.bool).triu_(1)]
+            if not pairs.median():  # most vectors are equal, which says nothing about the scale
+                pairs = pairs[pairs > 0]
+            bandwidth = math.sqrt(float(pairs.median())) if len(pairs) else 1.0  # with no distance, any width will do
         check_positive("bandwidth", bandwidth)
         similarity = squared.div_(-2 * bandwidth**2).exp_().fill_diagonal_(0)
     generator = torch.Generator().manual_seed(seed)
@@ -125,13 +130,13 @@ def kernel_distance(
         count = min(PERMUTATIONS_AT_ONCE, permutations - start)
         order = torch.rand(count, n + m, generator=generator).argsort(dim=1)
         permuted.append(_mmd(similarity, place[order]))
-    # Rounding must not tell equal arrangements apart.
+    # Rounding, which grows with the kernel, must not tell equal arrangements apart.
     law = torch.cat(permuted)
-    at_least = int((law >= observed - 1e-12).sum())
+    at_least = int((law >= observed - 1e-12 * float(similarity.abs().max())).sum())
     # 3. The interval, from vectors redrawn within each set.
     counts = [draw_counts(torch.cat(list(redraws(size, resamples, generator))), size) for size in (n, m)]
     interval = interval_from(observed, _resampled_mmd(similarity, *counts), level)
-    spread = float(law.std()) if permutations > 1 else 0.0
+    spread = float(law.std()) if permutations > 1 else math.nan
     return KernelDistance(interval, (1 + at_least) / (1 + permutations), spread, bandwidth, n, m, permutations)
 
 
@@ -187,7 +192,8 @@ def mauve(
         seed: Random seed of the first clustering; the others use the numbers after it. Default: 25.
 
     Raises:
-        TokenDriftError: If ``mauve-text`` is missing, widths differ, or a set has fewer than 2 vectors.
+        TokenDriftError: If ``mauve-text`` is missing, widths differ, or a set has fewer than 2 vectors or numbers that
+            are not finite.
 
     Source: Pillutla et al., MAUVE (arXiv 2102.01454) and MAUVE Scores for Generative Models (arXiv 2212.14578).
     """
@@ -285,12 +291,12 @@ def judge_features(samples: SampleInput, judge: Judge, *, batch_size: int = 64, 
     """
     sequences, _ = id_sequences(samples, None, judge.tokenizer)
     check_count("batch_size", batch_size, least=1)
-    limit = truncate if truncate is not None else judge.window
-    sequences = [ids[:limit] for ids in sequences]
+    if truncate is not None:
+        sequences = [ids[: check_count("truncate", truncate, least=1)] for ids in sequences]
     for i, ids in enumerate(sequences):
         if len(ids) == 0:
             raise fail(f"sample {i} is empty and has no features.", "Leave empty samples out.")
-    sequences = judge.with_start(sequences)
+    sequences = [ids[: judge.window] for ids in judge.with_start(sequences)]
     check_range(torch.cat(sequences), judge.vocab_size)
     order = sorted(range(len(sequences)), key=lambda i: -len(sequences[i]))
     rows: dict[int, Tensor] = {}
@@ -312,6 +318,8 @@ def _clouds(generated: Tensor, real: Tensor) -> tuple[Tensor, Tensor]:
         check_floating(name, check_tensor(name, cloud, ("n", "M")))
         if len(cloud) < 2:
             raise fail(f"{name} needs at least 2 feature vectors.", **{name: cloud})
+        if not cloud.isfinite().all():
+            raise fail(f"{name} has features that are NaN or infinite.", "Leave such vectors out.", **{name: cloud})
     if generated.shape[1] != real.shape[1]:
         raise fail("generated and real must have one width M.", "Use one feature map.", generated=generated, real=real)
     return generated.detach().cpu().double(), real.detach().cpu().double()

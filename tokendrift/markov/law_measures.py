@@ -105,9 +105,8 @@ def measure_ids(
             return Interval(nan, nan, nan)
         generator = torch.Generator().manual_seed(seed)
         drawn = [signs[i].sum(dim=1) / pairs[i].sum(dim=1) / 2 for i in redraws(n, resamples, generator)]
-        replicates = torch.cat(drawn)
         # A redrawn set without a counted pair (0 / 0) says nothing.
-        spread = interval_from(float(signs.sum() / pairs.sum() / 2), replicates[~replicates.isnan()])
+        spread = interval_from(float(signs.sum() / pairs.sum() / 2), torch.cat(drawn))
         constant = float((sign * true).sum()) / 2
         return Interval(*(torch.tensor(spread, dtype=torch.float64) - constant).clamp_min(0).tolist())
 

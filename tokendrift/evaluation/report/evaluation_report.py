@@ -70,7 +70,7 @@ class EvaluationReport:
     @property
     def level(self) -> str:
         """The confidence of the intervals in words."""
-        return f"{self.evaluation.rows[0].measures.level:.0%}"
+        return f"{100 * self.evaluation.rows[0].measures.level:g}%"
 
     @property
     def panel(self) -> tuple[str, ...]:
@@ -114,7 +114,11 @@ class EvaluationReport:
         at = "" if fewest is None else f"At {fewest} NFE"
         at += ((" and" if at else "At") + " equal sample entropy") if matched else ""
         sentence = f"{at}, {'; '.join(parts)}" if at else "; ".join(parts)
-        return f"{sentence}." if matched else f"{sentence}; without a baseline, nothing is compared at equal entropy."
+        if matched:
+            return f"{sentence}."
+        named = self.settings.get("baseline") is not None
+        why = "no other set has as many steps as the baseline, so" if named else "without a baseline,"
+        return f"{sentence}; {why} nothing is compared at equal entropy."
 
     def entries(self) -> Iterator[tuple[str, Measures, EvaluatedSet | None]]:
         """Yield name, figures and set of every line of the table: the sets, then real text.
@@ -258,7 +262,7 @@ class EvaluationReport:
         return [*said, self.verdict()]
 
     def to_dict(self) -> dict[str, Any]:
-        """Return everything for JSON: settings, every figure, verdicts, comparisons; what is not finite is None."""
+        """Return everything for JSON, which `as_json` completes: settings, every figure, verdicts, comparisons."""
         rows = []
         for found, source in zip(self.evaluation.to_dict()["rows"], self.sources, strict=True):
             bad = [line._asdict() for line in source.samples.bad_lines]

@@ -19,7 +19,7 @@ from tokendrift.evaluation.bootstrap import Interval
 from tokendrift.evaluation.evaluator import cut_to_lengths, evaluate
 from tokendrift.evaluation.generative_perplexity import GenerativePerplexity
 from tokendrift.evaluation.judge import DEFAULT_JUDGE, PRECISIONS
-from tokendrift.evaluation.measures import Measures, as_sample_set, measure
+from tokendrift.evaluation.measures import Measures, as_sample_set, measure, texts_of
 from tokendrift.evaluation.protocols import PROTOCOLS
 from tokendrift.evaluation.report.evaluation_report import REAL, EvaluationReport, MatchedSet
 from tokendrift.evaluation.report.from_checkpoints import (
@@ -40,7 +40,7 @@ from tokendrift.evaluation.report.sources import (
     warn_of_unknown_ids,
 )
 from tokendrift.evaluation.samples import SampleInput, id_sequences
-from tokendrift.models.tokenizer import decode
+from tokendrift.models.tokenizer import decode, load_tokenizer
 from tokendrift.sampling import SampleSet, denoiser_samples
 from tokendrift.sampling.to_file import SampleConfig
 from tokendrift.text_files import read_documents
@@ -217,7 +217,7 @@ def evaluate_files(
 
         matched = match_entropies(evaluation, sources, config.baseline, draw, measured, counted)
     # 5. The report, with the texts that its page shows.
-    texts = {name: _texts(samples, tokenizer) for name, samples in sets.items()}
+    texts = {name: texts_of(samples, tokenizer) or [] for name, samples in sets.items()}
     texts[REAL] = _real_texts(evaluation.rows[0].measures, real_set, judge, tokenizer)
     settings = {"tokendrift": tokendrift.__version__, "torch": torch.__version__, **dataclasses.asdict(config)}
     settings |= {"judge": config.judge[0], "panel": tuple(config.judge[1:])}
@@ -225,8 +225,6 @@ def evaluate_files(
 
 
 def _load_judges(config: EvaluateConfig, progress: Callable[[str], object]) -> list[GenerativePerplexity]:
-    from tokendrift.models.tokenizer import load_tokenizer
-
     tokenizer = None if config.judge_tokenizer is None else load_tokenizer(config.judge_tokenizer)
     found: list[GenerativePerplexity] = []
     for name in config.judge:
@@ -256,10 +254,6 @@ def _count_samples(progress: Callable[[str], object]) -> Callable[[int], object]
         progress(f"judging: {total} samples")
 
     return report
-
-
-def _texts(samples: SampleSet, tokenizer: Any) -> list[str]:
-    return samples.texts if samples.texts is not None else decode(tokenizer, samples.ids or [])
 
 
 def _real_texts(first: Measures, real: SampleSet, judge: GenerativePerplexity, tokenizer: Any) -> list[str]:

@@ -168,11 +168,10 @@ def _capital(title: str) -> str:
 def _plot(
     report: EvaluationReport, title: str, what: str, figures: Sequence[Figure], draw: Callable[[Axes], None]
 ) -> Plot:
-    rows: list[list[Any]] = []
-    for name, measures, _ in report.entries():
-        rows.append(
-            [report.model(name), _cost(measures), *(Cell(*figure.cell(measures.figures)) for figure in figures)]
-        )
+    rows = [
+        [report.model(name), _cost(measures), *(Cell(*figure.cell(measures.figures)) for figure in figures)]
+        for name, measures, _ in report.entries()
+    ]
     description = f"{what} Models: {', '.join(_curves(report))}. The numbers stand in the table after the plot."
     slug = title.lower().replace(".-", "-").replace(" ", "-")
     headings = ("samples", "NFE", *(figure.heading for figure in figures))

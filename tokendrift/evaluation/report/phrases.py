@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Sequence
+from itertools import groupby
 from typing import NamedTuple
 
 WORDS = 3  # of a phrase
@@ -51,18 +52,12 @@ def marked(text: str, phrases: Collection[Phrase], *, words: int = WORDS) -> lis
     >>> marked("so the  cat sat", [Phrase("the cat sat", 2)])
     [Part(text='so ', repeated=False), Part(text='the  cat sat', repeated=True)]
     """
-    return list(_parts(text, {phrase.text for phrase in phrases}, words))
-
-
-def _parts(text: str, phrases: Collection[str], words: int) -> Iterator[Part]:
+    wanted = {phrase.text for phrase in phrases}
     spans = [match.span() for match in WORD.finditer(text)]
     inside = [False] * len(text)
     for k in range(len(spans) - words + 1):
-        if " ".join(text[start:end] for start, end in spans[k : k + words]) in phrases:
+        if " ".join(text[start:end] for start, end in spans[k : k + words]) in wanted:
             first, last = spans[k][0], spans[k + words - 1][1]
             inside[first:last] = [True] * (last - first)
-    start = 0
-    for end in range(1, len(text) + 1):
-        if end == len(text) or inside[end] != inside[start]:
-            yield Part(text[start:end], inside[start])
-            start = end
+    runs = groupby(zip(text, inside, strict=True), key=lambda letter: letter[1])
+    return [Part("".join(letter for letter, _ in run), repeated) for repeated, run in runs]

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from tokendrift._checks import fail, warn_user
 from tokendrift.evaluation.controls import control_sets
+from tokendrift.evaluation.measures import texts_of
 from tokendrift.evaluation.sample_reader import has_header, read_samples
 from tokendrift.evaluation.samples import id_sequences
 from tokendrift.files import file_kind
@@ -164,7 +165,7 @@ def read_controls(
         seed: Random seed.
     """
     own = tokenizer if real_set.ids is not None else judge_tokenizer
-    texts = real_set.texts if real_set.texts is not None else decode(own, real_set.ids or [])
+    texts = texts_of(real_set, own) or []
     text = real if isinstance(real, str) else "\n\n".join(texts)
     rows = real_set.ids if real_set.ids is not None else encode(own, texts)
     size: dict[str, Any] = {"count": len(rows), "length": max(map(len, rows))}
