@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import numpy
 import pytest
 import torch
 
-from tokendrift import TokenDriftError
+from tokendrift import PairDriftLoss, TokenDriftError, TokenDriftLoss
 from tokendrift._checks import (
     check_choice,
     check_count,
@@ -18,6 +19,7 @@ from tokendrift._checks import (
     describe,
     fail,
 )
+from tokendrift.features import IdentityFeatures
 
 
 def test_the_error_is_a_value_error():
@@ -37,6 +39,7 @@ def test_a_message_has_a_line_for_the_rule_one_for_what_came_and_one_for_the_way
         (torch.zeros((), device="meta"), "() float32 meta"),
         ("row", "str 'row'"),
         (None, "NoneType None"),
+        (numpy.eye(2), "ndarray array([[1., 0.],        [0., 1.]])"),
     ],
 )
 def test_what_came_is_described_by_shape_dtype_and_device(value, text):
@@ -96,3 +99,12 @@ def test_good_values_pass_unchanged():
     assert check_count("size", 0) == 0
     assert check_ids("ids", torch.zeros(2, 3, dtype=torch.int64, device="meta"), 5).device.type == "meta"
     check_choice("kind", "a", ("a", "b"))
+
+
+@pytest.mark.parametrize("name", ["noisy_ids", "predicted", "attention_mask"])
+@pytest.mark.parametrize("loss", [TokenDriftLoss(torch.eye(5), IdentityFeatures()), PairDriftLoss(5)])
+def test_an_argument_that_is_no_tensor_is_named_as_such(loss, name):
+    ids = torch.zeros(2, 3, dtype=torch.int64)
+    options = {"noisy_ids": ids} | {name: ids.numpy()}
+    with pytest.raises(TokenDriftError, match=rf"^{name} must be a tensor of shape \(B, L\)\."):
+        loss(LIKE, ids, **options)

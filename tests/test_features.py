@@ -12,12 +12,14 @@ from torch import nn
 
 from tokendrift import (
     ConcatenatedFeatures,
+    FeatureQueue,
+    PairDriftLoss,
     PooledFeatures,
     TokenDriftError,
     TokenDriftLoss,
     soft_token_lift,
 )
-from tokendrift.features import IdentityFeatures, masked_mean
+from tokendrift.features import IdentityFeatures, masked_mean, unit_vectors
 from tokendrift.models import DiT, DiTConfig
 
 
@@ -207,6 +209,11 @@ def test_sigma_is_what_the_encoder_is_told(backbone):
     assert not torch.allclose(told, PooledFeatures(encoder, layers=(-1,), normalize=False)(embeds))
 
 
+def test_sigma_for_a_backbone_that_does_not_use_it_is_refused(backbone):
+    with pytest.raises(TokenDriftError, match="not conditioned on a noise level"):
+        PooledFeatures(backbone(time_conditioning=False), sigma=0.7)
+
+
 def test_the_last_window_may_be_shorter(backbone):
     encoder, embeds = backbone(), torch.randn(2, 8, 16)
     hidden = encoder.hidden_states(embeds)[-1]
@@ -368,3 +375,16 @@ def test_maps_that_do_not_go_together_are_named():
         ConcatenatedFeatures([IdentityFeatures(), IdentityFeatures(window=2)])(embeds)
     with pytest.raises(TokenDriftError, match=r"widths \[2, 2\] must add up to D = 3"):
         ConcatenatedFeatures([IdentityFeatures(), IdentityFeatures()], widths=[2, 2])(embeds)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_what_is_built_where_the_default_dtype_is_narrow_computes_in_float32(dtype):
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        queue, pairs = FeatureQueue(2, width=3), PairDriftLoss(4)
+        units = unit_vectors(torch.tensor([[0.0, 0.0], [3e25, 4e25]], dtype=torch.float32))
+    finally:
+        torch.set_default_dtype(before)
+    assert queue.buffer.dtype == pairs.real.dtype == pairs.generated.dtype == torch.float32
+    torch.testing.assert_close(units, torch.tensor([[0.0, 0.0], [0.6, 0.8]]))

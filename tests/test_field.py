@@ -511,6 +511,14 @@ def test_the_pair_weight_follows_normalisation_and_weights():
         torch.testing.assert_close(found.pair_weight[0], expected, rtol=1e-9, atol=0)
 
 
+def test_the_pair_weight_of_positives_that_weigh_nothing_against_the_negatives_is_their_share_among_positives():
+    anchors = torch.tensor([[1.0, 0.0], [1.0, 1e-3], [1.0, -1e-3]])
+    own = torch.arange(3)
+    # On the unit sphere: squared distances of 4 and a weight of exp(-200) at the lowest temperature.
+    _, found = DriftField().diagnose(anchors, -anchors, anchors, exclude_negative=own, pairs=own)
+    torch.testing.assert_close(found.pair_weight, torch.full((3,), 1 / 3), atol=1e-3, rtol=0)
+
+
 def test_the_field_computes_in_float32_at_least_even_under_autocast():
     anchors, positives, negatives = (x.float() for x in (points(3, 64), points(4, 64, seed=1), points(5, 64, seed=2)))
     anchors, positives, negatives = (torch.nn.functional.normalize(x) for x in (anchors, positives, negatives))

@@ -779,6 +779,9 @@ def trainable():
         ({"reduction": "batchmean"}, "reduction must be one of 'mean', 'sum', 'none'"),
         ({"mask_id": V}, r"mask_id must lie in \[0, V\) with V = 7"),
         ({"mask_id": -1}, r"mask_id must lie in \[0, V\) with V = 7"),
+        ({"mask_id": "6"}, r"mask_id must lie in \[0, V\) with V = 7: an id"),
+        ({"mask_id": 6.0}, r"mask_id must lie in \[0, V\) with V = 7: an id"),
+        ({"mask_id": True}, r"mask_id must lie in \[0, V\) with V = 7: an id"),
         ({"queue_size": -1}, "queue_size must be an integer of at least 0"),
         ({"queue_size": 2.0}, "queue_size must be an integer of at least 0"),
         ({"queue_size": 0, "batch_as_references": False}, "anchors would have no references"),
@@ -1130,3 +1133,24 @@ def test_checkpointing_the_loss_is_refused_unless_its_queues_are_frozen(cls, ree
     assert all(torch.equal(*each) for each in zip(found, expected, strict=True))
     for name in ("queue_real", "queue_generated"):
         assert torch.equal(getattr(other, name).features(), getattr(plain, name).features())
+
+
+@pytest.mark.parametrize("form", [lambda drift: drift[:1], lambda drift: drift[:, 0], lambda drift: drift.tolist()])
+def test_a_drift_that_would_be_broadcast_to_the_features_is_refused(form):
+    logits, clean, *_ = loss_inputs()
+    loss = build(field=lambda anchors, *_, **__: form(torch.ones_like(anchors)))
+    with pytest.raises(TokenDriftError, match=r"field must return a drift for each anchor, \(N, M\)"):
+        loss(logits, clean)
+
+
+def test_the_queues_of_a_loss_are_built_on_the_device_of_its_embedding():
+    loss = TokenDriftLoss(torch.empty(V, D, device="meta"), IdentityFeatures())
+    assert {buffer.device.type for buffer in loss.buffers()} == {"meta"}
+
+
+def test_the_loss_runs_on_tensors_without_data():
+    with torch.device("meta"):
+        loss = TokenDriftLoss(torch.empty(V, D), IdentityFeatures())
+        logits = torch.empty(B, L, V, requires_grad=True)
+        loss(logits, torch.empty(B, L, dtype=torch.int64)).backward()
+    assert logits.grad.shape == logits.shape

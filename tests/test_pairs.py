@@ -15,6 +15,7 @@ from live_bytes import LiveBytes
 from torch.utils.checkpoint import checkpoint
 
 from tokendrift import PairDriftLoss, TokenDriftError, _ngram_laws
+from tokendrift._checks import check_clean_ids
 from tokendrift._ngram_laws import Corrupted, ExactPairs, HashedNgrams, expected_sums
 from tokendrift.pairs import pair_drift
 
@@ -371,6 +372,7 @@ def test_backoff_gives_unseen_pairs_the_chance_of_their_tokens():
     ("options", "named"),
     [
         ({"lags": ()}, "lags"),
+        ({"lags": 2}, r"lags must name at least one distance, such as \(1,\)"),
         ({"decay": 1.0}, "decay"),
         ({"backoff": -0.1}, "backoff"),
         ({"smoothing": 0.0}, "smoothing"),
@@ -437,3 +439,16 @@ def test_a_loss_that_is_computed_again_in_the_backward_pass_is_refused(reentrant
     value = checkpoint(loss, logits, IDS, use_reentrant=reentrant)
     with pytest.raises(TokenDriftError, match="computed again during the backward pass"):
         value.backward()
+
+
+def test_a_loss_stands_on_one_device_whatever_the_default():
+    with torch.device("meta"):
+        loss = PairDriftLoss(9, buckets=4)
+    assert {buffer.device.type for buffer in loss.buffers()} == {"meta"}
+
+
+def test_ids_of_a_narrow_dtype_are_not_taken_for_a_mask_that_they_cannot_hold():
+    ids = torch.tensor([[43, 44, 45, 46]], dtype=torch.uint8)  # 299 is 43 modulo 256
+    loss, logits = PairDriftLoss(300, mask_id=299), torch.randn(1, 4, 300)
+    assert torch.equal(loss.eval()(logits, ids, noisy_ids=ids), loss(logits, ids.long(), noisy_ids=ids.long()))
+    check_clean_ids(ids, 299, None)

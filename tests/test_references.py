@@ -124,6 +124,12 @@ def test_a_queue_moves_to_a_device():
         assert copy.deepcopy(queue).to("meta", dtype).features().device.type == "meta"
 
 
+def test_a_queue_begins_on_the_device_of_its_first_features():
+    queue = FeatureQueue(4)
+    queue.push(torch.empty(3, 2, device="meta"))
+    assert queue.buffer.device.type == queue.pushed.device.type == "meta"
+
+
 def test_features_on_another_device_are_refused_and_change_nothing():
     queue = FeatureQueue(4)
     queue.push(numbered(0, 3))
@@ -286,3 +292,11 @@ def test_guidance_rests_where_the_generator_overshoots_the_condition():
 def test_guidance_that_makes_no_sense_is_refused(arguments, message):
     with pytest.raises(TokenDriftError, match=message):
         guidance_weight(arguments[0], negatives=arguments[1], unconditional=arguments[2])
+
+
+def test_a_queue_that_was_stored_in_bfloat16_is_read_into_float32():
+    queue, copied = FeatureQueue(3), FeatureQueue(3)
+    queue.push(numbered(0, 2))
+    copied.load_state_dict({"buffer": queue.buffer.bfloat16(), "pushed": queue.pushed})
+    assert copied.buffer.dtype == torch.float32
+    assert torch.equal(copied.features(), numbered(0, 2))

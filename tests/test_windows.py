@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tokendrift import MirrorTeacherLoss, TokenDriftError, TokenDriftLoss
+from tokendrift import ConcatenatedFeatures, MirrorTeacherLoss, TokenDriftError, TokenDriftLoss
 from tokendrift.features import IdentityFeatures
 
 B, L, V, D, W = 3, 8, 6, 5, 2
@@ -102,3 +102,17 @@ def test_a_map_whose_present_windows_do_not_fit_is_named():
     logits, clean, mask = padded_inputs(LENGTHS)
     with pytest.raises(TokenDriftError, match=r"present\(attention_mask\) must be bool \(B, W\)"):
         TokenDriftLoss(TABLE, Odd(window=W))(logits, clean, attention_mask=mask)
+
+
+def test_maps_that_do_not_say_what_is_present_can_be_put_together_in_a_padded_batch():
+    def mean(embeds, attention_mask):
+        return embeds.mean(dim=1)
+
+    logits, ids = torch.randn(3, 4, 5), torch.zeros(3, 4, dtype=torch.int64)
+    mask = torch.ones(3, 4, dtype=torch.bool)
+    mask[0, 2:] = False
+    alone, together = (
+        TokenDriftLoss(torch.eye(5), features)(logits, ids, attention_mask=mask)
+        for features in (mean, ConcatenatedFeatures([mean]))
+    )
+    assert torch.equal(alone, together)

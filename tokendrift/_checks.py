@@ -31,7 +31,7 @@ def describe(value: object) -> str:
         dtype = str(value.dtype).removeprefix("torch.")
         return f"{tuple(value.shape)} {dtype} {value.device.type}"
     try:
-        return f"{type(value).__name__} {value!r}"[:120]
+        return " ".join(f"{type(value).__name__} {value!r}".splitlines())[:120]
     except ValueError:  # an integer of more digits than Python writes
         return type(value).__name__
 
@@ -205,13 +205,14 @@ def check_corrupted(
     ids = check_ids("noisy_ids", noisy_ids, vocab_size, like=like)
     if predicted is not None:
         return ids, check_mask("predicted", predicted, like.shape[:2])
-    return ids, None if mask_id is None else ids == mask_id
+    # In int64: compared with a narrow dtype, an id would wrap around.
+    return ids, None if mask_id is None else ids.long() == mask_id
 
 
-def check_same_device(reference_name: str, reference: Tensor, **others: Tensor | None) -> None:
-    """Require all tensors on one device."""
+def check_same_device(reference_name: str, reference: Tensor, **others: object) -> None:
+    """Require all tensors on one device; that a value is a tensor is for other rules to say."""
     for name, value in others.items():
-        if value is not None and value.device != reference.device:
+        if isinstance(value, Tensor) and value.device != reference.device:
             raise fail(
                 f"{name} is on {value.device} but {reference_name} is on {reference.device}.",
                 f"Move it with {name}.to({reference_name}.device), or move the loss with loss.to(device).",
@@ -381,13 +382,17 @@ def check_frozen(name: str, module: nn.Module) -> None:
 
 def check_mask_id(mask_id: int | None, vocab_size: int) -> None:
     """Require an entry of the vocabulary, or None."""
-    if mask_id is not None and not 0 <= mask_id < vocab_size:
-        raise fail(f"mask_id must lie in [0, V) with V = {vocab_size}.", mask_id=mask_id)
+    if mask_id is None:
+        return
+    if isinstance(mask_id, bool) or not hasattr(mask_id, "__index__") or not 0 <= mask_id < vocab_size:
+        raise fail(
+            f"mask_id must lie in [0, V) with V = {vocab_size}: an id of the vocabulary, or None.", mask_id=mask_id
+        )
 
 
 def check_clean_ids(clean_ids: Tensor, mask_id: int, text: Tensor | None) -> None:
     """Require real text without the mask token. This reads the ids and therefore synchronises an accelerator."""
-    masks = clean_ids == mask_id
+    masks = clean_ids.long() == mask_id
     if (masks if text is None else masks & text).any():
         raise fail(
             f"clean_ids contain the mask token (mask_id = {mask_id}), which real text does not have.",

@@ -81,8 +81,9 @@ class HashedNgrams(nn.Module):
         bucket = torch.stack(maps).view(order, blocks, buckets)
         token = bucket.argsort(dim=-1) + buckets * torch.arange(blocks, device="cpu")[:, None]
         # Which bucket each token has at each place, and for each block which token each bucket has: (n, blocks * K).
-        self.register_buffer("bucket", bucket.flatten(1))
-        self.register_buffer("token", token.flatten(1))
+        device = torch.get_default_device()  # as that of the laws
+        self.register_buffer("bucket", bucket.flatten(1).to(device))
+        self.register_buffer("token", token.flatten(1).to(device))
 
     def cells(self, ids: Sequence[Tensor]) -> Tensor:
         """Return the bucket of each n-gram, for the ids of its n tokens."""

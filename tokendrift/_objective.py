@@ -41,6 +41,7 @@ from tokendrift.lift import (
     soft_token_lift,
     straight_through_lift,
 )
+from tokendrift.modes import without_autocast
 from tokendrift.references import FeatureQueue, Gathered, gather, rank_count
 
 T = TypeVar("T")
@@ -200,8 +201,9 @@ class DriftObjective(nn.Module):
         self.lift, self.batch_as_references = lift, batch_as_references
         self.across_ranks = across_ranks
         self.workspace_mib = check_positive("workspace_mib", workspace_mib)
-        self.queue_real = FeatureQueue(queue_size)
-        self.queue_generated = FeatureQueue(queue_size)
+        # On the device of the embedding: a loss from a model on a GPU needs no .to() of its own.
+        self.queue_real = FeatureQueue(queue_size).to(embedding.device)
+        self.queue_generated = FeatureQueue(queue_size).to(embedding.device)
 
     @property
     def queue_size(self) -> int:
@@ -362,16 +364,17 @@ class DriftObjective(nn.Module):
         check_tensor("feature_map(embeds)", features, ("B", "W", "M") if windows else ("B", "M"))
         if len(features) != len(embeds):
             raise fail(
-                "feature_map must return one row for each sequence: (B, M), or (B, W, M) for windows.", got=features
+                "feature_map must return one row for each sequence: (B, M), or (B, W, M) for windows.",
+                features=features,
             )
         features = features.to(torch.promote_types(features.dtype, torch.float32))
         features = features if windows else features[:, None]
         rows, width = features.shape[:2]
         present = getattr(self.feature_map, "present", None)
-        if attention_mask is None or present is None:
+        here = None if attention_mask is None or present is None else present(attention_mask)
+        if here is None:
             sequence = torch.arange(rows, device=features.device)[:, None].expand(rows, width).flatten()
             return Features(features.flatten(0, 1), sequence, rows)
-        here = present(attention_mask)
         if here.shape != features.shape[:2]:
             raise fail("feature_map.present(attention_mask) must be bool (B, W).", present=here, features=features)
         # This waits for an accelerator: without padding, or a feature map with ``present``, it does not run.
@@ -380,16 +383,16 @@ class DriftObjective(nn.Module):
 
     def _generated(self, inputs: Inputs) -> Features:
         """Return the features of the lifted logits, with gradient."""
-        logits, predicted = inputs.logits, inputs.predicted
+        logits = inputs.logits
         if isinstance(logits, LinearLogits):
             lift = partial(linear_soft_token_lift, *logits)
         else:
             lift = partial(LIFTS[self.lift], logits)
-        with torch.autocast(self.embedding.device.type, enabled=False):
+        with without_autocast(self.embedding.device):
             lifted = lift(
                 self.embedding,
-                noisy_ids=inputs.noisy_ids if predicted is not None else None,
-                predicted=predicted,
+                noisy_ids=inputs.noisy_ids,
+                predicted=inputs.predicted,
                 mask_id=self.mask_id,
                 workspace_mib=self.workspace_mib,
             )
@@ -439,6 +442,8 @@ class DriftObjective(nn.Module):
             drift, field = self.field.diagnose(generated, positives, negatives, **options, pairs=own)
         else:
             drift = self.field(generated, positives, negatives, **options)
+        if not isinstance(drift, Tensor) or drift.shape != generated.shape:
+            raise fail("field must return a drift for each anchor, (N, M).", drift=drift, anchors=generated)
         if alone:
             self._warn_of_zero(refills=self.training and self.queue_size > 0)
         elif can_be_read(drift):

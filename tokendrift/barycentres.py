@@ -152,7 +152,6 @@ def sum_references(
     view: View,
     side: Side,
     *,
-    peak: Tensor | None = None,
     column_share: float = 0.0,
     row_potential: Tensor | None = None,
 ) -> Sums:
@@ -161,7 +160,6 @@ def sum_references(
     Args:
         view: How anchors look at references.
         side: The references.
-        peak: Where the peak starts, (T, N): two sides are put on one scale by starting the second from the first's.
         column_share: Power of the column factor: 0 for none, 1/2 for the two-sided form, 1 for a transport plan.
         row_potential: For `ReferenceBlock.column_potential`.
     """
@@ -173,8 +171,6 @@ def sum_references(
         empty = view.block(side, 0, 0)
         further = view.further_sums(empty, empty.logits.exp())
     sums = Sums(low, low, low, none, nowhere, none, further, view.further_powers)
-    if peak is not None:
-        sums = sums.rescaled(peak)
     for block in view.blocks(side):
         sums = _with_block(sums, view, block, column_share, row_potential, side.pairs)
     return sums

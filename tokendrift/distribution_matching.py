@@ -365,7 +365,7 @@ def _checked(
     check_mask_id(mask_id, logits.shape[-1])
     check_same_device("logits", logits, **dict(_named(teacher_logits, auxiliary_logits)), read=read)
     for name, side in _named(teacher_logits, auxiliary_logits):
-        if side.ndim not in (2, 3) or side.shape[-1] != logits.shape[-1]:
+        if not isinstance(side, Tensor) or side.ndim not in (2, 3) or side.shape[-1] != logits.shape[-1]:
             raise fail(
                 f"{name} must have shape (B, L, V) or (K, V), with V = {logits.shape[-1]} as the student's logits.",
                 "Student, teacher and auxiliary model must share one vocabulary.",

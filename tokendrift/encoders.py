@@ -147,17 +147,10 @@ def as_encoder(module: nn.Module) -> nn.Module:
     if "inputs_embeds" in _arguments(module):
         return InputsEmbedsEncoder(module)
     wrapped = isinstance(getattr(module, "module", None), nn.Module)
-    lacking = (
-        ""
-        if _shows_embedding(module) or wrapped
-        else (
-            " It lacks an input embedding too, which TokenDriftLoss.from_encoder needs: vocab_embed.embedding, "
-            "(V, D), or get_input_embeddings()."
-        )
-    )
     raise fail(
         "encoder must have a method hidden_states(embeds, attention_mask=...) -> list of (B, L, D), or be a model of "
-        f"transformers whose forward takes inputs_embeds.{lacking}",
+        "transformers whose forward takes inputs_embeds. TokenDriftLoss.from_encoder needs its input embedding too: "
+        "vocab_embed.embedding, (V, D), or get_input_embeddings().",
         "Pass the model inside the wrapper: encoder.module."
         if wrapped
         else "Add what is missing to your model, or build the loss from parts: TokenDriftLoss(embedding, feature_map) "
@@ -178,7 +171,7 @@ def input_embedding(encoder: nn.Module) -> Tensor:
     source: Any = encoder
     if hasattr(source, "vocab_embed"):
         return source.vocab_embed.embedding.detach()
-    if not _shows_embedding(encoder):
+    if not hasattr(source, "get_input_embeddings"):
         raise fail(
             "encoder has no input embedding (vocab_embed.embedding or get_input_embeddings()).",
             "Pass the parts: TokenDriftLoss(embedding, feature_map).",
@@ -236,10 +229,6 @@ def map_vocabulary(
     wide = torch.promote_types(embedding.dtype, torch.float32)
     absent = embedding.mean(dim=0, dtype=wide) if missing == "mean" else embedding.new_zeros(embedding.shape[1])
     return torch.where(index[:, None] >= 0, embedding[index.clamp_min(0)], absent.to(embedding.dtype))
-
-
-def _shows_embedding(encoder: nn.Module) -> bool:
-    return hasattr(encoder, "vocab_embed") or hasattr(encoder, "get_input_embeddings")
 
 
 def _take(rows: Tensor, order: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from tokendrift._checks import check_count, check_frozen, check_mask, check_positive, check_tensor, fail
 from tokendrift.encoders import as_encoder, input_embedding
+from tokendrift.modes import without_autocast
 
 
 class FeatureMap(Protocol):
@@ -76,7 +77,7 @@ class PooledFeatures(nn.Module):
         encoder = as_encoder(encoder)
         if not isinstance(layers, Sequence) or not layers or not all(isinstance(layer, int) for layer in layers):
             raise fail("layers must name at least one hidden layer, by index, such as (-2, -1).", layers=layers)
-        if sigma != 0 and not _takes(encoder, "sigma"):
+        if sigma != 0 and not (_takes(encoder, "sigma") and getattr(encoder, "time_conditioned", True)):
             raise fail(
                 "sigma was given, but the encoder is not conditioned on a noise level.",
                 "Leave sigma out, or let the encoder's hidden_states take sigma, (B,).",
@@ -116,7 +117,7 @@ class PooledFeatures(nn.Module):
         hidden = encoder.hidden_states(embeds.to(dtype), attention_mask=mask, **level)
         if any(not -len(hidden) <= layer < len(hidden) for layer in self.layers):
             raise fail(f"layers {self.layers} do not exist: the encoder returns {len(hidden)} hidden states.")
-        with torch.autocast(embeds.device.type, enabled=False):
+        with without_autocast(embeds.device):
             chosen = [hidden[layer] for layer in self.layers]
             if self.windows is None:
                 features = torch.cat([masked_mean(layer, mask) for layer in chosen], dim=-1)
@@ -238,7 +239,8 @@ def unit_vectors(features: Tensor) -> Tensor:
     """
     with torch.no_grad():
         size = features.abs().amax(dim=-1, keepdim=True)
-        scale = torch.where(size > 2.0**60, 2.0**-80, torch.where(size < 2.0**-40, 2.0**90, 1.0)).to(features)
+        # Filled in the dtype of the features: numbers of Python alone would have the default dtype.
+        scale = torch.ones_like(size).masked_fill_(size > 2.0**60, 2.0**-80).masked_fill_(size < 2.0**-40, 2.0**90)
     return nn.functional.normalize(features * scale, dim=-1)
 
 

@@ -240,7 +240,7 @@ class DriftField:
             # 2. Weighted sums of the references of both sides, block by block.
             view = self._view(anchors.to(dtype) - centre, centre, *sides)
             # 3. From their means and masses, the drift.
-            return self._drift(view, *self._sum_sides(view, *sides))
+            return self._drift(view, *(self._sum_side(view, side) for side in sides))
 
     def combine(self, raw: Tensor, sums: FieldSums) -> Tensor:
         """Return the drift (N, M) from the raw drifts (T, N, M): scales of the temperatures, then aggregation."""
@@ -262,23 +262,18 @@ class DriftField:
         kernel = self.kernels[self.kernel] if isinstance(self.kernel, str) else self.kernel
         return View(anchors, centre, kernel, self.temperatures, self._block_for(anchors), refine)
 
-    def _sum_sides(self, view: View, positive: Side, negative: Side) -> tuple[Sums, Sums]:
-        """Return the sums of both sides: on one scale unless each side is normalised alone."""
-        share = 0.5 if self.normalization == "two_sided" else 0.0
-        pos = sum_references(view, positive, column_share=share)
-        if self.normalization == "separate":
-            return pos, sum_references(view, negative)
-        neg = sum_references(view, negative, peak=pos.peak, column_share=share)
-        return pos.rescaled(neg.peak), neg
+    def _sum_side(self, view: View, side: Side) -> Sums:
+        """Return the sums of one side, relative to a peak of its own."""
+        return sum_references(view, side, column_share=0.5 if self.normalization == "two_sided" else 0.0)
 
     def _masses(self, pos: Sums, neg: Sums) -> tuple[Tensor, Tensor]:
         """Return the sums of A over positives and over negatives, (T, N) each; ones where each sums to one alone."""
         if self.normalization == "joint":
-            total = pos.mass + neg.mass
-            return pos.mass / total, neg.mass / total
+            ahead = (pos.peak - neg.peak) + (pos.mass.log() - neg.mass.log())
+            return ahead.sigmoid(), (-ahead).sigmoid()
         if self.normalization == "two_sided":  # A = exp(logits - column/2 - row/2)
-            shift = (pos.peak - 0.5 * torch.logaddexp(pos.row, neg.row)).exp()
-            return pos.mass * shift, neg.mass * shift
+            row = 0.5 * torch.logaddexp(pos.row, neg.row)
+            return pos.mass * (pos.peak - row).exp(), neg.mass * (neg.peak - row).exp()
         return torch.ones_like(pos.mass), torch.ones_like(neg.mass)
 
     def _aim(self, view: View, side: Sums) -> Tensor:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from functools import partial
 
 import torch
 from torch import Tensor
+
+from tokendrift.modes import without_autocast
 
 Kernel = Callable[[Tensor, float], Tensor]
 """Squared distances and temperature to log-weights, elementwise."""
@@ -56,8 +58,7 @@ def exact_matmul(device: torch.device) -> Iterator[None]:
 
     In a compiled graph TF32 stays as it is set: the switch is not a part of graphs.
     """
-    autocast = torch.amp.is_autocast_available(device.type)
-    with torch.autocast(device.type, enabled=False) if autocast else nullcontext():
+    with without_autocast(device):
         if device.type != "cuda" or torch.compiler.is_compiling():
             yield
             return

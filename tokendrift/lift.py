@@ -18,10 +18,9 @@ import torch
 from torch import Tensor
 
 from tokendrift._checks import (
+    check_corrupted,
     check_count,
     check_floating,
-    check_ids,
-    check_mask,
     check_mask_id,
     check_one_vocabulary,
     check_positive,
@@ -215,27 +214,17 @@ def _likeliest(logits: Tensor, mask_id: int | None) -> Tensor:
     """Return the argmax over the entries that are open, (B, L), without a copy of the logits."""
     if mask_id is None:
         return logits.argmax(dim=-1)
-    parts = [(low, part) for low, part in ((0, logits[..., :mask_id]), (mask_id + 1, logits[..., mask_id + 1 :]))]
-    found = [(low, *part.max(dim=-1)) for low, part in parts if part.shape[-1]]
-    if len(found) == 1:
-        return found[0][2] + found[0][0]
-    (_, below, first), (shift, above, second) = found
-    return torch.where(above > below, second + shift, first)
+    first, second = logits.topk(2, dim=-1).indices.unbind(dim=-1)
+    return torch.where(first == mask_id, second, first)
 
 
 def _predicted_rows(
     name: str, data: Tensor, embedding: Tensor, noisy_ids: Tensor | None, predicted: Tensor | None
 ) -> tuple[Tensor | None, Tensor | None]:
     """Return ascending indices of the predicted rows, and the ids at the others; None if all are predicted."""
+    noisy_ids, predicted = check_corrupted(noisy_ids, predicted, mask_id=None, vocab_size=len(embedding), like=data)
     if predicted is None:
         return None, None
-    predicted = check_mask("predicted", predicted, data.shape[:2])
-    if noisy_ids is None:
-        raise fail(
-            "predicted was given without noisy_ids, so the ids at the other positions are unknown.",
-            "Pass noisy_ids=x_t, or leave predicted out to lift every position.",
-        )
-    noisy_ids = check_ids("noisy_ids", noisy_ids, embedding.shape[0], like=data)
     check_same_device(name, data, predicted=predicted, noisy_ids=noisy_ids)
     # This waits for an accelerator, once a call: the number of predicted rows is the size of the products.
     return predicted.reshape(-1).nonzero()[:, 0], noisy_ids

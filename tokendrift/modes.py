@@ -1,9 +1,9 @@
-"""Evaluation mode for a block of code."""
+"""Modes for a block of code: evaluation mode, and autocast off."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 from torch import nn
@@ -28,3 +28,10 @@ def evaluation_mode(model: object) -> Iterator[None]:
     finally:
         for module, mode in zip(modules, modes, strict=True):
             module.training = mode
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager[object]:
+    """Return a block in which autocast is off, on a device that has none too."""
+    if not torch.amp.is_autocast_available(device.type):
+        return nullcontext()
+    return torch.autocast(device.type, enabled=False)

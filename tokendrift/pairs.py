@@ -12,6 +12,7 @@ from tokendrift._checks import (
     can_be_read,
     check_corrupted,
     check_count,
+    check_floating,
     check_fraction,
     check_ids,
     check_mask,
@@ -22,6 +23,7 @@ from tokendrift._checks import (
     fail,
 )
 from tokendrift._ngram_laws import Corrupted, ExactPairs, HashedNgrams, expected_sums, windows
+from tokendrift._operators import wide_dtype
 from tokendrift.references import rank_count, refuse_recomputation
 
 __all__ = ["PairDriftLoss", "pair_drift"]
@@ -150,9 +152,9 @@ class PairDriftLoss(nn.Module):
         self.vocab_size = check_count("vocab_size", vocab_size, least=2)
         check_mask_id(mask_id, vocab_size)
         self.mask_id = mask_id
-        self.lags = tuple(check_count("lags", lag, least=1) for lag in lags)
-        if not self.lags:
+        if not isinstance(lags, Sequence) or not lags:
             raise fail("lags must name at least one distance, such as (1,).", lags=lags)
+        self.lags = tuple(check_count("lags", lag, least=1) for lag in lags)
         check_count("strata", strata, least=1)
         check_fraction("decay", decay)
         check_fraction("backoff", backoff)
@@ -166,10 +168,11 @@ class PairDriftLoss(nn.Module):
                 backoff=backoff,
                 buckets=buckets,
             )
-        self.register_buffer("real", torch.zeros(len(self.lags), *self.law.shape))
-        self.register_buffer("generated", torch.zeros(strata, len(self.lags), *self.law.shape))
+        dtype = wide_dtype(torch.get_default_dtype())
+        self.register_buffer("real", torch.zeros(len(self.lags), *self.law.shape, dtype=dtype))
+        self.register_buffer("generated", torch.zeros(strata, len(self.lags), *self.law.shape, dtype=dtype))
         self.register_buffer("real_weight", torch.zeros(len(self.lags), dtype=torch.float64))
-        self.register_buffer("generated_weight", torch.zeros(strata))
+        self.register_buffer("generated_weight", torch.zeros(strata, dtype=dtype))
 
     def extra_repr(self) -> str:
         cells = "one for each pair" if isinstance(self.law, ExactPairs) else self.law.shape[0]
@@ -297,11 +300,12 @@ class PairDriftLoss(nn.Module):
         """Return the arguments of `forward` once they have been checked."""
         if self.training and not torch.compiler.is_compiling():
             refuse_recomputation("the laws")
-        check_tensor("logits", logits, ("B", "L", "V"))
+        check_floating("logits", check_tensor("logits", logits, ("B", "L", "V")))
         if logits.shape[2] != self.vocab_size:
             raise fail(f"logits must have V = {self.vocab_size} entries.", logits=logits)
         clean_ids = check_ids("clean_ids", clean_ids, self.vocab_size, like=logits)
-        check_same_device("logits", logits, laws=self.real, clean_ids=clean_ids, noisy_ids=noisy_ids)
+        given = {"noisy_ids": noisy_ids, "predicted": predicted, "attention_mask": attention_mask}
+        check_same_device("logits", logits, laws=self.real, clean_ids=clean_ids, **given)
         reach = (self.law.order - 1) * max(self.lags)
         if logits.shape[1] <= reach:
             raise fail(f"sequences must be longer than an n-gram at the largest lag, {reach}.", logits=logits)

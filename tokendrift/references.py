@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, distributed, nn
 
 from tokendrift._checks import check_count, check_positive, check_same_device, check_tensor, fail
+from tokendrift._operators import wide_dtype
 
 
 class Gathered(NamedTuple):
@@ -151,7 +152,8 @@ class FeatureQueue(nn.Module):
         super().__init__()
         _keep_eager()
         self.capacity = check_count("capacity", capacity)
-        self.register_buffer("buffer", torch.zeros(capacity, width or 0))
+        dtype = wide_dtype(torch.get_default_dtype())
+        self.register_buffer("buffer", torch.zeros(capacity, width or 0, dtype=dtype))
         self.register_buffer("pushed", torch.zeros((), dtype=torch.int64))
         self._pushed = 0  # `pushed` as the host knows it: equal on a CPU, an upper bound on other devices
         self._held: list[Tensor] | None = None  # what is pushed while the queue is frozen
@@ -203,9 +205,10 @@ class FeatureQueue(nn.Module):
             return
         refuse_recomputation("the queues", " Or run both passes inside loss.frozen_queues().")
         if self.buffer.shape[1] == 0:
-            dtype = torch.promote_types(features.dtype, torch.float32)
+            dtype = wide_dtype(features.dtype)
             with torch.inference_mode(False):  # a tensor born in inference mode could not be written to in training
                 self.buffer = features.new_zeros(self.capacity, features.shape[1], dtype=dtype)
+                self.pushed = self.pushed.to(features.device)
         self.check_width(features)
         check_same_device("queue", self.buffer, features=features)
         kept = features.detach()[-self.capacity :].to(self.buffer.dtype)
@@ -252,7 +255,7 @@ class FeatureQueue(nn.Module):
                 )
             _check_stored(stored, state_dict.get(prefix + "pushed"))
             if stored.shape[1] != self.buffer.shape[1]:
-                self.buffer = self.buffer.new_zeros(stored.shape, dtype=stored.dtype)
+                self.buffer = self.buffer.new_zeros(stored.shape, dtype=wide_dtype(stored.dtype))
         super()._load_from_state_dict(state_dict, prefix, *args)
         self._pushed = int(self.pushed)
 

@@ -116,16 +116,11 @@ class ExtendedDriftField(DriftField):
         view = _ExtendedView(**options, spread=self.subtract_noise)
         return replace(view, unit=_mean_distance(view, positive, negative)) if self.feature_scaling else view
 
-    def _sum_sides(self, view: View, positive: Side, negative: Side) -> tuple[Sums, Sums]:
+    def _sum_side(self, view: View, side: Side) -> Sums:
         if self.normalization != "sinkhorn":
-            return super()._sum_sides(view, positive, negative)
-        pos, neg = (
-            sum_references(
-                view, side, column_share=1.0, row_potential=_sinkhorn_potential(view, side, self.sinkhorn_iterations)
-            )
-            for side in (positive, negative)
-        )
-        return pos, neg
+            return super()._sum_side(view, side)
+        potential = _sinkhorn_potential(view, side, self.sinkhorn_iterations)
+        return sum_references(view, side, column_share=1.0, row_potential=potential)
 
     def _aim(self, view: View, side: Sums) -> Tensor:
         if not isinstance(view, _ExtendedView) or view.pull is None:
