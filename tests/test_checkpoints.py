@@ -124,6 +124,13 @@ def test_writing_over_a_loaded_checkpoint_changes_no_loaded_weight(tmp_path, mod
     assert not load_denoiser(tmp_path)[0].vocab_embed.embedding.any()
 
 
+def test_a_state_that_is_not_whole_is_refused_before_anything_is_written(tmp_path, model):
+    state = dict(list(model.state_dict().items())[1:])
+    with pytest.raises(TokenDriftError, match="state lacks 1 weights"):
+        save_denoiser(model, tmp_path / "model", state=state)
+    assert not (tmp_path / "model").exists()
+
+
 def test_an_interrupted_first_save_leaves_nothing(tmp_path, model, monkeypatch):
     monkeypatch.setattr(Path, "write_text", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):

@@ -245,7 +245,7 @@ def save_denoiser(
 
     Raises:
         TokenDriftError: If the model is neither a `DiT` nor around one of transformers, or the process does not belong
-            to it or is none of the two.
+            to it or is none of the two, or the state of a `DiT` is not whole.
     """
     from safetensors.torch import save_file
 
@@ -254,6 +254,9 @@ def save_denoiser(
     for name, tensor in (model.state_dict() if state is None else state).items():
         kept = dtype if dtype is not None and tensor.is_floating_point() and name != lightning.BUFFER else tensor.dtype
         tensors[_plain_name(name)] = tensor.detach().to("cpu", kept).contiguous()
+    lacking = [name for name in map(_plain_name, dict(model.named_parameters())) if name not in tensors]
+    if lacking and not isinstance(model, MaskedLMDenoiser):
+        raise fail(f"state lacks {len(lacking)} weights of the model, such as {lacking[0]}.", "Pass all of them.")
     folder = Path(folder)
     # Everything is written beside its place first, on the same file system, so that renaming is atomic.
     beside = folder if folder.is_dir() else folder.parent
