@@ -81,12 +81,13 @@ ARMS["SDTT with drift"] = ARMS["SDTT"] | {"drift_weight": 1.0}
 ARMS[EQUAL_COMPUTE] = ARMS[BEST] | {"learning_rate": 2e-4}  # the rate for short runs
 FEWER = {"masked": 5 / 12, "uniform": 4 / 12}
 ONE_PROCESS = {"no random input": "masked", "SDTT": "masked", "SDTT with drift": "masked", "DCD": "uniform"}
-PEERS = ("SDTT", "DCD", "IDLM", "D-MMD")
+PEERS = ("SDTT", "DCD", "IDLM", "D-MMD")  # methods of others, measured at more numbers of steps
 GREEDY_ARMS = (BASE, "DCD", BEST)  # of uniform-state models: after the last step of a masked one, no mask is left
 CURVE = (
     *(SamplingSetting(4, temperature) for temperature in (1.1, 1.0, 0.95, 0.9, 0.85, 0.8, 0.7)),
     *(SamplingSetting(4, 1.0, top_p) for top_p in (0.95, 0.9, 0.8)),
 )
+OF_EVERY_ARM = (SamplingSetting(4), SamplingSetting(4, 0.8), SamplingSetting(2), SamplingSetting(16))
 ROWS: dict[str, tuple[SamplingSetting, ...]] = {
     BASE: (
         *CURVE,
@@ -97,10 +98,8 @@ ROWS: dict[str, tuple[SamplingSetting, ...]] = {
         *(SamplingSetting(4, temperature) for temperature in (1.0, 0.9, 0.8, 1.1, 0.7, 0.6)),
         *(SamplingSetting(steps) for steps in (2, 1, 8, 16, 32)),
     ),
-    "": (SamplingSetting(4), SamplingSetting(4, 0.8), SamplingSetting(2), SamplingSetting(16)),
-    **dict.fromkeys(
-        PEERS, (SamplingSetting(4), SamplingSetting(4, 0.8), *(SamplingSetting(steps) for steps in (2, 1, 8, 16, 32)))
-    ),
+    "": OF_EVERY_ARM,
+    **dict.fromkeys(PEERS, (*OF_EVERY_ARM, *(SamplingSetting(steps) for steps in (1, 8, 32)))),
     **dict.fromkeys((*CONTROL_NAMES, *(arm + GREEDY for arm in GREEDY_ARMS)), (SamplingSetting(4),)),
 }
 

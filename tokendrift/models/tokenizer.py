@@ -127,10 +127,10 @@ def require_tokenizer(
 # -------------------------------------------------------------------------------------------- text to ids and back
 
 
-usable = foreign_errors("the tokenizer fails", "Its files may be damaged; fetch them again.")
+_tokenizer_errors = foreign_errors("the tokenizer fails", "Its files may be damaged; fetch them again.")
 
 
-@usable
+@_tokenizer_errors
 def encode(tokenizer: Any, texts: Sequence[str], *, special_tokens: bool = False) -> list[list[int]]:
     """Return the ids of each text, whole and without special tokens around it.
 
@@ -179,7 +179,7 @@ def _encode_batch(tokenizer: Any, texts: Sequence[str], special_tokens: bool) ->
         tokenizer.encode_special_tokens = before
 
 
-@usable
+@_tokenizer_errors
 def decode(tokenizer: Any, ids: Tensor | Sequence[Sequence[int]] | Sequence[Tensor]) -> list[str]:
     """Return the text of each sequence of ids: special tokens are written out, and spaces stay as generated.
 
