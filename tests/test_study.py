@@ -145,6 +145,22 @@ def test_other_models_and_another_text_make_cells_of_their_own(study, tmp_path):
     assert len(set(whole)) == len(whole)
 
 
+def test_a_second_refinement_starts_from_the_model_of_the_first(study, tmp_path, monkeypatch):
+    english = study["english"]
+    started = []
+
+    def refine(config, progress):
+        started.append((config.checkpoint, type(config.objective).__name__))
+        Path(config.output).mkdir(parents=True)
+
+    monkeypatch.setattr(english, "refine", refine)
+    tool = english.English(english.Plan(tmp_path, quick=True))
+    drifted = tool.model(english.Cell("masked", "TokenDrift after SDTT", 0))
+    distilled = tool.model(english.Cell("masked", "SDTT", 0))
+    assert started == [(str(pretrained_path("masked")), "SelfDistillationConfig"), (str(distilled), "DriftConfig")]
+    assert tool.model(english.Cell("masked", "TokenDrift", 0)) not in (drifted, distilled)
+
+
 @pytest.mark.slow
 def test_a_row_of_english_is_trained_sampled_and_judged_once(study, tmp_path):
     judge = str(pretrained_path("judge"))

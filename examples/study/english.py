@@ -76,11 +76,16 @@ ARMS: dict[str, dict[str, Any]] = {
     "SDTT with drift": {},
 }
 ARMS["SDTT with drift"] = ARMS["SDTT"] | {"drift_weight": 1.0}
+for distilled in ("SDTT", "DCD"):  # a second refinement, of the same length, of the model that the first one made
+    ARMS[f"TokenDrift after {distilled}"] = ARMS["TokenDrift"] | {"after": distilled}
 # As many passes through a network as the distillation of the same process needs for all of its steps, a forward pass
 # with gradient counted as three: 12 a step of distribution matching, 5 of SDTT, 4 of DCD.
 ARMS[EQUAL_COMPUTE] = ARMS[BEST] | {"learning_rate": 2e-4}  # the rate for short runs
 FEWER = {"masked": 5 / 12, "uniform": 4 / 12}
-ONE_PROCESS = {"no random input": "masked", "SDTT": "masked", "SDTT with drift": "masked", "DCD": "uniform"}
+ONE_PROCESS = {
+    **dict.fromkeys(("no random input", "SDTT", "SDTT with drift", "TokenDrift after SDTT"), "masked"),
+    **dict.fromkeys(("DCD", "TokenDrift after DCD"), "uniform"),
+}
 PEERS = ("SDTT", "DCD", "IDLM", "D-MMD")  # methods of others, measured at more numbers of steps
 GREEDY_ARMS = (BASE, "DCD", BEST)  # of uniform-state models: after the last step of a masked one, no mask is left
 CURVE = (
@@ -189,8 +194,9 @@ class English:
             if not text.exists():
                 lines = (json.dumps({"text": paragraph}) for paragraph in self.text.train)
                 write_atomically(text, "\n".join(lines) + "\n")
-            preset = settings.pop("preset", None)
-            paths = {"checkpoint": str(self.plan.base(cell.kind)), "text": (str(text),), "output": str(folder)}
+            preset, first = settings.pop("preset", None), settings.pop("after", BASE)
+            checkpoint = self.model(cell._replace(arm=first))
+            paths = {"checkpoint": str(checkpoint), "text": (str(text),), "output": str(folder)}
             refine(make_config(preset=preset, values={**settings, **paths}), progress=False)
             (folder / "finished").touch()
         return folder
