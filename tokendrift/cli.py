@@ -37,6 +37,7 @@ except ImportError as error:
 
 NO_MEMORY = ("MemoryError", "can't allocate memory")  # of Python, of accelerators, and of PyTorch on the CPU
 LESS_MEMORY = "Choose smaller batches, shorter sequences, fewer samples, or a smaller model."
+PERMISSIONS = "Pass a path that exists, with the permission to read it, or to write to it if it is an output."
 
 CheckpointArgument = Annotated[str, typer.Argument(help="Hub id, folder, safetensors file or Lightning .ckpt.")]
 TrainingDeviceOption = Annotated[
@@ -339,19 +340,20 @@ def probe(
     does.
     """
     with plain_errors():
-        from tokendrift.files import write_atomically
+        from tokendrift.files import check_writable, write_atomically
         from tokendrift.models import checkpoint_fields
 
+        check_writable(output)
         fields = checkpoint_fields(checkpoint_config or ())
         with _status("probing") as progress:
             report = probe_checkpoints(checkpoint, text, config=fields, progress=progress, **options)
-        if output is not None:
-            write_atomically(output, json.dumps(report.to_dict(), indent=2) + "\n")
         console = _console(130)
         for table in report.tables():
             console.print(table)
         for sentence in report.sentences():
             console.print(sentence, highlight=False, soft_wrap=True)
+        if output is not None:  # last, so that a full disk does not lose the tables
+            write_atomically(output, json.dumps(report.to_dict(), indent=2) + "\n")
 
 
 @app.command()
@@ -380,7 +382,9 @@ def evaluate(
     with plain_errors("with --keep, the samples of checkpoints are kept: run the same command again to resume"):
         from tokendrift.evaluation.plots import require_matplotlib
         from tokendrift.evaluation.report import evaluate_files
+        from tokendrift.files import check_writable
 
+        check_writable(json_file, csv_file, html_file)
         config = EvaluateConfig(real=real, samples=tuple(samples or ()), **options)
         if html_file is not None:
             require_matplotlib()
@@ -423,6 +427,11 @@ def plain_errors(hint: str = "finished stages are kept: run the same command aga
         yield
     except TokenDriftError as error:
         _say(f"tokendrift: {error}", error=True)
+        raise typer.Exit(2) from None
+    except OSError as error:
+        if error.filename is None:
+            raise
+        _say(f"tokendrift: {error.filename} cannot be used: {reason(error)}.\n  {PERMISSIONS}", error=True)
         raise typer.Exit(2) from None
     except (MemoryError, RuntimeError) as error:
         if not any(sign in f"{type(error).__name__} {error}" for sign in NO_MEMORY):
