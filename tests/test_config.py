@@ -209,3 +209,9 @@ def test_every_setting_has_its_help_and_its_default(name):
     assert text[0].isupper() and "Default: " in text and text.endswith(".")
     if name == "objective":
         assert all(objective in text for objective in OBJECTIVES)
+
+
+def test_the_help_states_the_default_of_the_command_where_its_preset_has_another():
+    assert setting_help("steps").endswith("Default: 1500 in the preset matching; 1000 without a preset.")
+    assert setting_help("objective").endswith("Default: matching in the preset matching; drift without a preset.")
+    assert setting_help("batch_size").endswith("Default: 64.")

@@ -282,10 +282,16 @@ def _check_unused(name: str, value: Any) -> None:
 
 
 def setting_help(name: str) -> str:
-    """Return the help of a setting for the command line."""
+    """Return the help of a setting for the command line, where the default preset may have another default value."""
     if name == "objective":
-        return f"What is minimised: {', '.join(OBJECTIVES)}. Default: {DEFAULT_OBJECTIVE}."
-    return describe_setting(RefineConfig, name)
+        text = f"What is minimised: {', '.join(OBJECTIVES)}. Default: {DEFAULT_OBJECTIVE}."
+    else:
+        text = describe_setting(RefineConfig, name)
+    preset = PRESETS[DEFAULT_PRESET]
+    if name not in preset or preset[name] == getattr(RefineConfig, name, None):
+        return text
+    about, _, without = text.partition("Default: ")
+    return f"{about}Default: {preset[name]} in the preset {DEFAULT_PRESET}; {without[:-1]} without a preset."
 
 
 # AdamW as all published recipes below have it.
