@@ -21,7 +21,7 @@ from tokendrift.evaluation.generative_perplexity import GenerativePerplexity
 from tokendrift.evaluation.judge import DEFAULT_JUDGE, PRECISIONS
 from tokendrift.evaluation.measures import Measures, as_sample_set, measure, texts_of
 from tokendrift.evaluation.protocols import PROTOCOLS
-from tokendrift.evaluation.report.evaluation_report import REAL, EvaluationReport, MatchedSet
+from tokendrift.evaluation.report.evaluation_report import EvaluationReport, MatchedSet
 from tokendrift.evaluation.report.from_checkpoints import (
     held_out_nelbo,
     load_denoisers,
@@ -29,6 +29,7 @@ from tokendrift.evaluation.report.from_checkpoints import (
     sample_checkpoints,
 )
 from tokendrift.evaluation.report.sources import (
+    REAL,
     NamedSamples,
     common_tokenizer,
     read_controls,
@@ -119,8 +120,9 @@ class EvaluateConfig:
     device: str = "auto"
 
     def __post_init__(self) -> None:
-        for name in ("samples", "checkpoint", "nfe"):
+        for name in ("samples", "checkpoint"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
+        object.__setattr__(self, "nfe", tuple(dict.fromkeys(self.nfe)))  # one that is given twice is sampled once
         if not self.samples and not self.checkpoint:
             raise fail("there is nothing to evaluate.", "Pass samples files, or checkpoint and nfe.")
         if bool(self.checkpoint) != bool(self.nfe):
@@ -165,6 +167,7 @@ def evaluate_files(
     # 1. Read the files, then load the judge, which may be large, and sample the checkpoints.
     progress("reading")
     sources = read_sources(config.samples, skip_bad=config.skip_bad, lines=config.lines)
+    unique_names(sources)  # before all work; the sets of checkpoints join them below
     real = read_real(config.real, skip_bad=config.skip_bad)
     training = None if config.training_text is None else SampleSet(texts=read_documents(config.training_text))
     judge, *panel = _load_judges(config, progress)
@@ -178,8 +181,6 @@ def evaluate_files(
     if config.controls:
         sources += read_controls(real, real_set, tokenizer, judge.judge.tokenizer, seed=config.seed)
     names = unique_names(sources)
-    if REAL in names:
-        raise fail(f"a set of samples is called {REAL!r}, as real text is.", "Give it another name: NAME=FILE.")
     # 3. Measure the checkpoints, then every set beside real text.
     denoisers = load_denoisers(
         config.checkpoint, sources, config.tokenizer, device=config.device, fields=config.checkpoint_config
