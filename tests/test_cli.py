@@ -32,6 +32,13 @@ def test_help_names_the_options(run):
         assert option in result.stdout
 
 
+def test_the_terminal_breaks_the_lines_of_the_help():
+    from tokendrift.cli import app
+
+    for command in app.registered_commands:
+        assert "\n" not in command.help.replace("\n\n", ""), command.callback
+
+
 def test_the_command_offers_completion_to_the_shell(run):
     assert "--install-completion" in run("--help").stdout
 

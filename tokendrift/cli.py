@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import platform
 import time
@@ -212,8 +213,7 @@ def refine(
     """Train a released or saved checkpoint further, so that it samples well in few steps.
 
     Run the same command again to resume after an interruption. Flags and --set override the settings of --config,
-    which override those of --preset. The defaults below are those without a preset; --show prints
-    the settings of a run.
+    which override those of --preset. --show prints the settings of a run.
 
     For several devices, leave --device out: accelerate launch -m tokendrift.cli refine ...
     """
@@ -442,6 +442,11 @@ def plain_errors(hint: str = "finished stages are kept: run the same command aga
     except KeyboardInterrupt:
         typer.echo(f"\ninterrupted; {hint}", err=True)
         raise typer.Exit(130) from None
+
+
+for command in app.registered_commands:  # whose help keeps line breaks within a paragraph otherwise
+    text = inspect.getdoc(command.callback) or ""
+    command.help = "\n\n".join(" ".join(paragraph.split()) for paragraph in text.split("\n\n"))
 
 
 def main() -> None:
