@@ -136,6 +136,24 @@ def test_diagnostics_are_the_means_over_accumulated_micro_batches(make):
 
 
 @pytest.mark.parametrize(
+    ("arguments", "steps"),
+    [
+        ({"logging_steps": 2}, [2, 4]),
+        ({"logging_steps": 0.5}, [2, 4]),  # a share of all steps
+        ({"logging_steps": 500, "logging_strategy": "epoch"}, [2, 4]),
+        ({"logging_steps": 2, "logging_strategy": "no"}, []),
+    ],
+)
+def test_diagnostics_are_computed_at_the_steps_that_are_logged_alone(make, arguments, steps):
+    trainer, _ = make("continuation", per_device_train_batch_size=4, gradient_accumulation_steps=2, **arguments)
+    asked, inner = [], trainer.objective
+    trainer.objective = lambda *args, log: asked.append(log) or inner(*args, log=log)
+    trainer.train()
+    assert [number // 2 + 1 for number, log in enumerate(asked) if log] == [each for each in steps for _ in range(2)]
+    assert [entry["step"] for entry in trainer.state.log_history if "nelbo" in entry] == steps
+
+
+@pytest.mark.parametrize(
     ("kind", "own"),
     [("drift", True), ("drift", False), ("continuation", True), ("continuation", False), ("matching", True)],
 )
