@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import warnings
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -133,6 +134,16 @@ def test_diagnostics_are_the_means_over_accumulated_micro_batches(make):
     logged = [entry["drift"] for entry in trainer.state.log_history if "drift" in entry]
     drifts = [each.logs["drift"].item() for each in found]
     assert logged == pytest.approx([(drifts[0] + drifts[1]) / 2, (drifts[2] + drifts[3]) / 2])
+
+
+def test_an_objective_that_does_not_know_the_other_processes_is_warned_of(make, monkeypatch):
+    monkeypatch.setattr(TrainingArguments, "world_size", 2)
+    with pytest.warns(UserWarning, match=r"has share=\(0, 1\), but this is process 0 of 2.*same noise"):
+        make("continuation")
+    monkeypatch.setitem(OBJECTIVES, "continuation", lambda _, process, own: Continuation(process, own, share=(0, 2)))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        make("continuation")
 
 
 @pytest.mark.parametrize(

@@ -175,6 +175,13 @@ class ObjectiveTrainer(Trainer):
         self._found: list[dict[str, float]] = []  # one for each micro-batch since the last log
         # What moves and is stored: that of the objective, or else its drifting loss.
         stateful = objective if isinstance(objective, StatefulObjective) else None
+        share, own = getattr(objective, "share", None), (self.args.process_index, self.args.world_size)
+        if share not in (None, own):
+            warn_user(
+                f"the objective has share={share}, but this is process {own[0]} of {own[1]}: the processes draw the "
+                "same noise, and an auxiliary model is trained by each on its own. Build it with "
+                "share=(args.process_index, args.world_size) and with generators in the same state."
+            )
         self._module = self.drift if stateful is None else stateful.module
         self._state: Any = stateful or self.drift
         if self._module is not None:
