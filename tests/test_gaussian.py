@@ -158,6 +158,14 @@ def test_a_backbone_reads_the_largest_entries_as_it_reads_all(backbone, generato
     torch.testing.assert_close(found.denoise(model), dense.denoise(model), rtol=1e-4, atol=1e-5)
 
 
+def test_a_soft_input_survives_the_replacement_of_another_field(backbone, generator):
+    model, process = backbone(time_conditioning=True), GaussianUniformDiffusion(13, 0.2, top_k=4)
+    found = process.corrupt(torch.randint(13, (3, 8), generator=generator), generator=generator)
+    other = found._replace(t=found.t / 2)
+    assert torch.equal(other.t, found.t / 2)
+    assert torch.equal(other.denoise(model), found.denoise(model))
+
+
 @pytest.mark.statistical
 def test_both_forms_have_the_same_law(generator):
     """Where the noisy token is, how heavy it weighs, and how heavy the clean one."""

@@ -379,6 +379,22 @@ def test_the_second_term_of_d_mmd_keeps_the_auxiliary_model_near_the_teacher():
         objective(process, model, auxiliary_teacher_weight=1.0)
 
 
+def test_the_cross_entropy_of_a_uniform_state_model_is_that_of_all_noisy_tokens():
+    process = LANGUAGE.process("uniform")
+    settings = {"auxiliary_loss": "cross_entropy", "auxiliary_teacher_weight": 1.0}
+    learn = objective(process, small_model(process), base_weight=0.0, **settings)
+    clean, times = LANGUAGE.sample(16, seed=0), torch.linspace(0.1, 0.9, 16)
+    noised = process.corrupt(clean, times, generator=torch.Generator().manual_seed(0))
+    learn._renoised = lambda ids, times: noised
+    laws = [
+        process.posterior(network(noised.x_t, noised.sigma), noised.x_t, times, torch.zeros(16)).log()
+        for network in (learn.auxiliary.network, learn.teacher)
+    ]
+    gap = torch.nn.functional.kl_div(*laws, log_target=True, reduction="sum") / clean.numel()
+    expected = gap - laws[0].gather(-1, clean[..., None]).mean()
+    torch.testing.assert_close(learn._cross_entropy(clean, times), expected, rtol=1e-4, atol=1e-5)
+
+
 def test_a_setting_of_uniform_state_models_is_refused_for_masked_ones():
     process = LANGUAGE.process("masked")
     with pytest.raises(TokenDriftError, match="replaced_only was given, but a masked model is read"):

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tokendrift import MirrorTeacherLoss, TokenDriftError, TokenDriftLoss
-from tokendrift.diffusion import MaskedDiffusion, UniformDiffusion
+from tokendrift.diffusion import Corruption, MaskedDiffusion, UniformDiffusion
 from tokendrift.evaluation import validation_nelbo
 from tokendrift.models import DiT, DiTConfig
 from tokendrift.training import (
@@ -66,6 +66,21 @@ def test_training_lowers_the_validation_nelbo_below_unigrams(process, objective)
     assert after < before and after < 0.8 * torch.tensor(VOCAB - 2.0).log()
     assert [int(record["step"]) for record in records] == [*range(0, 240, 10), 239]
     assert not model.training
+
+
+@pytest.mark.parametrize("objective", [Denoising, Continuation])
+def test_every_objective_of_a_uniform_state_model_has_one_minimiser(objective):
+    # Of one token with a known law the best prediction from no other token is that law, whatever the noisy token is.
+    process, law, t = UniformDiffusion(3), torch.tensor([0.6, 0.3, 0.1]).double(), torch.tensor([0.4]).double()
+    logits = law.log().repeat(3, 1).requires_grad_()
+    alpha, loss = process.schedule.alpha(t), 0.0
+    for clean, noisy in itertools.product(range(3), range(3)):
+        x0, x_t = torch.tensor([[clean]]), torch.tensor([[noisy]])
+        corrupted = Corruption(x_t, process.predicted(x_t), t, process.sigma(t))
+        chance = law[clean] * (alpha * (clean == noisy) + (1 - alpha) / 3)
+        loss = loss + chance * objective(process).loss(logits[x_t], x0, corrupted)
+    (slope,) = torch.autograd.grad(loss.sum(), logits)
+    torch.testing.assert_close(slope, torch.zeros(3, 3).double(), rtol=0, atol=1e-12)
 
 
 def test_the_same_seeds_give_the_same_weights():

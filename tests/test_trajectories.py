@@ -85,7 +85,7 @@ def test_completions_of_uniform_states_are_the_posterior_of_the_last_step(dtype)
     generator = torch.Generator().manual_seed(0)
     x_t, times = torch.randint(6, (4, 8), generator=generator), torch.tensor([1.0, 0.75, 0.5, 0.25])
     logits = torch.randn(4, 8, 6, generator=generator).to(dtype)
-    law = objective(process, (4,)).chains.completion(logits, x_t, times).softmax(dim=-1)
+    law = process.completion_logits(logits, x_t, times).softmax(dim=-1)
     torch.testing.assert_close(law, process.posterior(logits.float(), x_t, times, torch.zeros(4)))
 
 

@@ -76,6 +76,7 @@ ARMS: dict[str, dict[str, Any]] = {
     "SDTT with drift": {},
 }
 ARMS["SDTT with drift"] = ARMS["SDTT"] | {"drift_weight": 1.0}
+ARMS["IDLM with random input"] = ARMS["IDLM"] | {"random_input": 32}
 for distilled in ("SDTT", "DCD"):  # a second refinement, of the same length, of the model that the first one made
     ARMS[f"TokenDrift after {distilled}"] = ARMS["TokenDrift"] | {"after": distilled}
 # As many passes through a network as the distillation of the same process needs for all of its steps, a forward pass
@@ -83,7 +84,8 @@ for distilled in ("SDTT", "DCD"):  # a second refinement, of the same length, of
 ARMS[EQUAL_COMPUTE] = ARMS[BEST] | {"learning_rate": 2e-4}  # the rate for short runs
 FEWER = {"masked": 5 / 12, "uniform": 4 / 12}
 ONE_PROCESS = {
-    **dict.fromkeys(("no random input", "SDTT", "SDTT with drift", "TokenDrift after SDTT"), "masked"),
+    **dict.fromkeys(("no random input", "IDLM with random input"), "masked"),
+    **dict.fromkeys(("SDTT", "SDTT with drift", "TokenDrift after SDTT"), "masked"),
     **dict.fromkeys(("DCD", "TokenDrift after DCD"), "uniform"),
 }
 PEERS = ("SDTT", "DCD", "IDLM", "D-MMD")  # methods of others, measured at more numbers of steps

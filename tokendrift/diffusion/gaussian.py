@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -123,6 +123,9 @@ class SoftCorruption(Corruption):
         self = super().__new__(cls, *hard)
         self.soft, self.weights = soft, weights
         return self
+
+    def _replace(self, **fields: Any) -> SoftCorruption:
+        return SoftCorruption(Corruption(*self)._replace(**fields), self.soft, self.weights)
 
     def denoise(self, denoiser: Denoiser, **options: Tensor) -> Tensor:
         """Return the denoiser's logits (B, L, V) for the soft input; options are passed to it.

@@ -129,6 +129,13 @@ class Process(ABC):
     def log_probs(self, logits: Tensor, x_t: Tensor) -> Tensor:
         """Return the model's log p(x0 | x_t) in nats, (B, L, V), in float32 or wider."""
 
+    def completion_logits(self, logits: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
+        """Return logits (B, L, V) of the law of x0 given all of x_t, from which the step from times (B,) to 0 draws.
+
+        They are those of the denoiser, unless it predicts a position from the others alone.
+        """
+        return logits
+
     def nll(self, logits: Tensor, x0: Tensor, x_t: Tensor) -> Tensor:
         """Return -log p(x0 | x_t) in nats, (B, L), at predicted positions and exactly 0 elsewhere.
 

@@ -70,6 +70,17 @@ class UniformDiffusion(Process):
         rate = torch.where(alpha > 0, -dalpha / (size * alpha), 0.0)  # without signal, the loss is 0
         return (rate * (torch.where(same, kept, moved) + excess)).to(dtype)
 
+    def completion_logits(self, logits: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
+        r"""Return the logits plus :math:`\log(1 + V\alpha/(1-\alpha))` at x_t.
+
+        What minimises the NELBO predicts a position from all others, so that what the token at the position itself
+        tells is added here: :math:`q(x_0 = j \mid x_t) \propto p_j\,(\alpha [j = x_t] + (1-\alpha)/V)`.
+        """
+        noise = self.schedule.noise(t).clamp_min(LEAST_NOISE)
+        shown = torch.log1p(self.vocab_size * self.schedule.alpha(t) / noise)[:, None, None]
+        logits = wide(logits)
+        return logits.scatter_add(2, x_t.long()[..., None], shown.to(logits).expand(-1, x_t.shape[1], 1))
+
     def posterior(self, logits: Tensor, x_t: Tensor, t: Tensor, s: Tensor) -> Tensor:
         r"""Return q(x_s | x_t) (B, L, V) for times (B,); ``s = 0`` means alpha_s = 1.
 

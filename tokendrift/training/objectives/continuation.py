@@ -60,8 +60,9 @@ class Continuation(CorruptionObjective):
 class Denoising(CorruptionObjective):
     """Cross-entropy of x0 at the predicted positions, in nats per position, without the weight of the bound.
 
-    For masked diffusion this is the NELBO reweighted by t. A small model leaves the plateau on which it predicts
-    unigrams far sooner with it than with the bound itself.
+    The prediction is that given all of x_t, `Process.completion_logits`: a uniform-state model that is trained with
+    this loss has the same minimiser as with the bound. For masked diffusion this is the NELBO reweighted by t. A small
+    model leaves the plateau on which it predicts unigrams far sooner with it than with the bound itself.
 
     Attributes:
         process: The corruption process.
@@ -72,7 +73,8 @@ class Denoising(CorruptionObjective):
     figure = "cross_entropy"
 
     def loss(self, output: Tensor, x0: Tensor, corrupted: Corruption) -> Tensor:
-        return self.process.nll(output, x0, corrupted.x_t).sum() / corrupted.predicted.sum().clamp_min(1)
+        logits = self.process.completion_logits(output, corrupted.x_t, corrupted.t)
+        return self.process.nll(logits, x0, corrupted.x_t).sum() / corrupted.predicted.sum().clamp_min(1)
 
 
 @dataclass

@@ -433,15 +433,19 @@ class DistributionMatching(StatefulObjective):
         """
         noised = self._renoised(completion, times)
         options = self.chains.random_input(self.teacher, noised.x_t)
-        logits = noised.denoise(self.auxiliary.network, **options)
+        logits = self._completed(self.auxiliary.network, noised, options)
         loss = self.process.nll(logits, completion, noised.x_t).sum()
         if self.config.auxiliary_teacher_weight:
             with torch.no_grad():
-                teacher = noised.denoise(self.teacher, **options)[noised.predicted]
+                teacher = self._completed(self.teacher, noised, options)[noised.predicted]
             # The divergence is the cross-entropy less the teacher's entropy, which has no gradient.
             gap = total_divergence(self.process, logits, teacher, noised, "kl_teacher_student")
             loss = loss + self.config.auxiliary_teacher_weight * gap
         return loss / completion.numel()
+
+    def _completed(self, network: nn.Module, noised: Corruption, options: Mapping[str, Tensor]) -> Tensor:
+        """Return logits (B, L, V) of the law of the completion given all of z, the token at a position itself too."""
+        return self.process.completion_logits(noised.denoise(network, **options), noised.x_t, noised.t)
 
     @property
     def _device(self) -> torch.device:

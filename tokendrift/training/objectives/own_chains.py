@@ -54,20 +54,8 @@ class OwnChains:
     def logits(self, model: Network, x_t: Tensor, time: float | Tensor) -> Tensor:
         """Return logits, with gradient, of the law that the step from a time, or from times (B,), to 0 draws from."""
         times = time if isinstance(time, Tensor) else torch.full((len(x_t),), time, device=x_t.device)
-        return self.completion(model(x_t, self.process.sigma(times), **self.random_input(model, x_t)), x_t, times)
-
-    def completion(self, logits: Tensor, x_t: Tensor, times: Tensor) -> Tensor:
-        """Return logits of the law that the step to time 0 draws from, given those of the network.
-
-        A uniform-state model predicts a position from all others; its sampler adds what the token at the position
-        itself tells, q(x0 = j | x_t) ~ p_j (alpha [j = x_t] + (1 - alpha) / V).
-        """
-        if self.process.mask_id is not None:
-            return logits
-        wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        alpha = self.process.schedule.alpha(times)
-        shown = torch.log1p(self.process.vocab_size * alpha / (1 - alpha)).to(wide)
-        return wide.scatter_add(2, x_t[..., None], shown[:, None, None].expand(-1, x_t.shape[1], 1))
+        logits = model(x_t, self.process.sigma(times), **self.random_input(model, x_t))
+        return self.process.completion_logits(logits, x_t, times)
 
     def nelbo(self, model: Network, ids: Tensor) -> Tensor:
         """Return the mean NELBO per token of clean ids (B, L), in nats."""
