@@ -46,8 +46,8 @@ CheckpointConfigOption = Annotated[
     list[str] | None,
     typer.Option(
         metavar="KEY=VALUE",
-        help="Field that replaces or completes one of the checkpoint's configuration, such as mask_id=103; repeatable. "
-        "trust_remote_code=true permits the code that a model of transformers brings to be run.",
+        help="Field of the checkpoint's configuration to add or replace, such as mask_id=103; repeatable. "
+        "trust_remote_code=true permits running the code that is part of a model of transformers.",
     ),
 ]
 PresetOption = Annotated[
@@ -211,7 +211,8 @@ def refine(
     """Train a released or saved checkpoint further, so that it samples well in few steps.
 
     Run the same command again to resume after an interruption. Flags and --set override the settings of --config,
-    which override those of --preset.
+    which override those of --preset. The defaults below are those without a preset; --show prints
+    the settings of a run.
 
     For several devices, leave --device out: accelerate launch -m tokendrift.cli refine ...
     """

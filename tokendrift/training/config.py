@@ -43,8 +43,8 @@ class RefineConfig(Settings):
         output: Folder for the refined model, its checkpoints and its log.
         revision: Branch, tag or commit of a hub id. Default: the main branch.
         checkpoint_config: Fields that replace or complete those of the checkpoint's configuration, each as KEY=VALUE:
-            the ``config`` of `load_denoiser`. ``trust_remote_code=true`` permits the code that a model of transformers
-            brings to be run.
+            the ``config`` of `load_denoiser`. ``trust_remote_code=true`` permits running the code that is part of a
+            model of transformers.
         text: Files to train on: text (``.txt`` and others) or JSON Lines (``.jsonl``, ``.ndjson``, ``.json``), gzipped
             (``.gz``) or not. Repeatable on the command line. Default: none.
         dataset: Hugging Face dataset to train on instead of ``text``: name or folder. Default: none.

@@ -60,9 +60,9 @@ class EvaluateConfig:
         baseline: Name of a checkpoint with which every set with the same number of steps is compared at equal entropy.
             Default: none.
         keep: Folder in which the samples of checkpoints are kept and reused. Default: a temporary folder.
-        checkpoint_config: Field that replaces or completes one of the configuration of every checkpoint, as KEY=VALUE,
-            such as mask_id=103; repeatable. trust_remote_code=true permits the code that a model of transformers brings
-            to be run.
+        checkpoint_config: Field of the configuration of every checkpoint to add or replace, as KEY=VALUE, such as
+            mask_id=103; repeatable. trust_remote_code=true permits running the code that is part of a model of
+            transformers.
         real: Real text that neither denoiser nor judge was trained on: a samples file, or any other UTF-8 file, which
             is cut into windows as long as the longest sample.
         controls: Measure sets made from real text alone beside the samples, such as unigram draws, to show what each
@@ -71,8 +71,8 @@ class EvaluateConfig:
         tokenizer: Tokenizer of the denoisers: a tokenizer.json, a folder or a hub id. Default: the one that the samples
             files or checkpoints state.
         judge: Causal language model that scores the samples: hub id, folder, .gguf file, or package:NAME for the only
-            GGUF file of an installed package; repeatable. The first judge makes the table, and the figures of the
-            others stand beside it. Default: gpt2-large.
+            GGUF file of an installed package; repeatable. The table uses the first judge, and the figures of the
+            others are shown beside it. Default: gpt2-large.
         judge_tokenizer: Tokenizer of the first judge: a tokenizer.json, a folder or a hub id. Default: the judge's own.
         revision: Branch, tag or commit of the first judge. Default: the main branch.
         dtype: Precision of the judges: float32 or bfloat16. Default: float32.
@@ -81,7 +81,8 @@ class EvaluateConfig:
             per token)^2, between the mean gradients of the judge's loss on the samples and on real text, with its
             z-score. It takes a forward and a backward pass of the judge for each sample, one at a time. A judge does
             not see what is wrong with text that it has generated itself. Default: no.
-        skip_bad: Leave out lines and samples that cannot be read or scored, and report their number. Default: an error.
+        skip_bad: Leave out lines and samples that cannot be read or scored, and report their number. Default: raise an
+            error.
         lines: Whether each line of a samples file of plain text is a sample, instead of each paragraph. Default: no.
         resamples: Number of bootstrap resamples for the intervals. Default: 1000.
         seed: Random seed of sampling and of the bootstrap. Default: 0.
