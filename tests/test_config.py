@@ -140,6 +140,7 @@ def test_settings_have_the_types_of_their_keys():
         ({"wrap": "yes"}, "wrap must be true or false"),
         ({"text": "a.txt"}, "text must be a list in which each entry is a text"),
         ({"text": ["a"], "dataset": "b"}, "text and dataset cannot both be given"),
+        ({"judge_tokenizer": "a"}, "judge_tokenizer needs a judge"),
         ({"batch_size": 9, "micro_batch": 2}, "batch_size must be a multiple of micro_batch"),
         ({"encoder_time": 1.0}, r"encoder_time must lie in \[0, 1\)"),
         ({"learning_rate": -1.0}, "learning_rate must be a finite number above 0"),

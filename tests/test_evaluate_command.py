@@ -185,6 +185,7 @@ def test_a_broken_line_stops_it_or_is_named(folder):
         ((), "there is nothing to evaluate"),
         (("--checkpoint", "x"), "checkpoint and nfe belong together"),
         (("{dull}", "--nfe", "4"), "checkpoint and nfe belong together"),
+        (("{dull}", "--temperature", "0.5"), "keep and temperature are for samples of checkpoints"),
         (("--checkpoint", "x", "--nfe", "4", "--baseline", "y"), "baseline must be the name of a checkpoint"),
         (("--checkpoint", "x", "--checkpoint", "y/x", "--nfe", "4"), "two checkpoints have the same name"),
         (("{surrogate}",), "line 1 of"),

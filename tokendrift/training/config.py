@@ -160,6 +160,8 @@ class RefineConfig(Settings):
         check_fraction("entropy_tolerance", self.entropy_tolerance, ": a share of the entropy of real text")
         if self.text and self.dataset is not None:
             raise fail("text and dataset cannot both be given.", "Pass one source of text.", dataset=self.dataset)
+        if self.judge_tokenizer is not None and self.judge is None:
+            raise fail("judge_tokenizer needs a judge.", "Pass judge.", judge_tokenizer=self.judge_tokenizer)
         self.accumulation(processes=1)
         self.loop()  # checks the settings of the optimiser
 

@@ -132,6 +132,9 @@ class EvaluateConfig:
                 checkpoint=self.checkpoint,
                 nfe=self.nfe,
             )
+        if not self.checkpoint and (self.keep is not None or self.temperature != 1):
+            given = {"keep": self.keep, "temperature": self.temperature}
+            raise fail("keep and temperature are for samples of checkpoints.", "Pass checkpoint and nfe.", **given)
         names = [name for name, _ in map(split_name, self.checkpoint)]
         if len(set(names)) < len(names):
             raise fail("two checkpoints have the same name.", "Give them different names: NAME=PATH.", names=names)
