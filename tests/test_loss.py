@@ -725,7 +725,9 @@ def test_the_entropy_of_tokens_lies_between_zero_and_log_v(seed, masked):
 # ------------------------------------------------------------------------------------------------ compilation
 
 
-@pytest.mark.parametrize(("cls", "partly"), [(TokenDriftLoss, True), (MirrorTeacherLoss, False)])
+@pytest.mark.parametrize(
+    ("cls", "partly"), [(TokenDriftLoss, True), pytest.param(MirrorTeacherLoss, False, marks=pytest.mark.slow)]
+)
 def test_the_compiled_loss_equals_eager_over_steps_with_queues(cls, partly):
     compare_with_compiled(cls, partly, backend="aot_eager", filled=True)  # compiled once less than from empty queues
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import inspect
 import json
 import os
@@ -46,6 +47,7 @@ class Settings:
             object.__setattr__(self, name, converted(name, getattr(self, name), kind))
 
 
+@functools.cache
 def setting_types(settings: type[Settings]) -> dict[str, SettingType]:
     """Return the type of each setting of a dataclass, in the order of its fields."""
     hints = typing.get_type_hints(settings)
