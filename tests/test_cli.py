@@ -1,5 +1,6 @@
 """The command: help, bad input in one message, interruption with a hint."""
 
+import errno
 import runpy
 import sys
 from pathlib import Path
@@ -29,6 +30,13 @@ def test_help_names_the_options(run):
     options = "--process --objective --text --models --steps --window --seed --seeds --quick --full --output"
     for option in options.split():
         assert option in result.stdout
+
+
+def test_the_terminal_breaks_the_lines_of_the_help():
+    from tokendrift.cli import app
+
+    for command in app.registered_commands:
+        assert "\n" not in command.help.replace("\n\n", ""), command.callback
 
 
 def test_the_command_offers_completion_to_the_shell(run):
@@ -133,3 +141,25 @@ def test_names_reach_the_terminal_without_control_characters_and_their_markup_me
     with console.capture() as drawn:
         console.print("[/red][bold]a[/bold]\tb\x9b1m", soft_wrap=True)
     assert drawn.get().split() == ["[/red][bold]a[/bold]", "b\ufffd1m"]
+
+
+def test_a_path_without_permission_is_one_message(run, monkeypatch):
+    def denied(*args, **kwargs):
+        raise PermissionError(errno.EACCES, "Permission denied", "locked/config.json")
+
+    monkeypatch.setattr(cli, "diagnose", denied)
+    result = run("doctor", "locked")
+    assert result.exit_code == 2
+    assert result.stderr.startswith("tokendrift: locked/config.json cannot be used: Permission denied.\n")
+
+
+@pytest.mark.parametrize(
+    ("place", "why"), [("folder", "it is a folder"), ("file/x.json", "file is a file"), ("folder/x.json", None)]
+)
+def test_an_output_that_cannot_be_written_is_found_before_the_work(run, tmp_path, place, why):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").touch()
+    for command in (["probe", "gone", "--text", "gone"], ["evaluate", "gone", "--real", "gone"]):
+        result = run(*command, "--json", tmp_path / place)
+        assert result.exit_code == 2
+        assert ("cannot be written" in result.stderr) == (why is not None) and (why or "gone") in result.stderr

@@ -140,6 +140,7 @@ def test_settings_have_the_types_of_their_keys():
         ({"wrap": "yes"}, "wrap must be true or false"),
         ({"text": "a.txt"}, "text must be a list in which each entry is a text"),
         ({"text": ["a"], "dataset": "b"}, "text and dataset cannot both be given"),
+        ({"judge_tokenizer": "a"}, "judge_tokenizer needs a judge"),
         ({"batch_size": 9, "micro_batch": 2}, "batch_size must be a multiple of micro_batch"),
         ({"encoder_time": 1.0}, r"encoder_time must lie in \[0, 1\)"),
         ({"learning_rate": -1.0}, "learning_rate must be a finite number above 0"),
@@ -209,3 +210,9 @@ def test_every_setting_has_its_help_and_its_default(name):
     assert text[0].isupper() and "Default: " in text and text.endswith(".")
     if name == "objective":
         assert all(objective in text for objective in OBJECTIVES)
+
+
+def test_the_help_states_the_default_of_the_command_where_its_preset_has_another():
+    assert setting_help("steps").endswith("Default: 1500 in the preset matching; 1000 without a preset.")
+    assert setting_help("objective").endswith("Default: matching in the preset matching; drift without a preset.")
+    assert setting_help("batch_size").endswith("Default: 64.")

@@ -93,6 +93,19 @@ def test_a_student_in_the_format_of_sdtt_is_examined_like_any_other(checkpoint):
     assert report.healthy and report.checkpoint["configuration"]["mask_id"] == sizes["mask_id"]
 
 
+@pytest.mark.parametrize(("values", "verdict"), [([4.0, 4.0, 15.0], "note"), ([9.0, 9.0, 9.1], "fail")])
+def test_few_tokens_give_no_verdict_on_a_noisy_figure(values, verdict):
+    model, process = load_denoiser(PRETRAINED / "masked")
+    tokenizer, report = load_tokenizer(PRETRAINED / "tokenizer.json"), Diagnosis({})
+    found = torch.tensor(values, dtype=torch.float64)
+    windows = torch.zeros(3, 32, dtype=torch.int64)
+    examine.check_nelbo(
+        report, model, process, windows, tokenizer, progress=print, nelbo=lambda *args, **options: found[: len(args[2])]
+    )
+    (nelbo, *_) = report.checks
+    assert nelbo.verdict == verdict and ("too few tokens to tell" in nelbo.message) == (verdict == "note")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("kind", "nelbo"), [("masked", 3.80), ("uniform", 4.30)])
 def test_the_default_text_gives_the_nelbo_that_the_demo_measures(checkpoint, kind, nelbo, monkeypatch):

@@ -78,6 +78,7 @@ LIKE = torch.zeros(2, 3, 5)
         (lambda: check_positive("tau", 0.0), "tau must be a finite number above 0.\n  got tau float 0.0"),
         (lambda: check_positive("tau", True), "tau must be a finite number above 0."),
         (lambda: check_positive("tau", float("inf")), "tau must be a finite number above 0."),
+        (lambda: check_positive("tau", 10**400), "tau must be a finite number above 0."),
         (lambda: check_positive("tau", "1"), "tau must be a finite number above 0."),
         (lambda: check_positive("scale", -1, symbol="alpha"), "scale (alpha) must be a finite number above 0."),
         (lambda: check_count("size", True), "size must be an integer of at least 0."),

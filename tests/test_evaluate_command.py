@@ -13,6 +13,7 @@ import pytest
 from commands import invoke
 
 from tokendrift.demo import PRETRAINED
+from tokendrift.evaluation.report import EvaluateConfig
 from tokendrift.models.tokenizer import load_tokenizer
 from tokendrift.sampling.to_file import SampleConfig, sample_to_file
 
@@ -184,6 +185,7 @@ def test_a_broken_line_stops_it_or_is_named(folder):
         ((), "there is nothing to evaluate"),
         (("--checkpoint", "x"), "checkpoint and nfe belong together"),
         (("{dull}", "--nfe", "4"), "checkpoint and nfe belong together"),
+        (("{dull}", "--temperature", "0.5"), "keep and temperature are for samples of checkpoints"),
         (("--checkpoint", "x", "--nfe", "4", "--baseline", "y"), "baseline must be the name of a checkpoint"),
         (("--checkpoint", "x", "--checkpoint", "y/x", "--nfe", "4"), "two checkpoints have the same name"),
         (("{surrogate}",), "line 1 of"),
@@ -195,7 +197,7 @@ def test_a_broken_line_stops_it_or_is_named(folder):
         (("{dull}", "--judge", "{folder}"), "could not be loaded"),
         (("{dull}", "--device", "gpu"), "device 'gpu' cannot be used"),
         (("{dull}", "--dtype", "float8"), "dtype must be one of 'float32', 'bfloat16'"),
-        (("{dull}", "a={dull}", "a={dull}"), "two sets of samples are called 'a, 4 NFE'"),
+        (("{dull}", "a={dull}", "a={dull}", "--judge", "./gone"), "two sets of samples are called 'a, 4 NFE'"),
     ],
 )
 def test_bad_input_ends_with_code_2_and_says_what_to_do(folder, arguments, said):
@@ -271,3 +273,7 @@ def test_on_a_full_disk_the_old_report_stays(folder, monkeypatch):
     assert old.read_text(encoding="utf-8") == "the old report"
     assert not [path for path in folder.iterdir() if path.name.startswith(".")]
     assert "Gen.-PPL" in result.output  # the table was printed before
+
+
+def test_a_number_of_evaluations_that_is_given_twice_is_sampled_once():
+    assert EvaluateConfig(checkpoint=("base",), nfe=(8, 4, 8)).nfe == (8, 4)

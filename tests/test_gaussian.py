@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ from tokendrift.diffusion import (
 )
 from tokendrift.diffusion._order_statistics import log_mean_exp_below
 from tokendrift.evaluation import validation_nelbo
-from tokendrift.training import Continuation, CurriculumContinuation, train
+from tokendrift.training import Continuation, CurriculumContinuation, Optimization, train
 from tokendrift.training.optimization import LoopConfig
 
 V = 7
@@ -264,6 +265,16 @@ def test_training_follows_the_curriculum_and_counts_its_steps(backbone):
     plain = Continuation(curriculum.process, torch.Generator().set_state(state))
     assert torch.equal(after, plain(model, batches[2]).loss)
     assert math.isfinite(validation_nelbo(model, GaussianUniformDiffusion(13, 0.1), batches[3]))
+
+
+def test_micro_batches_of_a_step_move_the_curriculum_once(backbone):
+    rows = torch.randint(13, (4, 8), generator=torch.Generator().manual_seed(0)).split(2)
+    curriculum, asked = GaussianCurriculum(UniformDiffusion(13), first_step=0, last_step=2), []
+    objective = CurriculumContinuation(SimpleNamespace(at=lambda step: asked.append(step) or curriculum.at(step)))
+    optimization = Optimization(backbone(time_conditioning=True), LoopConfig(2))
+    for step in range(2):
+        optimization.step(step, objective, rows, count=2)
+    assert asked == [0, 0, 1, 1] and objective.step == 2
 
 
 # ------------------------------------------------------------------------------------------------ errors

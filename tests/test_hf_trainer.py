@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import warnings
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -133,6 +134,34 @@ def test_diagnostics_are_the_means_over_accumulated_micro_batches(make):
     logged = [entry["drift"] for entry in trainer.state.log_history if "drift" in entry]
     drifts = [each.logs["drift"].item() for each in found]
     assert logged == pytest.approx([(drifts[0] + drifts[1]) / 2, (drifts[2] + drifts[3]) / 2])
+
+
+def test_an_objective_that_does_not_know_the_other_processes_is_warned_of(make, monkeypatch):
+    monkeypatch.setattr(TrainingArguments, "world_size", 2)
+    with pytest.warns(UserWarning, match=r"has share=\(0, 1\), but this is process 0 of 2.*same noise"):
+        make("continuation")
+    monkeypatch.setitem(OBJECTIVES, "continuation", lambda _, process, own: Continuation(process, own, share=(0, 2)))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        make("continuation")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "steps"),
+    [
+        ({"logging_steps": 2}, [2, 4]),
+        ({"logging_steps": 0.5}, [2, 4]),  # a share of all steps
+        ({"logging_steps": 500, "logging_strategy": "epoch"}, [2, 4]),
+        ({"logging_steps": 2, "logging_strategy": "no"}, []),
+    ],
+)
+def test_diagnostics_are_computed_at_the_steps_that_are_logged_alone(make, arguments, steps):
+    trainer, _ = make("continuation", per_device_train_batch_size=4, gradient_accumulation_steps=2, **arguments)
+    asked, inner = [], trainer.objective
+    trainer.objective = lambda *args, log: asked.append(log) or inner(*args, log=log)
+    trainer.train()
+    assert [number // 2 + 1 for number, log in enumerate(asked) if log] == [each for each in steps for _ in range(2)]
+    assert [entry["step"] for entry in trainer.state.log_history if "nelbo" in entry] == steps
 
 
 @pytest.mark.parametrize(

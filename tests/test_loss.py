@@ -722,6 +722,27 @@ def test_the_entropy_of_tokens_lies_between_zero_and_log_v(seed, masked):
     torch.testing.assert_close(flat, torch.tensor(open_entries).double().log())
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((torch.zeros(3, 2),), r"logits must have shape \(B, L, V\)"),
+        ((torch.zeros(2, 3, 2), torch.ones(2, 2, dtype=torch.bool)), r"predicted must have shape \(B, L\) = \(2, 3\)"),
+        ((torch.zeros(2, 3, 2), None, 2), r"mask_id must lie in \[0, V\) with V = 2"),
+    ],
+)
+def test_the_entropy_of_what_is_no_batch_of_logits_is_refused(arguments, message):
+    with pytest.raises(TokenDriftError, match=message):
+        token_entropy(*arguments)
+
+
+@pytest.mark.parametrize("cls", [TokenDriftLoss, MirrorTeacherLoss])
+def test_a_feature_map_that_takes_no_mask_is_named(cls):
+    logits, clean, *_ = loss_inputs()
+    loss = cls(table(), lambda embeds: embeds.mean(dim=1))
+    with pytest.raises(TokenDriftError, match="feature_map must take the keyword argument attention_mask"):
+        loss(logits, clean, attention_mask=torch.ones(B, L, dtype=torch.bool))
+
+
 # ------------------------------------------------------------------------------------------------ compilation
 
 

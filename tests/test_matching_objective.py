@@ -23,7 +23,7 @@ from tokendrift.markov import MarkovLanguage
 from tokendrift.models import DiT, DiTConfig
 from tokendrift.models.low_rank import low_rank_copy
 from tokendrift.models.random_input import RandomMaskEmbedding
-from tokendrift.training import DistributionMatching, MatchingConfig, make_config
+from tokendrift.training import DistributionMatching, MatchingConfig, OwnTrajectories, make_config
 
 PAGE = Path(__file__).parents[1] / "docs" / "matching.md"
 LANGUAGE = MarkovLanguage.random(words=6, successors=2, length=8, seed=0)
@@ -704,3 +704,22 @@ def test_autocast_of_the_frozen_networks():
     learn.update_auxiliary()
     assert loss.dtype == torch.float32
     assert all(p.dtype == torch.float32 for p in learn.auxiliary.trained.values())
+
+
+@pytest.mark.parametrize("kind", ["masked", "uniform"])
+def test_within_autocast_all_weights_are_trained(kind):
+    """As in a training step of Lightning in bf16-mixed: chains and targets come first, without gradient."""
+    process = LANGUAGE.process(kind)
+    student, x0 = small_model(process, 1), LANGUAGE.sample(8, seed=0)
+    own = OwnTrajectories(process, PairDriftLoss(process.vocab_size, mask_id=process.mask_id))
+    learn = objective(process, small_model(process, 0))
+    before = copy.deepcopy(learn.auxiliary.network)
+    for loss_of in (own, learn):
+        student.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16):
+            loss_of(student, x0).loss.backward()
+            if loss_of is learn:
+                learn.update_auxiliary()
+        assert all(parameter.grad is not None for parameter in student.parameters())
+    pairs = zip(before.parameters(), learn.auxiliary.network.parameters(), strict=True)
+    assert not any(torch.equal(old, new) for old, new in pairs)

@@ -236,6 +236,8 @@ def test_what_is_no_text_is_named(tmp_path):
         list(TextFiles([tmp_path / "bad.txt"]).read())
     with pytest.raises(TokenDriftError, match=r"these text files do not exist: .*gone.txt"):
         TextFiles([tmp_path / "gone.txt"])
+    with pytest.raises(TokenDriftError, match="text must name files, and these are folders or pipes: "):
+        TextFiles([tmp_path])
 
 
 def test_rows_of_a_saved_dataset(tmp_path):

@@ -158,6 +158,8 @@ def test_texts_are_scored_whole_under_a_judge_of_another_vocabulary():
     by_text = marginal_trap(two_words, PAIRS, PROMPTS, judge, decode=texts, sizes=(2,), draws=2)
     torch.testing.assert_close(by_text.prompt_gaps, by_ids.prompt_gaps, atol=1e-12, rtol=0)
     assert by_text.sequential == pytest.approx(by_ids.sequential)
+    with pytest.raises(TokenDriftError, match=r"fewer than 2 tokens\.\n  Use longer prompts"):
+        marginal_trap(two_words, PAIRS, PROMPTS, judge, decode=lambda ids: ["a"] * len(ids))
 
 
 # ------------------------------------------------------------------------------------------------ information decay
@@ -403,6 +405,7 @@ def test_the_command_prints_both_probes_and_writes_all_numbers(text, tmp_path):
         (["--compare", MASKED_BASE], "the checkpoints have V = 1024 and V = 1025"),
         (["--prompts", "100000"], "too few for 100000 prompts of 16"),
         (["--positions", "20", "--prompt-length", "20"], "exceed the length of the model, 32"),
+        (["--positions", "40"], "1 token of prompt and 40 positions exceed"),
         (["--tokenizer", __file__], "no tokenizer can be read from"),
         (["--judge-tokenizer", JUDGE_FOLDER], "judge_tokenizer was given, but the judge reads ids"),
     ],

@@ -9,7 +9,8 @@ import pytest
 from accelerate import DistributedType
 
 from tokendrift import TokenDriftError
-from tokendrift.training.processes import check_accelerator, make_accelerator
+from tokendrift.training import processes
+from tokendrift.training.processes import check_accelerator, done_by_main, make_accelerator
 
 
 def accelerator(kind, *, fsdp2=False, accumulation=1, precision="no"):
@@ -53,3 +54,19 @@ def test_an_accelerator_that_divides_gradients_is_refused():
 def test_an_accelerator_with_a_precision_of_its_own_is_refused():
     with pytest.raises(TokenDriftError, match=r"(?s)mixed_precision of accelerate must be 'no'.*set precision to"):
         check_accelerator(accelerator(DistributedType.NO, precision="bf16"))
+
+
+@pytest.mark.parametrize("error", [TokenDriftError("the run is another one"), PermissionError("no permission")])
+def test_whatever_fails_on_the_main_process_is_raised_on_all_of_them(monkeypatch, error):
+    sent = []
+    monkeypatch.setattr(processes, "broadcast_from_main", lambda _, value: sent.append(value) or value)
+
+    def work():
+        raise error
+
+    with pytest.raises(type(error)) as caught:
+        done_by_main(SimpleNamespace(is_main_process=True), work)
+    assert caught.value is error and sent == [(None, str(error))]
+    monkeypatch.setattr(processes, "broadcast_from_main", lambda *_: sent[0])
+    with pytest.raises(TokenDriftError, match=str(error)):
+        done_by_main(SimpleNamespace(is_main_process=False), work)

@@ -300,3 +300,5 @@ def test_a_queue_that_was_stored_in_bfloat16_is_read_into_float32():
     copied.load_state_dict({"buffer": queue.buffer.bfloat16(), "pushed": queue.pushed})
     assert copied.buffer.dtype == torch.float32
     assert torch.equal(copied.features(), numbered(0, 2))
+    copied.load_state_dict({"buffer": queue.buffer.bfloat16(), "pushed": queue.pushed}, assign=True)
+    assert copied.buffer.dtype == torch.float32

@@ -299,6 +299,8 @@ def test_names_come_from_the_argument_or_the_file():
     assert unique_names(many) == ["a, 7 NFE of 64 steps", "a, 7 NFE of 128 steps"]
     with pytest.raises(TokenDriftError, match=r"two sets of samples are called 'a, 4 NFE': one, two\.\n.*NAME=FILE"):
         unique_names(twice)
+    with pytest.raises(TokenDriftError, match="a set of samples is called 'real text'"):
+        unique_names([twice[0]._replace(model="real text")])
 
 
 def test_copies_of_a_tokenizer_are_one_and_others_do_not_mix(tokenizer, tmp_path):

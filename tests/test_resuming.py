@@ -17,7 +17,7 @@ from tokendrift import TokenDriftError
 from tokendrift.evaluation import GenerativePerplexity
 from tokendrift.files import exclusive
 from tokendrift.models import load_denoiser
-from tokendrift.training import read_log, refine
+from tokendrift.training import read_log, refine, refinement
 from tokendrift.training.checkpointing import load_checkpoint
 from tokendrift.training.few_step import FewStepEvaluation
 from tokendrift.training.processes import termination
@@ -308,3 +308,34 @@ def test_control_c_finishes_the_step_and_a_second_one_does_not(tmp_path):
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
     assert signal.getsignal(signal.SIGINT) == before
+
+
+def test_a_resumed_run_does_not_hold_the_tensors_that_it_has_read(run, monkeypatch):
+    run(steps=2)
+    read, taken, held = RunFolder.newest, Run._step, []
+
+    def newest(self, warn):
+        held.append(read(self, warn))
+        return held[0]
+
+    def step(self, number):
+        assert held[0].state["step"] == 2 and not held[0].tensors
+        return taken(self, number)
+
+    monkeypatch.setattr(RunFolder, "newest", newest)
+    monkeypatch.setattr(Run, "_step", step)
+    run(steps=3)
+
+
+def test_all_processes_learn_that_the_first_evaluation_has_failed(run, monkeypatch):
+    """The others wait for the main process, which tells them before it raises its error."""
+    told = []
+    monkeypatch.setattr(refinement, "broadcast_from_main", lambda _, value: told.append(value) or value)
+
+    def measure(self, ids):
+        raise RuntimeError("the judge is gone")
+
+    monkeypatch.setattr(FewStepEvaluation, "measure", measure)
+    with pytest.raises(RuntimeError, match="the judge is gone"):
+        run()
+    assert told == [(None, True)]

@@ -258,3 +258,12 @@ def test_a_full_disk_leaves_the_old_report_and_nothing_else(tmp_path, monkeypatc
         write_atomically(path, "new")
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_folder_that_cannot_be_searched_is_an_error_of_this_package(tmp_path, monkeypatch):
+    def denied(path):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+
+    monkeypatch.setattr(Path, "is_file", denied)
+    with pytest.raises(TokenDriftError, match=r"report.html could not be written: Permission denied\.\n"):
+        write_atomically(tmp_path / "report.html", "new")

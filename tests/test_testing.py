@@ -497,6 +497,7 @@ def test_a_drift_that_is_always_zero_is_unbiased_and_one_that_is_always_one_is_n
         (lambda: assert_score_identity(separate, *torch.zeros(3, 2, 1), temperature=0), r"temperature \(tau\) must be"),
         (lambda: assert_unbiased_at_equilibrium(separate, draws=1), "draws must be an integer of at least 2"),
         (lambda: assert_unbiased_at_equilibrium(separate, anchors=0), "anchors must be an integer of at least 1"),
+        (lambda: assert_unbiased_at_equilibrium(separate, positives=0), "positives must be an integer of at least 1"),
         (lambda: assert_unbiased_at_equilibrium(separate, negatives=3), "negatives must be an integer of at least 4"),
     ],
 )

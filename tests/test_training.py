@@ -244,6 +244,40 @@ def test_micro_batches_add_up_to_the_step_of_the_whole_batch():
     assert step(2) == pytest.approx(step(6), rel=1e-5)
 
 
+def squares(model, rows, /, *, log=False):
+    if rows[0, 0] < 0:
+        raise TokenDriftError("a bad batch")
+    return StepLoss((model(rows, torch.ones(len(rows))) - 1).square().mean(), {})
+
+
+def test_a_step_after_one_that_failed_begins_without_its_gradients():
+    def step(first):
+        torch.manual_seed(0)
+        optimization, rows = Optimization(tiny(), LoopConfig(1)), torch.ones(2, 8, dtype=torch.int64)
+        for batches in first:
+            with pytest.raises(TokenDriftError, match="a bad batch"):
+                optimization.step(0, squares, batches, count=2)
+        return optimization.step(0, squares, [rows, rows], count=2, log=True)
+
+    assert step([[torch.zeros(2, 8, dtype=torch.int64), torch.full((2, 8), -1)]]) == step([])
+
+
+@pytest.mark.parametrize("given", [0, 1, 3])
+def test_another_number_of_micro_batches_than_stated_is_refused(given):
+    optimization, rows = Optimization(tiny(), LoopConfig(1)), torch.ones(2, 8, dtype=torch.int64)
+    before = optimization.state()["model"]
+    with pytest.raises(TokenDriftError, match=f"given {given} micro-batches, but count is 2"):
+        optimization.step(0, squares, [rows] * given, count=2)
+    torch.testing.assert_close(optimization.state()["model"], before, rtol=0, atol=0)
+
+
+def test_training_takes_any_batches_and_says_where_they_ended():
+    rows = [torch.ones(2, 8, dtype=torch.int64)] * 2
+    assert len(train(tiny(), squares, rows, LoopConfig(2, log_every=1))) == 2
+    with pytest.raises(TokenDriftError, match="batches ended after 2 of 3 steps"):
+        train(tiny(), squares, rows, LoopConfig(3))
+
+
 @pytest.mark.parametrize("ema", [0.9, 0.0])
 def test_a_stored_state_goes_on_bit_for_bit(ema):
     def run(steps, state=None):

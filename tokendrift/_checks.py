@@ -5,7 +5,6 @@ from __future__ import annotations
 import difflib
 import functools
 import inspect
-import math
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -136,14 +135,14 @@ def check_denoiser(denoiser: object) -> None:
 
 
 @contextmanager
-def check_takes(argument: str, remedy: str) -> Iterator[None]:
-    """Require that the network called in the block takes a keyword argument; the remedy says what to do if not."""
+def check_takes(argument: str, remedy: str, *, called: str = "the denoiser") -> Iterator[None]:
+    """Require that what is called in the block takes a keyword argument; the remedy says what to do if not."""
     try:
         yield
     except TypeError as error:
         if f"unexpected keyword argument '{argument}'" not in str(error):
             raise
-        raise fail(f"the denoiser must take the keyword argument {argument}: {error}.", remedy) from None
+        raise fail(f"{called} must take the keyword argument {argument}: {error}.", remedy) from None
 
 
 def check_floating(name: str, value: Tensor) -> None:
@@ -242,7 +241,7 @@ def check_times(t: object, rows: int) -> Tensor:
 
 def check_positive(name: str, value: float, *, symbol: str = "") -> float:
     """Require a finite number above zero."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= sys.float_info.max:
         raise fail(f"{name}{f' ({symbol})' if symbol else ''} must be a finite number above 0.", **{name: value})
     return float(value)
 

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from tokendrift._checks import check_mask, check_mask_id, check_tensor
 from tokendrift._lift_ops import LEAST_ROWS, product_dtype
 from tokendrift._linear_lift_ops import block_logits
 from tokendrift._operators import wide_dtype
@@ -52,10 +53,17 @@ def token_entropy(logits: Tensor | LinearLogits, predicted: Tensor | None = None
     Returns:
         A float32 (or wider) scalar; zero where no position counts.
 
+    Raises:
+        TokenDriftError: If shapes do not fit, or the vocabulary has no entry ``mask_id``.
+
     >>> float(token_entropy(torch.zeros(1, 1, 2)))
     0.6931471824645996
     """
-    rows = of_positions(logits).flatten(0, 1)
+    positions = check_tensor("logits", of_positions(logits), ("B", "L", "V"))
+    check_mask_id(mask_id, len(logits.weight) if isinstance(logits, LinearLogits) else positions.shape[-1])
+    if predicted is not None:
+        predicted = check_mask("predicted", predicted, positions.shape[:2])
+    rows = positions.flatten(0, 1)
     # With ``predicted``, this waits for an accelerator: diagnostics cost a wait, the loss alone does not need it.
     index = torch.arange(len(rows), device=rows.device) if predicted is None else predicted.flatten().nonzero()[:, 0]
     total = rows.new_zeros((), dtype=wide_dtype(rows.dtype))

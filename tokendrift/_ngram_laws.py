@@ -81,7 +81,7 @@ class HashedNgrams(nn.Module):
         bucket = torch.stack(maps).view(order, blocks, buckets)
         token = bucket.argsort(dim=-1) + buckets * torch.arange(blocks, device="cpu")[:, None]
         # Which bucket each token has at each place, and for each block which token each bucket has: (n, blocks * K).
-        device = torch.get_default_device()  # as that of the laws
+        device = torch.empty(0).device  # as that of the laws; get_default_device of PyTorch 2.6 overlooks a context
         self.register_buffer("bucket", bucket.flatten(1).to(device))
         self.register_buffer("token", token.flatten(1).to(device))
 

@@ -25,6 +25,7 @@ from tokendrift._checks import (
     check_one_vocabulary,
     check_positive,
     check_same_device,
+    check_takes,
     check_tensor,
     fail,
     looks_like_probabilities,
@@ -358,8 +359,12 @@ class DriftObjective(nn.Module):
 
     def _features(self, embeds: Tensor, attention_mask: Tensor | None) -> Features:
         """Return the features of embeddings (B, L, D), in float32 or wider."""
-        kwargs = {} if attention_mask is None else {"attention_mask": attention_mask}
-        features = self.feature_map(embeds, **kwargs)
+        if attention_mask is None:
+            features = self.feature_map(embeds)
+        else:
+            remedy = "Let the mean over positions leave the padding out, or pass batches without padding."
+            with check_takes("attention_mask", remedy, called="feature_map"):
+                features = self.feature_map(embeds, attention_mask=attention_mask)
         windows = isinstance(features, Tensor) and features.ndim == 3
         check_tensor("feature_map(embeds)", features, ("B", "W", "M") if windows else ("B", "M"))
         if len(features) != len(embeds):

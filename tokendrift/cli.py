@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import platform
 import time
@@ -37,6 +38,7 @@ except ImportError as error:
 
 NO_MEMORY = ("MemoryError", "can't allocate memory")  # of Python, of accelerators, and of PyTorch on the CPU
 LESS_MEMORY = "Choose smaller batches, shorter sequences, fewer samples, or a smaller model."
+PERMISSIONS = "Pass a path that exists, with the permission to read it, or to write to it if it is an output."
 
 CheckpointArgument = Annotated[str, typer.Argument(help="Hub id, folder, safetensors file or Lightning .ckpt.")]
 TrainingDeviceOption = Annotated[
@@ -46,8 +48,8 @@ CheckpointConfigOption = Annotated[
     list[str] | None,
     typer.Option(
         metavar="KEY=VALUE",
-        help="Field that replaces or completes one of the checkpoint's configuration, such as mask_id=103; repeatable. "
-        "trust_remote_code=true permits the code that a model of transformers brings to be run.",
+        help="Field of the checkpoint's configuration to add or replace, such as mask_id=103; repeatable. "
+        "trust_remote_code=true permits running the code that is part of a model of transformers.",
     ),
 ]
 PresetOption = Annotated[
@@ -211,7 +213,7 @@ def refine(
     """Train a released or saved checkpoint further, so that it samples well in few steps.
 
     Run the same command again to resume after an interruption. Flags and --set override the settings of --config,
-    which override those of --preset.
+    which override those of --preset. --show prints the settings of a run.
 
     For several devices, leave --device out: accelerate launch -m tokendrift.cli refine ...
     """
@@ -339,19 +341,20 @@ def probe(
     does.
     """
     with plain_errors():
-        from tokendrift.files import write_atomically
+        from tokendrift.files import check_writable, write_atomically
         from tokendrift.models import checkpoint_fields
 
+        check_writable(output)
         fields = checkpoint_fields(checkpoint_config or ())
         with _status("probing") as progress:
             report = probe_checkpoints(checkpoint, text, config=fields, progress=progress, **options)
-        if output is not None:
-            write_atomically(output, json.dumps(report.to_dict(), indent=2) + "\n")
         console = _console(130)
         for table in report.tables():
             console.print(table)
         for sentence in report.sentences():
             console.print(sentence, highlight=False, soft_wrap=True)
+        if output is not None:  # last, so that a full disk does not lose the tables
+            write_atomically(output, json.dumps(report.to_dict(), indent=2) + "\n")
 
 
 @app.command()
@@ -380,7 +383,9 @@ def evaluate(
     with plain_errors("with --keep, the samples of checkpoints are kept: run the same command again to resume"):
         from tokendrift.evaluation.plots import require_matplotlib
         from tokendrift.evaluation.report import evaluate_files
+        from tokendrift.files import check_writable
 
+        check_writable(json_file, csv_file, html_file)
         config = EvaluateConfig(real=real, samples=tuple(samples or ()), **options)
         if html_file is not None:
             require_matplotlib()
@@ -424,6 +429,11 @@ def plain_errors(hint: str = "finished stages are kept: run the same command aga
     except TokenDriftError as error:
         _say(f"tokendrift: {error}", error=True)
         raise typer.Exit(2) from None
+    except OSError as error:
+        if error.filename is None:
+            raise
+        _say(f"tokendrift: {error.filename} cannot be used: {reason(error)}.\n  {PERMISSIONS}", error=True)
+        raise typer.Exit(2) from None
     except (MemoryError, RuntimeError) as error:
         if not any(sign in f"{type(error).__name__} {error}" for sign in NO_MEMORY):
             raise
@@ -432,6 +442,11 @@ def plain_errors(hint: str = "finished stages are kept: run the same command aga
     except KeyboardInterrupt:
         typer.echo(f"\ninterrupted; {hint}", err=True)
         raise typer.Exit(130) from None
+
+
+for command in app.registered_commands:  # whose help keeps line breaks within a paragraph otherwise
+    text = inspect.getdoc(command.callback) or ""
+    command.help = "\n\n".join(" ".join(paragraph.split()) for paragraph in text.split("\n\n"))
 
 
 def main() -> None:

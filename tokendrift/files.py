@@ -71,7 +71,7 @@ def is_failure(error: BaseException) -> bool:
 def reason(error: BaseException) -> str:
     """Return what an exception says, in one line without a full stop; its type where it says nothing."""
     said = getattr(error, "strerror", None) or str(error).strip()
-    return said.splitlines()[0].rstrip(".") if said else type(error).__name__
+    return said.splitlines()[0].rstrip(". ") if said else type(error).__name__
 
 
 def check_text_kind(path: str | os.PathLike[str], argument: str) -> None:
@@ -132,18 +132,37 @@ def write_atomically(path: str | os.PathLike[str], text: str) -> None:
     Raises:
         FileError: If the folder cannot be written to or the disk is full.
     """
-    place = Path(path)
+    place, older = Path(path), ""
     try:
+        older = " The older file is unchanged." if place.is_file() else ""
         if place.exists() and not place.is_file():
             place.write_text(text, encoding="utf-8", newline="\n")
         else:
             _replace(place.resolve(), text)
     except (OSError, RuntimeError) as error:  # before Python 3.13 a circle of links raises RuntimeError
         why = getattr(error, "strerror", None) or error
-        older = " The older file is unchanged." if place.is_file() else ""
         raise FileError(
             f"{place} could not be written: {why}.{older}\n  Free some space, or write elsewhere."
         ) from error
+
+
+def check_writable(*paths: Path | None) -> None:
+    """Require paths that `write_atomically` can write to, before the work whose results they take; None is passed over.
+
+    Raises:
+        FileError: If one is a folder, or lies below a file or in a folder that cannot be written to.
+    """
+    for path in (each for each in paths if each is not None):
+        place = Path(os.path.realpath(path))
+        folder = next(each for each in place.parents if os.access(each, os.F_OK))
+        if os.access(place, os.F_OK) and not place.is_file():
+            why = "it is a folder" if place.is_dir() else ""  # a pipe is written to directly
+        elif not folder.is_dir():
+            why = f"{folder} is a file"
+        else:
+            why = "" if os.access(folder, os.W_OK | os.X_OK) else f"{folder} denies the permission to write"
+        if why:
+            raise FileError(f"{path} cannot be written: {why}.\n  Choose another output.")
 
 
 def _replace(place: Path, text: str) -> None:

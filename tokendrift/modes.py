@@ -1,4 +1,4 @@
-"""Modes for a block of code: evaluation mode, and autocast off."""
+"""Modes for a block of code: without gradient, evaluation mode, and autocast off."""
 
 from __future__ import annotations
 
@@ -7,6 +7,20 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 from torch import nn
+
+
+@contextmanager
+def without_gradient() -> Iterator[None]:
+    """Run a block without gradient, from which an autocast block around it keeps nothing.
+
+    Autocast keeps the weights that it has converted for later calls. In older versions of PyTorch (2.6 is one), those
+    that it has converted without gradient are among them, and a later call with gradient would not train them.
+    """
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        torch.clear_autocast_cache()
 
 
 @contextmanager
@@ -23,7 +37,7 @@ def evaluation_mode(model: object) -> Iterator[None]:
     for module in modules:
         module.training = False
     try:
-        with torch.no_grad():
+        with without_gradient():
             yield
     finally:
         for module, mode in zip(modules, modes, strict=True):

@@ -257,6 +257,7 @@ class FeatureQueue(nn.Module):
             if stored.shape[1] != self.buffer.shape[1]:
                 self.buffer = self.buffer.new_zeros(stored.shape, dtype=wide_dtype(stored.dtype))
         super()._load_from_state_dict(state_dict, prefix, *args)
+        self.buffer = self.buffer.to(wide_dtype(self.buffer.dtype))  # with assign=True it has the stored dtype
         self._pushed = int(self.pushed)
 
 

@@ -67,6 +67,11 @@ class TextFiles:
     def __init__(self, paths: Sequence[str | Path], *, documents: str = "file", field: str = "text") -> None:
         self.paths = [Path(path) for path in paths]
         self.documents, self.field = documents, field
+        if others := [str(path) for path in self.paths if path.exists() and not path.is_file()]:
+            raise fail(
+                f"text must name files, and these are folders or pipes: {', '.join(others)}.",
+                "Pass the files of a folder, and write what comes through a pipe to a file: text is read repeatedly.",
+            )
         missing = [str(path) for path in self.paths if not path.is_file()]
         if missing or not self.paths:
             raise fail(

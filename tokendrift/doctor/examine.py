@@ -186,6 +186,9 @@ def check_nelbo(
     )
     bound = (unigram if windows.numel() >= ENOUGH else math.log(process.vocab_size)) - 0.1
     useless = found.mean > bound
+    if useless and windows.numel() < ENOUGH and found.mean - 2 * found.error <= bound:
+        report.add("NELBO", "note", f"{measured}: too few tokens to tell whether it reads context. Measure on more")
+        return
     # 2. The same under other assumptions, on half of the windows: with another noise level, mask or process.
     few = windows[: max(8, len(windows) // 2)]
     progress("testing other assumptions")

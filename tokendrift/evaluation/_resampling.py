@@ -13,6 +13,7 @@ from tokendrift.evaluation.protocols import log_perplexity
 
 HALVES = 200  # enough for a spread known to 5 %
 COLUMNS = 64  # redrawn vocabularies counted at a time
+ENTRIES = 2**22  # of n-grams times halves at a time: 32 MiB
 
 
 class Resampling:
@@ -57,9 +58,8 @@ class Resampling:
         """Return the share of distinct n-grams on each half of rows (n, L), (H,); NaN without an n-gram."""
         codes = ngrams(rows, n)
         real = codes != NONE
-        counts = self._counts(codes)
-        shares = []
-        for kept in self._halves.double().split(COLUMNS):
+        counts, shares = self._counts(codes), []
+        for kept in self._halves.double().split(max(1, min(COLUMNS, ENTRIES // max(1, len(counts))))):
             found = (torch.sparse.mm(counts, kept.T) > 0).sum(dim=0)
             shares.append(found / (kept @ real.sum(dim=1).double()))
         return torch.cat(shares)

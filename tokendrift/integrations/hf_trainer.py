@@ -175,6 +175,13 @@ class ObjectiveTrainer(Trainer):
         self._found: list[dict[str, float]] = []  # one for each micro-batch since the last log
         # What moves and is stored: that of the objective, or else its drifting loss.
         stateful = objective if isinstance(objective, StatefulObjective) else None
+        share, own = getattr(objective, "share", None), (self.args.process_index, self.args.world_size)
+        if share not in (None, own):
+            warn_user(
+                f"the objective has share={share}, but this is process {own[0]} of {own[1]}: the processes draw the "
+                "same noise, and an auxiliary model is trained by each on its own. Build it with "
+                "share=(args.process_index, args.world_size) and with generators in the same state."
+            )
         self._module = self.drift if stateful is None else stateful.module
         self._state: Any = stateful or self.drift
         if self._module is not None:
@@ -205,11 +212,18 @@ class ObjectiveTrainer(Trainer):
         num_items_in_batch: Any = None,
     ) -> Any:
         """Return the objective's loss of a batch."""
-        due = self.args.logging_steps > 0 and (self.state.global_step + 1) % max(1, int(self.args.logging_steps)) == 0
-        loss, logs = self.objective(model, inputs["input_ids"], log=due and model.training)
-        if due and model.training:
+        due = model.training and self._logs_after_this_step()
+        loss, logs = self.objective(model, inputs["input_ids"], log=due)
+        if due:
             self._found.append({name: float(value) for name, value in logs.items()})
         return (loss, {"loss": loss.detach()}) if return_outputs else loss
+
+    def _logs_after_this_step(self) -> bool:
+        """Return whether the Trainer logs after the step in progress, for which diagnostics are computed."""
+        if self.args.logging_strategy == "epoch":
+            return bool(self.accelerator.gradient_state.end_of_dataloader)
+        # The state has the number of steps where the arguments may have a share of all steps.
+        return self.args.logging_strategy == "steps" and (self.state.global_step + 1) % self.state.logging_steps == 0
 
     def prediction_step(
         self,

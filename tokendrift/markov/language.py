@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from tokendrift._checks import check_count, check_floating, check_ids, check_tensor, fail
+from tokendrift._checks import check_choice, check_count, check_floating, check_ids, check_tensor, fail
 from tokendrift.diffusion import MaskedDiffusion, Process, UniformDiffusion
 
 ROUNDING = 1e-6  # by how much a row of given transitions may miss 1
@@ -125,8 +125,7 @@ class MarkovLanguage:
 
     def process(self, kind: str) -> Process:
         """Return the process over these words: ``"uniform"``, or ``"masked"`` with the mask behind them."""
-        if kind not in ("uniform", "masked"):
-            raise fail("kind must be 'uniform' or 'masked'.", kind=kind)
+        check_choice("kind", kind, ("uniform", "masked"))
         return UniformDiffusion(self.words) if kind == "uniform" else MaskedDiffusion(self.words + 1)
 
     def sample(self, n: int, *, seed: int | None = None, generator: torch.Generator | None = None) -> Tensor:

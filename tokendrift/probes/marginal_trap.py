@@ -15,6 +15,7 @@ from tokendrift.evaluation.bootstrap import Interval
 from tokendrift.evaluation.diversity import unigram_entropy
 from tokendrift.evaluation.generative_perplexity import GenerativePerplexity
 from tokendrift.evaluation.plots import canvas, plot_band
+from tokendrift.evaluation.samples import id_sequences
 from tokendrift.modes import evaluation_mode
 from tokendrift.probes.noisy_prompts import NoisyPrompts, entropies, interval_of_means
 from tokendrift.sampling.categorical import draw
@@ -285,6 +286,8 @@ def _score(
     if prompts.shape[1] == 1 and decode is None:
         pieces[0] = pieces[0].new_zeros(len(prompts), 2)  # a first token is no target: it costs nothing
     rows = [row for piece in pieces for row in (piece if decode is None else decode(piece))]
+    if decode is not None and min(map(len, id_sequences(rows, None, judge.judge.tokenizer)[0])) < 2:
+        raise fail("the judge reads a prompt, alone or with its draw, as fewer than 2 tokens.", "Use longer prompts.")
     nll = judge.score(rows).sample_nll
     if not bool(nll.isfinite().all()):
         raise fail(

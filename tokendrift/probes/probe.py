@@ -218,12 +218,12 @@ def _load(
 def _sizes(positions: int | None, prompt_length: int | None, length: int) -> tuple[int, int]:
     """Return the numbers of noisy positions and of prompt tokens, which fit into a model's length together."""
     k = min(MOST_POSITIONS, length // 2) if positions is None else check_count("positions", positions, least=1)
-    width = min(MOST_PROMPT, length - k)
+    width = max(1, min(MOST_PROMPT, length - k))
     if prompt_length is not None:
         width = check_count("prompt_length", prompt_length, least=1)
-    if width < 1 or width + k > length:
+    if width + k > length:
         raise fail(
-            f"{width} tokens of prompt and {k} positions exceed the length of the model, {length}.",
+            f"{width} token{'s' * (width > 1)} of prompt and {k} positions exceed the length of the model, {length}.",
             "Lower --prompt-length or --positions.",
         )
     return k, width

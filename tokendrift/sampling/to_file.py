@@ -56,9 +56,8 @@ class SampleConfig:
             Default: 0.
         batch_size: Number of samples that are drawn together. Default: 32.
         revision: Branch, tag or commit of a hub id. Default: the main branch.
-        checkpoint_config: Field that replaces or completes one of the checkpoint's configuration, as KEY=VALUE, such as
-            mask_id=103; repeatable. trust_remote_code=true permits the code that a model of transformers brings to be
-            run.
+        checkpoint_config: Field of the checkpoint's configuration to add or replace, as KEY=VALUE, such as mask_id=103;
+            repeatable. trust_remote_code=true permits running the code that is part of a model of transformers.
         tokenizer: Tokenizer: a tokenizer.json, a folder or a hub id. Default: that of the checkpoint, or that of GPT-2
             if the vocabulary has its size.
         dtype: Data type of the parameters: float32, bfloat16, float16 or float64. Default: float32.

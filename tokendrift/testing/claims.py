@@ -138,7 +138,8 @@ def assert_unbiased_at_equilibrium(
     >>> assert_unbiased_at_equilibrium(DriftField((1.0,), rms_normalize=False), draws=50)
     """
     check_count("draws", draws, least=2)
-    check_count("anchors", anchors, least=1)
+    for name, count in (("anchors", anchors), ("positives", positives), ("width", width)):
+        check_count(name, count, least=1)
     check_count("negatives", negatives, least=anchors)
     generator, own = torch.Generator().manual_seed(seed), torch.arange(anchors)
     found = []

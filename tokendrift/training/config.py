@@ -43,8 +43,8 @@ class RefineConfig(Settings):
         output: Folder for the refined model, its checkpoints and its log.
         revision: Branch, tag or commit of a hub id. Default: the main branch.
         checkpoint_config: Fields that replace or complete those of the checkpoint's configuration, each as KEY=VALUE:
-            the ``config`` of `load_denoiser`. ``trust_remote_code=true`` permits the code that a model of transformers
-            brings to be run.
+            the ``config`` of `load_denoiser`. ``trust_remote_code=true`` permits running the code that is part of a
+            model of transformers.
         text: Files to train on: text (``.txt`` and others) or JSON Lines (``.jsonl``, ``.ndjson``, ``.json``), gzipped
             (``.gz``) or not. Repeatable on the command line. Default: none.
         dataset: Hugging Face dataset to train on instead of ``text``: name or folder. Default: none.
@@ -160,6 +160,8 @@ class RefineConfig(Settings):
         check_fraction("entropy_tolerance", self.entropy_tolerance, ": a share of the entropy of real text")
         if self.text and self.dataset is not None:
             raise fail("text and dataset cannot both be given.", "Pass one source of text.", dataset=self.dataset)
+        if self.judge_tokenizer is not None and self.judge is None:
+            raise fail("judge_tokenizer needs a judge.", "Pass judge.", judge_tokenizer=self.judge_tokenizer)
         self.accumulation(processes=1)
         self.loop()  # checks the settings of the optimiser
 
@@ -282,10 +284,16 @@ def _check_unused(name: str, value: Any) -> None:
 
 
 def setting_help(name: str) -> str:
-    """Return the help of a setting for the command line."""
+    """Return the help of a setting for the command line, where the default preset may have another default value."""
     if name == "objective":
-        return f"What is minimised: {', '.join(OBJECTIVES)}. Default: {DEFAULT_OBJECTIVE}."
-    return describe_setting(RefineConfig, name)
+        text = f"What is minimised: {', '.join(OBJECTIVES)}. Default: {DEFAULT_OBJECTIVE}."
+    else:
+        text = describe_setting(RefineConfig, name)
+    preset = PRESETS[DEFAULT_PRESET]
+    if name not in preset or preset[name] == getattr(RefineConfig, name, None):
+        return text
+    about, _, without = text.partition("Default: ")
+    return f"{about}Default: {preset[name]} in the preset {DEFAULT_PRESET}; {without[:-1]} without a preset."
 
 
 # AdamW as all published recipes below have it.

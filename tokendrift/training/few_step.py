@@ -87,7 +87,6 @@ class FewStepEvaluation:
             return found
         return {nfe: accelerator.reduce(ids.to(self.device), "sum").cpu() for nfe, ids in found.items()}
 
-    @torch.no_grad()
     def sample(self, network: Callable[..., Tensor], nfe: int, *, share: tuple[int, int] = (0, 1)) -> Tensor:
         """Return samples (n, L) on the CPU; the batch size and the number of processes do not change them.
 

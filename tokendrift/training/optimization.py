@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import torch
@@ -167,25 +168,32 @@ class Optimization:
             of what the objective logs.
 
         Raises:
-            TokenDriftError: With ``log``, if a figure is not finite; the step is named.
+            TokenDriftError: If there are more or fewer micro-batches than ``count``; with ``log``, if a figure is not
+                finite; the step is named.
         """
         self.model.train()
         hooks = objective if isinstance(objective, StatefulObjective) else None
         for group in self.optimizer.param_groups:
             group["lr"] = self.config.rate(step)
-        # 1. Gradients of all micro-batches add up; the logs are their means.
         logs: dict[str, Tensor] = {}
-        with nullcontext() if hooks is None else hooks.step_context():
-            for number, x0 in enumerate(batches):
-                with self._accumulating(last=number == count - 1):
-                    loss, found = objective(self.network, x0.to(self.device), log=log)
-                    (loss if count == 1 else loss / count).backward()
-                for name, value in found.items():
-                    logs[name] = logs.get(name, torch.zeros_like(value)) + value / count
-        # 2. Clip, step, and take the weights into the average.
-        norm = self._clip()
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        try:
+            # 1. Gradients of all micro-batches add up; the logs are their means.
+            with nullcontext() if hooks is None else hooks.step_context():
+                taken = 0
+                for taken, x0 in enumerate(batches, start=1):
+                    with self._accumulating(last=taken == count):
+                        loss, found = objective(self.network, x0.to(self.device), log=log)
+                        (loss if count == 1 else loss / count).backward()
+                    for name, value in found.items():
+                        logs[name] = logs.get(name, torch.zeros_like(value)) + value / count
+                if taken != count:
+                    message = f"the step was given {taken} micro-batches, but count is {count}."
+                    raise fail(message, "Pass their number as count: gradients are divided by it.")
+            # 2. Clip, step, and take the weights into the average.
+            norm = self._clip()
+            self.optimizer.step()
+        finally:
+            self.optimizer.zero_grad(set_to_none=True)  # also after an error: the next step begins without gradients
         self.average.update(step)
         # 3. The objective may act on the new weights.
         if hooks is not None:
@@ -290,7 +298,7 @@ def windows(stream: Tensor, length: int, batch_size: int, *, seed: int) -> Itera
 def train(
     model: nn.Module,
     objective: Objective,
-    batches: Iterator[Tensor],
+    batches: Iterable[Tensor],
     config: LoopConfig,
     *,
     on_step: Callable[[int], object] | None = None,
@@ -303,7 +311,7 @@ def train(
     Args:
         model: The denoiser; its device decides where batches go.
         objective: Loss of a batch.
-        batches: Clean ids (B, L).
+        batches: Clean ids (B, L) of each step, such as `windows` yields.
         config: Length, rate and averaging.
         on_step: Called with the number of finished steps after each.
 
@@ -312,13 +320,17 @@ def train(
         logs.
 
     Raises:
-        TokenDriftError: If the loss stops being finite; the step and the rate are named.
+        TokenDriftError: If the loss stops being finite (the step and the rate are named), or the batches end before
+            the last step.
     """
-    optimization = Optimization(model, config)
+    optimization, source = Optimization(model, config), iter(batches)
     records: list[Record] = []
     for step in range(config.steps):
         log = step % config.log_every == 0 or step == config.steps - 1
-        record = optimization.step(step, objective, [next(batches)], log=log)
+        batch = list(islice(source, 1))
+        if not batch:
+            raise fail(f"batches ended after {step} of {config.steps} steps.", "Pass more, or lower steps.")
+        record = optimization.step(step, objective, batch, log=log)
         if record is not None:
             records.append(record)
         if on_step is not None:

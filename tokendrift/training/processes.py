@@ -100,11 +100,11 @@ def done_by_main(accelerator: Any, work: Callable[[], T]) -> T:
     Every process must call.
     """
     result: T | None = None
-    error: TokenDriftError | None = None
+    error: Exception | None = None
     if accelerator.is_main_process:
         try:
             result = work()
-        except TokenDriftError as found:
+        except Exception as found:
             error = found
     result, message = broadcast_from_main(accelerator, (result, None if error is None else str(error)))
     if message is not None:

@@ -264,6 +264,7 @@ class Run:
         if not self.config.evaluate_nfe:
             return None
         better: Best | None = None
+        error: Exception | None = None
         label = f"evaluation after {finished} steps" if finished else "initial evaluation"
         try:
             with self.records.phase(label, 2 * len(self.config.evaluate_nfe)) as progress:
@@ -271,12 +272,17 @@ class Run:
                     drawn = self.evaluator.sample_all(self.optimization, self.accelerator, progress)
                 if self.main:
                     better = self._measure(finished, drawn, progress)
-        except Exception as error:
-            if not finished:
-                raise
-            self.records.warn(finished, f"the evaluation after {finished} steps has failed, without figures: {error}")
-        found: Best | None = broadcast_from_main(self.accelerator, better)
-        return found
+        except Exception as caught:
+            if finished:
+                message = f"the evaluation after {finished} steps has failed, without figures: {caught}"
+                self.records.warn(finished, message)
+            else:
+                error = caught
+        # The other processes wait here for the main one, also if it could not measure.
+        better, failed = broadcast_from_main(self.accelerator, (better, error is not None))
+        if failed or error is not None:
+            raise error or fail("the main process could not evaluate the model; its own error says why.")
+        return better
 
     def _measure(self, finished: int, drawn: Mapping[int, Tensor], progress: Callable[[], object]) -> Best | None:
         # 1. Measure; the first evaluation also measures real text.
@@ -395,6 +401,7 @@ class Run:
                 "It may come from another version: finish the run with that version, or choose another output.",
             ) from None
         self.optimization.load_state(stored.tensors)
+        stored.tensors.clear()  # several times the weights, which would stay in memory until the run ends
         self.data.restore(state["data"])
         if anew:
             self._save(finished, self._evaluate(finished))

@@ -20,13 +20,12 @@ from tokendrift.evaluation.matching import MatchedEntropy
 from tokendrift.evaluation.measures import Measures
 from tokendrift.evaluation.panel import PanelComparison, compare_panels
 from tokendrift.evaluation.report.cards import judge_notes
-from tokendrift.evaluation.report.sources import NamedSamples
+from tokendrift.evaluation.report.sources import REAL, NamedSamples
 from tokendrift.plain_text import spreadsheet_cell
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-REAL = "real text"
 ENTROPIES = ("sample_entropy", "unigram_entropy")
 ENDS = ("", "_low", "_high")
 PER_TOKEN = (

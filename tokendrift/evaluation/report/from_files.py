@@ -21,7 +21,7 @@ from tokendrift.evaluation.generative_perplexity import GenerativePerplexity
 from tokendrift.evaluation.judge import DEFAULT_JUDGE, PRECISIONS
 from tokendrift.evaluation.measures import Measures, as_sample_set, measure, texts_of
 from tokendrift.evaluation.protocols import PROTOCOLS
-from tokendrift.evaluation.report.evaluation_report import REAL, EvaluationReport, MatchedSet
+from tokendrift.evaluation.report.evaluation_report import EvaluationReport, MatchedSet
 from tokendrift.evaluation.report.from_checkpoints import (
     held_out_nelbo,
     load_denoisers,
@@ -29,6 +29,7 @@ from tokendrift.evaluation.report.from_checkpoints import (
     sample_checkpoints,
 )
 from tokendrift.evaluation.report.sources import (
+    REAL,
     NamedSamples,
     common_tokenizer,
     read_controls,
@@ -60,9 +61,9 @@ class EvaluateConfig:
         baseline: Name of a checkpoint with which every set with the same number of steps is compared at equal entropy.
             Default: none.
         keep: Folder in which the samples of checkpoints are kept and reused. Default: a temporary folder.
-        checkpoint_config: Field that replaces or completes one of the configuration of every checkpoint, as KEY=VALUE,
-            such as mask_id=103; repeatable. trust_remote_code=true permits the code that a model of transformers brings
-            to be run.
+        checkpoint_config: Field of the configuration of every checkpoint to add or replace, as KEY=VALUE, such as
+            mask_id=103; repeatable. trust_remote_code=true permits running the code that is part of a model of
+            transformers.
         real: Real text that neither denoiser nor judge was trained on: a samples file, or any other UTF-8 file, which
             is cut into windows as long as the longest sample.
         controls: Measure sets made from real text alone beside the samples, such as unigram draws, to show what each
@@ -71,8 +72,8 @@ class EvaluateConfig:
         tokenizer: Tokenizer of the denoisers: a tokenizer.json, a folder or a hub id. Default: the one that the samples
             files or checkpoints state.
         judge: Causal language model that scores the samples: hub id, folder, .gguf file, or package:NAME for the only
-            GGUF file of an installed package; repeatable. The first judge makes the table, and the figures of the
-            others stand beside it. Default: gpt2-large.
+            GGUF file of an installed package; repeatable. The table uses the first judge, and the figures of the
+            others are shown beside it. Default: gpt2-large.
         judge_tokenizer: Tokenizer of the first judge: a tokenizer.json, a folder or a hub id. Default: the judge's own.
         revision: Branch, tag or commit of the first judge. Default: the main branch.
         dtype: Precision of the judges: float32 or bfloat16. Default: float32.
@@ -81,7 +82,8 @@ class EvaluateConfig:
             per token)^2, between the mean gradients of the judge's loss on the samples and on real text, with its
             z-score. It takes a forward and a backward pass of the judge for each sample, one at a time. A judge does
             not see what is wrong with text that it has generated itself. Default: no.
-        skip_bad: Leave out lines and samples that cannot be read or scored, and report their number. Default: an error.
+        skip_bad: Leave out lines and samples that cannot be read or scored, and report their number. Default: raise an
+            error.
         lines: Whether each line of a samples file of plain text is a sample, instead of each paragraph. Default: no.
         resamples: Number of bootstrap resamples for the intervals. Default: 1000.
         seed: Random seed of sampling and of the bootstrap. Default: 0.
@@ -119,8 +121,9 @@ class EvaluateConfig:
     device: str = "auto"
 
     def __post_init__(self) -> None:
-        for name in ("samples", "checkpoint", "nfe"):
+        for name in ("samples", "checkpoint"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
+        object.__setattr__(self, "nfe", tuple(dict.fromkeys(self.nfe)))  # one that is given twice is sampled once
         if not self.samples and not self.checkpoint:
             raise fail("there is nothing to evaluate.", "Pass samples files, or checkpoint and nfe.")
         if bool(self.checkpoint) != bool(self.nfe):
@@ -129,6 +132,9 @@ class EvaluateConfig:
                 checkpoint=self.checkpoint,
                 nfe=self.nfe,
             )
+        if not self.checkpoint and (self.keep is not None or self.temperature != 1):
+            given = {"keep": self.keep, "temperature": self.temperature}
+            raise fail("keep and temperature are for samples of checkpoints.", "Pass checkpoint and nfe.", **given)
         names = [name for name, _ in map(split_name, self.checkpoint)]
         if len(set(names)) < len(names):
             raise fail("two checkpoints have the same name.", "Give them different names: NAME=PATH.", names=names)
@@ -165,6 +171,7 @@ def evaluate_files(
     # 1. Read the files, then load the judge, which may be large, and sample the checkpoints.
     progress("reading")
     sources = read_sources(config.samples, skip_bad=config.skip_bad, lines=config.lines)
+    unique_names(sources)  # before all work; the sets of checkpoints join them below
     real = read_real(config.real, skip_bad=config.skip_bad)
     training = None if config.training_text is None else SampleSet(texts=read_documents(config.training_text))
     judge, *panel = _load_judges(config, progress)
@@ -178,8 +185,6 @@ def evaluate_files(
     if config.controls:
         sources += read_controls(real, real_set, tokenizer, judge.judge.tokenizer, seed=config.seed)
     names = unique_names(sources)
-    if REAL in names:
-        raise fail(f"a set of samples is called {REAL!r}, as real text is.", "Give it another name: NAME=FILE.")
     # 3. Measure the checkpoints, then every set beside real text.
     denoisers = load_denoisers(
         config.checkpoint, sources, config.tokenizer, device=config.device, fields=config.checkpoint_config

@@ -29,10 +29,10 @@ class Part(NamedTuple):
     repeated: bool
 
 
-def most_repeated(texts: Sequence[str], *, words: int = WORDS, most: int = MOST) -> list[Phrase]:
-    """Return the phrases that occur more than once in all texts together, the most frequent first.
+def most_repeated(texts: Sequence[str]) -> list[Phrase]:
+    """Return the `MOST` most frequent phrases of those that occur more than once in all texts together.
 
-    A phrase is a run of so many words, special tokens or punctuation marks, whatever the space between them; all but
+    A phrase is a run of `WORDS` words, special tokens or punctuation marks, whatever the space between them; all but
     one of them are words.
 
     >>> most_repeated(["the cat sat on the mat", "the cat sat down"])
@@ -41,12 +41,12 @@ def most_repeated(texts: Sequence[str], *, words: int = WORDS, most: int = MOST)
     counts: Counter[tuple[str, ...]] = Counter()
     for text in texts:
         found = WORD.findall(text)
-        grams = zip(*(found[k:] for k in range(words)), strict=False)
-        counts.update(gram for gram in grams if sum(word[0].isalnum() for word in gram) >= words - 1)
-    return [Phrase(" ".join(gram), count) for gram, count in counts.most_common(most) if count > 1]
+        grams = zip(*(found[k:] for k in range(WORDS)), strict=False)
+        counts.update(gram for gram in grams if sum(word[0].isalnum() for word in gram) >= WORDS - 1)
+    return [Phrase(" ".join(gram), count) for gram, count in counts.most_common(MOST) if count > 1]
 
 
-def marked(text: str, phrases: Collection[Phrase], *, words: int = WORDS) -> list[Part]:
+def marked(text: str, phrases: Collection[Phrase]) -> list[Part]:
     """Return a text in pieces, those of the phrases apart; phrases that touch make one piece.
 
     >>> marked("so the  cat sat", [Phrase("the cat sat", 2)])
@@ -55,9 +55,9 @@ def marked(text: str, phrases: Collection[Phrase], *, words: int = WORDS) -> lis
     wanted = {phrase.text for phrase in phrases}
     spans = [match.span() for match in WORD.finditer(text)]
     inside = [False] * len(text)
-    for k in range(len(spans) - words + 1):
-        if " ".join(text[start:end] for start, end in spans[k : k + words]) in wanted:
-            first, last = spans[k][0], spans[k + words - 1][1]
+    for k in range(len(spans) - WORDS + 1):
+        if " ".join(text[start:end] for start, end in spans[k : k + WORDS]) in wanted:
+            first, last = spans[k][0], spans[k + WORDS - 1][1]
             inside[first:last] = [True] * (last - first)
     runs = groupby(zip(text, inside, strict=True), key=lambda letter: letter[1])
     return [Part("".join(letter for letter, _ in run), repeated) for repeated, run in runs]

@@ -16,6 +16,8 @@ from tokendrift.models.tokenizer import UNKNOWN, decode, encode, load_tokenizer,
 from tokendrift.sampling import SampleSet
 from tokendrift.text_files import JSON_KINDS, read_documents
 
+REAL = "real text"  # its name in reports, which no set of samples may have
+
 
 class NamedSamples(NamedTuple):
     """A set of samples with its name and where it came from.
@@ -72,7 +74,7 @@ def unique_names(sources: Sequence[NamedSamples]) -> list[str]:
     need more calls.
 
     Raises:
-        TokenDriftError: If two sets have the same name, NFE and number of steps.
+        TokenDriftError: If two sets have the same name, NFE and number of steps, or one is called as real text is.
     """
     models = [source.model for source in sources]
     found = [
@@ -83,6 +85,8 @@ def unique_names(sources: Sequence[NamedSamples]) -> list[str]:
         f"{label} of {source.steps} steps" if found.count(label) > 1 and source.steps != source.samples.nfe else label
         for label, source in zip(found, sources, strict=True)
     ]
+    if REAL in found:
+        raise fail(f"a set of samples is called {REAL!r}, as real text is.", "Give it another name: NAME=FILE.")
     for label in found:
         if found.count(label) > 1:
             places = ", ".join(source.origin for source, own in zip(sources, found, strict=True) if own == label)
@@ -216,6 +220,3 @@ def evenly_spaced_windows(stream: list[int], width: int, count: int) -> list[lis
     count = min(count, len(stream) // width)
     step = (len(stream) - width) // max(1, count - 1)
     return [stream[i * step : i * step + width] for i in range(count)]
-
-
-Source = NamedSamples  # the name of earlier versions

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -98,17 +99,28 @@ class CurriculumContinuation(StatefulObjective):
     Attributes:
         curriculum: Gives the process of each step.
         generator: Source of times and noise; PyTorch's global generator by default.
-        step: Number of calls so far that trained. It is part of ``state_dict``.
+        step: Number of optimiser steps so far. Outside of `step_context`, each call that trains counts as one. It is
+            part of ``state_dict``.
     """
 
     curriculum: GaussianCurriculum
     generator: torch.Generator | None = None
     step: int = 0
+    _within = False  # a step, whose micro-batches have one process
 
     def __call__(self, model: Network, x0: Tensor, *, log: bool = False) -> StepLoss:
         found = Continuation(self.curriculum.at(self.step), self.generator)(model, x0, log=log)
-        self.step += torch.is_grad_enabled()  # an evaluation does not move the curriculum
+        self.step += torch.is_grad_enabled() and not self._within  # an evaluation does not move the curriculum
         return found
+
+    @contextmanager
+    def step_context(self) -> Iterator[None]:
+        self._within = True
+        try:
+            yield
+        finally:
+            self._within = False
+        self.step += 1
 
     def state_dict(self) -> dict[str, Tensor]:
         return {"step": torch.tensor(self.step)}

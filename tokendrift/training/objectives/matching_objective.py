@@ -23,6 +23,7 @@ from tokendrift.distribution_matching import (
 from tokendrift.models import MaskedLMDenoiser
 from tokendrift.models.low_rank import low_rank_copy
 from tokendrift.models.random_input import random_numbers
+from tokendrift.modes import without_gradient
 from tokendrift.pairs import PairDriftLoss
 from tokendrift.references import add_over_ranks, refuse_recomputation
 from tokendrift.sampling import draw
@@ -204,7 +205,7 @@ class DistributionMatching(StatefulObjective):
         options = self.chains.random_input(self.teacher, noised.x_t)
         mask_id, replaced = self.process.mask_id, self.config.replaced_only
         read = positions_to_match(noised.x_t, completion, predicted, mask_id=mask_id, replaced_only=replaced)
-        with torch.no_grad():
+        with without_gradient():
             teacher = self._logits(self.teacher, noised, read, options)
             auxiliary = self._logits(self.auxiliary.network, noised, read, options)
         # 4. The field moves the law. The graph of the loss holds the logits of both as long as it needs them.
@@ -389,7 +390,7 @@ class DistributionMatching(StatefulObjective):
                 found = network(noised.x_t, noised.sigma, **options)[read]
             return found
 
-    @torch.no_grad()
+    @without_gradient()
     def _watched(
         self, completion: Tensor, x0: Tensor, noised: Corruption, options: Mapping[str, Tensor]
     ) -> dict[str, Tensor]:
