@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import inspect
 import json
 import os
@@ -47,7 +46,6 @@ class Settings:
             object.__setattr__(self, name, converted(name, getattr(self, name), kind))
 
 
-@functools.cache
 def setting_types(settings: type[Settings]) -> dict[str, SettingType]:
     """Return the type of each setting of a dataclass, in the order of its fields."""
     hints = typing.get_type_hints(settings)
