@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from tokendrift._operators import IMPLEMENTATIONS  # of the operators whose inside counts
@@ -43,14 +42,25 @@ class LiveBytes(TorchDispatchMode):
         out = func(*args, **kwargs)
         if func._overloadpacket in PRODUCTS:
             self.flops += PRODUCTS[func._overloadpacket](*args, **kwargs, out_val=out)
-        given = {_key(leaf) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
-        made = [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor) and _key(leaf) not in given]
+        given = {_key(leaf) for leaf in _tensors((args, kwargs))}
+        made = [leaf for leaf in _tensors(out) if _key(leaf) not in given]
         if made:  # else there is no new peak
             self.live = {key: entry for key, entry in self.live.items() if not entry[0].expired()}
             for storage in (leaf.untyped_storage() for leaf in made):
                 self.live[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
             self.peak = max(self.peak, sum(size for _, size in self.live.values()))
         return out
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    """Return the tensors among the arguments or results of an operator, which come in tuples, lists and dicts."""
+    if isinstance(value, Tensor):
+        return [value]
+    if isinstance(value, dict):
+        value = value.values()
+    elif not isinstance(value, (tuple, list)):
+        return []
+    return [tensor for each in value for tensor in _tensors(each)]
 
 
 def _key(tensor: Tensor) -> int:

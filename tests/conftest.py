@@ -30,10 +30,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--cuda-device", default="cuda", help=argparse.SUPPRESS)
 
 
+gc.disable()  # importing frees little, and the collector would go through what was imported, again and again
+
+
 def pytest_collection_finish() -> None:
-    """Keep the garbage collector from going through what was imported, again and again; start what forks processes."""
+    """Exempt what was imported from the garbage collector; start what forks processes."""
     gc.collect()
     gc.freeze()
+    gc.enable()
     if "forked" in sys.modules:
         sys.modules["forked"].start()
 

@@ -1,7 +1,7 @@
 """The command: help, bad input in one message, interruption with a hint."""
 
 import errno
-import subprocess
+import runpy
 import sys
 from pathlib import Path
 
@@ -74,11 +74,13 @@ def test_interruption_says_that_finished_stages_are_kept(run, monkeypatch, tmp_p
     assert result.exit_code == 130 and "finished stages are kept" in result.stderr
 
 
-def test_the_version_is_printed_and_python_runs_the_package(run):
+def test_the_version_is_printed_and_python_runs_the_package(run, monkeypatch, capsys):
     shown = run("--version").stdout
     assert shown.startswith(f"tokendrift {tokendrift.__version__}, torch {torch.__version__}, Python 3")
-    done = subprocess.run([sys.executable, "-m", "tokendrift", "--version"], capture_output=True, text=True, check=True)
-    assert done.stdout == shown
+    monkeypatch.setattr(sys, "argv", ["tokendrift", "--version"])
+    with pytest.raises(SystemExit) as left:
+        runpy.run_module("tokendrift", run_name="__main__")  # as `python -m tokendrift` does
+    assert not left.value.code and capsys.readouterr().out == shown
 
 
 @pytest.mark.parametrize(

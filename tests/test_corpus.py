@@ -1,8 +1,10 @@
 """The text that needs no download: what counts as prose, which split it goes to, and what is refused."""
 
+from pydoc_data import topics
+
 import pytest
 
-from tokendrift import TokenDriftError
+from tokendrift import TokenDriftError, corpus
 from tokendrift.corpus import docstrings, file_documents, prose, python_documents, read_splits, split
 
 WORDS = "the model reads a long sentence and writes another one about fields"
@@ -40,10 +42,28 @@ def test_repeated_paragraphs_count_once():
     assert sum(map(len, split([*documents, *documents]))) == 3000
 
 
+def words(documents):
+    return {name: sum(len(text.split()) for text in part) for name, part in split(documents)._asdict().items()}
+
+
+@pytest.mark.slow
 def test_python_carries_enough_english():
-    parts = split(python_documents())
-    words = {name: sum(len(text.split()) for text in part) for name, part in parts._asdict().items()}
-    assert words["denoiser"] > 80_000 and words["judge"] > 50_000 and words["held_out"] > 10_000
+    found = words(python_documents())
+    assert found["denoiser"] > 80_000 and found["judge"] > 50_000 and found["held_out"] > 10_000
+
+
+def test_the_language_reference_alone_is_enough_to_split():
+    assert all(count > 2_000 for count in words(topics.topics.values()).values())
+
+
+def test_the_text_of_python_is_its_topics_and_the_docstrings_of_its_library(tmp_path, monkeypatch):
+    (tmp_path / "package").mkdir()
+    (tmp_path / "test").mkdir()
+    for name in ("module.py", "package/other.py", "test/skipped.py"):
+        (tmp_path / name).write_text(f'"The text of {name}."\n', encoding="utf-8")
+    monkeypatch.setattr(corpus.sysconfig, "get_paths", lambda: {"stdlib": str(tmp_path)})
+    found = python_documents.__wrapped__()
+    assert found == (*topics.topics.values(), "The text of module.py.", "The text of package/other.py.")
 
 
 def test_too_little_text_and_unreadable_files_are_refused(tmp_path):

@@ -150,8 +150,9 @@ def test_a_student_that_is_the_teacher_has_no_loss_for_a_vanishing_step(kind, me
     assert all(gradient.abs().max() < 1e-8 for gradient in gradients if gradient is not None and measure != "l1")
 
 
-@pytest.mark.parametrize("measure", DIVERGENCES)
-@pytest.mark.parametrize("kind", ["masked", "uniform"])
+@pytest.mark.parametrize(
+    ("kind", "measure"), [("masked", each) for each in DIVERGENCES] + [("uniform", DIVERGENCES[0])]
+)
 def test_the_gradient_is_that_of_the_divergence(kind, measure, monkeypatch):
     monkeypatch.setattr("tokendrift.training.objectives.rounds.ELEMENTS", {"cpu": 20})  # a few rows at a time
     process = LANGUAGE.process(kind)

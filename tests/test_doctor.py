@@ -158,10 +158,16 @@ def cut_off(tensors):
     ("kind", "weights", "config", "where", "said"),
     [
         ("masked", reinitialised(""), None, "what is wrong", "weights not loaded: perplexity "),
-        ("uniform", reinitialised(""), None, "what is wrong", "weights not loaded: perplexity "),
+        pytest.param(
+            *("uniform", reinitialised(""), None, "what is wrong", "weights not loaded: perplexity "),
+            marks=pytest.mark.slow,
+        ),
         ("masked", reinitialised("blocks"), None, "what is wrong", "wrong vocabulary, or weights not loaded"),
         ("masked", without_context, None, "what is wrong", "does not use context: some weights are damaged"),
-        ("masked", with_shuffled_vocabulary, None, "what is wrong", "wrong vocabulary, or weights not loaded"),
+        pytest.param(
+            *("masked", with_shuffled_vocabulary, None, "what is wrong", "wrong vocabulary, or weights not loaded"),
+            marks=pytest.mark.slow,
+        ),
         ("uniform", with_shuffled_vocabulary, None, "what is wrong", "wrong vocabulary, or weights not loaded"),
         ("masked", with_nan, None, "weights are finite", "NaN or infinite: blocks.2.mlp.0.bias"),
         ("masked", with_no_head, None, "weights are trained", "the output layer is all zeros"),

@@ -32,7 +32,7 @@ SENTENCES = [
 ]
 
 
-run = partial(invoke, "evaluate", columns=150)
+run = partial(invoke, "evaluate", "--resamples", 200, columns=150)
 
 
 @pytest.fixture(scope="module")

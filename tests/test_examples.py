@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import runpy
 import sys
 from pathlib import Path
 
@@ -12,6 +11,11 @@ import pytest
 FOLDER = Path(__file__).parents[1] / "examples"
 EXAMPLES = sorted(FOLDER.glob("*.py"))
 LONG = {"gallery"}  # half a minute
+SHORTER = {
+    "another_encoder": {"BASE_STEPS, DRIFT_STEPS = 32, 16, 40, 15": "BASE_STEPS, DRIFT_STEPS = 32, 16, 4, 4"},
+    "plain_training_loop": {"BASE_STEPS, DRIFT_STEPS = 32, 16, 60, 20": "BASE_STEPS, DRIFT_STEPS = 32, 16, 12, 16"},
+    "sample_and_measure": {"STEPS, SAMPLES = 95, 32, 16, 100, 128": "STEPS, SAMPLES = 95, 32, 16, 30, 64"},
+}
 
 
 def test_there_are_examples() -> None:
@@ -26,7 +30,11 @@ def test_example_runs(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", [str(script)])
-    runpy.run_path(str(script), run_name="__main__")
+    source = script.read_text(encoding="utf-8")
+    for part, shorter in SHORTER.get(script.stem, {}).items():
+        assert source.count(part) == 1
+        source = source.replace(part, shorter)
+    exec(compile(source, str(script), "exec"), {"__name__": "__main__", "__file__": str(script)})
     assert capsys.readouterr().out.splitlines()[-1] == "ok"
 
 

@@ -166,7 +166,13 @@ def test_diagnostics_are_computed_at_the_steps_that_are_logged_alone(make, argum
 
 @pytest.mark.parametrize(
     ("kind", "own"),
-    [("drift", True), ("drift", False), ("continuation", True), ("continuation", False), ("matching", True)],
+    [
+        ("drift", True),
+        ("drift", False),
+        pytest.param("continuation", True, marks=pytest.mark.slow),
+        ("continuation", False),
+        ("matching", True),
+    ],
 )
 def test_evaluations_repeat_and_leave_training_as_it_is(make, kind, own):
     ends = []

@@ -746,7 +746,9 @@ def test_a_feature_map_that_takes_no_mask_is_named(cls):
 # ------------------------------------------------------------------------------------------------ compilation
 
 
-@pytest.mark.parametrize(("cls", "partly"), [(TokenDriftLoss, True), (MirrorTeacherLoss, False)])
+@pytest.mark.parametrize(
+    ("cls", "partly"), [(TokenDriftLoss, True), pytest.param(MirrorTeacherLoss, False, marks=pytest.mark.slow)]
+)
 def test_the_compiled_loss_equals_eager_over_steps_with_queues(cls, partly):
     compare_with_compiled(cls, partly, backend="aot_eager", filled=True)  # compiled once less than from empty queues
 

@@ -28,6 +28,10 @@ QUIET = {
     '"runs",': '"runs", report_to=[], disable_tqdm=True, use_cpu=True,',
     "Accelerator()": "Accelerator(cpu=True)",
     "random_input=0": "random_input=0, pair_sequences=64",
+    "take(64)": "take(16)",
+    "max_steps=8": "max_steps=2",
+    "save_steps=4": "save_steps=1",
+    "steps=8, seed=0": "steps=2, seed=0",
 }
 
 

@@ -50,7 +50,7 @@ def test_a_plan_needs_a_step():
 @pytest.mark.parametrize("options", [{"feature_scaling": True}, {"subtract_noise": True}], ids=lambda o: next(iter(o)))
 def test_no_option_breaks_a_law(normalization, options):
     field = ExtendedDriftField(normalization=normalization, **({"sinkhorn_iterations": 4} | options))
-    check_field(field, max_examples=12)
+    check_field(field, max_examples=8)
 
 
 @pytest.mark.parametrize("normalization", ["separate", "joint"])

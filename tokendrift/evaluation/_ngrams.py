@@ -28,7 +28,8 @@ def _checked(ids: Ids) -> list[Tensor]:
     if isinstance(ids, Sequence) and any(isinstance(sequence, str) for sequence in ids):
         raise fail("ids must be token ids (n, L) or a list of id sequences, not texts.", "Tokenise the texts first.")
     sequences, _ = id_sequences(ids)
-    if any(bool((sequence < 0).any()) for sequence in sequences):
+    together = torch.cat(sequences)
+    if len(together) and int(together.min()) < 0:
         raise fail("ids must not be negative.", "Labels of -100 mark padding: pass a list of unpadded sequences.")
     return sequences
 

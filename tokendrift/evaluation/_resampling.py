@@ -13,6 +13,7 @@ from tokendrift.evaluation.protocols import log_perplexity
 
 HALVES = 200  # enough for a spread known to 5 %
 COLUMNS = 64  # redrawn vocabularies counted at a time
+ENTRIES = 2**22  # of n-grams times halves at a time: 32 MiB
 
 
 class Resampling:
@@ -44,12 +45,7 @@ class Resampling:
 
     def unigrams(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Return unigram entropy and share of the most frequent token on each redraw of rows (n, L), (R,) each."""
-        real = rows != NONE
-        owners = torch.arange(self.n)[:, None].expand_as(rows)[real]
-        tokens, ranks = rows[real].unique(return_inverse=True)
-        places = torch.stack([ranks, owners])
-        ones = torch.ones(len(owners), dtype=torch.float64)
-        counts = torch.sparse_coo_tensor(places, ones, (len(tokens), self.n), check_invariants=False).coalesce()
+        counts = self._counts(rows)
         entropies, shares = [], []
         for weights in self._weights.split(COLUMNS):
             found = torch.sparse.mm(counts, weights.T)  # (V, r)
@@ -62,20 +58,26 @@ class Resampling:
         """Return the share of distinct n-grams on each half of rows (n, L), (H,); NaN without an n-gram."""
         codes = ngrams(rows, n)
         real = codes != NONE
-        grams, ranks = codes[real].unique(return_inverse=True)
-        owners = torch.arange(self.n)[:, None].expand_as(codes)[real]
-        shares = []
-        for half in self._halves:
-            kept = ranks[half[owners]]
-            found = (kept.bincount(minlength=len(grams)) > 0).sum().item()
-            shares.append(found / len(kept) if len(kept) else torch.nan)
-        return torch.tensor(shares, dtype=torch.float64)
+        counts, shares = self._counts(codes), []
+        for kept in self._halves.double().split(max(1, min(COLUMNS, ENTRIES // max(1, len(counts))))):
+            found = (torch.sparse.mm(counts, kept.T) > 0).sum(dim=0)
+            shares.append(found / (kept @ real.sum(dim=1).double()))
+        return torch.cat(shares)
 
     def duplicates(self, rows: Tensor) -> Tensor:
         """Return the share of samples that copy an earlier one on each half of rows (n, L), (H,)."""
         _, ranks = rows.unique(dim=0, return_inverse=True)
         distinct = [len(ranks[half].unique()) for half in self._halves]
         return 1 - torch.tensor(distinct, dtype=torch.float64) / (self.n // 2)
+
+    def _counts(self, codes: Tensor) -> Tensor:
+        """Return how often each value of codes (n, W) stands in each sample, sparse (values, n), `NONE` left out."""
+        real = codes != NONE
+        owners = torch.arange(self.n)[:, None].expand_as(codes)[real]
+        values, ranks = codes[real].unique(return_inverse=True)
+        places = torch.stack([ranks, owners])
+        ones = torch.ones(len(owners), dtype=torch.float64)
+        return torch.sparse_coo_tensor(places, ones, (len(values), self.n), check_invariants=False).coalesce()
 
     @cached_property
     def _weights(self) -> Tensor:

@@ -67,7 +67,11 @@ def check_field(
     for name in skip:
         check_choice("skip", name, LAWS)
 
+    strategy = clouds() if strategy is None else strategy
     laws = [name for name in LAWS if name not in skip]
+    if len(laws) == 1:  # no other law could be broken by the same fault
+        _search(lambda cloud: _CHECKS[laws[0]](field, cloud, tolerance), strategy, max_examples)
+        return
     broken: set[str] = set()
 
     def note_broken_laws(cloud: Cloud) -> None:
@@ -78,7 +82,6 @@ def check_field(
                 broken.add(name)
                 return  # without its form, a drift cannot be asked for the other laws
 
-    strategy = clouds() if strategy is None else strategy
     _search(note_broken_laws, strategy, max_examples)
     for name in laws:  # one broken law often breaks others: report the first, on its smallest cloud
         if name in broken:
