@@ -151,7 +151,12 @@ def test_a_student_that_is_the_teacher_has_no_loss_for_a_vanishing_step(kind, me
 
 
 @pytest.mark.parametrize(
-    ("kind", "measure"), [("masked", each) for each in DIVERGENCES] + [("uniform", DIVERGENCES[0])]
+    ("kind", "measure"),
+    [
+        *(("masked", each) for each in DIVERGENCES),
+        ("uniform", DIVERGENCES[0]),
+        *(pytest.param("uniform", each, marks=pytest.mark.slow) for each in DIVERGENCES[1:]),
+    ],
 )
 def test_the_gradient_is_that_of_the_divergence(kind, measure, monkeypatch):
     monkeypatch.setattr("tokendrift.training.objectives.rounds.ELEMENTS", {"cpu": 20})  # a few rows at a time

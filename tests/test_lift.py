@@ -327,7 +327,10 @@ def counted(tokens, vocab, width, dtype=F32, table_dtype=F32, *, trained=False, 
     return count, logits.nbytes
 
 
-@pytest.mark.parametrize(("partly", "mask_id"), [(False, None), (True, 7)])
+@pytest.mark.parametrize(
+    ("partly", "mask_id"),
+    [(False, None), (True, 7), *(pytest.param(*each, marks=pytest.mark.slow) for each in ((True, None), (False, 7)))],
+)
 @pytest.mark.parametrize("tokens", [2048, pytest.param(8192, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(("vocab", "width"), SIZES)
 @pytest.mark.parametrize(("dtype", "table_dtype", "share"), [(F32, F32, 0.10), (BF16, F32, 0.20), (BF16, BF16, 0.20)])

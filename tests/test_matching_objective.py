@@ -201,7 +201,14 @@ def test_positions_come_at_their_shares():
 # ------------------------------------------------------------------------------------------------ the auxiliary model
 
 
-@pytest.mark.parametrize(("kind", "rank"), [("masked", 0), ("uniform", 4)])
+@pytest.mark.parametrize(
+    ("kind", "rank"),
+    [
+        ("masked", 0),
+        ("uniform", 4),
+        *(pytest.param(*each, marks=pytest.mark.slow) for each in (("masked", 4), ("uniform", 0))),
+    ],
+)
 def test_the_auxiliary_model_follows_the_students_samples_and_the_teacher_stays(kind, rank):
     process = LANGUAGE.process(kind)
     teacher, student = small_model(process, 0), small_model(process, 1)
@@ -436,7 +443,14 @@ def test_the_law_of_pairs_can_be_matched_beside_it_with_a_law_for_each_position(
     assert pairs.generated_weight.sum() == 1 and 0 < logs["total_variation"] < 1
 
 
-@pytest.mark.parametrize(("kind", "rank"), [("masked", 0), ("uniform", 2)])
+@pytest.mark.parametrize(
+    ("kind", "rank"),
+    [
+        ("masked", 0),
+        ("uniform", 2),
+        *(pytest.param(*each, marks=pytest.mark.slow) for each in (("masked", 2), ("uniform", 0))),
+    ],
+)
 def test_a_run_that_is_resumed_ends_with_the_same_bits(kind, rank):
     process, settings = LANGUAGE.process(kind), {"auxiliary_rank": rank, "micro_batches": 2}
     _, whole, moments, own = run(process, 6, **settings)

@@ -120,7 +120,14 @@ def test_options_reach_the_sampler(run, checkpoint, plain, tmp_path, name):
 
 
 @pytest.mark.parametrize(
-    ("stop", "left"), [(1, "half a batch"), (4, "half a line"), (4, "half a batch"), (6, "nothing"), (6, "half a line")]
+    ("stop", "left"),
+    [
+        *((1, "half a batch"), (4, "half a line"), (4, "half a batch"), (6, "nothing"), (6, "half a line")),
+        *(
+            pytest.param(*each, marks=pytest.mark.slow)
+            for each in ((1, "nothing"), (1, "half a line"), (4, "nothing"), (6, "half a batch"))
+        ),
+    ],
 )
 def test_an_interrupted_run_goes_on_and_ends_with_the_same_bytes(monkeypatch, checkpoint, tmp_path, stop, left):
     """Ctrl-C in the middle of a batch, and what a crash may leave of the next one."""

@@ -89,7 +89,7 @@ def test_the_same_seed_gives_the_same_ids_in_any_split(process, sampler):
 
 
 @EVERY_SAMPLER
-@pytest.mark.parametrize("batch_size", [5, 40])
+@pytest.mark.parametrize("batch_size", [5, 40, *(pytest.param(each, marks=pytest.mark.slow) for each in (1, 12))])
 def test_the_batch_size_does_not_change_the_samples(process, sampler, batch_size):
     options = {"steps": steps_of(sampler), "sampler": sampler, "seed": 11, "first_row": 3}
     given = torch.randint(0, V - 1, (12, 5), generator=torch.Generator().manual_seed(1))
