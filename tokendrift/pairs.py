@@ -67,7 +67,7 @@ class PairDriftLoss(nn.Module):
     is exactly the law of the pairs that will be written, where the logits are those of the law that the sampler's step
     to time 0 draws from. Those of a masked model are. A uniform-state model predicts a position from the others alone,
     and that step draws from :math:`q(x_0 = j | x_t) \propto p_j (\alpha_t [j = x_t] + (1 - \alpha_t) / V)`: the second
-    factor has to be in the logits, where `tokendrift.training.OwnTrajectories` puts it. Without it the law is that of
+    factor has to be in the logits, where `Process.completion_logits` puts it. Without it the law is that of
     draws from p. An encoder's features of soft tokens are not those of drawn ones: they reward mere sharpening.
 
     With the laws P of real and Q of generated pairs, kept as running means, the loss is
