@@ -309,7 +309,7 @@ PROCESS = SMALL.process("uniform")
         (lambda: MarkovLanguage(torch.ones(2, 2) / 2, length=1), "length must be an integer of at least 2"),
         (lambda: MarkovLanguage.random(words=3, successors=4), "successors must lie in 1 to 3"),
         (lambda: SMALL.sample(2, seed=0, generator=torch.Generator()), "cannot both be given"),
-        (lambda: SMALL.process("gaussian"), "'uniform' or 'masked'"),
+        (lambda: SMALL.process("gaussian"), "must be one of 'uniform', 'masked'"),
         (lambda: SMALL.judge(smoothing=0.0), r"smoothing must lie in \(0, 1\]"),
         (lambda: ExactDenoiser(SMALL, MaskedDiffusion(7, mask_id=0)), "mask_id = 6"),
         (lambda: ExactDenoiser(SMALL, UniformDiffusion(7)), "uniform over V = 6 words"),
