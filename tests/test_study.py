@@ -233,6 +233,7 @@ def test_the_judge_never_reads_the_denoisers_split(study):
     assert used == {"judge"}
 
 
+@pytest.mark.slow
 def test_pretraining_writes_tokenizer_and_judge_and_refuses_a_base_without_context(study, tmp_path):
     book = tmp_path / "book.txt"
     book.write_text("\n\n".join(list(topics.values())[:45]), encoding="utf-8")
