@@ -51,7 +51,7 @@ def test_windows_refuse_a_stream_shorter_than_one_window():
     [
         pytest.param(MaskedDiffusion(VOCAB), Continuation, 240, marks=pytest.mark.slow),
         (MaskedDiffusion(VOCAB), Denoising, 120),
-        (UniformDiffusion(VOCAB), Continuation, 160),
+        (UniformDiffusion(VOCAB), Continuation, 240),
     ],
     ids=["masked NELBO", "masked cross-entropy", "uniform NELBO"],
 )
