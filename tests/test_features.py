@@ -272,7 +272,7 @@ def test_padding_need_not_be_finite():
         ({"window": 0}, "window must be an integer of at least 1"),
         ({"window": (2, 0)}, "window must be an integer of at least 1"),
         ({"window": ()}, "window must name at least one width"),
-        ({"sigma": -0.5}, r"sigma \(zero or above\) must be a finite number above 0"),
+        ({"sigma": -0.5}, "sigma must be a finite number of at least 0"),
         ({"sigma": 0.5}, "sigma was given, but the encoder is not conditioned on a noise level"),
     ],
 )

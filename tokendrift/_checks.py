@@ -239,10 +239,12 @@ def check_times(t: object, rows: int) -> Tensor:
     return times
 
 
-def check_positive(name: str, value: float, *, symbol: str = "") -> float:
-    """Require a finite number above zero."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= sys.float_info.max:
-        raise fail(f"{name}{f' ({symbol})' if symbol else ''} must be a finite number above 0.", **{name: value})
+def check_positive(name: str, value: float, *, symbol: str = "", or_zero: bool = False) -> float:
+    """Require a finite number above zero, or of at least zero."""
+    number = isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value <= sys.float_info.max
+    if not number or not (value or or_zero):
+        least = "of at least 0" if or_zero else "above 0"
+        raise fail(f"{name}{f' ({symbol})' if symbol else ''} must be a finite number {least}.", **{name: value})
     return float(value)
 
 

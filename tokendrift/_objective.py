@@ -359,12 +359,10 @@ class DriftObjective(nn.Module):
 
     def _features(self, embeds: Tensor, attention_mask: Tensor | None) -> Features:
         """Return the features of embeddings (B, L, D), in float32 or wider."""
-        if attention_mask is None:
-            features = self.feature_map(embeds)
-        else:
-            remedy = "Let the mean over positions leave the padding out, or pass batches without padding."
-            with check_takes("attention_mask", remedy, called="feature_map"):
-                features = self.feature_map(embeds, attention_mask=attention_mask)
+        kwargs = {} if attention_mask is None else {"attention_mask": attention_mask}
+        remedy = "Let the mean over positions leave the padding out, or pass batches without padding."
+        with check_takes("attention_mask", remedy, called="feature_map"):
+            features = self.feature_map(embeds, **kwargs)
         windows = isinstance(features, Tensor) and features.ndim == 3
         check_tensor("feature_map(embeds)", features, ("B", "W", "M") if windows else ("B", "M"))
         if len(features) != len(embeds):

@@ -77,8 +77,7 @@ class PooledFeatures(nn.Module):
         encoder = as_encoder(encoder)
         if not isinstance(layers, Sequence) or not layers or not all(isinstance(layer, int) for layer in layers):
             raise fail("layers must name at least one hidden layer, by index, such as (-2, -1).", layers=layers)
-        if sigma != 0:
-            check_positive("sigma", sigma, symbol="zero or above")
+        check_positive("sigma", sigma, or_zero=True)
         if sigma != 0 and not (_takes(encoder, "sigma") and getattr(encoder, "time_conditioned", True)):
             raise fail(
                 "sigma was given, but the encoder is not conditioned on a noise level.",

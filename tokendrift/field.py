@@ -149,8 +149,7 @@ class DriftField:
         if self.block_size is not None:
             check_count("block_size", self.block_size, least=1)
         for name in ("attraction", "repulsion"):
-            if getattr(self, name) != 0:
-                check_positive(name, getattr(self, name), symbol="zero or above")
+            check_positive(name, getattr(self, name), or_zero=True)
         if self.attraction == self.repulsion == 0:
             raise fail("attraction and repulsion are both 0, so the drift would always be zero.")
 

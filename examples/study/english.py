@@ -84,8 +84,8 @@ for distilled in ("SDTT", "DCD"):  # a second refinement, of the same length, of
 ARMS[EQUAL_COMPUTE] = ARMS[BEST] | {"learning_rate": 2e-4}  # the rate for short runs
 FEWER = {"masked": 5 / 12, "uniform": 4 / 12}
 ONE_PROCESS = {
-    **dict.fromkeys(("no random input", "IDLM with random input"), "masked"),
-    **dict.fromkeys(("SDTT", "SDTT with drift", "TokenDrift after SDTT"), "masked"),
+    **dict.fromkeys(("no random input", "IDLM with random input", "SDTT", "SDTT with drift"), "masked"),
+    "TokenDrift after SDTT": "masked",
     **dict.fromkeys(("DCD", "TokenDrift after DCD"), "uniform"),
 }
 PEERS = ("SDTT", "DCD", "IDLM", "D-MMD")  # methods of others, measured at more numbers of steps

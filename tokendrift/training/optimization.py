@@ -6,7 +6,6 @@ import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from itertools import islice
 from typing import Any
 
 import torch
@@ -327,10 +326,10 @@ def train(
     records: list[Record] = []
     for step in range(config.steps):
         log = step % config.log_every == 0 or step == config.steps - 1
-        batch = list(islice(source, 1))
-        if not batch:
+        batch = next(source, None)
+        if batch is None:
             raise fail(f"batches ended after {step} of {config.steps} steps.", "Pass more, or lower steps.")
-        record = optimization.step(step, objective, batch, log=log)
+        record = optimization.step(step, objective, [batch], log=log)
         if record is not None:
             records.append(record)
         if on_step is not None:

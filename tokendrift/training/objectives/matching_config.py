@@ -86,9 +86,9 @@ class MatchingConfig(ChainsConfig):
         super().__post_init__()
         for name in ("auxiliary_rate", "auxiliary_clip", "renoising_reach"):
             check_positive(name, getattr(self, name))
-        for name in ("pair_weight", "auxiliary_teacher_weight"):
-            if getattr(self, name):
-                check_positive(name, getattr(self, name))
+        check_positive("auxiliary_teacher_weight", self.auxiliary_teacher_weight, or_zero=True)
+        if self.pair_weight is not None:
+            check_positive("pair_weight", self.pair_weight, or_zero=True)
         if self.field_clip != math.inf:
             check_positive("field_clip", self.field_clip)
         if self.renoising_reach > 1:

@@ -162,8 +162,7 @@ class ChainsConfig(ObjectiveConfig):
                 raise fail("chains must name at least one number of steps, such as (2, 4).", chains=self.chains)
             for steps in self.chains:
                 check_count("chains", steps, least=1, most=10_000)
-        if self.base_weight:
-            check_positive("base_weight", self.base_weight)
+        check_positive("base_weight", self.base_weight, or_zero=True)
         check_fraction("pair_decay", self.pair_decay)
         if self.pair_buckets is not None:
             check_count("pair_buckets", self.pair_buckets, least=2, most=2**26)

@@ -98,8 +98,7 @@ class RoundsConfig(DriftConfig, ABC):
         super().__post_init__()
         check_count("round_steps", self.round_steps, least=1)
         check_count("teacher_steps", self.teacher_steps, least=1)
-        if self.drift_weight:
-            check_positive("drift_weight", self.drift_weight)
+        check_positive("drift_weight", self.drift_weight, or_zero=True)
 
     @property
     @abstractmethod
